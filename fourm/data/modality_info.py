@@ -1,0 +1,233 @@
+"""The table of modalities: what each one is, how long it may get, which modules embed it.
+
+A modality is *declared*, not patched in: a ``modalities:`` block in a data YAML or a call of
+:func:`register_modality` adds to this table or overrides it. Embedding modules are named, not imported; the models
+resolve the names, so that data never depends on models.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fourm.utils.config import build, check_keys
+from fourm.utils.errors import UserError, did_you_mean
+
+TEXT_VOCAB_SIZE = 30_000
+
+
+@dataclass(frozen=True)
+class Modality(Mapping[str, Any]):
+    """One modality. Reads like a mapping too: ``MODALITY_INFO["caption"]["type"]``.
+
+    Attributes:
+        name: as used in configs and batches; ``rgb@224`` is ``rgb`` at 224 pixels.
+        type: ``img`` (a grid of pixels or tokens), ``seq`` (text vocabulary), ``seq_token`` (integer codes),
+            ``seq_emb`` (embedding vectors).
+        vocab_size: number of token ids; None for pixels and embedding vectors.
+        input_size: side length in pixels of a grid.
+        patch_size: side length in pixels of what one token of a grid stands for.
+        num_channels: channels of a grid of pixels or of a feature map.
+        max_tokens: most tokens of a sample. A grid's is (input_size / patch_size)².
+        min_tokens: fewest tokens that a budget may give it.
+        path: folder name where it differs from ``name``.
+        transform: key in ``MODALITY_TRANSFORMS``; the part of the name before ``@`` unless given.
+        pretokenized: its files hold token ids computed for the stored crops (``crop_settings``).
+        vocab_offset: added to the ids of a ``seq_token`` file.
+        encoder_embedding, decoder_embedding: class names in ``fourm.models.{encoder,decoder}_embeddings``; None for a
+            modality that cannot be an input, or a target.
+        embedding_options: further arguments of both classes.
+        input_alphas, target_alphas, keep: one entry per component of the Dirichlet mixture; set by the data config.
+    """
+
+    name: str
+    type: Literal["img", "seq", "seq_token", "seq_emb"]
+    vocab_size: int | None = None
+    input_size: int | None = None
+    patch_size: int | None = None
+    num_channels: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    path: str | None = None
+    transform: str | None = None
+    pretokenized: bool = False
+    vocab_offset: int = 0
+    encoder_embedding: str | None = None
+    decoder_embedding: str | None = None
+    embedding_options: dict = field(default_factory=dict)
+    input_alphas: tuple[float, ...] = ()
+    target_alphas: tuple[float, ...] = ()
+    keep: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        fill = lambda name, value: object.__setattr__(self, name, value)  # noqa: E731 (frozen)
+        fill("transform", self.transform or self.name.split("@")[0])
+        fill("path", self.path or self.name)
+        if self.type == "img" and self.input_size and self.patch_size:
+            if self.input_size % self.patch_size:
+                raise UserError(
+                    f"modality {self.name}: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+                )
+            fill("max_tokens", (self.input_size // self.patch_size) ** 2)
+
+    @property
+    def id(self) -> int:
+        """A stable 15-bit number: SHA-256 of the name modulo 2^15."""
+        return int(hashlib.sha256(self.name.encode()).hexdigest(), 16) % 2**15
+
+    @property
+    def is_pixels(self) -> bool:
+        """A grid of raw values (an image, a feature map) rather than of tokens."""
+        return self.type == "img" and self.vocab_size is None
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "id" or key in _FIELDS:
+            return getattr(self, key)
+        raise KeyError(key)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*_FIELDS, "id"))
+
+    def __len__(self) -> int:
+        return len(_FIELDS) + 1
+
+
+_FIELDS = tuple(f.name for f in dataclasses.fields(Modality))
+
+
+def _pixels(name: str, num_channels: int, size: int | None = None, **options: Any) -> Modality:
+    patch = 16 if size else None
+    return Modality(
+        name, "img", input_size=size, patch_size=patch, num_channels=num_channels,
+        encoder_embedding="ImageEncoderEmbedding", **options,
+    )  # fmt: skip
+
+
+def _tokens(name: str, vocab_size: int, patch: int = 16, size: int | None = None, **options: Any) -> Modality:
+    return Modality(
+        name, "img", vocab_size, size or int(name.split("@")[1]), patch, pretokenized=True,
+        encoder_embedding="ImageTokenEncoderEmbedding", decoder_embedding="ImageTokenDecoderEmbedding", **options,
+    )  # fmt: skip
+
+
+def _text(name: str, max_tokens: int, positions: int | None = None, **options: Any) -> Modality:
+    return Modality(
+        name, "seq", TEXT_VOCAB_SIZE, max_tokens=max_tokens, embedding_options={"max_length": positions or max_tokens},
+        encoder_embedding="SequenceEncoderEmbedding", decoder_embedding="SequenceDecoderEmbedding", **options,
+    )  # fmt: skip
+
+
+def _global_feature(name: str) -> Modality:
+    return _tokens(name, 8192, patch=56, size=224, embedding_options={"sincos_pos_emb": False})
+
+
+_BUILTIN = (
+    # Pixels that are inputs.
+    *(_pixels(f"rgb@{size}", 3, size, path="rgb") for size in (224, 448)),
+    # Grids of tokens.
+    *(_tokens(f"tok_rgb@{size}", 16384) for size in (224, 448)),
+    *(_tokens(f"tok_{kind}@{size}", 8192) for kind in ("depth", "normal", "clip") for size in (224, 448)),
+    *(_tokens(f"tok_semseg@{size}", 4096) for size in (224, 448)),
+    *(_tokens(f"tok_{kind}@224", 8192) for kind in ("canny_edge", "sam_edge")),
+    *(_tokens(f"tok_{kind}@224", 8192, patch=14) for kind in ("dinov2", "imagebind")),
+    *(_global_feature(f"tok_{kind}_global") for kind in ("dinov2", "imagebind")),
+    # Sequences.
+    _text("caption", 256),
+    _text("det", 256),
+    _text("metadata", 40),
+    _text("human_poses", 275, positions=263, num_channels=207),
+    _text("color_palette", 23),
+    _text("sam_instance", 290, pretokenized=True),
+    Modality(
+        "t5_caption", "seq_emb", max_tokens=77, encoder_embedding="SequenceEmbEncoderEmbedding",
+        embedding_options={"orig_emb_dim": 4096, "max_length": 77},
+    ),
+    # What tokenizers are trained on.
+    _pixels("rgb", 3), _pixels("depth", 1), _pixels("normal", 3), _pixels("canny_edge", 1),
+    _pixels("semseg_coco", 64), _pixels("sam_mask", 1, 64),
+    _pixels("CLIP-B16", 512), _pixels("DINOv2-B14", 768), _pixels("DINOv2-B14-global", 768),
+    _pixels("ImageBind-H14", 1280), _pixels("ImageBind-H14-global", 1280),
+)  # fmt: skip
+
+MODALITY_INFO: dict[str, Modality] = {modality.name: modality for modality in _BUILTIN}
+
+_KIND_DEFAULTS: dict[str, dict[str, Any]] = {
+    "pixels": {"encoder_embedding": "ImageEncoderEmbedding"},
+    "img": {
+        "encoder_embedding": "ImageTokenEncoderEmbedding",
+        "decoder_embedding": "ImageTokenDecoderEmbedding",
+        "pretokenized": True,
+    },
+    "seq": {
+        "encoder_embedding": "SequenceEncoderEmbedding",
+        "decoder_embedding": "SequenceDecoderEmbedding",
+        "vocab_size": TEXT_VOCAB_SIZE,
+    },
+    "seq_token": {"encoder_embedding": "SequenceEncoderEmbedding", "decoder_embedding": "SequenceDecoderEmbedding"},
+    "seq_emb": {"encoder_embedding": "SequenceEmbEncoderEmbedding"},
+}
+
+
+def declare(name: str, fields: Mapping[str, Any], where: str = "modality declaration") -> Modality:
+    """The modality that ``fields`` declare; what they leave out comes from the table's entry, else from its kind.
+
+    Raises:
+        UserError: an unknown field, a value of the wrong type, or a declaration that is not complete.
+    """
+    where = f"{where}: modality {name}"
+    check_keys(fields, set(_FIELDS) - {"name"}, where)
+    if name in MODALITY_INFO:
+        base = MODALITY_INFO[name]
+        # A grid's max_tokens follows from its sizes and must not survive a change of them.
+        merged = {key: getattr(base, key) for key in _FIELDS if base.type != "img" or key != "max_tokens"} | dict(
+            fields
+        )
+    else:
+        kind = fields.get("type")
+        if kind is None:
+            raise UserError(
+                f"{where}: 'type' is required (img, seq, seq_token or seq_emb){did_you_mean(name, MODALITY_INFO)}"
+            )
+        pixels = kind == "img" and fields.get("vocab_size") is None
+        merged = {"name": name} | _KIND_DEFAULTS.get("pixels" if pixels else str(kind), {}) | dict(fields)
+        if kind in ("seq", "seq_token", "seq_emb"):
+            options = dict(merged.get("embedding_options") or {})
+            options.setdefault("max_length", merged.get("max_tokens"))
+            merged["embedding_options"] = options
+    modality = build(Modality, merged, where)
+    needed = {"img": ("input_size", "patch_size"), "seq": ("max_tokens",), "seq_emb": ("max_tokens",)}
+    for key in needed.get(modality.type, ("vocab_size", "max_tokens")):
+        if getattr(modality, key) is None:
+            raise UserError(f"{where}: '{key}' is required for type {modality.type}")
+    if modality.is_pixels and modality.num_channels is None:
+        raise UserError(f"{where}: a grid needs 'num_channels' (pixels) or 'vocab_size' (tokens)")
+    return modality
+
+
+def register_modality(name: str, **fields: Any) -> Modality:
+    """Add a modality to the table, or override fields of one that is there. Fields as in :class:`Modality`."""
+    MODALITY_INFO[name] = declare(name, fields, "register_modality")
+    return MODALITY_INFO[name]
+
+
+def resolve_modalities(
+    names: Iterable[str], declarations: Mapping[str, Mapping[str, Any]] | None = None, where: str = "config"
+) -> dict[str, Modality]:
+    """The modalities called ``names``, from ``declarations`` (a ``modalities:`` block) first, then the table.
+
+    Raises:
+        UserError: a name that neither knows, with the nearest one that they do.
+    """
+    declared = {name: declare(name, fields or {}, where) for name, fields in (declarations or {}).items()}
+    known = {**MODALITY_INFO, **declared}
+    resolved = {}
+    for name in names:
+        if name not in known:
+            raise UserError(
+                f"{where}: unknown modality '{name}'{did_you_mean(name, known)}; declare it in a 'modalities:' block"
+            )
+        resolved[name] = known[name]
+    return resolved
