@@ -67,26 +67,27 @@ def check_keys(mapping: Mapping[str, Any], allowed: typing.Iterable[str], where:
             raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), allowed)}")
 
 
-def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
-    """Make the dataclass ``cls`` from a mapping, converting each value to its annotated type.
+def convert_fields(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values of ``mapping``, each converted to the type of the field of that name in the dataclass ``cls``.
 
     Args:
         where: what error messages name, usually the file.
 
     Raises:
-        UserError: an unknown key, a missing one, or a value of the wrong type.
+        UserError: an unknown key, or a value of the wrong type.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}  # type: ignore[arg-type]
-    check_keys(mapping, fields, where)
+    check_keys(mapping, (f.name for f in dataclasses.fields(cls) if f.init), where)
     hints = typing.get_type_hints(cls)
-    values = {key: convert(value, hints[key], f"{where}: '{key}'") for key, value in mapping.items()}
-    missing = [
-        name
-        for name, f in fields.items()
-        if name not in values and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-    ]
-    if missing:
-        raise UserError(f"{where}: the key '{missing[0]}' is required")
+    return {key: convert(value, hints[key], f"{where}: '{key}'") for key, value in mapping.items()}
+
+
+def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+    """Make the dataclass ``cls`` from a mapping; errors as of :func:`convert_fields`, and for a required key left out."""
+    values = convert_fields(cls, mapping, where)
+    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
+        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        if f.init and required and f.name not in values:
+            raise UserError(f"{where}: the key '{f.name}' is required")
     return cls(**values)
 
 
