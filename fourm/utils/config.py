@@ -33,7 +33,7 @@ _Loader.add_implicit_resolver(
 def parse_value(text: str) -> Any:
     """One YAML scalar or flow value, as typed on a command line: ``1e-4``, ``10_000_000``, ``[0.9, 0.95]``."""
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 (a SafeLoader)
+        return yaml.load(text, _Loader)
     except yaml.YAMLError:
         return text
 
@@ -47,7 +47,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:
         with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)  # noqa: S506 (a SafeLoader)
+            content = yaml.load(file, _Loader)
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
     except yaml.YAMLError as error:

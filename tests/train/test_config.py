@@ -1,0 +1,112 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fourm.train.config import FIELDS, TrainConfig, load_config, parse_args, run_length, to_dict
+from fourm.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def main_yaml(tmp_path):
+    path = tmp_path / "main.yaml"
+    path.write_text("total_tokens: 500\nwarmup_tokens: 10\nepochs: -1\nblr: 1e-4\ntokenizer_path: vocabulary.json\n")
+    return str(path)
+
+
+def test_command_line_beats_yaml_beats_defaults(main_yaml):
+    config = parse_args(["--config", main_yaml, "--blr", "2e-5", "--no_auto_resume", "--opt_betas", "0.9", "0.99"])
+    assert (config.blr, config.total_tokens, config.batch_size) == (2e-5, 500.0, 128)
+    assert config.auto_resume is False and config.opt_betas == (0.9, 0.99)
+    assert config.text_tokenizer_path == "vocabulary.json"
+
+
+def test_every_switch_has_both_forms():
+    for name in [n for n, f in FIELDS.items() if f.type == "bool" and n != "print_config"]:
+        assert getattr(parse_args(["--epochs", "1", f"--{name}"]), name) is True
+        assert getattr(parse_args(["--epochs", "1", f"--no_{name}"]), name) is False
+
+
+def test_auto_names_come_from_the_config_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    path = Path("cfgs/default/4m/models/main/4m-b_mod7_500b.yaml")
+    path.parent.mkdir(parents=True)
+    path.write_text("epochs: 1\n")
+    config = load_config(path)
+    assert config.run_name == config.wandb_run_name == "default/4m/models/main/4m-b_mod7_500b"
+    assert config.output_dir == "output/default/4m/models/main/4m-b_mod7_500b"
+
+
+def test_the_resolved_config_builds_itself_again(main_yaml, tmp_path):
+    config = parse_args(["--config", main_yaml, "--model_kwargs", "{dim: 64}"])
+    (tmp_path / "again.yaml").write_text(yaml.safe_dump(to_dict(config)))
+    assert load_config(tmp_path / "again.yaml") == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--batch_sze", "3"], r"unknown key '--batch_sze' \(did you mean '--batch_size'\?\)"),
+        (["--batch_size", "many"], "command line: 'batch_size' must be a whole number, not 'many'"),
+        (["--batch_size"], "expected one argument"),
+        (["--batch_size", "0"], "'batch_size' must be at least 1"),
+        (["--epochs", "1", "--total_tokens", "1"], "either 'epochs' or 'total_tokens', not both"),
+        ([], "neither is set"),
+        (
+            ["--epochs", "1", "--warmup_epochs", "1", "--warmup_tokens", "1"],
+            "only one of warmup_epochs and warmup_tokens",
+        ),
+        (["--epochs", "1", "--min_input_tokens", "300"], "'min_input_tokens' must lie between 0 and"),
+        (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine or inverse_sqrt-T"),
+        (["--epochs", "1", "--dtype", "float8"], "'dtype' must be one of"),
+        (["--epochs", "1", "--s3_save_dir", "s3://bucket"], "'s3_save_dir'"),
+    ],
+)
+def test_a_bad_command_line_says_what_to_mend(arguments, message):
+    with pytest.raises(UserError, match=message):
+        parse_args(arguments)
+
+
+def test_yaml_errors_name_the_file(main_yaml):
+    Path(main_yaml).write_text("total_tokns: 500\n")
+    with pytest.raises(UserError, match=r"main.yaml: unknown key 'total_tokns' \(did you mean 'total_tokens'"):
+        parse_args(["--config", main_yaml])
+    Path(main_yaml).write_text("tokenizer_path: a\ntext_tokenizer_path: b\n")
+    with pytest.raises(UserError, match="mean the same"):
+        parse_args(["--config", main_yaml])
+
+
+@pytest.mark.slow
+def test_the_script_answers_a_typing_error_in_one_line():
+    command = [sys.executable, "run_training_4m.py", "--batch_sze", "3"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr.count("\n") == 1 and "batch_size" in result.stderr
+
+
+def test_published_token_arithmetic():
+    # 4M-B, 7 modalities: 500 billion tokens at 256 a sample are 196 epochs of 10 million samples; 64 GPUs x 128.
+    config = TrainConfig(total_tokens=500, warmup_tokens=10, batch_size=128, epoch_size=10_000_000)
+    length = run_length(config, world_size=64)
+    assert length.epochs == 196 and length.batches_per_epoch == 1220 and length.total_batches == 196 * 1220
+    assert length.warmup_batches == 4769 and length.frozen_batches == length.cooldown_batches == 0
+
+
+def test_epochs_end_with_a_whole_optimizer_step():
+    length = run_length(TrainConfig(epochs=2, batch_size=4, accum_iter=3, epoch_size=100), world_size=2)
+    assert length.batches_per_epoch == 12 and length.total_batches == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 1, "batch_size": 64, "epoch_size": 100}, "'epoch_size' 100 is smaller than one optimizer step"),
+        ({"epochs": 1, "batch_size": 4, "epoch_size": 100, "warmup_epochs": 2}, "phases need 24 batches"),
+    ],
+)
+def test_a_run_too_short_is_an_error(options, message):
+    with pytest.raises(UserError, match=message):
+        run_length(TrainConfig(**options), world_size=2)
