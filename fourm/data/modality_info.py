@@ -13,8 +13,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS
 from fourm.utils.config import build, check_keys
 from fourm.utils.errors import UserError, did_you_mean
+
+__all__ = ["MODALITY_INFO", "MODALITY_TRANSFORMS", "Modality", "declare", "register_modality", "resolve_modalities"]
 
 TEXT_VOCAB_SIZE = 30_000
 

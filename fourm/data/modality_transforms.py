@@ -1,0 +1,179 @@
+"""Which transform reads which modality, and the aligned transform of a whole sample.
+
+A transform is found by the modality's full name, else by the part before ``@`` (``tok_rgb@224`` → ``tok_rgb``), so a
+dict of transforms may be specific or general. :func:`transforms_for` makes the specific one from declarations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Set
+from typing import Any
+
+import numpy as np
+
+from fourm.data.image_augmenter import AbstractImageAugmenter, Augmentation
+from fourm.data.transforms.base import AbstractTransform, PendingTransform
+from fourm.data.transforms.image import (
+    DepthTransform,
+    ImageTransform,
+    MaskTransform,
+    NormalTransform,
+    PixelTransform,
+    RGBTransform,
+    SemsegTransform,
+)
+from fourm.data.transforms.sequence import (
+    CaptionTransform,
+    ColorPaletteTransform,
+    DetectionTransform,
+    MetadataTransform,
+)
+from fourm.data.transforms.tokens import TokTransform
+from fourm.utils.errors import DataError, UserError, did_you_mean
+
+__all__ = [
+    "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "AbstractTransform",
+    "CaptionTransform", "ColorPaletteTransform", "DepthTransform", "DetectionTransform", "ImageTransform",
+    "MaskTransform", "MetadataTransform", "NormalTransform", "PixelTransform", "RGBTransform", "SemsegTransform",
+    "TokTransform",
+]  # fmt: skip
+
+_TOKENS = ("rgb", "depth", "normal", "clip", "semseg", "canny_edge", "sam_edge", "dinov2", "imagebind")
+_PENDING = (
+    "human_poses", "sam_instance", "t5_caption",
+    "CLIP-B16", "DINOv2-B14", "DINOv2-B14-global", "ImageBind-H14", "ImageBind-H14-global",
+)  # fmt: skip
+
+MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
+    "rgb": RGBTransform(),
+    "depth": DepthTransform(),
+    "normal": NormalTransform(),
+    "canny_edge": PixelTransform(),
+    "semseg_coco": SemsegTransform(),
+    "semseg": SemsegTransform(),
+    "sam_mask": MaskTransform(),
+    "mask_valid": MaskTransform(),
+    "tok": TokTransform(),
+    **{f"tok_{kind}": TokTransform() for kind in _TOKENS},
+    **{f"tok_{kind}_global": TokTransform() for kind in ("dinov2", "imagebind")},
+    "caption": CaptionTransform(),
+    "det": DetectionTransform(),
+    "metadata": MetadataTransform(),
+    "color_palette": ColorPaletteTransform(),
+    **{name: PendingTransform(name) for name in _PENDING},
+}
+"""By the part of a modality's name before ``@``, or by its declared ``transform``."""
+
+
+class UnreadableValue(ValueError):
+    """A value of this sample cannot be decoded or parsed: skip the sample (a broken contract is a DataError)."""
+
+
+def transforms_for(
+    modality_info: Mapping[str, Mapping[str, Any]],
+    transforms: Mapping[str, AbstractTransform] = MODALITY_TRANSFORMS,
+) -> dict[str, AbstractTransform]:
+    """Each modality's transform, bound to its sizes and vocabulary, by the modality's full name.
+
+    A modality whose name says nothing is read as what its type is: a grid of token ids, codes, or a caption.
+
+    Raises:
+        UserError: a ``transform`` that does not exist or does not fit, or none for this kind of modality.
+    """
+    bound = {}
+    for name, modality in modality_info.items():
+        key, implied = modality["transform"], name.split("@")[0]
+        by_kind = {"img": "tok" if modality["vocab_size"] else None, "seq_token": "tok", "seq": "caption"}
+        if key not in transforms and key == implied:
+            key = by_kind.get(modality["type"])
+        if key not in transforms:
+            wanted = modality["transform"]
+            raise UserError(
+                f"modality {name}: no transform '{wanted}'{did_you_mean(wanted, transforms)}; "
+                "set 'transform' in its declaration"
+            )
+        bound[name] = transforms[key].bind(modality)
+    return bound
+
+
+class UnifiedDataTransform:
+    """All modalities of a sample through their four steps, with one crop, one flip and one stored crop for all.
+
+    Args:
+        transforms_dict: by full name or by the part before ``@``.
+        image_augmenter: draws the crop.
+    """
+
+    def __init__(self, transforms_dict: Mapping[str, AbstractTransform], image_augmenter: AbstractImageAugmenter):
+        self.transforms_dict = transforms_dict
+        self.image_augmenter = image_augmenter
+
+    def __call__(
+        self, sample: Mapping[str, Any], generator: np.random.Generator | None = None, skip: Set[str] = frozenset()
+    ) -> dict[str, Any]:
+        """Transform one raw sample.
+
+        Args:
+            sample: raw value per modality, and ``crop_settings`` (K, 5) if crops were stored. Keys that begin with
+                ``__`` are handed on.
+            generator: of everything random about this sample.
+            skip: modalities that get no tokens. If they are images they are neither decoded nor resized, and the
+                result is zeros of their shape.
+
+        Raises:
+            DataError: a value breaks its modality's contract (crop count, token count, vocabulary, …).
+            UnreadableValue: a value cannot be decoded or parsed.
+        """
+        generator = generator if generator is not None else np.random.default_rng()
+        crop_settings = sample.get("crop_settings")
+        result = {name: value for name, value in sample.items() if name.startswith("__")}
+        names = [name for name in sample if name not in result and name != "crop_settings"]
+        transforms = {name: self._transform(name) for name in names}
+        values = {name: _named(f"modality {name}", transforms[name].preprocess, sample[name]) for name in names}
+        shared = _named("crop", self.image_augmenter, values, crop_settings, generator)
+        for name in names:
+            transform, target_size = transforms[name], _resolution(name) or shared.target_size
+            if name in skip and isinstance(transform, ImageTransform):
+                result[name] = transform.empty(target_size)
+            else:
+                augmentation = shared._replace(target_size=target_size)
+                arguments = (transform, values[name], augmentation, crop_settings, generator)
+                result[name] = _named(f"modality {name}", _augment, *arguments)
+        return result
+
+    def _transform(self, name: str) -> AbstractTransform:
+        transform = self.transforms_dict.get(name) or self.transforms_dict.get(name.split("@")[0])
+        if transform is None:
+            raise UserError(f"modality {name}: no transform{did_you_mean(name, self.transforms_dict)}")
+        return transform
+
+
+def _resolution(name: str) -> tuple[int, int] | None:
+    """The target size after the ``@``."""
+    _, _, side = name.partition("@")
+    return (int(side), int(side)) if side.isdigit() else None
+
+
+def _augment(
+    transform: AbstractTransform,
+    value: Any,
+    augmentation: Augmentation,
+    crop_settings: np.ndarray | None,
+    generator: np.random.Generator,
+) -> Any:
+    """The steps after ``preprocess``."""
+    crops = transform.stored_crops(value)
+    if crop_settings is not None and crops is not None and crops != len(crop_settings):
+        raise DataError(f"it has values of {crops} crops, but crop_settings has {len(crop_settings)}")
+    value = transform.image_augment(value, **augmentation._asdict())
+    return transform.postprocess(transform.choose(value, generator))
+
+
+def _named(name: str, function: Callable, *arguments: Any) -> Any:
+    """Call ``function``; errors name what they are about, and tell broken contracts from unreadable content."""
+    try:
+        return function(*arguments)
+    except UserError as error:
+        raise type(error)(f"{name}: {error}") from error
+    except Exception as error:
+        raise UnreadableValue(f"{name}: {type(error).__name__}: {error}") from error

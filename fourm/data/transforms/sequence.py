@@ -1,0 +1,179 @@
+"""Modalities that become text: captions, boxes, metadata and colour palettes.
+
+Numbers are single words of the vocabulary: ``v0=17`` is number 17 in role 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fourm.data.transforms.base import AbstractTransform
+from fourm.utils.errors import DataError, did_you_mean
+
+Box = tuple[float, float, float, float]
+"""xmin, ymin, xmax, ymax in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class CaptionTransform(AbstractTransform):
+    """One string of possibly several.
+
+    Attributes:
+        aligned_captions: a list holds one caption per stored crop, and the sample's crop decides; False: any of them.
+    """
+
+    aligned_captions: bool = True
+
+    def preprocess(self, value: Any) -> list[str]:
+        """A string, ``{"caption": …}`` or a list of either, as a list."""
+        captions = value["caption"] if isinstance(value, Mapping) else value
+        if not isinstance(captions, (list, tuple)):
+            captions = [captions]
+        captions = [c["caption"] if isinstance(c, Mapping) else c for c in captions]
+        if not captions or not all(isinstance(c, str) for c in captions):
+            raise DataError(f"expected a caption or a list of them, not {value!r:.80}")
+        return captions
+
+    def stored_crops(self, value: list[str]) -> int | None:
+        return len(value) if self.aligned_captions and len(value) > 1 else None
+
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> list[str]:
+        """The caption of stored crop ``rand_aug_idx``, where there is one per crop."""
+        if rand_aug_idx is None or self.stored_crops(value) is None:
+            return value
+        if rand_aug_idx >= len(value):
+            raise DataError(f"stored crop {rand_aug_idx} was chosen, but there are captions of only {len(value)} crops")
+        return [value[rand_aug_idx]]
+
+    def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
+        return [value[generator.integers(len(value))]] if len(value) > 1 else value
+
+    def postprocess(self, value: list[str]) -> str:
+        return value[0]
+
+
+@dataclass(frozen=True)
+class DetectionTransform(AbstractTransform):
+    """Boxes as ``v0=X v1=Y v2=X v3=Y class`` each, those nearest the top left corner first.
+
+    Attributes:
+        det_threshold: boxes with a lower score are dropped.
+        coord_bins: numbers for a coordinate in [0, 1].
+    """
+
+    det_threshold: float = 0.6
+    coord_bins: int = 1000
+
+    def preprocess(self, value: Mapping[str, Any]) -> list[tuple[str, Box]]:
+        found = [i for i in value["instances"] if i.get("score", 1.0) >= self.det_threshold]
+        for instance in found:
+            if len(instance["boxes"]) != 4:
+                raise DataError(f"expected a box of xmin, ymin, xmax, ymax, not {instance['boxes']}")
+        return [(str(i["class_name"]), tuple(i["boxes"])) for i in found]
+
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> list[tuple[str, Box]]:
+        """Boxes expressed in the crop, clipped to it; those without any area left are dropped."""
+        left = top = 0.0
+        width = height = 1.0
+        if crop_coords is not None:
+            if orig_size is None:
+                raise DataError("boxes can follow a crop only if the image's size is known: set main_augment_domain")
+            top, height = crop_coords[0] / orig_size[0], crop_coords[2] / orig_size[0]
+            left, width = crop_coords[1] / orig_size[1], crop_coords[3] / orig_size[1]
+        kept = []
+        for name, (xmin, ymin, xmax, ymax) in value:
+            xmin, xmax = max((xmin - left) / width, 0.0), min((xmax - left) / width, 1.0)
+            ymin, ymax = max((ymin - top) / height, 0.0), min((ymax - top) / height, 1.0)
+            if xmin < xmax and ymin < ymax:
+                kept.append((name, (1 - xmax, ymin, 1 - xmin, ymax) if flip else (xmin, ymin, xmax, ymax)))
+        return kept
+
+    def postprocess(self, value: list[tuple[str, Box]]) -> str:
+        words = []
+        for name, box in sorted(value, key=lambda item: item[1][0] ** 2 + item[1][1] ** 2):
+            words += [f"v{i}={round(c * (self.coord_bins - 1))}" for i, c in enumerate(box)]
+            words.append(name)
+        return " ".join(words)
+
+
+def _bins(low: float, high: float):
+    return lambda value: min(max(int(49 * (value - low) / (high - low)), 0), 49)
+
+
+def _count(value: float) -> int:
+    return min(max(int(value), 0), 999)
+
+
+# In the order of the numbers that stand for the keys.
+_METADATA = {
+    "original_width": lambda value: _count(value // 32),
+    "original_height": lambda value: _count(value // 32),
+    "caption_n_chars": _count,
+    "caption_n_words": _count,
+    "caption_n_sentences": _count,
+    "n_humans": _count,
+    "n_sam_instances": _count,
+    "n_coco_instances": _count,
+    "coco_instance_diversity": _count,
+    "colorfulness": _bins(0, 150),
+    "brightness": _bins(0, 255),
+    "contrast": _bins(0, 127),
+    "saturation": _bins(0, 255),
+    "entropy": _bins(0, 10),
+    "walkability": _bins(0, 1),
+    "objectness": _bins(0, 1),
+    "semantic_diversity": _count,
+    "geometric_complexity": _bins(0, 0.75),
+    "occlusion_score": _bins(0, 0.25),
+    "watermark_score": lambda value: int(value >= 0.5),
+    "aesthetic_score": lambda value: int(value >= 4.5) + int(value >= 5.5),
+}
+_METADATA_INDEX = {key: index for index, key in enumerate(_METADATA)}
+
+
+@dataclass(frozen=True)
+class MetadataTransform(AbstractTransform):
+    """A list of chunks ``v1=KEY v0=VALUE`` in random order; masking keeps or drops a chunk as a whole.
+
+    Attributes:
+        shuffle: False keeps the order of the file.
+    """
+
+    shuffle: bool = True
+
+    def preprocess(self, value: Mapping[str, float]) -> list[str]:
+        chunks = []
+        for key, number in value.items():
+            if key not in _METADATA:
+                raise DataError(f"unknown metadata key '{key}'{did_you_mean(key, _METADATA)}")
+            if isinstance(number, bool) or not isinstance(number, (int, float)):
+                raise DataError(f"metadata '{key}' must be a number, not {number!r}")
+            chunks.append(f"v1={_METADATA_INDEX[key]} v0={_METADATA[key](number)}")
+        return chunks
+
+    def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
+        return [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
+
+
+@dataclass(frozen=True)
+class ColorPaletteTransform(AbstractTransform):
+    """``v1=n``, then ``v0=c`` for each channel value of the n colours; n is drawn from 1 to 7."""
+
+    max_colors: int = 7
+
+    def preprocess(self, value: Any) -> dict[str, list[list[int]]]:
+        return value[0] if isinstance(value, (list, tuple)) else value
+
+    def choose(self, value: dict[str, list[list[int]]], generator: np.random.Generator) -> list[list[int]]:
+        return value[str(generator.integers(1, self.max_colors + 1))]
+
+    def postprocess(self, value: list[list[int]]) -> str:
+        return " ".join([f"v1={len(value)}", *(f"v0={channel}" for color in value for channel in color)])
