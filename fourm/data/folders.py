@@ -1,0 +1,87 @@
+"""Folders of files, ``root/MODALITY/FOLDER/KEY.EXT``, joined by key: for small and for validation data sets."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.layout import assign_folders, existing_folders, expand, split_data_path, split_name
+from fourm.data.raw_sample import Member, RawSample
+from fourm.utils.errors import UserError
+from fourm.utils.seeds import generator
+
+
+class Folders:
+    """The samples below a ``data_path``; the key of a sample is its path below the modality's folder, without extension.
+
+    Args:
+        data_path: ``root`` or ``root/[rgb,caption]``.
+        wanted: the modalities to read and their usual folder names.
+        name_map: folder → modality where the names differ.
+
+    Raises:
+        UserError: nothing lies at ``data_path``, or a modality is not there.
+    """
+
+    def __init__(self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None):
+        pattern, folders = split_data_path(data_path)
+        if folders is None:
+            pattern, folders = f"{pattern}/\0", existing_folders(pattern)
+        self._roots = {
+            name: expand(pattern, folder)[0]
+            for name, folder in assign_folders(wanted, folders, name_map, data_path).items()
+        }
+        self._location = data_path
+        self._samples: list[RawSample] | None = None
+
+    def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
+        """Endless samples of one stream: all streams take turns in one sequence of shuffled passes over the data.
+
+        Args:
+            key: what the order depends on beside the stream: (seed, epoch, …).
+        """
+        samples, turn, sweep = self.all(ledger), stream, -1
+        while True:
+            if turn // len(samples) != sweep:
+                sweep = turn // len(samples)
+                order = generator(*key, "pass", sweep).permutation(len(samples))
+            sample = samples[order[turn % len(samples)]]
+            yield RawSample(sample.key, sample.members)  # a fresh one: decoded values live as long as its repeats
+            turn += num_streams
+
+    def all(self, ledger: BadSampleLedger) -> list[RawSample]:
+        """Every sample once, ordered by key."""
+        if self._samples is None:
+            self._samples = self._join(ledger)
+        return self._samples
+
+    def _join(self, ledger: BadSampleLedger) -> list[RawSample]:
+        indexes = {name: _index(root) for name, root in self._roots.items()}
+        keys = sorted(set().union(*indexes.values()))
+        complete = [key for key in keys if all(key in index for index in indexes.values())]
+        if not complete:
+            raise UserError(f"data_path {self._location}: no key is in all of {', '.join(self._roots.values())}")
+        for name, root in self._roots.items():
+            missing = [key for key in keys if key not in indexes[name]]
+            if missing:
+                ledger.warn(root, f"{root}: no file for key '{missing[0]}' (and {len(missing) - 1} more); skipped")
+        ledger.joined(len(keys), len(keys) - len(complete), final=True)
+        return [RawSample(key, {name: index[key] for name, index in indexes.items()}) for key in complete]
+
+
+def _index(root: str) -> dict[str, Member]:
+    """key → file, of all files below ``root``; hidden ones apart."""
+    index: dict[str, Member] = {}
+    for folder, _, files in os.walk(root, followlinks=True, onerror=_raise):
+        for file in sorted(files):
+            if not file.startswith("."):
+                path = os.path.join(folder, file)
+                key, extension = split_name(Path(path).relative_to(root).as_posix())
+                index.setdefault(key, Member(path, extension))
+    return index
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename}: {error.strerror}") from error

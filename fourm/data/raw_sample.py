@@ -1,0 +1,110 @@
+"""One sample on disk: where its members lie, and their values once somebody asks for them.
+
+A :class:`RawSample` is a reference until :meth:`RawSample.values` is called for the first time; it then keeps the decoded
+values for the repeats of the sample and goes away with the last of them.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import zlib
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from fourm.data.decoding import decode_value
+from fourm.utils.errors import DataError
+
+
+class Member(NamedTuple):
+    """A file, or a part of one."""
+
+    path: str
+    extension: str  # all that follows the first dot: "jpg", "json.gz"
+    offset: int = 0
+    size: int | None = None  # None: up to the end of the file
+
+
+class BadSample(Exception):
+    """A sample that cannot be read; it is skipped and counted under ``reason``."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+
+
+class OpenFiles:
+    """Reads parts of files and keeps the most recent of them open."""
+
+    def __init__(self, limit: int = 64):
+        self._limit = limit
+        self._open: OrderedDict[str, io.FileIO] = OrderedDict()
+
+    def read(self, member: Member) -> bytes:
+        """The bytes of ``member``.
+
+        Raises:
+            OSError: the file cannot be read, or ends before the member does.
+        """
+        if member.size is None:
+            return Path(member.path).read_bytes()
+        file = self._open.pop(member.path, None) or io.FileIO(member.path)
+        self._open[member.path] = file
+        if len(self._open) > self._limit:
+            self._open.popitem(last=False)[1].close()
+        data = os.pread(file.fileno(), member.size, member.offset)
+        if len(data) != member.size:
+            raise OSError(f"the file ends within the member at byte {member.offset}")
+        return data
+
+    def __reduce__(self) -> tuple:
+        return OpenFiles, (self._limit,)  # a worker process opens its own
+
+
+class RawSample:
+    """The members of one sample, by the name of the modality that they belong to."""
+
+    __slots__ = ("_values", "key", "members")
+
+    def __init__(self, key: str, members: Mapping[str, Member]):
+        self.key = key
+        self.members = members
+        self._values: dict[str, Any] | None = None
+
+    def values(self, files: OpenFiles, keep_pixels: bool) -> dict[str, Any]:
+        """The decoded members, ``{modality: value}``; to be read only.
+
+        Args:
+            keep_pixels: give images as ``PIL.Image``, which are decoded once for all repeats of the sample, rather than as
+                encoded ``bytes``, of which every repeat decodes just as much as its crop needs.
+
+        Raises:
+            BadSample: a member is missing, cut off or not what its extension says.
+            DataError: no value can be read from files with this extension.
+        """
+        if self._values is None:
+            self._values = {name: self._value(name, files, keep_pixels) for name in self.members}
+        return self._values
+
+    def _value(self, name: str, files: OpenFiles, keep_pixels: bool) -> Any:
+        member = self.members[name]
+        try:
+            content = files.read(member)
+        except OSError as error:
+            raise BadSample("unreadable member", f"{self.where(name)}: {error.strerror or error}") from error
+        try:
+            value = decode_value(f"member.{member.extension}", content)
+            return Image.open(io.BytesIO(value)) if keep_pixels and isinstance(value, bytes) else value
+        except DataError as error:
+            raise DataError(f"{self.where(name)}: {error}") from error
+        except (ValueError, OSError, EOFError, SyntaxError, zlib.error) as error:
+            raise BadSample("corrupt member", f"{self.where(name)}: {error}") from error
+
+    def where(self, name: str) -> str:
+        """File and key of modality ``name``, or of the sample's first one, for messages."""
+        path = self.members.get(name, next(iter(self.members.values()))).path
+        return f"{path}: key '{self.key}'"

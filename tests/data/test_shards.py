@@ -1,0 +1,144 @@
+"""Shards: headers are indexed correctly, modalities are joined by key, damage is reported with file and key."""
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.raw_sample import BadSample, OpenFiles
+from fourm.data.shards import Shards, tar_members
+from fourm.utils.errors import DataError, UserError
+from tests.data.dataset_files import sample, write_shards, write_tar
+
+WANTED = {"rgb@224": "rgb", "caption": "caption", "tok_rgb@224": "tok_rgb", "crop_settings": "crop_settings"}
+NAMES = {"tok_rgb": "tok_rgb@224"}
+
+
+def _ledger(max_bad_fraction=1.0):
+    return BadSampleLedger("toy", max_bad_fraction)
+
+
+def _index(sample):
+    """Which sample it is, as its caption, tokens and key tell independently."""
+    values = sample.values(OpenFiles(), keep_pixels=False)
+    caption, tokens = int(values["caption"][0].split()[1][1:]), int(values["tok_rgb@224"][0, 0])
+    assert caption == tokens // 3 == int(sample.key)
+    return caption
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_members_agree_with_tarfile(tmp_path, format):
+    path = tmp_path / "a.tar"
+    names = ["a.txt", "deep/" * 15 + "b.json", "empty.txt", "späße/ü.txt", "c/big.npy"]
+    if format != tarfile.USTAR_FORMAT:
+        names.append("l" * 250 + ".txt")
+    with tarfile.open(path, "w", format=format) as tar:
+        folder = tarfile.TarInfo("c")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        for number, name in enumerate(names):
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = number * 700 * (name != "empty.txt"), 1.5  # a broken second makes a pax header
+            tar.addfile(info, io.BytesIO(bytes([number]) * info.size))
+    with tarfile.open(path) as tar:
+        expected = [(m.name, m.offset_data, m.size) for m in tar if m.isfile()]
+    assert list(tar_members(str(path))) == expected
+    assert [name for name, *_ in expected] == names
+
+
+def test_modalities_in_different_order_are_joined_by_key(tmp_path):
+    samples = Shards(write_shards(tmp_path, 2, 6), WANTED, NAMES).all(_ledger())
+    assert sorted(map(_index, samples)) == list(range(12))
+    assert samples[0].values(OpenFiles(), keep_pixels=False)["rgb@224"][:2] == b"\xff\xd8"
+
+
+def test_all_modalities_in_one_tar(tmp_path):
+    members = [
+        (f"{i:05d}.{folder}.{extension}", content)
+        for i in range(3)
+        for folder, (extension, content) in sample(i).items()
+    ]
+    np.random.default_rng(0).shuffle(members)
+    write_tar(tmp_path / "all-0.tar", members)
+    assert sorted(map(_index, Shards(f"{tmp_path}/all-{{0..0}}.tar", WANTED, NAMES).all(_ledger()))) == [0, 1, 2]
+
+
+def test_tars_of_different_length_lose_only_the_missing_keys(tmp_path, caplog):
+    path = write_shards(
+        tmp_path, 1, 8, lambda folder, i, _, content: None if folder == "caption" and i in (3, 5) else content
+    )
+    ledger = _ledger()
+    shards = Shards(path, WANTED, NAMES)
+    assert sorted(map(_index, shards.all(ledger))) == [0, 1, 2, 4, 6, 7]
+    shards.all(ledger)
+    assert ledger.collect() == {"toy: missing member": 4}
+    (message,) = [record.getMessage() for record in caplog.records]  # once per shard
+    assert f"{tmp_path}/caption/shard-00000.tar" in message and ("'00003'" in message or "'00005'" in message)
+
+
+def test_truncated_tar_gives_what_is_whole(tmp_path, caplog):
+    path = write_shards(tmp_path, 1, 8, shuffle=False)
+    broken = tmp_path / "rgb" / "shard-00000.tar"
+    broken.write_bytes(broken.read_bytes()[: broken.stat().st_size // 2])
+    samples = Shards(path, WANTED, NAMES).all(_ledger())
+    assert 0 < len(samples) < 8 and sorted(map(_index, samples)) == list(range(len(samples)))
+    assert f"{broken}: cut off" in caplog.text
+
+
+def test_unreadable_shard_is_skipped_but_not_all_of_them(tmp_path, caplog):
+    path = write_shards(tmp_path, 2, 4)
+    (tmp_path / "rgb" / "shard-00000.tar").write_bytes(b"no tar at all" * 100)
+    stream = Shards(path, WANTED, NAMES).draw((0, "order", 0), 0, 1, _ledger())
+    assert {_index(s) for s in itertools.islice(stream, 40)} == {4, 5, 6, 7}
+    assert "rgb/shard-00000.tar: not a tar file" in caplog.text
+    (tmp_path / "rgb" / "shard-00001.tar").unlink()
+    stream = Shards(path, WANTED, NAMES).draw((0, "order", 0), 0, 1, _ledger(0.9))
+    with pytest.raises(DataError, match="max_bad_fraction"):
+        next(stream)
+
+
+def test_streams_are_endless_reproducible_and_differ(tmp_path):
+    shards = Shards(write_shards(tmp_path, 6, 2), WANTED, NAMES)
+
+    def keys(key, stream):
+        return [s.key for s in itertools.islice(shards.draw(key, stream, 2, _ledger()), 50)]
+
+    assert keys((0, "order", 0), 0) == keys((0, "order", 0), 0)
+    assert len({tuple(keys((seed, "order", epoch), s)) for seed in (0, 1) for epoch in (0, 1) for s in (0, 1)}) == 8
+
+
+def test_member_that_shrinks_after_indexing_is_a_bad_sample(tmp_path):
+    path = write_shards(tmp_path, 1, 2, shuffle=False)
+    samples = Shards(path, WANTED, NAMES).all(_ledger())
+    tar = tmp_path / "caption" / "shard-00000.tar"
+    tar.write_bytes(tar.read_bytes()[:1600])
+    with pytest.raises(BadSample, match=f"{tar}: key '00001': the file ends"):
+        samples[1].values(OpenFiles(), keep_pixels=False)
+
+
+@pytest.mark.parametrize(
+    "path, message",
+    [
+        ("s3://bucket/[rgb]/a.tar", "s3://bucket.* not yet"),
+        ("https://host/[rgb]/a.tar", "not yet"),
+        ("pipe:cat a.tar", "only local files"),
+        ("{root}/[rgb,caption,crop_settings]/a.tar", "no folder for modality tok_rgb@224"),
+        ("{root}/[rgb,caption,tok_rgb,crop_settings]/a.tar", "there is no .*/rgb/a.tar"),
+        ("{root}/[rgb]/[caption]/a.tar", "one pair of brackets"),
+        ("{root}/nothing.tar", "nothing.tar: No such file"),
+    ],
+)
+def test_wrong_paths_are_named(tmp_path, path, message):
+    with pytest.raises(UserError, match=message):
+        Shards(path.replace("{root}", str(tmp_path)), WANTED, NAMES)
+
+
+def test_few_files_stay_open(tmp_path):
+    path = write_shards(tmp_path, 8, 1)
+    files = OpenFiles(limit=3)
+    for s in Shards(path, WANTED, NAMES).all(_ledger()):
+        s.values(files, keep_pixels=False)
+    assert len(files._open) == 3
