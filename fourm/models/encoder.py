@@ -1,0 +1,107 @@
+"""Embedding the inputs and encoding them: what FourM and FourMViT share (method section 3, 1 and 3).
+
+Shapes: B batch, N encoder slots, R register tokens, D model width. Masks: True = masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, attendable, init_weights
+from fourm.models.modality_embedding import ModalityEmbedding
+from fourm.models.token_selection import Batch, Selection
+
+
+class Encoder(nn.Module):
+    """Embedding modules of the inputs, blocks, norm and register tokens.
+
+    Args:
+        embeddings: modality → embedding module.
+        drop_path_rates: one per block.
+    """
+
+    def __init__(
+        self,
+        embeddings: Mapping[str, ModalityEmbedding],
+        options: BlockOptions,
+        drop_path_rates: list[float],
+        num_register_tokens: int,
+        use_act_checkpoint: bool,
+    ):
+        super().__init__()
+        self.use_act_checkpoint = use_act_checkpoint
+        for embedding in embeddings.values():
+            embedding.init(options.dim)
+        self.encoder_embeddings: Any = nn.ModuleDict(embeddings)
+        self.encoder = nn.ModuleList(Block(options, rate) for rate in drop_path_rates)
+        self.encoder_norm = options.norm()
+        self.num_register_tokens = num_register_tokens
+        if num_register_tokens:
+            self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, options.dim))
+
+    def init_weights(self) -> None:
+        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        init_weights(self)
+        if self.num_register_tokens:
+            nn.init.normal_(self.register_tokens, std=INIT_STD)
+
+    def embed_encoder(self, mod_dict: Batch, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+        """→ content and position + modality, (B, R + N, D) each, and the padding (B, R + N); registers go first."""
+        rows = selection.rows()
+        tokens = [
+            embedding(tensor_of(mod_dict, name, embedding), rows[name])
+            for name, embedding in self.encoder_embeddings.items()
+        ]
+        x, emb = (selection.place(part) for part in zip(*tokens, strict=True))
+        padding = selection.padding
+        if registers := self.num_register_tokens:
+            x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], dim=1)
+            emb, padding = F.pad(emb, (0, 0, registers, 0)), F.pad(padding, (registers, 0))
+        return x, emb, padding
+
+    def encode(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        """(B, R + N, D) → (B, R + N, D)."""
+        mask = None if padding is None else attendable(padding)
+        return self.encoder_norm(self.run_blocks(self.encoder, x, mask))
+
+    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None) -> Tensor:
+        """``x`` through a stack of blocks that all get the same ``context``."""
+        recompute = self.use_act_checkpoint and torch.is_grad_enabled()
+        for block in blocks:
+            x = checkpoint(block, x, *context, use_reentrant=False) if recompute else block(x, *context)
+        return x
+
+    def get_num_layers_encoder(self) -> int:
+        return len(self.encoder)
+
+    def encoder_trunk(self) -> list[nn.Module | nn.Parameter]:
+        """All of the encoder but its embedding modules."""
+        return [self.encoder, self.encoder_norm, *([self.register_tokens] if self.num_register_tokens else [])]
+
+    def freeze_encoder(self, freeze_embeddings: bool = True) -> None:
+        set_trainable(False, *self.encoder_trunk(), *([self.encoder_embeddings] if freeze_embeddings else []))
+
+    def unfreeze_encoder(self, unfreeze_embeddings: bool = True) -> None:
+        set_trainable(True, *self.encoder_trunk(), *([self.encoder_embeddings] if unfreeze_embeddings else []))
+
+
+def set_trainable(trainable: bool, *parts: nn.Module | nn.Parameter) -> None:
+    """Freeze or unfreeze modules and single parameters."""
+    for part in parts:
+        part.requires_grad_(trainable)
+
+
+def tensor_of(mod_dict: Batch, name: str, embedding: ModalityEmbedding) -> Tensor:
+    """A modality's tensor, or one without samples if the batch lacks it."""
+    return mod_dict[name]["tensor"] if name in mod_dict else embedding.empty()
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of ``depth`` blocks, growing linearly from 0 to ``rate``."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]

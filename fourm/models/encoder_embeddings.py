@@ -1,0 +1,106 @@
+"""Tokens, patches and vectors of one modality → encoder tokens (method section 2).
+
+Shapes: B batch, L tokens of one modality, n selected tokens of one modality in the whole batch, D model width.
+"""
+
+from __future__ import annotations
+
+from einops import rearrange
+from torch import Tensor, nn
+
+from fourm.models.modality_embedding import ModalityEmbedding, Rows, TokenEmbedding, image_grid, sequence_grid
+from fourm.utils.errors import DataError
+
+
+class ImageTokenEncoderEmbedding(TokenEmbedding):
+    """A grid of token ids, (B, L) or (B, h, w)."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        patch_size: int = 16,
+        dim_tokens: int | None = None,
+        sincos_pos_emb: bool = True,
+        image_size: int = 224,
+    ):
+        super().__init__(vocab_size, None, image_grid(image_size, patch_size), sincos_pos_emb, dim_tokens)
+
+
+class ImageEncoderEmbedding(ModalityEmbedding):
+    """Pixels or a feature map, (B, C, H, W): linear patches."""
+
+    def __init__(
+        self,
+        num_channels: int,
+        patch_size: int = 16,
+        dim_tokens: int | None = None,
+        sincos_pos_emb: bool = True,
+        image_size: int = 224,
+    ):
+        self.num_channels, self.patch_size, self.image_size = num_channels, patch_size, image_size
+        super().__init__(image_grid(image_size, patch_size), sincos_pos_emb, dim_tokens)
+
+    def init(self, dim_tokens: int) -> None:
+        super().init(dim_tokens)
+        self.proj = nn.Linear(self.num_channels * self.patch_size**2, dim_tokens, bias=False)
+
+    def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """→ content and position + modality of the selected patches, (n, D) each. Only those are copied."""
+        if tensor.shape[1:] != (expected := (self.num_channels, self.image_size, self.image_size)):
+            raise DataError(f"an image of shape {tuple(tensor.shape[1:])} reached an embedding for {expected}")
+        p, width = self.patch_size, self.grid[1]
+        patches = rearrange(tensor, "b c (h p) (w q) -> b h w p q c", p=p, q=p)  # a view
+        chosen = patches[rows.sample, rows.index // width, rows.index % width]
+        return self.proj(rearrange(chosen, "n p q c -> n (p q c)")), self.emb(rows.position)
+
+    def empty(self) -> Tensor:
+        return self.mod_emb.new_empty((0, self.num_channels, self.image_size, self.image_size))
+
+
+class SequenceEncoderEmbedding(TokenEmbedding):
+    """Ids of a text or of integer codes, (B, L)."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        max_length: int,
+        dim_tokens: int | None = None,
+        sincos_pos_emb: bool = True,
+        max_sincos_pos_emb: int = 512,
+        padding_idx: int = 0,
+    ):
+        grid = sequence_grid(max_length, sincos_pos_emb, max_sincos_pos_emb)
+        super().__init__(vocab_size, padding_idx, grid, sincos_pos_emb, dim_tokens)
+
+
+class SequenceEmbEncoderEmbedding(ModalityEmbedding):
+    """Embedding vectors of another model, (B, L, orig_emb_dim), such as those of T5 for a caption."""
+
+    def __init__(
+        self,
+        max_length: int,
+        dim_tokens: int | None = None,
+        sincos_pos_emb: bool = True,
+        max_sincos_pos_emb: int = 512,
+        orig_emb_dim: int = 4096,
+        bottleneck_dim: int = 64,
+        use_bottleneck: bool = False,
+    ):
+        self.orig_emb_dim, self.bottleneck_dim, self.use_bottleneck = orig_emb_dim, bottleneck_dim, use_bottleneck
+        super().__init__(sequence_grid(max_length, sincos_pos_emb, max_sincos_pos_emb), sincos_pos_emb, dim_tokens)
+
+    def init(self, dim_tokens: int) -> None:
+        super().init(dim_tokens)
+        widths = (self.orig_emb_dim, self.bottleneck_dim, dim_tokens)
+        self.emb_proj: nn.Module = (
+            nn.Sequential(nn.Linear(*widths[:2]), nn.Linear(*widths[1:]))
+            if self.use_bottleneck
+            else nn.Linear(self.orig_emb_dim, dim_tokens)
+        )
+
+    def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """→ content and position + modality of the selected vectors, (n, D) each."""
+        return self.emb_proj(tensor[rows.sample, rows.index]), self.emb(rows.position)
+
+    def empty(self) -> Tensor:
+        return self.mod_emb.new_empty((0, 1, self.orig_emb_dim))

@@ -1,0 +1,304 @@
+"""4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406; method sections 2-4).
+
+Shapes: B batch, N encoder slots, R register tokens, M decoder slots, L tokens of one modality, n_m selected tokens of
+modality m in the whole batch, D model width, V vocabulary. Masks: True = masked.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fourm.data.modality_info import Modality, resolve_modalities
+from fourm.models import decoder_embeddings, encoder_embeddings
+from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
+from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, attendable
+from fourm.models.hub import HubModel, trunk_options
+from fourm.models.modality_embedding import ModalityEmbedding
+from fourm.models.token_selection import Batch, Selection, TokenPlan, plan_tokens
+from fourm.utils.config import check_keys
+from fourm.utils.errors import UserError, did_you_mean
+
+
+class FourM(Encoder):
+    """The model, from embedding modules on.
+
+    Args:
+        encoder_embeddings, decoder_embeddings: modality → embedding module, for every modality that can be an input,
+            or a target.
+        modality_info: modality → its entry of the modality table.
+        dim, encoder_depth, decoder_depth, num_heads, mlp_ratio: sizes of the trunk.
+        qkv_bias, proj_bias, mlp_bias: which linear maps of the blocks have biases.
+        drop_path_rate_encoder, drop_path_rate_decoder: stochastic depth of the last block, growing linearly from 0.
+        shared_drop_path: the rate grows over encoder and decoder as if they were one stack.
+        act_layer, norm_layer: classes of the activation and of the norms; the latter is called with the width.
+        gated_mlp, qk_norm: see :mod:`fourm.models.fm_utils`.
+        decoder_causal_mask: a target sees those before it, whatever the batch's ``decoder_attention_mask`` says.
+        decoder_sep_mask: a target sees only targets of its own modality.
+        num_register_tokens: learned tokens in front of the encoder's.
+        use_act_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+        share_modality_embeddings: a modality that is input and target has one modality vector.
+    """
+
+    def __init__(
+        self,
+        encoder_embeddings: Mapping[str, ModalityEmbedding],
+        decoder_embeddings: Mapping[str, ModalityEmbedding],
+        modality_info: Mapping[str, Mapping[str, Any]],
+        dim: int = 768,
+        encoder_depth: int = 12,
+        decoder_depth: int = 12,
+        num_heads: int = 12,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        proj_bias: bool = True,
+        mlp_bias: bool = True,
+        drop_path_rate_encoder: float = 0.0,
+        drop_path_rate_decoder: float = 0.0,
+        shared_drop_path: bool = False,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        norm_layer: Callable[[int], nn.Module] = LayerNorm,
+        gated_mlp: bool = False,
+        qk_norm: bool = False,
+        decoder_causal_mask: bool = False,
+        decoder_sep_mask: bool = True,
+        num_register_tokens: int = 0,
+        use_act_checkpoint: bool = False,
+        share_modality_embeddings: bool = True,
+    ):
+        options = BlockOptions(
+            dim, num_heads, mlp_ratio, qkv_bias, proj_bias, mlp_bias, act_layer, norm_layer, gated_mlp, qk_norm
+        )
+        depth = encoder_depth + decoder_depth
+        encoder_rates = drop_path_rates(drop_path_rate_encoder, depth if shared_drop_path else encoder_depth)
+        decoder_rates = drop_path_rates(drop_path_rate_decoder, depth if shared_drop_path else decoder_depth)
+        super().__init__(
+            encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint
+        )
+        self.modality_info = modality_info
+        self.decoder_causal_mask, self.decoder_sep_mask = decoder_causal_mask, decoder_sep_mask
+        self.share_modality_embeddings = share_modality_embeddings
+        for embedding in decoder_embeddings.values():
+            embedding.init(dim)
+        self.decoder_embeddings: Any = nn.ModuleDict(decoder_embeddings)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
+        self.decoder_proj_context = nn.Linear(dim, dim)
+        self.decoder = nn.ModuleList(DecoderBlock(options, rate) for rate in decoder_rates[-decoder_depth:])
+        self.decoder_norm = options.norm()
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        for embedding in self.decoder_embeddings.values():
+            embedding.tie()
+        if self.share_modality_embeddings:
+            for name in self.encoder_embeddings.keys() & self.decoder_embeddings.keys():
+                self.decoder_embeddings[name].mod_emb = self.encoder_embeddings[name].mod_emb
+        super().init_weights()
+        nn.init.normal_(self.mask_token, std=INIT_STD)
+
+    def forward(
+        self,
+        mod_dict: Batch,
+        num_encoder_tokens: int,
+        num_decoder_tokens: int,
+        loss_type: str = "mod",
+        return_logits: bool = False,
+        plan: TokenPlan | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
+        """Loss of a batch.
+
+        Args:
+            mod_dict: modality → tensor, input_mask, target_mask, decoder_attention_mask (method section 1).
+            num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``plan``.
+            loss_type: ``mod`` = mean over all target modalities of the model of each one's mean cross-entropy;
+                ``token`` = mean over all target tokens.
+            return_logits: return the logits of the kept targets instead, {modality: (n_m, V)}.
+            plan: the tokens to use, from :meth:`plan`, on the device of the batch. With one, nothing here waits for
+                the device.
+
+        Returns:
+            The loss and {modality: its mean cross-entropy}, 0 for a modality without targets.
+        """
+        if plan is None:
+            plan = self.plan(mod_dict, num_encoder_tokens, num_decoder_tokens)
+        x, emb, padding = self.embed_encoder(mod_dict, plan.encoder)
+        context = self.context(self.encode(x + emb, padding), emb)
+        y = self.decode(self.embed_decoder(mod_dict, plan.decoder), context, padding, self.target_mask(plan.decoder))
+        logits = self.logits(y, plan.decoder)
+        return logits if return_logits else self.loss(logits, mod_dict, plan.decoder, loss_type)
+
+    def plan(
+        self,
+        mod_dict: Batch,
+        num_encoder_tokens: int,
+        num_decoder_tokens: int,
+        generator: torch.Generator | None = None,
+    ) -> TokenPlan:
+        """The tokens of a batch that the model will use: :func:`plan_tokens` with the model's modalities."""
+        inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
+        targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
+        return plan_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+
+    def context(self, encoded: Tensor, emb: Tensor) -> Tensor:
+        """What the decoder attends to, (B, R + N, D): the encoder's output, told again where each token belongs."""
+        return self.decoder_proj_context(encoded) + emb
+
+    def embed_decoder(self, mod_dict: Batch, selection: Selection) -> Tensor:
+        """→ (B, M, D): content + position + modality of the targets."""
+        rows = selection.rows()
+        # Without image targets, no row of the mask token keeps it in the graph, as DDP needs.
+        tokens = [(self.mask_token[0, :0], self.mask_token[0, :0])] + [
+            embedding(tensor_of(mod_dict, name, embedding), rows[name], self.mask_token)
+            for name, embedding in self.decoder_embeddings.items()
+        ]
+        x, emb = (selection.place(part) for part in zip(*tokens, strict=True))
+        return x + emb
+
+    def target_mask(self, selection: Selection) -> Tensor:
+        """Which targets each target must not see, (B, M, M).
+
+        Target i sees j iff j < cumsum(attention)_i: [4, 0, 0, 0] = all four see each other, [1, 1, 1, 1] = causal.
+        """
+        column = torch.arange(selection.modality.shape[1], device=selection.modality.device)
+        end = column + 1 if self.decoder_causal_mask else selection.attention.cumsum(1)
+        masked = (column >= end[..., None]) | selection.padding[:, None]
+        if self.decoder_sep_mask:
+            masked = masked | (selection.modality[:, None] != selection.modality[..., None])
+        return masked
+
+    def decode(self, y: Tensor, context: Tensor, context_padding: Tensor, target_mask: Tensor) -> Tensor:
+        """(B, M, D), (B, R + N, D) → (B, M, D)."""
+        masks = attendable(target_mask), attendable(context_padding)
+        return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks))
+
+    def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:
+        """Decoder output (B, M, D) → {modality: (n_m, V)}, from the positions of that modality only."""
+        return {name: self.decoder_embeddings[name].to_logits(rows) for name, rows in selection.take(y).items()}
+
+    def loss(
+        self, logits: dict[str, Tensor], mod_dict: Batch, selection: Selection, loss_type: str = "mod"
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """See :meth:`forward`. Sums over no targets are 0, but keep a modality's parameters in the graph."""
+        sums = {}
+        for name, rows in selection.rows().items():
+            embedding = self.decoder_embeddings[name]
+            targets = embedding.targets(tensor_of(mod_dict, name, embedding), rows)
+            sums[name] = F.cross_entropy(logits[name].float(), targets, reduction="sum")
+        means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
+        if loss_type == "mod":
+            return torch.stack(list(means.values())).mean(), means
+        if loss_type == "token":
+            return torch.stack(list(sums.values())).sum() / max(sum(selection.counts.values()), 1), means
+        raise UserError(f"loss_type must be 'mod' or 'token', not {loss_type!r}")
+
+    # Freezing. `frozen_embedding_domain` is a list of modalities joined by "-", as in the configs.
+
+    def get_num_layers_decoder(self) -> int:
+        return len(self.decoder)
+
+    def decoder_trunk(self) -> list[nn.Module | nn.Parameter]:
+        return [self.mask_token, self.decoder_proj_context, self.decoder, self.decoder_norm]
+
+    def freeze_encoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
+        """Freeze the encoder; of its embeddings only those of ``frozen_embedding_domain``."""
+        set_trainable(False, *self.encoder_trunk(), *_of_domains(self.encoder_embeddings, frozen_embedding_domain))
+
+    def freeze_decoder(self, freeze_embeddings: bool = True) -> None:
+        set_trainable(False, *self.decoder_trunk(), *([self.decoder_embeddings] if freeze_embeddings else []))
+
+    def freeze_decoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
+        """Freeze the decoder; of its embeddings only those of ``frozen_embedding_domain``."""
+        set_trainable(False, *self.decoder_trunk(), *_of_domains(self.decoder_embeddings, frozen_embedding_domain))
+
+    def unfreeze_decoder(self, unfreeze_embeddings: bool = True) -> None:
+        set_trainable(True, *self.decoder_trunk(), *([self.decoder_embeddings] if unfreeze_embeddings else []))
+
+    def freeze_shared_params(self) -> None:
+        """Freeze all but the embeddings."""
+        set_trainable(False, *self.encoder_trunk(), *self.decoder_trunk())
+
+    def unfreeze_shared_params(self) -> None:
+        set_trainable(True, *self.encoder_trunk(), *self.decoder_trunk())
+
+    def freeze_params_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
+        """Freeze all but the embeddings, and of these those of ``frozen_embedding_domain``."""
+        self.freeze_encoder_except_specific_embeddings(frozen_embedding_domain)
+        self.freeze_decoder_except_specific_embeddings(frozen_embedding_domain)
+
+    def unfreeze_all(self) -> None:
+        set_trainable(True, self)
+
+
+def _of_domains(embeddings: nn.ModuleDict, domains: str) -> list[nn.Module]:
+    return [embeddings[name] for name in domains.split("-") if name in embeddings]
+
+
+_NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}
+CONFIG_KEYS = (
+    *(key for key in inspect.signature(FourM.__init__).parameters if key not in _NOT_IN_CONFIGS),
+    *("domains_in", "domains_out", "image_size", "patch_size", "norm_bias", "modalities", "share_embedding"),
+)
+
+
+class FM(FourM, HubModel):
+    """A 4M model from a hub configuration; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
+
+    Args:
+        config: any argument of :class:`FourM` (``act_layer`` by its name in ``torch.nn``) and
+
+            * ``domains_in``, ``domains_out``: modalities that can be inputs, and targets
+            * ``image_size``, ``patch_size``: of images whose table entry leaves them open
+            * ``norm_bias``: whether norms learn a bias
+            * ``modalities``: declarations of modalities that are not in the table, or differ from it
+            * ``share_embedding``: ``to_logits`` is tied to ``token_emb``, as in training (published files: untied)
+    """
+
+    def __init__(self, config: dict):
+        check_keys(config, CONFIG_KEYS, "model config")
+        options = dict(config)
+        try:
+            domains_in, domains_out = options.pop("domains_in"), options.pop("domains_out")
+        except KeyError as missing:
+            raise UserError(f"model config: the key {missing} is required") from None
+        declarations = options.pop("modalities", None)
+        modalities = resolve_modalities([*domains_in, *domains_out], declarations, "model config")
+        sizes = {key: options.pop(key, default) for key, default in (("image_size", 224), ("patch_size", 16))}
+        share = options.pop("share_embedding", False)
+        super().__init__(
+            {name: build_embedding(modalities[name], "encoder", sizes) for name in domains_in},
+            {name: build_embedding(modalities[name], "decoder", sizes, share_embedding=share) for name in domains_out},
+            modalities,
+            **trunk_options(options),
+        )
+        self.config = config
+
+
+def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:
+    """The embedding module that the modality table names.
+
+    Args:
+        side: ``encoder`` or ``decoder``.
+        sizes: ``image_size`` and ``patch_size`` where the table leaves them open.
+    """
+    class_name = modality[f"{side}_embedding"]
+    if class_name is None:
+        raise UserError(f"modality {modality.name} cannot be {'an input' if side == 'encoder' else 'a target'}")
+    classes = vars({"encoder": encoder_embeddings, "decoder": decoder_embeddings}[side])
+    if class_name not in classes:
+        raise UserError(
+            f"modality {modality.name}: no {side} embedding '{class_name}'{did_you_mean(class_name, classes)}"
+        )
+    if modality.type == "img":
+        options |= {"image_size": modality.input_size or sizes["image_size"]}
+        options |= {"patch_size": modality.patch_size or sizes["patch_size"]}
+    if modality.is_pixels:
+        options["num_channels"] = modality.num_channels
+    elif modality.type != "seq_emb":
+        options["vocab_size"] = modality.vocab_size
+    return classes[class_name](**options, **modality.embedding_options)

@@ -1,0 +1,67 @@
+"""Models on disk and on the Hugging Face hub: ``config.json`` + ``model.safetensors`` in the published layout."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from fourm.models.fm_utils import LayerNorm
+from fourm.utils.errors import UserError, did_you_mean
+
+
+class HubModel(PyTorchModelHubMixin):
+    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model with a ``config``."""
+
+    config: dict[str, Any]
+
+    def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What of a file's weights the model wants; the rest of the loading is strict."""
+        return state_dict
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """Write tied weights under each of their names: the published layout does not know ties."""
+        assert isinstance(self, nn.Module)
+        tensors: dict[str, Tensor] = {}
+        written: set[int] = set()
+        for name, tensor in self.state_dict().items():
+            tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
+            written.add(tensor.data_ptr())
+        save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
+        config = {key: value for key, value in self.config.items() if key != "share_embedding"}
+        (save_directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+
+    @classmethod
+    def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        return _load(model, load_file(model_file, device=str(map_location)), model_file)
+
+    @classmethod
+    def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        return _load(model, torch.load(model_file, map_location=map_location, weights_only=True), model_file)
+
+
+def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:
+    try:
+        model.load_state_dict(model.adapt_state_dict(state_dict))
+    except RuntimeError as error:
+        problems = [line.strip() for line in str(error).splitlines()[1:3]]
+        raise UserError(f"{file} does not hold the weights of its config.json: {' '.join(problems)[:300]}") from error
+    return model.eval()
+
+
+def trunk_options(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of FourM from those of a hub config: classes instead of ``act_layer``'s name and ``norm_bias``."""
+    options = dict(config)
+    name = options.pop("act_layer", "GELU")
+    if not isinstance(getattr(nn, name, None), type):
+        raise UserError(f"model config: act_layer '{name}' is not in torch.nn{did_you_mean(name, dir(nn))}")
+    return options | {
+        "act_layer": getattr(nn, name),
+        "norm_layer": partial(LayerNorm, bias=options.pop("norm_bias", True)),
+    }

@@ -1,0 +1,147 @@
+"""What the embedding modules of all modalities share: positions and the modality vector (method section 2).
+
+An embedding module sees only the tokens that were selected, named by :class:`Rows`, never the whole modality. It
+returns their content ``x`` and ``emb`` = position + modality vector.
+
+Shapes: B batch, L tokens of one modality, n selected tokens of one modality in the whole batch, D model width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from fourm.models.fm_utils import INIT_STD, init_weights
+from fourm.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which tokens of a modality are selected.
+
+    Attributes:
+        sample: (n,) index in the batch.
+        index: (n,) index of the token in its sample's row.
+        position: (n,) row of the position table. An image's is ``index``; a sequence's counts the valid tokens.
+    """
+
+    sample: Tensor
+    index: Tensor
+    position: Tensor
+
+
+def sincos_table(grid: tuple[int, ...], dim: int) -> Tensor:
+    """Sine-cosine positions of all cells of a grid in row-major order.
+
+    Every axis gets an equal share of the width: ``[sin(pω), cos(pω)]`` with ω_i = 10000^(−i/k) of k frequencies.
+
+    Returns:
+        (1, cells, D).
+    """
+    if dim % (2 * len(grid)):
+        raise UserError(f"dim {dim} must be a multiple of {2 * len(grid)} for {len(grid)}-D sine-cosine positions")
+    k = dim // (2 * len(grid))
+    omega = 10000 ** (-torch.arange(k, dtype=torch.float64) / k)
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
+    angles = [axis.reshape(-1, 1) * omega for axis in axes]
+    return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
+
+
+class ModalityEmbedding(nn.Module):
+    """Positions over a grid, (h, w) or (length,), and the learned vector of the modality.
+
+    Subclasses add their content modules in :meth:`init`. It runs at once if ``dim_tokens`` is given (so options are
+    set before ``super().__init__``), else when FourM, which knows its width, takes the module.
+
+    Args:
+        num_positions: a position from here on is treated as position 0; the whole table unless given.
+    """
+
+    pos_emb: Tensor
+    mod_emb: nn.Parameter
+
+    def __init__(
+        self, grid: tuple[int, ...], sincos_pos_emb: bool, dim_tokens: int | None, num_positions: int | None = None
+    ):
+        super().__init__()
+        self.grid, self.sincos_pos_emb = grid, sincos_pos_emb
+        self.num_positions = num_positions or math.prod(grid)
+        if dim_tokens is not None:
+            self.init(dim_tokens)
+            init_weights(self)
+
+    def init(self, dim_tokens: int) -> None:
+        """Create the parameters at the width D of the model; their values come from :meth:`reset_parameters`."""
+        self.mod_emb = nn.Parameter(torch.empty(1, 1, dim_tokens))
+        table = torch.empty(1, math.prod(self.grid), dim_tokens)
+        if self.sincos_pos_emb:
+            self.register_buffer("pos_emb", table)
+        else:
+            self.pos_emb = nn.Parameter(table)
+
+    def reset_parameters(self) -> None:
+        """Initialise what this class holds itself."""
+        nn.init.normal_(self.mod_emb, std=INIT_STD)
+        if self.sincos_pos_emb:
+            self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1]))
+        else:
+            nn.init.normal_(self.pos_emb, std=INIT_STD)
+
+    def emb(self, position: Tensor) -> Tensor:
+        """(n,) → position + modality vector (n, D)."""
+        position = position.masked_fill(position >= self.num_positions, 0)
+        return self.pos_emb[0].index_select(0, position) + self.mod_emb[0]
+
+    def empty(self) -> Tensor:
+        """The tensor of a batch that lacks the modality: its zero rows keep the parameters in the graph."""
+        return self.mod_emb.new_empty((0, 1), dtype=torch.long)
+
+
+def image_grid(image_size: int, patch_size: int) -> tuple[int, int]:
+    """Tokens along each side of an image.
+
+    Raises:
+        UserError: patches do not fill the image.
+    """
+    if image_size % patch_size:
+        raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
+    return image_size // patch_size, image_size // patch_size
+
+
+def sequence_grid(max_length: int, sincos_pos_emb: bool, max_sincos_pos_emb: int) -> tuple[int]:
+    """Length of a sequence's position table.
+
+    Raises:
+        UserError: the sequence is longer than its table.
+    """
+    if sincos_pos_emb and max_length > max_sincos_pos_emb:
+        raise UserError(
+            f"max_length {max_length} exceeds the table of {max_sincos_pos_emb} positions; raise max_sincos_pos_emb"
+        )
+    return (max_sincos_pos_emb if sincos_pos_emb else max_length,)
+
+
+class TokenEmbedding(ModalityEmbedding):
+    """Ids of tokens, (B, L) or (B, h, w)."""
+
+    def __init__(self, vocab_size: int, padding_idx: int | None, *options: Any, **more: Any):
+        self.vocab_size, self.padding_idx = vocab_size, padding_idx
+        super().__init__(*options, **more)
+
+    def init(self, dim_tokens: int) -> None:
+        super().init(dim_tokens)
+        self.token_emb = nn.Embedding(self.vocab_size, dim_tokens, padding_idx=self.padding_idx)
+
+    def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
+        """→ content and position + modality of the selected tokens, (n, D) each."""
+        return self.token_emb(pick_ids(tensor, rows.sample, rows.index)), self.emb(rows.position)
+
+
+def pick_ids(tensor: Tensor, sample: Tensor, index: Tensor) -> Tensor:
+    """Ids of the selected tokens, (n,) int64, from (B, L) or (B, h, w)."""
+    return rearrange(tensor, "b ... -> b (...)")[sample, index].long()
