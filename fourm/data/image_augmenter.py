@@ -51,9 +51,9 @@ class EmptyAugmenter(AbstractImageAugmenter):
         return Augmentation()
 
 
-@dataclass(frozen=True)
 class _ImageAugmenter(AbstractImageAugmenter):
-    """
+    """What the three below share.
+
     Attributes:
         target_size: pixels, one number for squares or (height, width).
         main_domain: modality whose image gives the original size.

@@ -1,0 +1,339 @@
+"""The data YAML → typed data sets, everything they refer to resolved and checked before training starts.
+
+``train.datasets.NAME`` declares a data set, ``val.datasets.NAME`` one for validation, which inherits what it does not
+set from the training set of that name. ``modalities:`` declares modalities that the table lacks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from fourm.data.alphas import alphas_from_file, alphas_from_values
+from fourm.data.image_augmenter import (
+    AbstractImageAugmenter,
+    CenterCropImageAugmenter,
+    EmptyAugmenter,
+    PreTokenizedImageAugmenter,
+    RandomCropImageAugmenter,
+)
+from fourm.data.modality_info import MODALITY_INFO, Modality, resolve_modalities
+from fourm.data.modality_transforms import (
+    MODALITY_TRANSFORMS,
+    CaptionTransform,
+    UnifiedDataTransform,
+    transforms_for,
+)
+from fourm.utils.config import build, check_keys, convert, load_yaml
+from fourm.utils.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Options:
+    """What a data set may set and what is used as it is; ``None`` of a number of tokens: that of the main config.
+
+    Attributes:
+        type: ``multimodal`` (shards or folders) or ``huggingface`` (text from a data set of the hub).
+        data_path: where the data lies, e.g. ``root/[rgb,caption]/shard-{00000..00099}.tar``.
+        use_wds: it lies in tar shards; False: in folders.
+        wds_n_repeats: how often a sample is used while it is in memory, with other crops and masks.
+        wds_shuffle_buffer_tar, wds_shuffle_buffer_repeat: samples that are mixed before and after the repeats.
+        main_augment_domain: modality whose image gives the original size; None = the first one of pixels.
+        aligned_captions: a list of captions has one per stored crop.
+        tok_train_aug: draw a stored crop; False: always the first, the centre crop.
+        hflip, crop_scale, crop_ratio: probability of a flip, area and aspect ratio of crops of data without tokens.
+        modality_name_map: folder (or column) → modality, where the names differ.
+        max_bad_fraction: the run stops when more than this share of the samples is unusable.
+    """
+
+    type: Literal["multimodal", "huggingface"] = "multimodal"
+    data_path: str
+    use_wds: bool = False
+    wds_n_repeats: int = 1
+    wds_shuffle_buffer_tar: int = 1000
+    wds_shuffle_buffer_repeat: int = 1000
+    main_augment_domain: str | None = None
+    aligned_captions: bool = True
+    tok_train_aug: bool = True
+    hflip: float = 0.5
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    modality_name_map: dict[str, str] = dataclasses.field(default_factory=dict)
+    max_bad_fraction: float = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Declared(_Options):
+    """A data set as the YAML has it."""
+
+    in_domains: str | list[str]
+    out_domains: str | list[str]
+    input_alphas: Any = None
+    target_alphas: Any = None
+    alphas_config: str | None = None
+    num_input_tokens: int | None = None
+    num_target_tokens: int | None = None
+    min_input_tokens: int | None = None
+    min_target_tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetConfig(_Options):
+    """One data set, resolved.
+
+    Attributes:
+        name: its key in the YAML.
+        in_domains, out_domains: names of the modalities that may be inputs, and targets.
+        modalities: the union of both, inputs first, with ``input_alphas``, ``target_alphas`` and ``keep`` of its mixture.
+        sampling_weights: of the components of the mixture; None = equal.
+        input_tokens_range, target_tokens_range: fewest and most tokens of a sample, both included.
+    """
+
+    name: str
+    in_domains: tuple[str, ...]
+    out_domains: tuple[str, ...]
+    modalities: dict[str, Modality]
+    sampling_weights: tuple[float, ...] | None
+    input_tokens_range: tuple[int, int]
+    target_tokens_range: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """All data sets of a run.
+
+    Attributes:
+        train, val: data sets by name, in the order of the file.
+        weights: share of each training set in the mixture, not normalised.
+        declarations: the file's ``modalities:`` block; models build their embeddings from it.
+        path: the file.
+    """
+
+    train: dict[str, DatasetConfig]
+    weights: dict[str, float]
+    val: dict[str, DatasetConfig]
+    declarations: dict[str, dict[str, Any]]
+    path: Path
+
+    @property
+    def in_domains(self) -> list[str]:
+        """Every input modality of the training sets, sorted."""
+        return sorted({name for dataset in self.train.values() for name in dataset.in_domains})
+
+    @property
+    def out_domains(self) -> list[str]:
+        """Every target modality of the training sets, sorted."""
+        return sorted({name for dataset in self.train.values() for name in dataset.out_domains})
+
+    @property
+    def modalities(self) -> dict[str, Modality]:
+        """Every modality of the training sets, sorted by name, without alphas."""
+        names = sorted({*self.in_domains, *self.out_domains})
+        return resolve_modalities(names, self.declarations, str(self.path))
+
+
+def load_data_config(
+    path: str | Path,
+    *,
+    num_input_tokens: int,
+    num_target_tokens: int,
+    min_input_tokens: int | None = None,
+    min_target_tokens: int | None = None,
+    max_bad_fraction: float = 0.01,
+) -> DataConfig:
+    """Read the data YAML at ``path``, and the alphas files that it refers to.
+
+    Args:
+        num_input_tokens, num_target_tokens, min_input_tokens, min_target_tokens, max_bad_fraction: for data sets that
+            set no own value; a minimum of None is the maximum.
+
+    Raises:
+        UserError: anything that cannot work, with file, data set, key and the nearest name.
+    """
+    path = Path(path)
+    content = load_yaml(path)
+    check_keys(content, ("train", "val", "modalities"), str(path))
+    declarations = _mapping(content, "modalities", str(path))
+    train, val = (_mapping(content, split, str(path)) for split in ("train", "val"))
+    check_keys(train, ("datasets", "weights"), f"{path}: train")
+    check_keys(val, ("datasets",), f"{path}: val")
+    train_sets, val_sets = _datasets(train, f"{path}: train"), _datasets(val, f"{path}: val")
+    if not train_sets:
+        raise UserError(f"{path}: 'train.datasets' must declare at least one data set")
+    inherited = {name: _inherit(train_sets.get(name, {}), own) for name, own in val_sets.items()}
+    defaults = {
+        "num_input_tokens": num_input_tokens,
+        "num_target_tokens": num_target_tokens,
+        "min_input_tokens": min_input_tokens,
+        "min_target_tokens": min_target_tokens,
+        "max_bad_fraction": max_bad_fraction,
+    }
+
+    def resolve(split: str, sets: Mapping[str, Any]) -> dict[str, DatasetConfig]:
+        return {
+            name: _dataset(name, defaults | fields, declarations, path, f"{path}: {split}.datasets.{name}")
+            for name, fields in sets.items()
+        }
+
+    weights = _weights(train.get("weights"), list(train_sets), f"{path}: train.weights")
+    return DataConfig(resolve("train", train_sets), weights, resolve("val", inherited), declarations, path)
+
+
+def build_sample_transform(dataset: DatasetConfig, training: bool) -> UnifiedDataTransform:
+    """The aligned transform of a data set: random crops for training, stored crop 0 or the centre for evaluation.
+
+    Raises:
+        UserError: a modality whose files cannot be read yet, or a transform that does not fit.
+    """
+    captions = CaptionTransform(aligned_captions=dataset.aligned_captions)
+    transforms = transforms_for(dataset.modalities, {**MODALITY_TRANSFORMS, "caption": captions})
+    return UnifiedDataTransform(transforms, _augmenter(dataset, training))
+
+
+def _augmenter(dataset: DatasetConfig, training: bool) -> AbstractImageAugmenter:
+    main = dataset.main_augment_domain or ""
+    size = (dataset.modalities[main].input_size if main in dataset.modalities else None) or 224
+    if any(m.pretokenized for m in dataset.modalities.values()):
+        no_aug = not (training and dataset.tok_train_aug)
+        return PreTokenizedImageAugmenter(size, no_aug, main_domain=main)
+    if main not in dataset.modalities:
+        return EmptyAugmenter()
+    if not training:
+        return CenterCropImageAugmenter(size, main_domain=main)
+    return RandomCropImageAugmenter(size, dataset.hflip, dataset.crop_scale, dataset.crop_ratio, main_domain=main)
+
+
+def _dataset(
+    name: str, fields: Mapping[str, Any], declarations: Mapping[str, Any], path: Path, where: str
+) -> DatasetConfig:
+    declared = build(_Declared, fields, where)
+    known = {**MODALITY_INFO, **declarations}
+    inputs = split_domains(declared.in_domains, known, f"{where}: 'in_domains'")
+    targets = split_domains(declared.out_domains, known, f"{where}: 'out_domains'")
+    modalities = resolve_modalities(dict.fromkeys((*inputs, *targets)), declarations, where)
+    for domains, role, embedding in ((inputs, "an input", "encoder"), (targets, "a target", "decoder")):
+        for domain in domains:
+            if not modalities[domain][f"{embedding}_embedding"]:
+                raise UserError(f"{where}: modality {domain} cannot be {role}: it has no {embedding}_embedding")
+    if declared.alphas_config is not None:
+        if declared.input_alphas is not None or declared.target_alphas is not None:
+            raise UserError(f"{where}: set either 'alphas_config' or 'input_alphas' and 'target_alphas', not both")
+        alphas_path = _find(declared.alphas_config, path, f"{where}: 'alphas_config'")
+        mixture = alphas_from_file(alphas_path, modalities, inputs, targets)
+    else:
+        mixture = alphas_from_values(declared.input_alphas, declared.target_alphas, inputs, targets, where)
+    check_keys(dict.fromkeys(declared.modality_name_map.values()), modalities, f"{where}: 'modality_name_map'")
+    _check_numbers(declared, where)
+    options = {f.name: getattr(declared, f.name) for f in dataclasses.fields(_Options)}
+    options["main_augment_domain"] = _main_domain(declared.main_augment_domain, modalities, where)
+    return DatasetConfig(
+        **options,
+        name=name,
+        in_domains=inputs,
+        out_domains=targets,
+        modalities={key: mixture.fill(modality) for key, modality in modalities.items()},
+        sampling_weights=mixture.sampling_weights,
+        input_tokens_range=_range(declared.min_input_tokens, declared.num_input_tokens, f"{where}: input"),
+        target_tokens_range=_range(declared.min_target_tokens, declared.num_target_tokens, f"{where}: target"),
+    )
+
+
+def _main_domain(name: str | None, modalities: Mapping[str, Modality], where: str) -> str | None:
+    """The modality whose image gives the original size: ``name``, else the first one of pixels."""
+    pixels = [m.name for m in modalities.values() if m.is_pixels]
+    boxes_follow_crops = any(m.transform == "det" for m in modalities.values()) and any(
+        m.pretokenized for m in modalities.values()
+    )
+    if name is None and pixels:
+        return pixels[0]
+    if name not in pixels and (pixels or boxes_follow_crops):
+        raise UserError(
+            f"{where}: 'main_augment_domain' must be a pixel modality of this data set "
+            f"({', '.join(pixels) or 'it has none, but boxes that follow crops need one'}), "
+            f"not {name!r}{did_you_mean(str(name), pixels)}"
+        )
+    return name
+
+
+def split_domains(value: str | Sequence[str], known: Iterable[str], where: str) -> tuple[str, ...]:
+    """Names joined by ``-``, or a list. A name may itself contain ``-``: the longest known one is taken.
+
+    Raises:
+        UserError: an unknown name, one that comes twice, or none at all.
+    """
+    known = set(known)
+    parts = value.split("-") if isinstance(value, str) else list(value)
+    names: list[str] = []
+    while parts:
+        ends = [end for end in range(len(parts), 0, -1) if "-".join(parts[:end]) in known]
+        if not ends:
+            raise UserError(
+                f"{where}: unknown modality '{parts[0]}'{did_you_mean(parts[0], known)}; names are joined by '-', "
+                "and new ones are declared in a 'modalities:' block"
+            )
+        names.append("-".join(parts[: ends[0]]))
+        parts = parts[ends[0] :]
+    twice = [name for name in names if names.count(name) > 1]
+    if twice or not names:
+        raise UserError(f"{where}: " + (f"'{twice[0]}' is named twice" if twice else "names no modality"))
+    return tuple(names)
+
+
+def _inherit(train: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """A validation set's fields over those of the training set; own alphas replace all alphas."""
+    alphas = {"input_alphas", "target_alphas", "alphas_config"}
+    dropped = alphas if alphas & own.keys() else set()
+    return {key: value for key, value in train.items() if key not in dropped} | dict(own)
+
+
+def _find(name: str, config: Path, where: str) -> Path:
+    """A file named in a config: relative to the working directory, else to the config's folder and those above it."""
+    candidates = [Path(name).expanduser(), *(folder / name for folder in config.resolve().parents)]
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise UserError(f"{where}: there is no file {name}, neither in the working directory nor beside or above {config}")
+
+
+def _mapping(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
+    return convert(content.get(key) or {}, dict[str, Any], f"{where}: '{key}'")
+
+
+def _datasets(split: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]:
+    datasets = _mapping(split, "datasets", where)
+    return {name: _mapping(datasets, name, f"{where}.datasets") for name in datasets}
+
+
+def _weights(value: Any, names: Sequence[str], where: str) -> dict[str, float]:
+    """A list in the order of the data sets, or a mapping by name; all equal if nothing is given."""
+    if isinstance(value, Mapping):
+        check_keys(value, names, where)
+        value = [value.get(name, 0) for name in names]
+    weights = convert([1.0] * len(names) if value is None else value, list[float], where)
+    if len(weights) != len(names) or min(weights) < 0 or sum(weights) <= 0:
+        raise UserError(f"{where} must be one number of at least 0 for each of {', '.join(names)}, not {value}")
+    return dict(zip(names, weights, strict=True))
+
+
+def _range(low: int | None, high: int | None, where: str) -> tuple[int, int]:
+    assert high is not None  # load_data_config gives every data set a maximum
+    low = high if low is None else low
+    if not 0 <= low <= high:
+        raise UserError(f"{where} tokens must range from at least 0 to their maximum, not from {low} to {high}")
+    return low, high
+
+
+def _check_numbers(declared: _Declared, where: str) -> None:
+    for key, least in (("wds_n_repeats", 1), ("wds_shuffle_buffer_tar", 0), ("wds_shuffle_buffer_repeat", 0)):
+        if getattr(declared, key) < least:
+            raise UserError(f"{where}: '{key}' must be at least {least}, not {getattr(declared, key)}")
+    for key in ("hflip", "max_bad_fraction"):
+        if not 0 <= getattr(declared, key) <= 1:
+            raise UserError(f"{where}: '{key}' must lie between 0 and 1, not {getattr(declared, key)}")
+    for key, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
+        pair = getattr(declared, key)
+        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
+            raise UserError(f"{where}: '{key}' must be two numbers, the smaller one first, not {list(pair)}")
