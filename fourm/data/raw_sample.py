@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import os
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping
 from pathlib import Path
@@ -101,7 +100,7 @@ class RawSample:
             return Image.open(io.BytesIO(value)) if keep_pixels and isinstance(value, bytes) else value
         except DataError as error:
             raise DataError(f"{self.where(name)}: {error}") from error
-        except (ValueError, OSError, EOFError, SyntaxError, zlib.error) as error:
+        except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
             raise BadSample("corrupt member", f"{self.where(name)}: {error}") from error
 
     def where(self, name: str) -> str:

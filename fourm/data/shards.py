@@ -24,7 +24,7 @@ _WINDOW = 8 * _BLOCK  # read at once: a header, and what often stands around it 
 def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the regular files in a tar (ustar, GNU and pax names), in their order.
 
-    About ten times as fast as ``tarfile``, which builds an object with all metadata for each member.
+    Several times as fast as ``tarfile``, which builds an object with all metadata for each member.
 
     Raises:
         OSError: the file cannot be read.
@@ -42,7 +42,7 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
             if not header[0]:
                 return  # the zero blocks at the end
             try:
-                if sum(header) - sum(header[148:156]) + 8 * 32 != int(header[148:156].strip(b" \0"), 8):
+                if header[257:262] != b"ustar":
                     raise ValueError
                 size = _number(header[124:136])
             except ValueError:
