@@ -171,7 +171,9 @@ def test_mirrored_normals_turn_their_x_around():
 
 def test_class_ids_are_never_averaged():
     ids = np.kron(np.array([[3, 200], [133, 7]], np.uint8), np.ones((50, 50), np.uint8))
-    got = SemsegTransform().postprocess(augment(SemsegTransform(), encode(ids, "PNG"), (5, 5, 90, 90), True, None, (9, 9)))
+    got = SemsegTransform().postprocess(
+        augment(SemsegTransform(), encode(ids, "PNG"), (5, 5, 90, 90), True, None, (9, 9))
+    )
     assert got.dtype == np.int64 and got.shape == (9, 9) and set(np.unique(got)) == {3, 200, 133, 7}
     assert got[0, 0] == 200 and got[-1, 0] == 7
 

@@ -23,8 +23,12 @@ def boxes(*items):
 
 
 def test_boxes_become_words_nearest_to_the_top_left_first():
-    value = boxes(([0.5, 0.5, 1.0, 1.0], "cat", 0.9), ([0.1, 0.2, 0.3, 0.4], "fire hydrant", 0.6), ([0, 0, 1, 1], "dog", 0.59))
-    assert run(DetectionTransform(), value) == "v0=100 v1=200 v2=300 v3=400 fire hydrant v0=500 v1=500 v2=999 v3=999 cat"
+    value = boxes(
+        ([0.5, 0.5, 1.0, 1.0], "cat", 0.9), ([0.1, 0.2, 0.3, 0.4], "fire hydrant", 0.6), ([0, 0, 1, 1], "dog", 0.59)
+    )
+    assert (
+        run(DetectionTransform(), value) == "v0=100 v1=200 v2=300 v3=400 fire hydrant v0=500 v1=500 v2=999 v3=999 cat"
+    )
 
 
 def test_boxes_are_expressed_in_the_crop_clipped_and_mirrored():
