@@ -52,7 +52,8 @@ class Simulator:
 
     def __init__(self) -> None:
         try:
-            import pybullet
+            with _quiet():
+                import pybullet
             import pybullet_data
             import skimage.data
         except ImportError as error:
@@ -200,7 +201,7 @@ class Simulator:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence warnings that the C++ library prints about its own meshes."""
+    """Silence what the C++ library prints about itself and its own meshes."""
     sys.stdout.flush()
     streams = {number: os.dup(number) for number in (1, 2)}
     with open(os.devnull, "w") as nowhere:

@@ -1,0 +1,151 @@
+"""Stage 1: scenes → files in the published layout; shards for training, folders for validation.
+
+A shard, or a folder of validation samples, is the unit of work: one process renders it whole and puts each of its parts
+in place atomically, so an interrupted run loses at most the units in progress, and makes the same ones again.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from fourm.demo import annotations as note
+from fourm.demo.scene import draw_scene
+from fourm.demo.simulator import FAR, Simulator
+from fourm.utils.files import atomic_path
+from fourm.utils.seeds import generator
+
+EXTENSIONS = {
+    "rgb": "jpg", "depth": "png", "normal": "png", "semseg": "png", "canny_edge": "png",
+    "det": "json", "caption": "txt", "color_palette": "json", "metadata": "json",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Samples ``start`` … ``stop`` of a split, written together.
+
+    Attributes:
+        shard: name of the tar of each modality; None: a folder per modality.
+    """
+
+    root: Path
+    split: str
+    number: int
+    start: int
+    stop: int
+
+    def path(self, modality: str) -> Path:
+        name = f"shard-{self.number:05d}.tar" if self.split == "train" else f"{self.number:05d}"
+        return self.root / self.split / modality / name
+
+    def is_done(self) -> bool:
+        return all(self.path(modality).exists() for modality in EXTENSIONS)
+
+
+def units(root: Path, split: str, count: int, size: int) -> list[Unit]:
+    """``count`` samples of ``split`` in units of ``size``."""
+    starts = range(0, count, size)
+    return [Unit(root, split, number, start, min(start + size, count)) for number, start in enumerate(starts)]
+
+
+def render_sample(simulator: Simulator, size: int, key: tuple) -> dict[str, bytes]:
+    """One sample: modality → content of its file. Depends on ``size`` and ``key`` only."""
+    random = generator(*key)
+    drawn = (simulator.render(draw_scene(random, simulator.footprint), size) for _ in itertools.count())
+    view = next(view for view in drawn if note.is_clear(view))
+    seen, normal = note.seen_toys(view), note.normals(view.depth, view.camera)
+    text = note.caption(seen, view.scene.ground, random)
+    values: dict[str, Any] = {
+        "rgb": view.rgb,
+        "depth": (view.depth.clip(0, FAR) / FAR * 65535).round().astype(np.uint16),
+        "normal": ((normal + 1) * 127.5).round().astype(np.uint8),
+        "semseg": note.class_ids(view),
+        "canny_edge": note.edges(view.rgb).astype(np.uint8) * 255,
+        "det": note.detections(seen),
+        "caption": text,
+        "color_palette": note.color_palette(view.rgb),
+        "metadata": note.metadata(view, seen, normal, text),
+    }
+    return {modality: _encode(values[modality], extension) for modality, extension in EXTENSIONS.items()}
+
+
+def render_unit(unit: Unit, size: int, seed: int, simulator: Simulator) -> int:
+    """Render and write one unit; returns its number of samples."""
+    keys = [f"{index:06d}" for index in range(unit.start, unit.stop)]
+    samples = [render_sample(simulator, size, (seed, "scene", unit.split, int(key))) for key in keys]
+    for modality, extension in EXTENSIONS.items():
+        files = {f"{key}.{extension}": sample[modality] for key, sample in zip(keys, samples, strict=True)}
+        with atomic_path(unit.path(modality)) as path:
+            (_write_tar if unit.split == "train" else _write_folder)(path, files)
+    return len(keys)
+
+
+def render_all(todo: list[Unit], size: int, seed: int, workers: int) -> None:
+    """Render the units that are not there yet, in ``workers`` processes."""
+    missing = [unit for unit in todo if not unit.is_done()]
+    total = sum(unit.stop - unit.start for unit in todo)
+    done = total - sum(unit.stop - unit.start for unit in missing)
+    with tqdm(total=total, initial=done, unit="scene", desc="render") as bar:
+        for count in _in_processes(missing, size, seed, workers):
+            bar.update(count)
+
+
+def _in_processes(missing: list[Unit], size: int, seed: int, workers: int) -> Iterator[int]:
+    if not missing:
+        return
+    context = multiprocessing.get_context("spawn")  # the renderer does not survive a fork
+    with context.Pool(min(workers, len(missing)), _start_worker) as pool:
+        yield from pool.imap_unordered(partial(_work, size=size, seed=seed), missing)
+
+
+_simulator: Simulator | None = None  # of this process; loading the meshes takes a second
+
+
+def _start_worker() -> None:
+    global _simulator
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    _simulator = Simulator()
+
+
+def _work(unit: Unit, size: int, seed: int) -> int:
+    assert _simulator is not None
+    return render_unit(unit, size, seed, _simulator)
+
+
+def _encode(value: Any, extension: str) -> bytes:
+    if extension == "txt":
+        return value.encode()
+    if extension == "json":
+        return json.dumps(value).encode()
+    buffer = io.BytesIO()
+    options = {"quality": 92} if extension == "jpg" else {}
+    Image.fromarray(value).save(buffer, {"jpg": "JPEG", "png": "PNG"}[extension], **options)
+    return buffer.getvalue()
+
+
+def _write_tar(path: Path, files: dict[str, bytes]) -> None:
+    import webdataset
+
+    with webdataset.TarWriter(str(path), mtime=0) as writer:
+        for name, content in files.items():
+            key, extension = name.split(".")
+            writer.write({"__key__": key, extension: content})
+
+
+def _write_folder(path: Path, files: dict[str, bytes]) -> None:
+    path.mkdir()
+    for name, content in files.items():
+        (path / name).write_bytes(content)
