@@ -207,14 +207,14 @@ class FourM(Encoder):
 
     def freeze_encoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
         """Freeze the encoder; of its embeddings only those of ``frozen_embedding_domain``."""
-        set_trainable(False, *self.encoder_trunk(), *_of_domains(self.encoder_embeddings, frozen_embedding_domain))
+        set_trainable(False, *self.encoder_trunk(), *self._of_domains(self.encoder_embeddings, frozen_embedding_domain))
 
     def freeze_decoder(self, freeze_embeddings: bool = True) -> None:
         set_trainable(False, *self.decoder_trunk(), *([self.decoder_embeddings] if freeze_embeddings else []))
 
     def freeze_decoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
         """Freeze the decoder; of its embeddings only those of ``frozen_embedding_domain``."""
-        set_trainable(False, *self.decoder_trunk(), *_of_domains(self.decoder_embeddings, frozen_embedding_domain))
+        set_trainable(False, *self.decoder_trunk(), *self._of_domains(self.decoder_embeddings, frozen_embedding_domain))
 
     def unfreeze_decoder(self, unfreeze_embeddings: bool = True) -> None:
         set_trainable(True, *self.decoder_trunk(), *([self.decoder_embeddings] if unfreeze_embeddings else []))
@@ -234,9 +234,14 @@ class FourM(Encoder):
     def unfreeze_all(self) -> None:
         set_trainable(True, self)
 
-
-def _of_domains(embeddings: nn.ModuleDict, domains: str) -> list[nn.Module]:
-    return [embeddings[name] for name in domains.split("-") if name in embeddings]
+    def _of_domains(self, embeddings: Mapping[str, ModalityEmbedding], domains: str) -> list[ModalityEmbedding]:
+        known = {**self.encoder_embeddings, **self.decoder_embeddings}
+        for name in domains.split("-"):
+            if name not in known:
+                raise UserError(
+                    f"frozen_embedding_domain: the model has no modality '{name}'{did_you_mean(name, known)}"
+                )
+        return [embeddings[name] for name in domains.split("-") if name in embeddings]
 
 
 _NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}

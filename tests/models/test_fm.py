@@ -1,0 +1,279 @@
+"""FourM's forward pass: against the plain implementation, its masks, its gradients, its cost, its freezing."""
+
+import copy
+
+import pytest
+import torch
+
+from benchmarks.embed_all import embed_all_loss, saved_bytes, synthetic_batch
+from fourm.data.modality_info import MODALITY_INFO
+from fourm.models import FM, count_parameters, model_config
+from fourm.utils.errors import UserError
+from tests.models.toy_models import DECLARATIONS, SWIGLU, TARGETS, toy_batch, toy_config, toy_model
+
+VARIANTS = {
+    "gelu with biases": {},
+    "swiglu without biases": SWIGLU,
+    "qk-norm": SWIGLU | {"qk_norm": True},
+    "tied logits": {"share_embedding": True},
+    "own modality vectors": {"share_modality_embeddings": False},
+    "registers": {"num_register_tokens": 3},
+    "causal": {"decoder_causal_mask": True},
+    "causal over all modalities": {"decoder_causal_mask": True, "decoder_sep_mask": False},
+    "compressed mask over all modalities": {"decoder_sep_mask": False},
+    "activation checkpointing": {"use_act_checkpoint": True, "num_register_tokens": 1},
+}
+
+
+@pytest.mark.parametrize("loss_type", ["mod", "token"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_losses_and_gradients_equal_the_plain_implementation(variant, loss_type):
+    model, twin = toy_model(**VARIANTS[variant]), toy_model(**VARIANTS[variant])
+    batch = toy_batch(model)
+    batch["text"]["input_mask"][0] = True  # nothing to read in one modality of one sample
+    for entry in batch.values():  # and nothing to read at all in another sample
+        entry["input_mask"][1] = True
+    plan = model.plan(batch, 14, 11, generator=torch.Generator().manual_seed(7))
+    order = [TARGETS[i] for i in torch.randperm(len(TARGETS), generator=torch.Generator().manual_seed(7)).tolist()]
+
+    loss, per_modality = model(batch, 14, 11, loss_type, plan=plan)
+    expected, expected_per_modality = embed_all_loss(twin, batch, 14, 11, loss_type, order)
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(per_modality, {name: expected_per_modality[name] for name in per_modality})
+
+    loss.backward()
+    expected.backward()
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        reference = torch.zeros_like(theirs) if theirs.grad is None else theirs.grad
+        torch.testing.assert_close(mine.grad, reference, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5)
+
+
+def test_a_plan_made_beforehand_changes_nothing():
+    model = toy_model()
+    batch = toy_batch(model)
+    torch.manual_seed(5)
+    inside, _ = model(batch, 10, 9)
+    torch.manual_seed(5)
+    outside, _ = model(batch, 10, 9, plan=model.plan(batch, 10, 9))
+    assert torch.equal(inside, outside)
+
+
+def test_dropped_tokens_do_not_matter_and_get_no_gradient():
+    model = toy_model()
+    batch = toy_batch(model)
+    for entry in batch.values():
+        if entry["tensor"].is_floating_point():
+            entry["tensor"].requires_grad_()
+    plan = model.plan(batch, 10, 9)
+    loss, _ = model(batch, 10, 9, plan=plan)
+    loss.backward()
+    kept = plan.encoder.rows()["pixels"]
+    used = torch.zeros(3, 16, dtype=torch.bool)
+    used[kept.sample, kept.index] = True
+    gradient = batch["pixels"]["tensor"].grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1)
+    assert torch.equal(gradient > 0, used)
+
+    changed = copy.deepcopy({name: {k: v.detach() for k, v in entry.items()} for name, entry in batch.items()})
+    for name, entry in changed.items():
+        tensor, used = entry["tensor"], torch.zeros(entry["input_mask"].shape, dtype=torch.bool)
+        for rows in (plan.encoder.rows()[name], plan.decoder.rows().get(name)):
+            if rows is not None:
+                used[rows.sample, rows.index] = True
+                if DECLARATIONS[name]["type"].startswith("seq"):
+                    used[rows.sample, (rows.index + 1).clamp(max=used.shape[1] - 1)] = True
+        if name != "pixels":
+            tensor[~used] = 1
+    assert torch.equal(model(changed, 10, 9, plan=plan)[0], loss)
+
+
+def test_forward_never_waits_for_the_device():
+    """On the meta device every step whose shape or branch depends on data raises."""
+    with torch.device("meta"):
+        model = FM(toy_config(num_register_tokens=2))
+    batch = toy_batch(model)
+    plan = model.plan(batch, 10, 9).to("meta")
+    on_device = {name: {key: t.to("meta") for key, t in entry.items()} for name, entry in batch.items()}
+    loss, _ = model(on_device, 10, 9, plan=plan)
+    loss.backward()
+    assert loss.shape == ()
+
+
+def test_memory_does_not_grow_with_dropped_tokens():
+    torch.manual_seed(0)
+    names = ["tok_rgb@224", "caption", "tok_rgb@448", "tok_depth@448", "rgb@448", "det"]
+    sizes = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
+    model = FM(model_config("fm_tiny_6e_6d_gelu", names, [n for n in names if n != "rgb@448"], **sizes))
+    few = synthetic_batch({name: MODALITY_INFO[name] for name in names[:2]}, 4, 8, 8)
+    many = synthetic_batch({name: MODALITY_INFO[name] for name in names}, 4, 8, 8)
+    for name in names[2:]:
+        many[name]["input_mask"][:] = many[name]["target_mask"][:] = True
+    few_bytes, many_bytes = (saved_bytes(lambda b=batch: model(b, 16, 16)[0], model) for batch in (few, many))
+    assert abs(many_bytes - few_bytes) < 0.001 * few_bytes
+    assert saved_bytes(lambda: embed_all_loss(model, many, 16, 16)[0], model) > 1.5 * few_bytes
+
+
+def test_activation_checkpointing_saves_memory():
+    batch = toy_batch(toy_model())
+    plain, recomputed = (toy_model(use_act_checkpoint=flag, encoder_depth=6) for flag in (False, True))
+    assert saved_bytes(lambda: recomputed(batch, 16, 16)[0], recomputed) < 0.7 * saved_bytes(
+        lambda: plain(batch, 16, 16)[0], plain
+    )
+
+
+def test_modalities_that_the_batch_lacks_keep_their_gradients():
+    """DDP waits for every parameter's gradient."""
+    model = toy_model(share_modality_embeddings=False, num_register_tokens=1)
+    batch = {name: entry for name, entry in toy_batch(model).items() if name in ("pixels", "text")}
+    loss, per_modality = model(batch, 10, 9)
+    loss.backward()
+    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
+    assert set(per_modality) == set(TARGETS)
+    assert per_modality["grid"] == 0
+    torch.testing.assert_close(loss, per_modality["text"] / len(TARGETS))
+
+
+def test_sequence_only_targets_keep_the_mask_token_in_the_graph():
+    model = toy_model(domains_out=["text"])
+    model(toy_batch(model), 10, 9)[0].backward()
+    assert model.mask_token.grad is not None
+
+
+def test_twenty_one_modalities_run_forward_and_backward():
+    names = [name for name, m in MODALITY_INFO.items() if m.max_tokens and m.encoder_embedding and "448" not in name]
+    names.remove("sam_mask")
+    targets = [name for name in names if MODALITY_INFO[name].decoder_embedding]
+    assert (len(names), len(targets)) == (19, 17)
+    sizes = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
+    model = FM(model_config("fm_tiny_6e_6d_swiglu_nobias", names, targets, share_embedding=True, **sizes))
+    batch = synthetic_batch({name: MODALITY_INFO[name] for name in names}, 2, 2, 3)
+    loss, per_modality = model(batch, 64, 64)
+    loss.backward()
+    assert all(value > 0 for value in per_modality.values())
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    torch.testing.assert_close(loss, embed_all_loss(model, batch, 64, 64)[0])
+
+
+def test_logits_are_those_of_the_kept_targets_only():
+    model = toy_model()
+    batch = toy_batch(model)
+    plan = model.plan(batch, 10, 9)
+    logits = model(batch, 10, 9, return_logits=True, plan=plan)
+    assert {name: tuple(t.shape) for name, t in logits.items()} == {
+        name: (plan.decoder.counts[name], DECLARATIONS[name]["vocab_size"]) for name in TARGETS
+    }
+
+
+@pytest.mark.parametrize("change_at", [0, 1, 2, 3])
+def test_causal_decoding_never_looks_ahead(change_at):
+    model = toy_model(decoder_causal_mask=True)
+    batch = toy_batch(model, size=1)
+    plan = model.plan(batch, 20, 20)
+    before = model(batch, 20, 20, return_logits=True, plan=plan)["text"]
+    batch["text"]["tensor"][0, 3 + change_at] = 7  # targets start behind the three inputs
+    after = model(batch, 20, 20, return_logits=True, plan=plan)["text"]
+    changed = (before != after).any(1).nonzero().flatten().tolist()
+    assert changed == list(range(change_at, 4))
+
+
+@pytest.mark.parametrize(
+    ("attention", "visible"),
+    [([4, 0, 0, 0], [4, 4, 4, 4]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([2, 0, 1, 1], [2, 2, 3, 4])],
+)
+def test_compressed_attention_masks(attention, visible):
+    model = toy_model(domains_out=["grid"])
+    batch = toy_batch(model, size=1)
+    chosen = (~batch["grid"]["target_mask"][0]).nonzero().flatten()
+    batch["grid"]["decoder_attention_mask"][0, chosen] = torch.tensor(attention, dtype=torch.int32)
+    masked = model.target_mask(model.plan(batch, 4, 6).decoder)
+    assert (~masked[0, :4]).sum(1).tolist() == visible
+    assert masked[0, :, 4:].all()  # nobody sees padding
+
+
+def test_an_unknown_loss_is_an_error():
+    model = toy_model()
+    with pytest.raises(UserError, match="'mod' or 'token'"):
+        model(toy_batch(model), 4, 4, loss_type="mean")
+
+
+def test_stochastic_depth_grows_linearly_and_acts_only_in_training():
+    options = {"drop_path_rate_encoder": 0.2, "drop_path_rate_decoder": 0.4, "encoder_depth": 3}
+    model = toy_model(**options)
+    assert [b.drop_path.drop_prob for b in model.encoder] == pytest.approx([0, 0.1, 0.2])
+    assert [b.drop_path.drop_prob for b in model.decoder] == pytest.approx([0, 0.4])
+    shared = toy_model(**options, shared_drop_path=True)
+    assert [b.drop_path.drop_prob for b in shared.encoder] == pytest.approx([0, 0.05, 0.1])
+    assert [b.drop_path.drop_prob for b in shared.decoder] == pytest.approx([0.3, 0.4])
+    batch = toy_batch(model)
+    plan = model.plan(batch, 10, 9)
+    assert model(batch, 10, 9, plan=plan)[0] != model(batch, 10, 9, plan=plan)[0]
+    model.eval()
+    assert model(batch, 10, 9, plan=plan)[0] == model(batch, 10, 9, plan=plan)[0]
+
+
+def _trainable(model):
+    """Top-level parts with trainable parameters; embeddings by modality."""
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {".".join(n.split(".")[: 2 if "_embeddings." in n else 1]) for n in names}
+
+
+TRUNK = (
+    {"encoder", "encoder_norm", "register_tokens"},
+    {"mask_token", "decoder_proj_context", "decoder", "decoder_norm"},
+)
+EMBEDDINGS = {f"encoder_embeddings.{m}" for m in DECLARATIONS}, {f"decoder_embeddings.{m}" for m in TARGETS}
+ALL = set().union(*TRUNK, *EMBEDDINGS)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "frozen"),
+    [
+        ("freeze_encoder", [], TRUNK[0] | EMBEDDINGS[0]),
+        ("freeze_encoder", [False], TRUNK[0]),
+        ("freeze_decoder", [], TRUNK[1] | EMBEDDINGS[1]),
+        ("freeze_decoder", [False], TRUNK[1]),
+        ("freeze_shared_params", [], TRUNK[0] | TRUNK[1]),
+        ("freeze_encoder_except_specific_embeddings", ["text-grid"], TRUNK[0] | {"encoder_embeddings.text", "encoder_embeddings.grid"}),
+        ("freeze_decoder_except_specific_embeddings", ["text"], TRUNK[1] | {"decoder_embeddings.text"}),
+        ("freeze_params_except_specific_embeddings", ["text-pixels"],
+         TRUNK[0] | TRUNK[1] | {"encoder_embeddings.text", "decoder_embeddings.text", "encoder_embeddings.pixels"}),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("unfreeze", ["unfreeze_all", None])
+def test_freezing(method, arguments, frozen, unfreeze):
+    model = toy_model(num_register_tokens=1, share_modality_embeddings=False)
+    getattr(model, method)(*arguments)
+    if unfreeze:
+        getattr(model, unfreeze)()
+    assert _trainable(model) == (ALL if unfreeze else ALL - frozen)
+
+
+def test_unfreezing_parts():
+    model = toy_model(num_register_tokens=1, share_modality_embeddings=False)
+    model.requires_grad_(False)
+    model.unfreeze_encoder(unfreeze_embeddings=False)
+    assert _trainable(model) == TRUNK[0]
+    model.unfreeze_shared_params()
+    assert _trainable(model) == TRUNK[0] | TRUNK[1]
+    model.unfreeze_decoder()
+    assert _trainable(model) == ALL - EMBEDDINGS[0]
+
+
+def test_frozen_embedding_domain_must_exist():
+    with pytest.raises(UserError, match="did you mean 'text'"):
+        toy_model().freeze_params_except_specific_embeddings("texts")
+
+
+def test_a_model_from_the_meta_device_is_a_whole_model():
+    with torch.device("meta"):
+        model = FM(toy_config(share_embedding=True, num_register_tokens=2, **SWIGLU))
+    model.to_empty(device="cpu")
+    model.init_weights()
+    torch.manual_seed(0)
+    model.init_weights()
+    torch.manual_seed(0)
+    direct = FM(toy_config(share_embedding=True, num_register_tokens=2, **SWIGLU))
+    direct.init_weights()  # both drew once before
+    torch.manual_seed(0)
+    direct.init_weights()
+    torch.testing.assert_close(model.state_dict(), direct.state_dict(), rtol=0, atol=0)
+    assert count_parameters(model) == count_parameters(direct)  # ties included
