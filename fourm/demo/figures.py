@@ -1,0 +1,153 @@
+"""The two pictures of the report: what the data look like, and how the losses fell."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from fourm.demo.report import Line
+from fourm.utils.errors import MissingDependency
+from fourm.utils.files import atomic_path
+
+# Paul Tol's muted scheme: told apart by colour-blind readers too.
+_COLORS = (
+    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499",
+)  # fmt: skip
+_INK, _FAINT = "#222222", "#999999"
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependency("matplotlib", "drawing the demo's figures") from error
+    matplotlib.use("Agg")  # files only: a display is not needed
+    import matplotlib.pyplot as plt
+
+    plt.rcParams.update({"font.size": 9, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "text.color": _INK})
+    return plt
+
+
+def class_colors(count: int) -> np.ndarray:
+    """(count, 3) uint8: grey for the ground, then hues spread by the golden ratio, in turn light and dark."""
+    from matplotlib.colors import hsv_to_rgb
+
+    index = np.arange(count - 1)
+    hsv = np.stack([index * 0.618 % 1, np.full(count - 1, 0.75), np.where(index % 2, 0.65, 0.95)], axis=-1)
+    return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
+
+
+def sample_sheet(samples: Sequence[Mapping[str, bytes | Path]], classes: Sequence[str], path: Path) -> None:
+    """A row per sample and a column per modality.
+
+    Args:
+        samples: modality → file.
+        classes: names of the class ids.
+    """
+    plt = _pyplot()
+    titles = ("colour and boxes", "depth", "surface normals", "segmentation", "edges", "caption, palette, metadata")
+    figure, grid = plt.subplots(
+        len(samples), len(titles), figsize=(15, 2.35 * len(samples) + 0.8), squeeze=False, layout="constrained",
+        gridspec_kw={"width_ratios": [1, 1, 1, 1, 1, 1.5]},
+    )  # fmt: skip
+    figure.suptitle("Samples of the demonstration data: rendered scenes with exact ground truth", fontsize=13)
+    colors = class_colors(len(classes))
+    for row, sample in zip(grid, samples, strict=True):
+        image = {m: np.asarray(Image.open(f)) for m, f in sample.items() if Path(f).suffix in (".jpg", ".png")}
+        parsed = {m: json.loads(Path(f).read_text()) for m, f in sample.items() if Path(f).suffix == ".json"}
+        size = len(image["rgb"])
+        row[0].imshow(image["rgb"])
+        for box in parsed["det"]["instances"]:
+            xmin, ymin, xmax, ymax = (size * c - 0.5 for c in box["boxes"])
+            color = colors[classes.index(box["class_name"])] / 255
+            row[0].add_patch(plt.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, color=color, lw=1.6))
+            row[0].text(
+                xmin, max(ymin, 6), box["class_name"], fontsize=7, va="bottom",
+                color=_INK if color @ (0.3, 0.6, 0.1) > 0.55 else "white",
+                bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
+            )  # fmt: skip
+        row[1].imshow(image["depth"], cmap="Spectral", vmin=image["depth"].min(), vmax=image["depth"].max())
+        row[2].imshow(image["normal"])
+        row[3].imshow(colors[image["semseg"]])
+        row[4].imshow(image["canny_edge"], cmap="gray_r")
+        _facts(row[5], Path(sample["caption"]).read_text(), parsed["color_palette"][0]["7"], parsed["metadata"])
+        for axes in row[:5]:
+            axes.set(xticks=[], yticks=[], anchor="N")
+    for axes, title in zip(grid[0], titles, strict=True):
+        axes.set_title(title, fontsize=10)
+    _save(plt, figure, path)
+
+
+def _facts(axes: Any, caption: str, palette: list[list[int]], metadata: Mapping[str, float]) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.axis("off")
+    axes.text(0.02, 0.97, textwrap.fill(f"“{caption}”", 38), va="top", fontsize=9, style="italic")
+    for i, color in enumerate(palette):
+        axes.add_patch(_pyplot().Rectangle((0.02 + 0.136 * i, 0.3), 0.13, 0.14, color=np.array(color) / 255))
+    names = ("brightness", "colorfulness", "entropy", "geometric_complexity")
+    facts = [f"{name.replace('_', ' ')} {metadata[name]:.3g}" for name in names]
+    axes.text(0.02, 0.2, "\n".join([", ".join(facts[:2]), ", ".join(facts[2:])]), va="top", fontsize=8, color="#555555")
+
+
+def loss_curves(
+    training: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], lines: Sequence[Line],
+    stopped_at: int | None, path: Path,
+) -> None:  # fmt: skip
+    """Training loss on the left; validation loss of each modality, with its baseline dashed, on the right.
+
+    Args:
+        training, evaluations: as of :func:`fourm.demo.report.read_log`.
+        stopped_at: step at which the run was interrupted and continued.
+    """
+    plt = _pyplot()
+    columns = (len(lines) + 1) // 2
+    figure = plt.figure(figsize=(5 + 2.6 * columns, 5.6), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=[5, 2.6 * columns])
+    figure.suptitle("A small 4M model on the demonstration data", fontsize=13)
+
+    axes = left.subplots()
+    axes.plot([t["step"] for t in training], [t["loss"] for t in training], color=_COLORS[0], lw=1.2)
+    axes.set(title="training loss (mean over modalities)", xlabel="step", ylabel="nats per token")
+    _finish(axes)
+    _mark_stop(axes, stopped_at, "stopped and resumed")
+
+    grid = right.subplots(2, columns, sharex=True, squeeze=False)
+    for axes, line, color in zip(grid.flat, lines, _COLORS, strict=False):
+        axes.axhline(line.entropy, color=_INK, ls="--", lw=1)
+        axes.plot(
+            [e["step"] for e in evaluations], [e["per_modality"][line.modality] for e in evaluations],
+            color=color, lw=1.6, marker="o", ms=2.5,
+        )  # fmt: skip
+        axes.set_title(f"{line.modality}: {line.loss:.2f} of {line.entropy:.2f}", fontsize=9)
+        axes.set_ylim(bottom=0)
+        _finish(axes)
+        _mark_stop(axes, stopped_at)
+    for axes in grid.flat[len(lines) :]:
+        axes.axis("off")
+    right.supxlabel("step", fontsize=9)
+    right.suptitle("validation loss, and (dashed) the entropy of the modality's tokens", fontsize=10)
+    _save(plt, figure, path)
+
+
+def _finish(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#eeeeee")
+    axes.set_axisbelow(True)
+
+
+def _mark_stop(axes: Any, step: int | None, text: str = "") -> None:
+    if step is not None:
+        axes.axvline(step, color=_FAINT, ls=":", lw=1.2)
+        axes.text(step, 0.97, f" {text}", transform=axes.get_xaxis_transform(), va="top", fontsize=8, color="#666666")
+
+
+def _save(plt: Any, figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=130)
+    plt.close(figure)
