@@ -6,6 +6,7 @@ modality m in the whole batch, D model width, V vocabulary. Masks: True = masked
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -88,7 +89,9 @@ class FourM(Encoder):
         self.decoder_embeddings: Any = nn.ModuleDict(decoder_embeddings)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_proj_context = nn.Linear(dim, dim)
-        self.decoder = nn.ModuleList(DecoderBlock(options, rate) for rate in decoder_rates[-decoder_depth:])
+        self.decoder = nn.ModuleList(
+            DecoderBlock(options, rate) for rate in decoder_rates[len(decoder_rates) - decoder_depth :]
+        )
         self.decoder_norm = options.norm()
         self.init_weights()
 
@@ -281,7 +284,7 @@ class FM(FourM, HubModel):
             modalities,
             **trunk_options(options),
         )
-        self.config = config
+        self.config = copy.deepcopy(config)
 
 
 def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:
@@ -306,4 +309,7 @@ def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **o
         options["num_channels"] = modality.num_channels
     elif modality.type != "seq_emb":
         options["vocab_size"] = modality.vocab_size
-    return classes[class_name](**options, **modality.embedding_options)
+    cls = classes[class_name]
+    known = inspect.signature(cls).parameters
+    check_keys(modality.embedding_options, known, f"modality {modality.name}: embedding_options")
+    return cls(**options | modality.embedding_options)

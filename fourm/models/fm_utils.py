@@ -15,6 +15,8 @@ from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.utils.errors import UserError
+
 INIT_STD = 0.02
 
 
@@ -42,6 +44,10 @@ class BlockOptions:
     norm_layer: Callable[[int], nn.Module] = LayerNorm
     gated_mlp: bool = False
     qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dim % self.num_heads:
+            raise UserError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
 
     def norm(self) -> nn.Module:
         return self.norm_layer(self.dim)

@@ -5,6 +5,7 @@ Shapes: B batch, N patches, D model width.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 
@@ -101,7 +102,7 @@ class FMViT(FourMViT, HubModel):
         modality = resolve_modalities([name], declarations, "model config")[name]
         options = trunk_options({key: value for key, value in config.items() if key in _KEYS})
         super().__init__(build_embedding(modality, "encoder", sizes), name, **options, output_head=output_head)
-        self.config = config
+        self.config = copy.deepcopy(config)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         mine = self.state_dict()

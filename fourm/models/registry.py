@@ -77,10 +77,8 @@ def model_config(
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
     """Parameters of the trunk, as the papers count them, and of the embedding modules; a tied one counts once."""
-    embeddings = {
-        id(parameter): parameter.numel()
-        for name, parameter in model.named_parameters()
-        if name.startswith(("encoder_embeddings.", "decoder_embeddings."))
-    }
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return {"trunk": total - sum(embeddings.values()), "embeddings": sum(embeddings.values())}
+    parts = {"trunk": 0, "embeddings": 0}
+    for name, parameter in model.named_parameters():
+        is_embedding = name.startswith(("encoder_embeddings.", "decoder_embeddings."))
+        parts["embeddings" if is_embedding else "trunk"] += parameter.numel()
+    return parts

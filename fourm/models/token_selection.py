@@ -74,7 +74,7 @@ class Selection:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Selection:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
         if non_blocking and torch.device(device).type == "cuda":
-            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items() if not tensor.is_cuda}
+            tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
         return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
 
 

@@ -153,6 +153,18 @@ def test_twenty_one_modalities_run_forward_and_backward():
     torch.testing.assert_close(loss, embed_all_loss(model, batch, 64, 64)[0])
 
 
+def test_autocast_agrees_with_float32():
+    model = toy_model(**SWIGLU)
+    batch = toy_batch(model)
+    plan = model.plan(batch, 10, 9)
+    exact, _ = model(batch, 10, 9, plan=plan)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = model(batch, 10, 9, plan=plan)
+    loss.backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, exact, rtol=0.03, atol=0)
+
+
 def test_logits_are_those_of_the_kept_targets_only():
     model = toy_model()
     batch = toy_batch(model)

@@ -1,0 +1,92 @@
+"""Models on disk: round trips and the published layout."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from fourm.models import FM, FMViT
+from fourm.utils.errors import UserError
+from tests.models.toy_models import DECLARATIONS, SWIGLU, randomise_, toy_batch, toy_config, toy_model
+
+RGB = DECLARATIONS | {"rgb@16": DECLARATIONS["pixels"]}
+
+
+def rgb_config(**overrides):
+    return toy_config(domains_in=["rgb@16", "grid"], domains_out=["grid"], modalities=RGB, **overrides)
+
+
+def test_a_tied_model_is_written_in_the_published_untied_layout(tmp_path):
+    model = toy_model(share_embedding=True, share_modality_embeddings=True, num_register_tokens=2, **SWIGLU).eval()
+    model.save_pretrained(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    assert written.keys() == model.state_dict().keys()
+    assert {"decoder_embeddings.text.to_logits.weight", "decoder_embeddings.text.token_emb.weight"} <= written.keys()
+    assert {"decoder_embeddings.text.mod_emb", "encoder_embeddings.text.mod_emb"} <= written.keys()
+    assert "share_embedding" not in json.loads((tmp_path / "config.json").read_text())
+
+    loaded = FM.from_pretrained(tmp_path)
+    embedding = loaded.decoder_embeddings["text"]
+    assert embedding.to_logits.weight is not embedding.token_emb.weight
+    batch = toy_batch(model)
+    plan = model.plan(batch, 10, 9)
+    assert torch.equal(loaded(batch, 10, 9, plan=plan)[0], model(batch, 10, 9, plan=plan)[0])
+    assert not loaded.training
+
+
+def test_a_file_in_the_published_layout_loads_strictly(tmp_path):
+    """Nothing but names, shapes and a config.json: what other code wrote."""
+    config = toy_config(share_modality_embeddings=False, **SWIGLU)
+    tensors = {name: torch.randn(tensor.shape) for name, tensor in FM(config).state_dict().items()}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "model.safetensors")
+    torch.testing.assert_close(dict(FM.from_pretrained(tmp_path).state_dict()), tensors, rtol=0, atol=0)
+
+    tied = FM(config | {"share_embedding": True})
+    tied.load_state_dict(tensors)
+    name = "decoder_embeddings.text.to_logits.weight"
+    assert torch.equal(tied.state_dict()[name], tensors[name])
+
+    for change in (lambda t: t.pop("mask_token"), lambda t: t.update(extra=torch.ones(1))):
+        broken = dict(tensors)
+        change(broken)
+        save_file(broken, tmp_path / "model.safetensors")
+        with pytest.raises(UserError, match="does not hold the weights of its config.json: .*(mask_token|extra)"):
+            FM.from_pretrained(tmp_path)
+
+
+def test_a_vit_takes_its_part_of_a_full_checkpoint(tmp_path):
+    model = FM(rgb_config(num_register_tokens=2))
+    randomise_(model)
+    model.save_pretrained(tmp_path)
+    head = torch.nn.Linear(32, 5)
+    weights = head.weight.clone()
+    vit = FMViT.from_pretrained(tmp_path, output_head=head)
+    pixels = torch.randn(2, 3, 16, 16)
+    assert torch.equal(vit.output_head.weight, weights)
+    assert vit(pixels).shape == (2, 16, 5)
+
+    batch = {"rgb@16": {"tensor": pixels, "input_mask": torch.zeros(2, 16, dtype=torch.bool)}}
+    batch["rgb@16"] |= {
+        "target_mask": ~batch["rgb@16"]["input_mask"],
+        "decoder_attention_mask": torch.zeros(2, 16).int(),
+    }
+    x, emb, padding = model.embed_encoder(batch, model.plan(batch, 16, 1).encoder)
+    expected = head(model.encode(x + emb, padding)[:, 2:])
+    torch.testing.assert_close(vit(pixels), expected)
+
+    vit.save_pretrained(tmp_path / "vit")
+    again = FMViT.from_pretrained(tmp_path / "vit", output_head=torch.nn.Linear(32, 5))
+    assert torch.equal(again.encoder_norm.weight, model.encoder_norm.weight)
+
+
+def test_a_vit_needs_pixels():
+    with pytest.raises(UserError, match="rgb@"):
+        FMViT(toy_config(domains_in=["grid"]))
+
+
+def test_saving_leaves_the_callers_config_alone(tmp_path):
+    config = toy_config(share_embedding=True)
+    FM(config).save_pretrained(tmp_path)
+    assert config == toy_config(share_embedding=True)
