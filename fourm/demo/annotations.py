@@ -41,8 +41,9 @@ def seen_toys(view: View) -> list[Seen]:
     for index, toy in enumerate(view.scene.toys):
         rows, columns = np.nonzero(view.instances == index)
         if len(rows):
-            corners = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
-            found.append(Seen(toy, tuple(float(c) / size for c in corners), float(view.depth[rows, columns].min())))
+            (xmin, xmax), (ymin, ymax) = ((at.min() / size, (at.max() + 1) / size) for at in (columns, rows))
+            box = (float(xmin), float(ymin), float(xmax), float(ymax))
+            found.append(Seen(toy, box, float(view.depth[rows, columns].min())))
     return sorted(found, key=lambda seen: seen.box[0] + seen.box[2])
 
 

@@ -43,7 +43,7 @@ def class_colors(count: int) -> np.ndarray:
     return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
 
 
-def sample_sheet(samples: Sequence[Mapping[str, bytes | Path]], classes: Sequence[str], path: Path) -> None:
+def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], path: Path) -> None:
     """A row per sample and a column per modality.
 
     Args:
@@ -59,8 +59,8 @@ def sample_sheet(samples: Sequence[Mapping[str, bytes | Path]], classes: Sequenc
     figure.suptitle("Samples of the demonstration data: rendered scenes with exact ground truth", fontsize=13)
     colors = class_colors(len(classes))
     for row, sample in zip(grid, samples, strict=True):
-        image = {m: np.asarray(Image.open(f)) for m, f in sample.items() if Path(f).suffix in (".jpg", ".png")}
-        parsed = {m: json.loads(Path(f).read_text()) for m, f in sample.items() if Path(f).suffix == ".json"}
+        image = {m: np.asarray(Image.open(f)) for m, f in sample.items() if f.suffix in (".jpg", ".png")}
+        parsed = {m: json.loads(f.read_text()) for m, f in sample.items() if f.suffix == ".json"}
         size = len(image["rgb"])
         row[0].imshow(image["rgb"])
         for box in parsed["det"]["instances"]:
@@ -76,7 +76,7 @@ def sample_sheet(samples: Sequence[Mapping[str, bytes | Path]], classes: Sequenc
         row[2].imshow(image["normal"])
         row[3].imshow(colors[image["semseg"]])
         row[4].imshow(image["canny_edge"], cmap="gray_r")
-        _facts(row[5], Path(sample["caption"]).read_text(), parsed["color_palette"][0]["7"], parsed["metadata"])
+        _facts(row[5], sample["caption"].read_text(), parsed["color_palette"][0]["7"], parsed["metadata"])
         for axes in row[:5]:
             axes.set(xticks=[], yticks=[], anchor="N")
     for axes, title in zip(grid[0], titles, strict=True):

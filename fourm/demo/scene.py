@@ -38,7 +38,7 @@ TOYS: dict[str, Toy] = {
     "car": Toy("racecar/racecar.urdf", 0.5, coco=True),
     "bicycle": Toy("bicycle/bike.urdf", 0.09, upright=(90, 0, 0), coco=True),
     "duck": Toy("duck_vhacd.urdf", 1.6, "yellow", upright=(90, 0, 0)),
-    "brick": Toy("lego/lego.urdf", 3.2),
+    "block": Toy("lego/lego.urdf", 3.2),
     "cube": Toy("cube.urdf", 0.09),
     "beach ball": Toy("sphere2.urdf", 0.12),
     "tray": Toy("tray/traybox.urdf", 0.3, "grey"),
@@ -120,11 +120,11 @@ def draw_scene(generator: np.random.Generator, footprint: Mapping[str, float]) -
                 paint = str(generator.choice(list(PAINTS))) if TOYS[name].look is None else None
                 toys.append(Placement(name, paint, x, y, generator.uniform(0, 360)))
                 break
-    uniform = lambda *ranges: tuple(float(generator.uniform(low, high)) for low, high in ranges)  # noqa: E731
+    uniform = generator.uniform
     return Scene(
         tuple(toys),
         str(generator.choice(list(GROUNDS))),
-        uniform((-0.3, 0.3), (-0.3, 0.3), (0, 360)),
-        uniform((0, 360), (34, 58), (0.62, 0.85)),
-        uniform((-1, 1), (-1, 1), (1, 3)),
+        ground_pose=(uniform(-0.3, 0.3), uniform(-0.3, 0.3), uniform(0, 360)),
+        camera=(uniform(0, 360), uniform(34, 58), uniform(0.62, 0.85)),
+        light=(uniform(-1, 1), uniform(-1, 1), uniform(0.7, 1.5)),
     )

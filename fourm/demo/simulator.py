@@ -77,6 +77,7 @@ class Simulator:
             name: [(shape[1], shape[7][:3]) for shape in self._call("getVisualShapeData", body)]
             for name, body in self._body.items()
         }
+        self._hide_ground()
         for name in TOYS:
             self._paint(name, 0)
         self.footprint: dict[str, float] = {}  # toy → radius in metres of the circle that it covers
@@ -97,15 +98,14 @@ class Simulator:
         camera = Camera.orbit(LOOK_AT, yaw, pitch, distance, field_of_view=FIELD_OF_VIEW, near=NEAR, far=FAR)
         # One surface per pixel for depth and masks; twice as fine and then averaged for colour.
         _, depth, bodies = self._shoot(camera, size)
-        rgb, *fine = self._shoot(camera, 2 * size, scene.light)
-        lit = np.where(self._in_shadow(camera, *fine, scene.light)[..., None], SHADOW, 1) * rgb
+        rgb, *surfaces = self._shoot(camera, 2 * size, scene.light)
+        lit = np.where(self._in_shadow(camera, *surfaces, light=scene.light)[..., None], SHADOW, 1) * rgb
         instances = np.full((size, size), -1, np.int16)
         for index, toy in enumerate(scene.toys):
             instances[bodies == self._body[toy.name]] = index
             self._paint(toy.name, 0)
-        return View(
-            scene, camera, reduce(lit, "(h 2) (w 2) c -> h w c", "mean").round().astype(np.uint8), depth, instances
-        )
+        rgb = reduce(lit, "(h 2) (w 2) c -> h w c", "mean").round().astype(np.uint8)
+        return View(scene, camera, rgb, depth, instances)
 
     def close(self) -> None:
         self._call("disconnect")
@@ -142,6 +142,9 @@ class Simulator:
         for link, colour in self._paintwork[name]:
             rgb = colour if paint is None else PAINTS[paint]
             self._call("changeVisualShape", self._body[name], link, rgbaColor=(*rgb, alpha))
+
+    def _hide_ground(self) -> None:
+        self._call("changeVisualShape", self._ground, -1, rgbaColor=(1, 1, 1, 0))
 
     def _measure(self, name: str) -> tuple[float, tuple[float, float, float]]:
         """A toy's footprint radius, and the point of it that stands on (x, y, 0).
@@ -183,7 +186,7 @@ class Simulator:
         rgb = np.reshape(rgb, (size, size, 4))[..., :3].astype(np.uint8)
         return rgb, depth.astype(np.float32), np.reshape(bodies, (size, size))
 
-    def _in_shadow(self, camera: Camera, depth: np.ndarray, bodies: np.ndarray, light: tuple) -> np.ndarray:
+    def _in_shadow(self, camera: Camera, depth: np.ndarray, bodies: np.ndarray, *, light: tuple) -> np.ndarray:
         """Which pixels (S, S) show ground that the lamp does not see; the renderer's own shadows are hardly visible."""
         size, distance = 256, 2.0
         eye = tuple(distance * np.array(light) / np.linalg.norm(light))
