@@ -1,0 +1,182 @@
+"""The crops of an image that are tokenized: which they are, and the reading of their pixels by worker processes.
+
+A crop is (top, left, height, width, flip) in pixels of the original image (method: aligned augmentation). It depends on
+the seed, the sample's key and the image's size only, so whichever modality is tokenized first, all get the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.image_augmenter import center_crop, random_crop
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS
+from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
+from fourm.data.transforms.image import ImageTransform, RGBTransform, image_size
+from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.utils.seeds import generator
+from fourm.vq.dataset import MAIN, PIXELS
+
+SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the random crops: share of the area, width / height
+WORKERS = min(4, os.cpu_count() or 1)  # processes that read images, unless somebody says otherwise
+
+
+def draw_crops(key: str, size: tuple[int, int], num_crops: int, hflip: float, seed: int) -> np.ndarray:
+    """The crops of sample ``key``: the largest centred square, then random ones, each flipped with probability ``hflip``.
+
+    Args:
+        size: (height, width) of the image.
+
+    Returns:
+        (num_crops, 5) int32.
+    """
+    rng = generator(seed, "crops", key)
+    crops = [(*center_crop(size), False)]
+    while len(crops) < num_crops:
+        crops.append((*random_crop(size, SCALE, RATIO, rng), rng.random() < hflip))
+    return np.array(crops, dtype=np.int32)
+
+
+def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTransform:
+    """How tokenizers see the images of ``modality``: its transform, with colours in [-1, 1].
+
+    Args:
+        options: fields of the transform to set, e.g. ``{"standardize_depth": False}``.
+
+    Raises:
+        UserError: a modality without pixels, or an option that its transform does not have.
+    """
+    transform = MODALITY_TRANSFORMS.get(modality)
+    if not isinstance(transform, ImageTransform):
+        known = [name for name, value in MODALITY_TRANSFORMS.items() if isinstance(value, ImageTransform)]
+        raise UserError(
+            f"'{modality}' is no modality of pixels that can be tokenized{did_you_mean(modality, known)}; "
+            f"there are {', '.join(known)}"
+        )
+    if isinstance(transform, RGBTransform):
+        options = {"imagenet_default_mean_and_std": False} | dict(options)
+    fields = {item.name for item in dataclasses.fields(transform)} - {"size"}
+    for name in options:
+        if name not in fields:
+            raise UserError(f"transform_options of {modality}: unknown option '{name}'{did_you_mean(name, fields)}")
+    return dataclasses.replace(transform, **options)  # type: ignore[arg-type]
+
+
+class Skipped(NamedTuple):
+    """A sample that cannot be read."""
+
+    reason: str
+    message: str
+
+
+class CropBatch(NamedTuple):
+    """The crops of n samples.
+
+    Attributes:
+        keys: of the samples.
+        pixels: (n, K, C, size, size) float32.
+        crops: (n, K, 5) int32.
+    """
+
+    keys: list[str]
+    pixels: Tensor
+    crops: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class CropDataset(Dataset):
+    """The crops of one sample per item; a sample that cannot be read is its error instead.
+
+    Attributes:
+        samples: with the member ``PIXELS`` and perhaps ``MAIN``.
+        transform: of the modality.
+        size: side in pixels that crops are resized to.
+        num_crops, hflip, seed: of the crops that have to be drawn.
+        stored: (K, 5) by key, of the samples whose crops were drawn before.
+    """
+
+    samples: Sequence[RawSample]
+    transform: ImageTransform
+    size: int
+    num_crops: int
+    hflip: float
+    seed: int
+    stored: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    files: OpenFiles = dataclasses.field(default_factory=OpenFiles)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray] | Skipped | UserError:
+        sample = self.samples[index]
+        try:
+            return self._read(RawSample(sample.key, sample.members))  # a fresh one, which does not keep what it decodes
+        except BadSample as problem:
+            return Skipped(problem.reason, str(problem))
+        except UserError as error:  # raised again outside the worker, without its traceback
+            return error
+
+    def _read(self, sample: RawSample) -> tuple[str, np.ndarray, np.ndarray]:
+        values = sample.values(self.files, keep_pixels=True)
+        orig_size = image_size(values.get(MAIN, values[PIXELS]))
+        crops = self.stored.get(sample.key)
+        if crops is None:
+            crops = draw_crops(sample.key, orig_size, self.num_crops, self.hflip, self.seed)
+        elif crops.shape != (self.num_crops, 5):
+            raise UserError(
+                f"key '{sample.key}' has crop_settings of shape {crops.shape}, not ({self.num_crops}, 5): "
+                f"use num_crops {len(crops)}, or remove crop_settings and all tokens made with it"
+            )
+        try:
+            image = self.transform.preprocess(values[PIXELS])
+            pixels = [
+                self.transform.postprocess(
+                    self.transform.image_augment(
+                        image, (top, left, height, width), bool(flip), orig_size, (self.size, self.size), index
+                    )
+                )
+                for index, (top, left, height, width, flip) in enumerate(crops.tolist())
+            ]
+        except UserError as error:
+            raise DataError(f"{sample.where(PIXELS)}: {error}") from error
+        except Exception as error:  # the decoder of the image: its bytes are damaged
+            raise BadSample("corrupt member", f"{sample.where(PIXELS)}: {error}") from error
+        stacked = np.stack(pixels).astype(np.float32, copy=False)
+        return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
+
+
+def read_crops(dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger) -> Iterator[CropBatch]:
+    """The crops of all samples in their order, without the bad samples, which ``ledger`` counts.
+
+    Args:
+        batch_size: samples per batch; fewer if some are bad.
+        num_workers: processes; 0 = read in this one.
+    """
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_collate)
+    for batch, problems in loader:
+        for problem in problems:
+            if isinstance(problem, UserError):
+                raise problem
+            ledger.read(problem.reason)
+            ledger.warn(problem.message, f"{problem.message}; skipped")
+        if batch is not None:
+            for _ in batch.keys:
+                ledger.read()
+            yield batch
+
+
+def _collate(items: list) -> tuple[CropBatch | None, list[Skipped | UserError]]:
+    problems = [item for item in items if isinstance(item, (Skipped, UserError))]
+    good = [item for item in items if not isinstance(item, (Skipped, UserError))]
+    if not good:
+        return None, problems
+    keys, pixels, crops = zip(*good, strict=True)
+    return CropBatch(list(keys), torch.from_numpy(np.stack(pixels)), np.stack(crops)), problems

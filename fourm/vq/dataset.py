@@ -1,0 +1,225 @@
+"""A data set of images, and beside it what is computed for each of them, as parts that are finished one by one.
+
+Every shard ``root/MODALITY/NAME.tar`` is a part, and what is computed for its images becomes a shard of the same name.
+All the files ``root/MODALITY/FOLDER/KEY.EXT`` are one part, and so are the results, in one file per image.
+Nothing takes its name before it is complete: what is there is finished, and a part is *pending* until all of it is there.
+"""
+
+from __future__ import annotations
+
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TypeAlias
+
+import braceexpand
+import numpy as np
+from webdataset import TarWriter
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.decoding import decode_value
+from fourm.data.folders import Folders
+from fourm.data.layout import CROP_SETTINGS, split_name
+from fourm.data.raw_sample import Member, OpenFiles, RawSample
+from fourm.data.shards import Shards, tar_members
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.files import atomic_path
+
+PIXELS, MAIN = "pixels", "main"
+"""Members of a sample: the image that is tokenized, and the one in whose pixels crops are given, if that is another."""
+
+Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
+"""Key, tokens (K, L) and crops (K, 5) of samples."""
+
+
+class ImageSet(ABC):
+    """Reads samples and writes, per sample, tokens (K, L) to an output folder and crops (K, 5) to ``crop_settings``.
+
+    Args:
+        root: the data set's folder.
+        folders: member (``PIXELS``, perhaps ``MAIN``) → folder below ``root``.
+        ledger: counts and reports what cannot be read.
+    """
+
+    def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger):
+        self.root = root
+        self.folders = folders
+        self.ledger = ledger
+
+    @abstractmethod
+    def parts(self) -> list[str]:
+        """The names of all parts, in order."""
+
+    @abstractmethod
+    def samples(self, part: str) -> list[RawSample]:
+        """All samples of a part."""
+
+    @abstractmethod
+    def pending(self, part: str, output: str) -> list[RawSample]:
+        """The samples of a part that have no tokens, or none with crops, in the folder ``output`` yet."""
+
+    @abstractmethod
+    def crops(self, part: str) -> dict[str, np.ndarray]:
+        """The stored crops, by key."""
+
+    @abstractmethod
+    def write(self, part: str, output: str, results: Results) -> int:
+        """Write (key, tokens, crops): crops, where none are stored yet, before the tokens that belong to them.
+
+        Returns:
+            The number of samples.
+        """
+
+    @abstractmethod
+    def remove(self, part: str, output: str) -> None:
+        """Delete a part's tokens."""
+
+    def data_path(self, tail: str = "") -> str:
+        return f"{self.root}/[{','.join(dict.fromkeys(self.folders.values()))}]{tail}"
+
+
+def open_images(root: str | Path, folders: Mapping[str, str], shards: str | None, ledger: BadSampleLedger) -> ImageSet:
+    """The data set at ``root``; shards if the folder of ``PIXELS`` holds any, else files.
+
+    Args:
+        folders: as of :class:`ImageSet`.
+        shards: use only the shards of these names, e.g. ``shard-{00000..00099}.tar``.
+
+    Raises:
+        UserError: there are no images.
+    """
+    root = Path(root)
+    folder = root / folders[PIXELS]
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder of images")
+    names = sorted(path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
+    if shards is not None:
+        chosen = list(braceexpand.braceexpand(shards, escape=False))
+        absent = [name for name in chosen if name not in names]
+        if absent:
+            raise UserError(f"{folder / absent[0]}: there is no such shard, which shards={shards} names")
+        names = chosen
+    return ShardSet(root, folders, ledger, names) if names else FileSet(root, folders, ledger)
+
+
+class ShardSet(ImageSet):
+    """Images in tars; a part is a shard."""
+
+    def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger, names: list[str]):
+        super().__init__(root, folders, ledger)
+        self._names = names
+
+    def parts(self) -> list[str]:
+        return self._names
+
+    def samples(self, part: str) -> list[RawSample]:
+        return Shards(self.data_path(f"/{part}"), self.folders).all(self.ledger)
+
+    def pending(self, part: str, output: str) -> list[RawSample]:
+        finished = all((self.root / folder / part).exists() for folder in (output, CROP_SETTINGS))
+        return [] if finished else self.samples(part)
+
+    def crops(self, part: str) -> dict[str, np.ndarray]:
+        path, files = str(self.root / CROP_SETTINGS / part), OpenFiles()
+        if not Path(path).exists():
+            return {}
+        members = [(split_name(name), offset, size) for name, offset, size in tar_members(path)]
+        return {
+            key: _read_crops(Member(path, extension, offset, size), key, files)
+            for (key, extension), offset, size in members
+        }
+
+    def write(self, part: str, output: str, results: Results) -> int:
+        stored = self.crops(part)
+        crops = dict(stored)
+        with atomic_path(self.root / output / part) as temporary:
+            number = _write_tar(temporary, _keep_crops(results, crops))
+            if number == 0:
+                raise DataError(f"{self.root / self.folders[PIXELS] / part}: none of its images can be read")
+            if len(crops) > len(stored):
+                with atomic_path(self.root / CROP_SETTINGS / part) as beside:
+                    _write_tar(beside, crops.items())
+        return number
+
+    def remove(self, part: str, output: str) -> None:
+        (self.root / output / part).unlink(missing_ok=True)
+
+
+class FileSet(ImageSet):
+    """Images in single files; all of them are one part, without a name."""
+
+    def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger):
+        super().__init__(root, folders, ledger)
+        self._samples = Folders(self.data_path(), folders, None, ledger).all(ledger)
+
+    def parts(self) -> list[str]:
+        return [""]
+
+    def samples(self, part: str) -> list[RawSample]:
+        return self._samples
+
+    def pending(self, part: str, output: str) -> list[RawSample]:
+        finished = self._keys(output) & self._keys(CROP_SETTINGS)
+        return [sample for sample in self._samples if sample.key not in finished]
+
+    def crops(self, part: str) -> dict[str, np.ndarray]:
+        files = OpenFiles()
+        return {
+            key: _read_crops(Member(str(self._file(CROP_SETTINGS, key)), "npy"), key, files)
+            for key in sorted(self._keys(CROP_SETTINGS))
+        }
+
+    def write(self, part: str, output: str, results: Results) -> int:
+        stored, number = self._keys(CROP_SETTINGS), 0
+        for key, tokens, crops in results:
+            if key not in stored:
+                self._write_file(CROP_SETTINGS, key, crops)
+            self._write_file(output, key, tokens)
+            number += 1
+        return number
+
+    def remove(self, part: str, output: str) -> None:
+        for key in self._keys(output):
+            self._file(output, key).unlink()
+
+    def _keys(self, folder: str) -> set[str]:
+        paths = (path.relative_to(self.root / folder) for path in (self.root / folder).rglob("*.npy"))
+        return {split_name(path.as_posix())[0] for path in paths if not path.name.startswith(".")}
+
+    def _file(self, folder: str, key: str) -> Path:
+        return self.root / folder / f"{key}.npy"
+
+    def _write_file(self, folder: str, key: str, array: np.ndarray) -> None:
+        with atomic_path(self._file(folder, key)) as temporary:
+            temporary.write_bytes(_npy(array))
+
+
+def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    """Key and tokens of ``results``, whose crops are added to ``crops``."""
+    for key, tokens, own in results:
+        crops[key] = own
+        yield key, tokens
+
+
+def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> int:
+    """Write a shard and return its number of samples."""
+    number = 0
+    with TarWriter(str(path), mtime=0) as tar:  # without a time, the same content gives the same file
+        for key, array in arrays:
+            tar.write({"__key__": key, "npy": _npy(array)})
+            number += 1
+    return number
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    return buffer.getvalue()
+
+
+def _read_crops(member: Member, key: str, files: OpenFiles) -> np.ndarray:
+    try:
+        return decode_value(f"crops.{member.extension}", files.read(member))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{member.path}: key '{key}': {error}; delete the file to have it made anew") from error

@@ -1,0 +1,113 @@
+"""Fit a patch codebook to the images of a data set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from tqdm import tqdm
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.raw_sample import RawSample
+from fourm.utils.errors import UserError
+from fourm.utils.options import option, parse_options
+from fourm.utils.seeds import generator
+from fourm.vq.crops import WORKERS, CropDataset, read_crops, tokenizer_transform
+from fourm.vq.dataset import PIXELS, ImageSet, open_images
+from fourm.vq.kmeans import KMeansReport
+from fourm.vq.patch_codebook import PatchCodebook, PatchCodebookConfig
+from fourm.vq.tokenizer import best_device
+
+
+@dataclass(frozen=True)
+class FitOptions:
+    """Which images, and which codebook."""
+
+    data_root: str = option("folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders")
+    modality: str = option("folder of the images")
+    output: str = option("folder for the codebook")
+    vocab_size: int = option("codes", 1024)
+    patch_size: int = option("side of a patch in pixels", 16)
+    input_size: int = option("side in pixels that crops are resized to", 224)
+    one_hot_classes: int | None = option("for maps of class ids: the number of classes", None)
+    transform: str | None = option("how files are read, a key of MODALITY_TRANSFORMS (default: MODALITY)", None)
+    transform_options: dict = option("options of the transform, e.g. '{standardize_depth: false}'", {})
+    shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
+    num_images: int = option("images that patches are taken from, at most", 2000)
+    num_crops: int = option("crops of each image, as save_vq_tokens.py draws them", 5)
+    num_patches: int = option("patches to fit to", 100_000)
+    epochs: int = option("passes over the patches", 10)
+    seed: int = option("seed of everything random", 0)
+    batch_size: int = option("images per batch", 32)
+    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS)
+    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
+    max_bad_fraction: float = option("stop when more than this share of the images cannot be read", 0.01)
+
+    def __post_init__(self) -> None:
+        for name in ("num_images", "num_crops", "num_patches", "epochs", "batch_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+
+
+def fit_codebook(options: FitOptions) -> tuple[PatchCodebook, KMeansReport]:
+    """Fit the codebook and save it to ``options.output``.
+
+    Raises:
+        UserError: options that do not fit together or to the images, or fewer patches than codes.
+    """
+    modality = options.transform or options.modality
+    transform = tokenizer_transform(modality, options.transform_options)
+    ledger = BadSampleLedger(options.modality, options.max_bad_fraction)
+    images = open_images(options.data_root, {PIXELS: options.modality}, options.shards, ledger)
+    samples = _choose_images(images, options)
+    config = PatchCodebookConfig(
+        modality=modality,
+        vocab_size=options.vocab_size,
+        patch_size=options.patch_size,
+        num_channels=transform.channels,
+        input_size=options.input_size,
+        transform_options=options.transform_options,
+        one_hot_classes=options.one_hot_classes,
+    )
+    codebook = PatchCodebook(config).to(best_device(options.device))
+    rng = torch.Generator().manual_seed(int(generator(options.seed, "codebook").integers(2**63)))
+    dataset = CropDataset(samples, transform, options.input_size, options.num_crops, hflip=0.5, seed=options.seed)
+    per_image = -(-options.num_patches // len(samples))
+    chosen = []
+    with tqdm(desc=f"patches of {options.modality}", total=len(samples), unit=" images", disable=None) as bar:
+        for batch in read_crops(dataset, options.batch_size, options.num_workers, ledger):
+            patches = codebook.to_patches(rearrange(batch.pixels, "n k c h w -> (n k) c h w")).flatten(0, 2)
+            chosen.append(patches[torch.randperm(len(patches), generator=rng)[: per_image * len(batch.keys)]])
+            bar.update(len(batch.keys))
+    pool = torch.cat(chosen)[: options.num_patches].to(codebook.device)
+    if len(pool) < options.vocab_size:
+        raise UserError(
+            f"{images.root / options.modality} gives only {len(pool)} patches for {options.vocab_size} codes: "
+            "lower vocab_size, or raise num_patches, num_images or num_crops"
+        )
+    report = codebook.fit(pool, epochs=options.epochs, generator=rng)
+    codebook.save(options.output)
+    return codebook.eval(), report
+
+
+def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
+    """Up to ``num_images`` random ones, from as few random parts as hold so many."""
+    rng = generator(options.seed, "images")
+    samples: list[RawSample] = []
+    parts = images.parts()
+    for index in rng.permutation(len(parts)):
+        samples += images.samples(parts[index])
+        if len(samples) >= options.num_images:
+            break
+    return [samples[index] for index in sorted(rng.permutation(len(samples))[: options.num_images])]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``fit_codebook.py``."""
+    options = parse_options(FitOptions, argv, "Fit a patch codebook to the images of a data set.")
+    _, report = fit_codebook(options)
+    print(
+        f"{options.output}: {report.used_codes} of {options.vocab_size} codes in use, perplexity {report.perplexity:.0f}, "
+        f"{report.error:.1%} of the variance left"
+    )

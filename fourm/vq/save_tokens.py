@@ -1,0 +1,151 @@
+"""Tokenize the images of a data set for training: ``(crops, tokens)`` per image, and the crops they stand for.
+
+What a run finds finished it keeps, so an interrupted one is simply started again. ``.made_with.json`` in the output folder
+says how its tokens were made; a run with other options does not add to them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from einops import rearrange
+from tqdm import tqdm
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.files import atomic_path
+from fourm.utils.options import option, parse_options
+from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
+from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
+from fourm.vq.registry import load_tokenizer
+from fourm.vq.tokenizer import CONFIG, WEIGHTS, ImageTokenizer, best_device
+
+RECORD = ".made_with.json"
+
+
+@dataclass(frozen=True)
+class SaveTokensOptions:
+    """What to tokenize, and how."""
+
+    tokenizer: str = option("folder of the tokenizer")
+    data_root: str = option("folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders")
+    modality: str | None = option("folder of the images (default: the tokenizer's modality)", None)
+    output_modality: str | None = option("folder for the tokens (default: tok_MODALITY@INPUT_SIZE)", None)
+    shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
+    main_modality: str | None = option("folder of the images in whose pixels crops are given (default: MODALITY)", None)
+    input_size: int | None = option("side in pixels that crops are resized to (default: the tokenizer's)", None)
+    num_crops: int = option("crops per image; the first is the centre crop, the others are random", 10)
+    hflip: float = option("share of the random crops that are flipped", 0.5)
+    seed: int = option("seed of the random crops", 0)
+    batch_size: int = option("images per batch", 32)
+    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS)
+    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
+    max_bad_fraction: float = option("stop when more than this share of the images cannot be read", 0.01)
+    overwrite: bool = option("tokenize again what is finished", False)
+    dry_run: bool = option("say what would be done, and stop", False)
+
+    def __post_init__(self) -> None:
+        for name, least in {"num_crops": 1, "batch_size": 1, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"'{name}' must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.hflip <= 1:
+            raise UserError(f"'hflip' must lie between 0 and 1, not {self.hflip}")
+
+
+def save_tokens(options: SaveTokensOptions) -> int:
+    """Do what ``options`` say.
+
+    Returns:
+        The number of images tokenized by this call; with ``dry_run``, of those that would be.
+
+    Raises:
+        UserError: options that do not fit together or to what is there, images that cannot be read beyond
+            ``max_bad_fraction``, or a value that breaks the modality's contract.
+    """
+    tokenizer = load_tokenizer(options.tokenizer, best_device(options.device))
+    config = tokenizer.config
+    modality = options.modality or config.modality
+    size = options.input_size or config.input_size
+    if size % config.patch_size:
+        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {config.patch_size}")
+    output = options.output_modality or f"tok_{modality}@{size}"
+    transform = tokenizer_transform(config.modality, config.transform_options)
+    ledger = BadSampleLedger(modality, options.max_bad_fraction)
+    folders = {PIXELS: modality} | ({MAIN: options.main_modality} if options.main_modality else {})
+    images = open_images(options.data_root, folders, options.shards, ledger)
+    parts = images.parts()
+    if options.dry_run:
+        find = images.samples if options.overwrite else lambda part: images.pending(part, output)
+        return sum(len(find(part)) for part in parts)
+    if options.overwrite:
+        for part in parts:
+            images.remove(part, output)
+    _check_record(images.root / output, options, {"modality": modality, "input_size": size})
+    done = 0
+    with tqdm(desc=output, unit=" images", disable=None) as bar:
+        for number, part in enumerate(parts):
+            samples = images.pending(part, output)
+            if not samples:
+                continue
+            bar.total = done + len(samples) * (len(parts) - number)  # as if the parts to come were like this one
+            dataset = CropDataset(
+                samples, transform, size, options.num_crops, options.hflip, options.seed, images.crops(part)
+            )
+            batches = read_crops(dataset, options.batch_size, options.num_workers, ledger)
+            done += images.write(part, output, _tokenized(batches, tokenizer, bar))
+    return done
+
+
+def _tokenized(batches: Iterable[CropBatch], tokenizer: ImageTokenizer, bar: tqdm) -> Results:
+    dtype = token_dtype(tokenizer.vocab_size)
+    for batch in batches:
+        pixels = rearrange(batch.pixels, "n k c h w -> (n k) c h w").to(tokenizer.device, non_blocking=True)
+        try:
+            ids = tokenizer.tokenize(pixels)
+        except DataError as error:
+            raise DataError(f"one of the keys '{batch.keys[0]}' to '{batch.keys[-1]}': {error}") from error
+        tokens = rearrange(ids, "(n k) h w -> n k (h w)", n=len(batch.keys)).cpu().numpy().astype(dtype)
+        yield from zip(batch.keys, tokens, batch.crops, strict=True)
+        bar.update(len(batch.keys))
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest signed integer type of at least 16 bits, as in published data sets, that holds every id."""
+    return np.dtype(np.int16 if vocab_size <= 2**15 else np.int32)
+
+
+def _check_record(folder: Path, options: SaveTokensOptions, made_with: dict) -> None:
+    """Compare with what the tokens in ``folder`` were made with, or write it down.
+
+    Raises:
+        UserError: they were made with something else.
+    """
+    made_with["num_crops"] = options.num_crops
+    digest = hashlib.sha256()
+    for name in (CONFIG, WEIGHTS):
+        digest.update((Path(options.tokenizer) / name).read_bytes())
+    made_with["tokenizer"] = digest.hexdigest()
+    path = folder / RECORD
+    if path.exists() and not options.overwrite:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        for name, value in made_with.items():
+            if before.get(name) != value:
+                raise UserError(
+                    f"{folder} holds tokens made with another {name} ({before.get(name)}, now {value}): "
+                    "use --overwrite, or another output_modality"
+                )
+    else:
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``save_vq_tokens.py``."""
+    options = parse_options(SaveTokensOptions, argv, "Tokenize the images of a data set.")
+    count = save_tokens(options)
+    print(f"{count} images {'would be' if options.dry_run else 'were'} tokenized")

@@ -1,0 +1,121 @@
+"""What every tokenizer of images is: pixels ↔ a grid of token ids, and the two files that keep it.
+
+Shapes: B images, C channels, H x W pixels, h x w = H/patch x W/patch tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from einops import rearrange
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.files import atomic_path
+
+WEIGHTS, CONFIG = "model.safetensors", "config.json"
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """What all tokenizers have in common; ``config.json`` holds it beside the tokenizer's type.
+
+    Attributes:
+        modality: whose images it was trained on, a key of ``MODALITY_TRANSFORMS``.
+        vocab_size: number of token ids.
+        patch_size: side in pixels of what one token stands for.
+        num_channels: channels of its input.
+        input_size: side in pixels of the images it was trained on; others work if ``patch_size`` divides them.
+        value_range: smallest and largest value of the images it was trained on.
+        transform_options: fields of the modality's transform that differ from the defaults for tokenizers.
+    """
+
+    modality: str
+    vocab_size: int
+    patch_size: int
+    num_channels: int
+    input_size: int
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    transform_options: dict = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "patch_size", "num_channels", "input_size"):
+            if getattr(self, name) < 1:
+                raise UserError(f"tokenizer: '{name}' must be at least 1, not {getattr(self, name)}")
+        if self.input_size % self.patch_size:
+            raise UserError(
+                f"tokenizer: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
+            )
+
+
+class ImageTokenizer(nn.Module, ABC):
+    """Base class. A subclass names its ``kind`` and ``Config``, takes a config and keeps all that it learned in its
+    state dict; ``fourm.vq.registry`` lists it.
+
+    Values go in, and come out, as the modality's transform gives them (``fourm.vq.crops.tokenizer_transform``).
+    """
+
+    kind: ClassVar[str]
+    Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        self.config = config
+
+    @property
+    def vocab_size(self) -> int:
+        return self.config.vocab_size
+
+    @property
+    def patch_size(self) -> int:
+        return self.config.patch_size
+
+    @property
+    def num_channels(self) -> int:
+        return self.config.num_channels
+
+    @abstractmethod
+    def tokenize(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size)."""
+
+    @abstractmethod
+    def decode_tokens(self, ids: Tensor) -> Tensor:
+        """Ids (B, h, w) → (B, C, H, W) float."""
+
+    def to_patches(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, h, w, C, patch, patch).
+
+        Raises:
+            DataError: images with other channels, or of a size that patches do not fill.
+        """
+        p = self.patch_size
+        if x.ndim != 4 or x.shape[1] != self.num_channels or x.shape[2] % p or x.shape[3] % p:
+            raise DataError(
+                f"the {self.config.modality} tokenizer takes images of shape (B, {self.num_channels}, H, W) with H and W "
+                f"multiples of {p}, not {tuple(x.shape)}"
+            )
+        return rearrange(x, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
+
+    def save(self, folder: str | Path) -> None:
+        """Write ``model.safetensors`` and ``config.json``; what is at ``folder`` is replaced as a whole."""
+        with atomic_path(folder) as temporary:
+            temporary.mkdir()
+            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary / WEIGHTS)
+            content = {"type": self.kind, **dataclasses.asdict(self.config)}
+            (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+    @property
+    def device(self) -> torch.device:
+        return next(iter(self.state_dict().values())).device
+
+
+def best_device(name: str) -> str:
+    """``name``, with ``auto`` resolved."""
+    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
