@@ -1,0 +1,233 @@
+"""The demo's stages, in order; what is finished is kept, so the demo may be interrupted anywhere and started again.
+
+``OUT/demo.json`` holds the options that decide what the data are, the seconds that each stage took, and the step at which
+training was stopped on purpose.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+import fourm
+from fourm.demo import report, training
+from fourm.demo.annotations import CLASSES
+from fourm.demo.figures import loss_curves, sample_sheet
+from fourm.demo.render import EXTENSIONS, Unit, render_all, units
+from fourm.utils.config import load_yaml
+from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.files import atomic_path
+from fourm.utils.options import option, parse_options
+from fourm.vq.fit_codebook import FitOptions, fit_codebook
+from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
+
+ROOT = Path(fourm.__file__).parents[1]  # of the repository: the training command and the configs lie there
+SHARD_SIZE, FOLDER_SIZE = 250, 100
+
+
+@dataclass(frozen=True)
+class DemoOptions:
+    """The command line of the demo."""
+
+    out: str = option("folder for everything that the demo makes", "demo_run")
+    train_scenes: int = option("scenes to train on", 2000)
+    val_scenes: int = option("scenes to validate on", 200)
+    size: int = option("side of the rendered pictures in pixels", 128)
+    seed: int = option("seed of the scenes and codebooks", 0)
+    workers: int = option("processes that render and read", 2)
+    config: str = option("training configuration", "cfgs/demo/main.yaml")
+    stages: str = option("which stages to run, joined by commas", "render,codebooks,tokenize,train,report")
+
+    def __post_init__(self) -> None:
+        for key in ("train_scenes", "val_scenes", "size", "workers"):
+            if getattr(self, key) < 1:
+                raise UserError(f"'{key}' must be at least 1, not {getattr(self, key)}")
+        for stage in self.stages.split(","):
+            if stage not in STAGES:
+                raise UserError(f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}; there are {', '.join(STAGES)}")
+
+
+class Demo:
+    """The paths and the record of one demo folder."""
+
+    def __init__(self, options: DemoOptions):
+        self.options = options
+        self.out = Path(options.out).resolve()
+        self.data, self.codebooks, self.run = (self.out / name for name in ("data", "codebooks", "training"))
+        self._record = self.out / "demo.json"
+        given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
+        self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
+        if self._record.exists():
+            self.record = json.loads(self._record.read_text())
+            for key, value in self.record["options"].items():
+                if given[key] != value:
+                    raise UserError(
+                        f"{self.out} was made with {key} {value}, not {given[key]}: choose another --out, or remove it"
+                    )
+
+    def save(self) -> None:
+        with atomic_path(self._record) as path:
+            path.write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def units(self, split: str) -> list[Unit]:
+        count, size = {"train": (self.options.train_scenes, SHARD_SIZE), "val": (self.options.val_scenes, FOLDER_SIZE)}[
+            split
+        ]
+        return units(self.data, split, count, size)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The training configuration."""
+        return load_yaml(self._file(self.options.config))
+
+    @cached_property
+    def data_config(self) -> dict[str, Any]:
+        """The data configuration, with the paths of this folder."""
+        config = load_yaml(self._file(self.config["data_config"]))
+        (train,), (val,) = config["train"]["datasets"].values(), config["val"]["datasets"].values()
+        folders = train["data_path"].split("[")[1].split("]")[0]
+        last = len(self.units("train")) - 1
+        train["data_path"] = f"{self.data}/train/[{folders}]/shard-{{00000..{last:05d}}}.tar"
+        val["data_path"] = f"{self.data}/val"
+        return config
+
+    @property
+    def tokenized(self) -> dict[str, dict[str, Any]]:
+        """Modality of images → declaration of its tokens."""
+        declared = self.data_config["modalities"].items()
+        return {name.split("@")[0].removeprefix("tok_"): d | {"name": name} for name, d in declared if "tok_" in name}
+
+    @staticmethod
+    def _file(name: str) -> Path:
+        return Path(name) if Path(name).exists() else ROOT / name
+
+
+def render(demo: Demo) -> None:
+    """Scenes → shards for training, folders for validation."""
+    options = demo.options
+    render_all(demo.units("train") + demo.units("val"), options.size, options.seed, options.workers)
+    first = demo.units("val")[0]
+    keys = [f"{index:06d}" for index in range(first.start, min(first.stop, first.start + 6))]
+    samples = [{m: first.path(m) / f"{key}.{extension}" for m, extension in EXTENSIONS.items()} for key in keys]
+    sample_sheet(samples, CLASSES, demo.out / "samples.png")
+    print(f"samples of the data: {demo.out / 'samples.png'}")
+
+
+def codebooks(demo: Demo) -> None:
+    """A codebook per modality of images."""
+    for modality, declared in demo.tokenized.items():
+        if (demo.codebooks / modality).exists():
+            continue
+        _, fitted = fit_codebook(
+            FitOptions(
+                data_root=str(demo.data / "train"), modality=modality, output=str(demo.codebooks / modality),
+                vocab_size=declared["vocab_size"], patch_size=declared["patch_size"], input_size=declared["input_size"],
+                one_hot_classes=len(CLASSES) if modality == "semseg" else None, num_images=1000, num_crops=1,
+                num_patches=40_000, seed=demo.options.seed, num_workers=demo.options.workers,
+            )
+        )  # fmt: skip
+        print(
+            f"codebook of {modality}: {fitted.used_codes} of {declared['vocab_size']} codes used, perplexity "
+            f"{fitted.perplexity:.0f}, {1 - fitted.error:.0%} of the variance explained"
+        )
+
+
+def tokenize(demo: Demo) -> None:
+    """Every image → token ids, once for its centre crop: captions that say left and right do not follow random ones."""
+    for split in ("train", "val"):
+        for modality, declared in demo.tokenized.items():
+            save_tokens(
+                SaveTokensOptions(
+                    tokenizer=str(demo.codebooks / modality), data_root=str(demo.data / split),
+                    output_modality=declared["name"], num_crops=1, seed=demo.options.seed,
+                    num_workers=demo.options.workers,
+                )
+            )  # fmt: skip
+
+
+def train(demo: Demo) -> None:
+    """The training command, stopped in the middle and resumed."""
+    if (demo.run / "model.safetensors").exists():
+        return
+    data_config = demo.out / "data.yaml"
+    with atomic_path(data_config) as path:
+        path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
+    command = training.command(demo._file(demo.options.config).resolve(), data_config=data_config, output_dir=demo.run)
+    config = demo.config
+    steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
+    # Not at the end of an epoch: that a run continues exactly is worth showing in the middle of one.
+    stop_at = int(0.45 * steps) if demo.record["stopped_at"] is None else None
+    stopped = training.train(command, ROOT, demo.run, stop_at)
+    if stopped is not None:
+        demo.record["stopped_at"] = stopped
+        demo.save()
+        training.train(command, ROOT, demo.run, None)
+
+
+def summarize(demo: Demo) -> int:
+    """The table and the curves.
+
+    Returns:
+        The demo's exit status: 0 if the model learned what it must.
+    """
+    trained, evaluations = report.read_log(demo.run)
+    lines = report.table(evaluations[-1]["per_modality"], report.entropies(demo.run))
+    loss_curves(trained, evaluations, lines, demo.record["stopped_at"], demo.out / "curves.png")
+    seconds = demo.record["seconds"]
+    facts = {"steps": trained[-1]["step"], "stopped_at": demo.record["stopped_at"], "seconds": seconds}
+    ok = report.passed(lines)
+    verdict = "PASSED: " if ok else "FAILED: not everything is "
+    text = f"""
+{report.markdown(lines)}
+
+Loss and entropy in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The entropy is
+the best that a model could do which only knows how often each token occurs.
+{verdict}clearly below it (loss / entropy at most {report.CLEAR}) for depth, normals, segmentation, captions and boxes.
+Trained for {facts["steps"]} steps; stopped on purpose at step {facts["stopped_at"]} and resumed. Seconds: {_listed(seconds)}.
+"""
+    report.write(demo.out, lines, facts, text)
+    print(text)
+    print(f"report: {demo.out / 'report.md'}\ncurves: {demo.out / 'curves.png'}\ndata:   {demo.out / 'samples.png'}")
+    return 0 if ok else 1
+
+
+STAGES: dict[str, Callable[[Demo], int | None]] = {
+    "render": render, "codebooks": codebooks, "tokenize": tokenize, "train": train, "report": summarize,
+}  # fmt: skip
+
+
+def parse(argv: list[str] | None = None) -> DemoOptions:
+    return parse_options(DemoOptions, argv, "Render a small multimodal data set, train a 4M model on it, report.")
+
+
+def run(options: DemoOptions) -> int:
+    """Run the stages; returns the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children are stopped too
+    demo = Demo(options)
+    demo.save()
+    status = 0
+    for name in STAGES:
+        if name in options.stages.split(","):
+            print(f"── {name}", flush=True)
+            start = time.monotonic()
+            try:
+                status = STAGES[name](demo) or 0
+            finally:
+                seconds = demo.record["seconds"]
+                seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)
+                demo.save()
+    return status
+
+
+def _listed(seconds: dict[str, float]) -> str:
+    total = sum(seconds.values())
+    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + f"; together {total:.0f}"
