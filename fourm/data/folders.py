@@ -20,21 +20,36 @@ class Folders:
         data_path: ``root`` or ``root/[rgb,caption]``.
         wanted: the modalities to read and their usual folder names.
         name_map: folder → modality where the names differ.
+        ledger: counts the keys that are not in every folder.
 
     Raises:
-        UserError: nothing lies at ``data_path``, or a modality is not there.
+        UserError: nothing lies at ``data_path``, a modality is not there, or no key is in all of them.
+        DataError: too many keys are not in every folder.
     """
 
-    def __init__(self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        data_path: str,
+        wanted: Mapping[str, str],
+        name_map: Mapping[str, str] | None,
+        ledger: BadSampleLedger,
+    ):
         pattern, folders = split_data_path(data_path)
         if folders is None:
             pattern, folders = f"{pattern}/\0", existing_folders(pattern)
-        self._roots = {
-            name: expand(pattern, folder)[0]
-            for name, folder in assign_folders(wanted, folders, name_map, data_path).items()
-        }
-        self._location = data_path
-        self._samples: list[RawSample] | None = None
+        found = assign_folders(wanted, folders, name_map, data_path)
+        roots = {name: expand(pattern, folder)[0] for name, folder in found.items()}
+        indexes = {name: _index(root) for name, root in roots.items()}
+        keys = sorted(set().union(*indexes.values()))
+        complete = [key for key in keys if all(key in index for index in indexes.values())]
+        if not complete:
+            raise UserError(f"data_path {data_path}: no key is in all of {', '.join(roots.values())}")
+        for name, root in roots.items():
+            missing = [key for key in keys if key not in indexes[name]]
+            if missing:
+                ledger.warn(root, f"{root}: no file for key '{missing[0]}' (and {len(missing) - 1} more); skipped")
+        ledger.joined(len(keys), len(keys) - len(complete), final=True)
+        self._samples = [RawSample(key, {name: index[key] for name, index in indexes.items()}) for key in complete]
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
         """Endless samples of one stream: all streams take turns in one sequence of shuffled passes over the data.
@@ -42,7 +57,7 @@ class Folders:
         Args:
             key: what the order depends on beside the stream: (seed, epoch, …).
         """
-        samples, turn, sweep = self.all(ledger), stream, -1
+        samples, turn, sweep = self._samples, stream, -1
         while True:
             if turn // len(samples) != sweep:
                 sweep = turn // len(samples)
@@ -53,22 +68,7 @@ class Folders:
 
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
         """Every sample once, ordered by key."""
-        if self._samples is None:
-            self._samples = self._join(ledger)
         return self._samples
-
-    def _join(self, ledger: BadSampleLedger) -> list[RawSample]:
-        indexes = {name: _index(root) for name, root in self._roots.items()}
-        keys = sorted(set().union(*indexes.values()))
-        complete = [key for key in keys if all(key in index for index in indexes.values())]
-        if not complete:
-            raise UserError(f"data_path {self._location}: no key is in all of {', '.join(self._roots.values())}")
-        for name, root in self._roots.items():
-            missing = [key for key in keys if key not in indexes[name]]
-            if missing:
-                ledger.warn(root, f"{root}: no file for key '{missing[0]}' (and {len(missing) - 1} more); skipped")
-        ledger.joined(len(keys), len(keys) - len(complete), final=True)
-        return [RawSample(key, {name: index[key] for name, index in indexes.items()}) for key in complete]
 
 
 def _index(root: str) -> dict[str, Member]:

@@ -98,9 +98,10 @@ def render_all(todo: list[Unit], size: int, seed: int, workers: int) -> None:
     missing = [unit for unit in todo if not unit.is_done()]
     total = sum(unit.stop - unit.start for unit in todo)
     done = total - sum(unit.stop - unit.start for unit in missing)
-    with tqdm(total=total, initial=done, unit="scene", desc="render") as bar:
+    with tqdm(total=total, initial=done, unit=" scenes", desc="render", disable=None) as bar:
         for count in _in_processes(missing, size, seed, workers):
             bar.update(count)
+    print(f"{total} scenes, {total - done} of them rendered now")
 
 
 def _in_processes(missing: list[Unit], size: int, seed: int, workers: int) -> Iterator[int]:

@@ -132,7 +132,7 @@ def codebooks(demo: Demo) -> None:
                 data_root=str(demo.data / "train"), modality=modality, output=str(demo.codebooks / modality),
                 vocab_size=declared["vocab_size"], patch_size=declared["patch_size"], input_size=declared["input_size"],
                 one_hot_classes=len(CLASSES) if modality == "semseg" else None, num_images=1000, num_crops=1,
-                num_patches=40_000, seed=demo.options.seed, num_workers=demo.options.workers,
+                num_patches=20_000, seed=demo.options.seed, num_workers=demo.options.workers,
             )
         )  # fmt: skip
         print(
@@ -221,6 +221,9 @@ def run(options: DemoOptions) -> int:
             start = time.monotonic()
             try:
                 status = STAGES[name](demo) or 0
+            except KeyboardInterrupt:
+                print(f"\ninterrupted during {name}; run the same command again to go on")
+                return 128 + signal.SIGINT
             finally:
                 seconds = demo.record["seconds"]
                 seconds[name] = round(seconds.get(name, 0) + time.monotonic() - start, 1)

@@ -38,7 +38,8 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
     Raises:
         UserError: it failed.
     """
-    process = subprocess.Popen(command, cwd=cwd)
+    # In a session of its own Ctrl-C reaches only this process, which then asks the training to save and end, once.
+    process = subprocess.Popen(command, cwd=cwd, start_new_session=True)
     stopped = None
     try:
         while process.poll() is None:
@@ -48,7 +49,6 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
                 process.send_signal(signal.SIGTERM)
             time.sleep(_POLL)
     finally:
-        # An interruption of the demo: on a terminal, Ctrl-C has reached the training too, and it saves before it ends.
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
             process.wait()

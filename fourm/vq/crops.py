@@ -132,8 +132,13 @@ class CropDataset(Dataset):
             crops = draw_crops(sample.key, orig_size, self.num_crops, self.hflip, self.seed)
         elif crops.shape != (self.num_crops, 5):
             raise UserError(
-                f"key '{sample.key}' has crop_settings of shape {crops.shape}, not ({self.num_crops}, 5): "
-                f"use num_crops {len(crops)}, or remove crop_settings and all tokens made with it"
+                f"{sample.where(PIXELS)}: crop_settings has shape {crops.shape}, not ({self.num_crops}, 5): "
+                f"set num_crops to {len(crops)}, or remove crop_settings and all tokens made with it"
+            )
+        elif np.abs(crops[0, :4] - center_crop(orig_size)).max() > 1:  # others may round differently
+            raise UserError(
+                f"{sample.where(PIXELS)}: crop_settings does not begin with the centre crop of an image of "
+                f"{orig_size[0]}x{orig_size[1]}: set main_modality to the modality that it was made for"
             )
         try:
             image = self.transform.preprocess(values[PIXELS])

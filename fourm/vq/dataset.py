@@ -220,6 +220,6 @@ def _npy(array: np.ndarray) -> bytes:
 
 def _read_crops(member: Member, key: str, files: OpenFiles) -> np.ndarray:
     try:
-        return decode_value(f"crops.{member.extension}", files.read(member))
+        return np.asarray(decode_value(f"crops.{member.extension}", files.read(member)), dtype=np.int32)
     except (OSError, ValueError) as error:
         raise DataError(f"{member.path}: key '{key}': {error}; delete the file to have it made anew") from error

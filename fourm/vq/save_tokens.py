@@ -82,10 +82,18 @@ def save_tokens(options: SaveTokensOptions) -> int:
     if options.dry_run:
         find = images.samples if options.overwrite else lambda part: images.pending(part, output)
         return sum(len(find(part)) for part in parts)
+    made_with = {
+        "modality": modality,
+        "input_size": size,
+        "num_crops": options.num_crops,
+        "tokenizer": _digest(Path(options.tokenizer)),
+    }
+    _check_record(images.root / output, made_with, options.overwrite)
     if options.overwrite:
         for part in parts:
             images.remove(part, output)
-    _check_record(images.root / output, options, {"modality": modality, "input_size": size})
+    with atomic_path(images.root / output / RECORD) as path:
+        path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
     done = 0
     with tqdm(desc=output, unit=" images", disable=None) as bar:
         for number, part in enumerate(parts):
@@ -119,29 +127,28 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.int16 if vocab_size <= 2**15 else np.int32)
 
 
-def _check_record(folder: Path, options: SaveTokensOptions, made_with: dict) -> None:
-    """Compare with what the tokens in ``folder`` were made with, or write it down.
+def _digest(tokenizer: Path) -> str:
+    """What two tokenizers share only if they give the same tokens."""
+    return hashlib.sha256(b"".join((tokenizer / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()
 
-    Raises:
-        UserError: they were made with something else.
-    """
-    made_with["num_crops"] = options.num_crops
-    digest = hashlib.sha256()
-    for name in (CONFIG, WEIGHTS):
-        digest.update((Path(options.tokenizer) / name).read_bytes())
-    made_with["tokenizer"] = digest.hexdigest()
-    path = folder / RECORD
-    if path.exists() and not options.overwrite:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        for name, value in made_with.items():
-            if before.get(name) != value:
-                raise UserError(
-                    f"{folder} holds tokens made with another {name} ({before.get(name)}, now {value}): "
-                    "use --overwrite, or another output_modality"
-                )
-    else:
-        with atomic_path(path) as temporary:
-            temporary.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+
+def _check_record(folder: Path, made_with: dict, overwrite: bool) -> None:
+    """Raise a :class:`UserError` if ``folder`` holds tokens that were made otherwise, or anything else."""
+    try:
+        before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
+            raise UserError(
+                f"{folder} holds files that save_vq_tokens did not write: use another output_modality, or move them"
+            ) from None
+        return
+    different = [name for name in made_with if before.get(name) != made_with[name]]
+    if different and not overwrite:
+        name = different[0]
+        raise UserError(
+            f"{folder} holds tokens made with another {name} ({before.get(name)}, now {made_with[name]}): use --overwrite, "
+            "or another output_modality"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -20,7 +20,7 @@ def _ledger(max_bad_fraction=1.0):
 
 def test_joined_by_key_below_the_modality_folder(tmp_path, caplog):
     root = write_folders(tmp_path, 6, leave_out={("caption", 2), ("rgb", 5)})
-    samples = Folders(root, WANTED, NAMES).all(_ledger())
+    samples = Folders(root, WANTED, NAMES, _ledger()).all(_ledger())
     assert [s.key for s in samples] == ["part0/00000", "part0/00004", "part1/00001", "part1/00003"]
     for s in samples:
         values = s.values(OpenFiles(), keep_pixels=False)
@@ -31,13 +31,13 @@ def test_joined_by_key_below_the_modality_folder(tmp_path, caplog):
 
 def test_brackets_choose_folders(tmp_path):
     root = write_folders(tmp_path, 3)
-    assert len(Folders(f"{root}/[caption]", {"caption": "caption"}).all(_ledger())) == 3
+    assert len(Folders(f"{root}/[caption]", {"caption": "caption"}, None, _ledger()).all(_ledger())) == 3
     with pytest.raises(UserError, match="no folder for modality rgb@224"):
-        Folders(f"{root}/[caption]", {"rgb@224": "rgb"})
+        Folders(f"{root}/[caption]", {"rgb@224": "rgb"}, None, _ledger())
 
 
 def test_streams_share_out_each_pass(tmp_path):
-    folders = Folders(write_folders(tmp_path, 5), WANTED, NAMES)
+    folders = Folders(write_folders(tmp_path, 5), WANTED, NAMES, _ledger())
 
     def keys(stream, num_streams, count, epoch=0):
         draws = folders.draw((0, "order", epoch), stream, num_streams, _ledger())
@@ -53,9 +53,9 @@ def test_streams_share_out_each_pass(tmp_path):
 def test_too_many_missing_files_and_empty_folders_are_errors(tmp_path):
     root = write_folders(tmp_path, 4, leave_out={("caption", 2)})
     with pytest.raises(DataError, match=r"1 of 4 samples .* max_bad_fraction=0.1"):
-        Folders(root, WANTED, NAMES).all(_ledger(0.1))
+        Folders(root, WANTED, NAMES, _ledger(0.1))
     root = write_folders(tmp_path / "other", 2, leave_out={("caption", 0), ("rgb", 1)})
     with pytest.raises(UserError, match="no key is in all of"):
-        Folders(root, WANTED, NAMES).all(_ledger())
+        Folders(root, WANTED, NAMES, _ledger())
     with pytest.raises(UserError, match="No such file"):
-        Folders(str(tmp_path / "nothing"), WANTED)
+        Folders(str(tmp_path / "nothing"), WANTED, None, _ledger())
