@@ -18,7 +18,13 @@ class BadSampleLedger:
 
     Two shares are watched apart: keys that are not in every modality (known when a shard or folder is *joined*), and
     samples whose content cannot be *read*.
+
+    Attributes:
+        size: number of samples of the data set if each is read once, by whichever reader: the share of unreadable ones is
+            then taken of it. None: of the samples that this reader has drawn.
     """
+
+    size: int | None = None
 
     def __init__(self, dataset: str, max_bad_fraction: float):
         self._dataset = dataset
@@ -35,7 +41,7 @@ class BadSampleLedger:
         self._joined.update(total=total, bad=bad)
         self._recent["missing member"] += bad
         if final or self._joins >= MIN_JOINS:
-            self._judge(self._joined, "cannot be joined by key")
+            self._judge(self._joined["bad"], self._joined["total"], "cannot be joined by key")
 
     def read(self, reason: str | None = None) -> None:
         """Count one sample that was drawn and, with a ``reason``, skipped."""
@@ -43,8 +49,8 @@ class BadSampleLedger:
         if reason:
             self._read["bad"] += 1
             self._recent[reason] += 1
-            if self._read["total"] >= MIN_READS:
-                self._judge(self._read, "cannot be read")
+            if self.size is not None or self._read["total"] >= MIN_READS:
+                self._judge(self._read["bad"], self.size or self._read["total"], "cannot be read")
 
     def warn(self, subject: str, message: str) -> None:
         """Log a warning, the first time that it is about ``subject``."""
@@ -58,9 +64,9 @@ class BadSampleLedger:
         self._recent.clear()
         return recent
 
-    def _judge(self, counts: Counter[str], what: str) -> None:
-        if counts["bad"] > self._max_bad_fraction * counts["total"]:
+    def _judge(self, bad: int, total: int, what: str) -> None:
+        if bad > self._max_bad_fraction * total or bad == total > 0:  # the latter would be an endless search
             raise DataError(
-                f"data set {self._dataset}: {counts['bad']} of {counts['total']} samples {what}, more than "
+                f"data set {self._dataset}: {bad} of {total} samples {what}, with "
                 f"max_bad_fraction={self._max_bad_fraction:g}; the warnings above name the files"
             )

@@ -28,7 +28,7 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
 
     Raises:
         OSError: the file cannot be read.
-        tarfile.ReadError: it is not a tar, or ends within a member (after everything before has been given).
+        tarfile.ReadError: it is not a tar, or it is cut off (after everything before has been given).
     """
     with open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
@@ -41,27 +41,25 @@ def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
                 header = window[:_BLOCK]
             if not header[0]:
                 return  # the zero blocks at the end
+            kind, is_file = header[156:157], header[156:157] in (b"0", b"\0", b"7")
             try:
-                if header[257:262] != b"ustar":
+                size = int(pax["size"]) if is_file and "size" in pax else _number(header[124:136])
+                if header[257:262] != b"ustar" or size < 0:
                     raise ValueError
-                size = _number(header[124:136])
+                position += _BLOCK
+                if position + size > end:
+                    raise tarfile.ReadError(f"cut off within a member at byte {end}")
+                if is_file:
+                    yield pax.get("path") or long_name or _plain_name(header), position, size
+                    long_name, pax = None, {}
+                elif kind == b"L":
+                    long_name = _text(os.pread(descriptor, size, position))
+                elif kind == b"x":
+                    pax = _pax_records(os.pread(descriptor, size, position))
             except ValueError:
                 raise tarfile.ReadError(f"not a tar file, or a damaged one (header at byte {position})") from None
-            position += _BLOCK
-            kind = header[156:157]
-            if kind in (b"0", b"\0", b"7"):
-                name = pax.pop("path", None) or long_name or _plain_name(header)
-                size = int(pax.pop("size", size))
-            if position + size > end:
-                raise tarfile.ReadError(f"cut off within a member at byte {end}")
-            if kind in (b"0", b"\0", b"7"):
-                yield name, position, size
-                long_name, pax = None, {}
-            elif kind == b"L":
-                long_name = os.pread(descriptor, size, position).rstrip(b"\0").decode("utf-8", "surrogateescape")
-            elif kind == b"x":
-                pax = _pax_records(os.pread(descriptor, size, position))
             position += -(-size // _BLOCK) * _BLOCK
+        raise tarfile.ReadError(f"cut off at byte {end}, before the mark at the end of an archive")
 
 
 def _number(field: bytes) -> int:
@@ -69,17 +67,22 @@ def _number(field: bytes) -> int:
     return int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
 
 
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
 def _plain_name(header: bytes) -> str:
-    name, prefix = header[:100].split(b"\0", 1)[0], b""
-    if header[257:263] == b"ustar\0":  # GNU tars, magic "ustar ", keep other things where ustar keeps the prefix
-        prefix = header[345:500].split(b"\0", 1)[0]
-    return (prefix + b"/" + name if prefix else name).decode("utf-8", "surrogateescape")
+    # GNU tars, magic "ustar ", keep other things where ustar keeps the prefix.
+    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
     records = {}
     while data:
         length = int(data[: data.index(b" ")])
+        if length < 1:
+            raise ValueError
         key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
         records[key.decode()] = value.decode("utf-8", "surrogateescape")
         data = data[length:]

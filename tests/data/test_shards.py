@@ -88,6 +88,30 @@ def test_truncated_tar_gives_what_is_whole(tmp_path, caplog):
     assert f"{broken}: cut off" in caplog.text
 
 
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda tar: tar[:512], "cut off at byte 512"),  # between two members
+        (lambda tar: tar[:1024], "cut off within a member at byte 1024"),
+        (lambda tar: b"", "cut off at byte 0"),
+        (lambda tar: tar[:124] + b"-0000000512\0" + tar[136:], "damaged"),  # a size that leads back
+        (lambda tar: tar[:124] + b"not a size!\0" + tar[136:], "damaged"),
+        (lambda tar: tar.replace(b"214 path=", b"000 path="), "damaged"),  # a name in a header of its own
+        (lambda tar: tar.replace(b"214 path=", b"2140path="), "damaged"),
+    ],
+)
+def test_damaged_headers_are_reported_and_end_the_shard(tmp_path, damage, message):
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name in ("a.txt", "b" * 200 + ".txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    whole = path.read_bytes()
+    assert damage(whole) != whole
+    path.write_bytes(damage(whole))
+    with pytest.raises(tarfile.ReadError, match=message):
+        list(tar_members(str(path)))
+
+
 def test_unreadable_shard_is_skipped_but_not_all_of_them(tmp_path, caplog):
     path = write_shards(tmp_path, 2, 4)
     (tmp_path / "rgb" / "shard-00000.tar").write_bytes(b"no tar at all" * 100)
