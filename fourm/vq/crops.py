@@ -63,7 +63,8 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
         )
     if isinstance(transform, RGBTransform):
         options = {"imagenet_default_mean_and_std": False} | dict(options)
-    fields = {item.name for item in dataclasses.fields(transform)} - {"size"}
+    # The size is the tokenizer's, and nothing but the crops is random.
+    fields = {item.name for item in dataclasses.fields(transform)} - {"size", "color_jitter"}
     for name in options:
         if name not in fields:
             raise UserError(f"transform_options of {modality}: unknown option '{name}'{did_you_mean(name, fields)}")
@@ -126,21 +127,9 @@ class CropDataset(Dataset):
 
     def _read(self, sample: RawSample) -> tuple[str, np.ndarray, np.ndarray]:
         values = sample.values(self.files, keep_pixels=True)
-        orig_size = image_size(values.get(MAIN, values[PIXELS]))
-        crops = self.stored.get(sample.key)
-        if crops is None:
-            crops = draw_crops(sample.key, orig_size, self.num_crops, self.hflip, self.seed)
-        elif crops.shape != (self.num_crops, 5):
-            raise UserError(
-                f"{sample.where(PIXELS)}: crop_settings has shape {crops.shape}, not ({self.num_crops}, 5): "
-                f"set num_crops to {len(crops)}, or remove crop_settings and all tokens made with it"
-            )
-        elif np.abs(crops[0, :4] - center_crop(orig_size)).max() > 1:  # others may round differently
-            raise UserError(
-                f"{sample.where(PIXELS)}: crop_settings does not begin with the centre crop of an image of "
-                f"{orig_size[0]}x{orig_size[1]}: set main_modality to the modality that it was made for"
-            )
         try:
+            orig_size = image_size(values.get(MAIN, values[PIXELS]))
+            crops = self._crops(sample.key, orig_size)
             image = self.transform.preprocess(values[PIXELS])
             pixels = [
                 self.transform.postprocess(
@@ -156,6 +145,23 @@ class CropDataset(Dataset):
             raise BadSample("corrupt member", f"{sample.where(PIXELS)}: {error}") from error
         stacked = np.stack(pixels).astype(np.float32, copy=False)
         return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
+
+    def _crops(self, key: str, orig_size: tuple[int, int]) -> np.ndarray:
+        """The stored crops, which must fit; else those that the seed draws."""
+        crops = self.stored.get(key)
+        if crops is None:
+            return draw_crops(key, orig_size, self.num_crops, self.hflip, self.seed)
+        if crops.shape != (self.num_crops, 5):
+            raise UserError(
+                f"crop_settings has shape {crops.shape}, not ({self.num_crops}, 5): set num_crops to {len(crops)}, "
+                "or remove crop_settings and all tokens made with it"
+            )
+        if np.abs(crops[0, :4] - center_crop(orig_size)).max() > 1:  # others may round differently
+            raise UserError(
+                f"crop_settings does not begin with the centre crop of an image of {orig_size[0]}x{orig_size[1]}: "
+                "set main_modality to the modality that it was made for"
+            )
+        return crops
 
 
 def read_crops(dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger) -> Iterator[CropBatch]:

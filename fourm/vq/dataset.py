@@ -8,6 +8,7 @@ Nothing takes its name before it is complete: what is there is finished, and a p
 from __future__ import annotations
 
 import io
+import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +29,8 @@ from fourm.utils.files import atomic_path
 
 PIXELS, MAIN = "pixels", "main"
 """Members of a sample: the image that is tokenized, and the one in whose pixels crops are given, if that is another."""
+
+_REMOVE_CROPS = "remove crop_settings and all tokens made with it, and they are made anew"
 
 Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
 """Key, tokens (K, L) and crops (K, 5) of samples."""
@@ -58,6 +61,10 @@ class ImageSet(ABC):
     @abstractmethod
     def pending(self, part: str, output: str) -> list[RawSample]:
         """The samples of a part that have no tokens, or none with crops, in the folder ``output`` yet."""
+
+    @abstractmethod
+    def tokenized(self, output: str) -> list[str]:
+        """The parts that have tokens in the folder ``output``, at least some; also those that are no longer there."""
 
     @abstractmethod
     def crops(self, part: str) -> dict[str, np.ndarray]:
@@ -93,7 +100,7 @@ def open_images(root: str | Path, folders: Mapping[str, str], shards: str | None
     folder = root / folders[PIXELS]
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder of images")
-    names = sorted(path.name for path in folder.glob("*.tar") if not path.name.startswith("."))
+    names = _shard_names(folder)
     if shards is not None:
         chosen = list(braceexpand.braceexpand(shards, escape=False))
         absent = [name for name in chosen if name not in names]
@@ -120,27 +127,33 @@ class ShardSet(ImageSet):
         finished = all((self.root / folder / part).exists() for folder in (output, CROP_SETTINGS))
         return [] if finished else self.samples(part)
 
+    def tokenized(self, output: str) -> list[str]:
+        return _shard_names(self.root / output)
+
     def crops(self, part: str) -> dict[str, np.ndarray]:
         path, files = str(self.root / CROP_SETTINGS / part), OpenFiles()
         if not Path(path).exists():
             return {}
-        members = [(split_name(name), offset, size) for name, offset, size in tar_members(path)]
+        try:
+            members = [(split_name(name), offset, size) for name, offset, size in tar_members(path)]
+        except tarfile.ReadError as error:
+            raise DataError(f"{path}: {error}; {_REMOVE_CROPS}") from error
         return {
             key: _read_crops(Member(path, extension, offset, size), key, files)
             for (key, extension), offset, size in members
         }
 
     def write(self, part: str, output: str, results: Results) -> int:
-        stored = self.crops(part)
-        crops = dict(stored)
+        crops: dict[str, np.ndarray] = {}
         with atomic_path(self.root / output / part) as temporary:
-            number = _write_tar(temporary, _keep_crops(results, crops))
-            if number == 0:
+            _write_tar(temporary, _keep_crops(results, crops))
+            if not crops:
                 raise DataError(f"{self.root / self.folders[PIXELS] / part}: none of its images can be read")
-            if len(crops) > len(stored):
+            stored = self.crops(part)  # by now: another process may have tokenized another modality meanwhile
+            if not crops.keys() <= stored.keys():
                 with atomic_path(self.root / CROP_SETTINGS / part) as beside:
-                    _write_tar(beside, crops.items())
-        return number
+                    _write_tar(beside, (crops | stored).items())
+        return len(crops)
 
     def remove(self, part: str, output: str) -> None:
         (self.root / output / part).unlink(missing_ok=True)
@@ -161,7 +174,13 @@ class FileSet(ImageSet):
 
     def pending(self, part: str, output: str) -> list[RawSample]:
         finished = self._keys(output) & self._keys(CROP_SETTINGS)
-        return [sample for sample in self._samples if sample.key not in finished]
+        pending = [sample for sample in self._samples if sample.key not in finished]
+        for _ in range(len(self._samples) - len(pending)):
+            self.ledger.read()  # else the bad images, which stay pending, would be a larger share of each further run
+        return pending
+
+    def tokenized(self, output: str) -> list[str]:
+        return [""] if self._keys(output) else []
 
     def crops(self, part: str) -> dict[str, np.ndarray]:
         files = OpenFiles()
@@ -177,6 +196,8 @@ class FileSet(ImageSet):
                 self._write_file(CROP_SETTINGS, key, crops)
             self._write_file(output, key, tokens)
             number += 1
+        if not self._keys(output):
+            raise DataError(f"{self.root / self.folders[PIXELS]}: none of its images can be read")
         return number
 
     def remove(self, part: str, output: str) -> None:
@@ -195,6 +216,10 @@ class FileSet(ImageSet):
             temporary.write_bytes(_npy(array))
 
 
+def _shard_names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.glob("[!.]*.tar"))
+
+
 def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
     """Key and tokens of ``results``, whose crops are added to ``crops``."""
     for key, tokens, own in results:
@@ -202,14 +227,10 @@ def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tupl
         yield key, tokens
 
 
-def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> int:
-    """Write a shard and return its number of samples."""
-    number = 0
+def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
     with TarWriter(str(path), mtime=0) as tar:  # without a time, the same content gives the same file
         for key, array in arrays:
             tar.write({"__key__": key, "npy": _npy(array)})
-            number += 1
-    return number
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -222,4 +243,4 @@ def _read_crops(member: Member, key: str, files: OpenFiles) -> np.ndarray:
     try:
         return np.asarray(decode_value(f"crops.{member.extension}", files.read(member)), dtype=np.int32)
     except (OSError, ValueError) as error:
-        raise DataError(f"{member.path}: key '{key}': {error}; delete the file to have it made anew") from error
+        raise DataError(f"{member.path}: key '{key}': {error}; {_REMOVE_CROPS}") from error

@@ -79,19 +79,19 @@ def save_tokens(options: SaveTokensOptions) -> int:
     folders = {PIXELS: modality} | ({MAIN: options.main_modality} if options.main_modality else {})
     images = open_images(options.data_root, folders, options.shards, ledger)
     parts = images.parts()
-    if options.dry_run:
-        find = images.samples if options.overwrite else lambda part: images.pending(part, output)
-        return sum(len(find(part)) for part in parts)
     made_with = {
         "modality": modality,
         "input_size": size,
         "num_crops": options.num_crops,
         "tokenizer": _digest(Path(options.tokenizer)),
     }
-    _check_record(images.root / output, made_with, options.overwrite)
-    if options.overwrite:
-        for part in parts:
-            images.remove(part, output)
+    overwritten = parts if options.overwrite else []
+    _check_record(images.root / output, made_with, [p for p in images.tokenized(output) if p not in overwritten])
+    if options.dry_run:
+        find = images.samples if options.overwrite else lambda part: images.pending(part, output)
+        return sum(len(find(part)) for part in parts)
+    for part in overwritten:
+        images.remove(part, output)
     with atomic_path(images.root / output / RECORD) as path:
         path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
     done = 0
@@ -117,8 +117,12 @@ def _tokenized(batches: Iterable[CropBatch], tokenizer: ImageTokenizer, bar: tqd
             ids = tokenizer.tokenize(pixels)
         except DataError as error:
             raise DataError(f"one of the keys '{batch.keys[0]}' to '{batch.keys[-1]}': {error}") from error
-        tokens = rearrange(ids, "(n k) h w -> n k (h w)", n=len(batch.keys)).cpu().numpy().astype(dtype)
-        yield from zip(batch.keys, tokens, batch.crops, strict=True)
+        tokens = rearrange(ids, "(n k) h w -> n k (h w)", n=len(batch.keys)).cpu().numpy()
+        if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
+            raise DataError(
+                f"the tokenizer gave ids {tokens.min()} to {tokens.max()} for a vocabulary of {tokenizer.vocab_size}"
+            )
+        yield from zip(batch.keys, tokens.astype(dtype), batch.crops, strict=True)
         bar.update(len(batch.keys))
 
 
@@ -129,11 +133,11 @@ def token_dtype(vocab_size: int) -> np.dtype:
 
 def _digest(tokenizer: Path) -> str:
     """What two tokenizers share only if they give the same tokens."""
-    return hashlib.sha256(b"".join((tokenizer / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()
+    return hashlib.sha256(b"".join((tokenizer / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
 
 
-def _check_record(folder: Path, made_with: dict, overwrite: bool) -> None:
-    """Raise a :class:`UserError` if ``folder`` holds tokens that were made otherwise, or anything else."""
+def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
+    """Raise a :class:`UserError` if ``folder`` holds tokens, of the parts ``kept``, that were made otherwise, or anything else."""
     try:
         before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -142,13 +146,12 @@ def _check_record(folder: Path, made_with: dict, overwrite: bool) -> None:
                 f"{folder} holds files that save_vq_tokens did not write: use another output_modality, or move them"
             ) from None
         return
-    different = [name for name in made_with if before.get(name) != made_with[name]]
-    if different and not overwrite:
-        name = different[0]
-        raise UserError(
-            f"{folder} holds tokens made with another {name} ({before.get(name)}, now {made_with[name]}): use --overwrite, "
-            "or another output_modality"
-        )
+    for name, value in made_with.items():
+        if kept and before.get(name) != value:
+            raise UserError(
+                f"{folder / kept[0]} was made with another {name} ({before.get(name)}, now {value}): use --overwrite, "
+                "for all shards at once, or another output_modality"
+            )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -116,6 +116,15 @@ class ImageTokenizer(nn.Module, ABC):
         return next(iter(self.state_dict().values())).device
 
 
-def best_device(name: str) -> str:
-    """``name``, with ``auto`` resolved."""
-    return name if name != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+def best_device(name: str) -> torch.device:
+    """The device called ``name``; ``auto`` = cuda where there is one, else cpu.
+
+    Raises:
+        UserError: it cannot be used.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
+        raise UserError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error

@@ -54,6 +54,9 @@ def test_transform_options_are_set_and_checked():
     assert plain.postprocess(depth)[0].tolist() == [[0, 1]]
     with pytest.raises(UserError, match=r"unknown option 'standardise_depth' \(did you mean 'standardize_depth'\?\)"):
         tokenizer_transform("depth", {"standardise_depth": False})
+    for option in ("size", "color_jitter"):  # of the transform, but without effect here
+        with pytest.raises(UserError, match=f"unknown option '{option}'"):
+            tokenizer_transform("rgb", {option: 0.5})
 
 
 @pytest.mark.parametrize("modality", ["caption", "tok_rgb", "dpeth", "CLIP-B16"])
