@@ -101,6 +101,15 @@ class Modality(Mapping[str, Any]):
 _FIELDS = tuple(f.name for f in dataclasses.fields(Modality))
 
 
+def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
+    """An entry of a table of modalities; a plain dict may hold fewer keys, or others too."""
+    if isinstance(entry, Modality):
+        return entry
+    if "type" not in entry:
+        raise UserError(f"modality {name}: 'type' is required (img, seq, seq_token or seq_emb)")
+    return Modality(**{"name": name} | {key: value for key, value in entry.items() if key in _FIELDS})
+
+
 def _pixels(name: str, num_channels: int, size: int | None = None, **options: Any) -> Modality:
     patch = 16 if size else None
     return Modality(

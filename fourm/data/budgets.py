@@ -1,0 +1,114 @@
+"""How many tokens of a sample each modality gets (method sections 5.1 to 5.3).
+
+The totals are uniform in their ranges; a Dirichlet distribution, drawn from a mixture, divides them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fourm.data.modality_info import Modality
+from fourm.utils.errors import UserError
+
+TokensRange = int | Sequence[int]
+_SMALLEST_ALPHA = 1e-9
+
+
+@dataclass(frozen=True)
+class Budgets:
+    """Tokens that each modality of a sample may use, and the component of the mixture that they were drawn from."""
+
+    input: dict[str, int]
+    target: dict[str, int]
+    component: int
+
+
+class BudgetSampler:
+    """Draws :class:`Budgets`.
+
+    Args:
+        modalities: with ``input_alphas`` and ``target_alphas``, one per component; none = 0.
+        input_tokens_range, target_tokens_range: total of a sample, or the lowest and highest one.
+        max_tries: draws until every modality has its ``min_tokens``; the last one stands in any case.
+        sampling_weights: of the components; None = equal.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+
+    def __init__(
+        self, modalities: Mapping[str, Modality], input_tokens_range: TokensRange, target_tokens_range: TokensRange,
+        max_tries: int = 100, sampling_weights: Sequence[float] | None = None,
+    ):  # fmt: skip
+        self._names = list(modalities)
+        self._ranges = [
+            _range(input_tokens_range, "input_tokens_range"), _range(target_tokens_range, "target_tokens_range")
+        ]  # fmt: skip
+        self._max_tries = max_tries
+        self._alphas = _alphas(modalities)
+        components = len(self._alphas[0])
+        weights = np.ones(components) if sampling_weights is None else np.asarray(sampling_weights, float)
+        if len(weights) != components or (weights < 0).any() or not weights.sum() > 0:
+            raise UserError(
+                f"sampling_weights must be {components} numbers of at least 0, one per component of the mixture, "
+                f"not {sampling_weights}"
+            )
+        self._cumulative = (weights.cumsum() / weights.sum())[:-1].tolist()
+        self._max_tokens = np.array([modality.max_tokens for modality in modalities.values()])
+        self._min_tokens = np.array([modality.min_tokens or 0 for modality in modalities.values()])
+        self._is_image = np.array([modality.type == "img" for modality in modalities.values()])
+
+    def draw(self, generator: np.random.Generator) -> Budgets:
+        """Budgets of one sample."""
+        component = bisect(self._cumulative, generator.random())
+        totals = [int(generator.integers(low, high + 1)) for low, high in self._ranges]
+        inputs = self._divide(totals[0], self._alphas[0][component], self._max_tokens, generator)
+        # A patch is input or target, not both; a sequence is split by its sentinels, whatever the budgets.
+        left = self._max_tokens - inputs * self._is_image
+        targets = self._divide(totals[1], self._alphas[1][component], left, generator)
+        return Budgets(
+            dict(zip(self._names, inputs.tolist(), strict=True)),
+            dict(zip(self._names, targets.tolist(), strict=True)),
+            component,
+        )
+
+    def _divide(self, total: int, alphas: np.ndarray, most: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        """(modalities,) int64 of at most ``total``, each at most ``most``."""
+        for _ in range(self._max_tries):
+            budget = (generator.dirichlet(alphas) * total).astype(np.int64)
+            if left := total - int(budget.sum()):
+                # Fresh draws, so that what is left over never goes to a modality whose alpha is practically 0.
+                winners = generator.dirichlet(alphas, left).argmax(1)
+                budget += np.bincount(winners, minlength=len(budget))
+            budget = np.minimum(budget, most)
+            if (budget >= self._min_tokens).all():
+                break
+        return budget
+
+
+def _range(value: TokensRange, name: str) -> tuple[int, int]:
+    low, high = (value, value) if isinstance(value, (int, np.integer)) else value
+    if not 0 <= low <= high:
+        raise UserError(f"{name} must be a number of tokens or (lowest, highest), not {value}")
+    return int(low), int(high)
+
+
+def _alphas(modalities: Mapping[str, Modality]) -> list[np.ndarray]:
+    """Input and target alphas, (components, modalities) each."""
+    lists = [
+        {name: np.atleast_1d(np.asarray(modality[key], float)) for name, modality in modalities.items()}
+        for key in ("input_alphas", "target_alphas")
+    ]
+    components = {len(alphas) for side in lists for alphas in side.values()} - {0}
+    if len(components) != 1:
+        raise UserError(
+            "every modality needs input_alphas or target_alphas, as many as the mixture has components; "
+            f"found lists of {sorted(components)} entries"
+        )
+    none = np.zeros(components.pop())
+    stacked = [np.stack([alphas if len(alphas) else none for alphas in side.values()], axis=1) for side in lists]
+    return [np.maximum(side, _SMALLEST_ALPHA) for side in stacked]

@@ -1,0 +1,216 @@
+"""Masking of a sample: which tokens the model sees and which it predicts (method section 5).
+
+Masks are True where a token is masked, as everywhere. Everything random comes from the generator that is passed in.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
+from fourm.data.modality_info import Modality, as_modality
+from fourm.data.span_masking import KEEP_SCHEMES, cut_target, draw_kept, keep_probability, sequence_row
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.tokenizer import TextEncoder, split_spans
+from fourm.utils.tokenizer.spans import run_starts
+from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
+
+__all__ = ["Budgets", "UnifiedMasking"]
+
+_LOG = logging.getLogger(__name__)
+Masked = dict[str, np.ndarray]
+
+
+class UnifiedMasking:
+    """A sample of any modalities → {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}.
+
+    Integer codes (``seq_token``) need no text vocabulary. Their own ids below ``vocab_offset`` are laid out as the text
+    vocabulary begins: padding 0, [EOS] 3, sentinels from 4 on. Without room for these, kept codes are the input and
+    dropped ones the target, and nothing marks where they belong.
+
+    Args:
+        modality_info: name → its entry of the modality table, with ``input_alphas``, ``target_alphas`` and, for
+            sequences, ``keep`` (random, all or binary): one value per component of the mixture.
+        text_tokenizer: the vocabulary or its path; needed by modalities of type ``seq`` only.
+        input_tokens_range, target_tokens_range: total of a sample, or the lowest and highest one.
+        max_tries: draws of budgets until every modality has its ``min_tokens``.
+        sampling_weights: of the components of the mixture; None = equal.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+
+    def __init__(
+        self, modality_info: Mapping[str, Mapping[str, Any]], text_tokenizer: Tokenizer | str | Path | None,
+        input_tokens_range: TokensRange, target_tokens_range: TokensRange, max_tries: int = 100,
+        sampling_weights: Sequence[float] | None = None,
+    ):  # fmt: skip
+        self.modality_info = {name: as_modality(name, entry) for name, entry in modality_info.items()}
+        self._text = None if text_tokenizer is None else TextEncoder(text_tokenizer)
+        self._sentinels = {name: self._check(modality) for name, modality in self.modality_info.items()}
+        self._budgets = BudgetSampler(
+            self.modality_info, input_tokens_range, target_tokens_range, max_tries, sampling_weights
+        )
+
+    def __call__(self, sample: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, Masked]:
+        """Draw budgets and apply them; without a generator, the result is a new one each time."""
+        generator = generator or np.random.default_rng()
+        return self.apply(sample, self.draw_budgets(generator), generator)
+
+    def draw_budgets(self, generator: np.random.Generator) -> Budgets:
+        """How many tokens each modality gets; they do not depend on the sample."""
+        return self._budgets.draw(generator)
+
+    def apply(self, sample: Mapping[str, Any], budgets: Budgets, generator: np.random.Generator) -> dict[str, Masked]:
+        """Mask each modality of ``sample``; others than those of ``modality_info`` are left out.
+
+        Args:
+            sample: img: pixels (C, H, W) or ids (L,) or (h, w). seq: a string, or chunks as a list of strings.
+                seq_token: ids. seq_emb: vectors (L, D).
+
+        Returns:
+            Numpy arrays without batch dimension. Ids are int64, masks bool of length L: the grid's number of tokens, or
+            (max_tokens + 1)·2 for sequences.
+
+        Raises:
+            DataError: a value that does not fit its modality, beginning with ``modality NAME:``.
+        """
+        masked = {}
+        for name, modality in self.modality_info.items():
+            if name in sample:
+                try:
+                    masked[name] = self._mask(modality, sample[name], budgets, generator)
+                except DataError as error:
+                    raise DataError(f"modality {name}: {error}") from error
+        return masked
+
+    def _mask(self, modality: Modality, value: Any, budgets: Budgets, generator: np.random.Generator) -> Masked:
+        n_in, n_out = budgets.input[modality.name], budgets.target[modality.name]
+        if modality.type == "img":
+            return _mask_image(_image(modality, value), modality, n_in, n_out, generator)
+        assert modality.max_tokens is not None
+        scheme = modality.keep[budgets.component] if modality.keep else "random"
+        probability = keep_probability(scheme, generator)
+        if modality.type == "seq_emb":
+            vectors = np.asarray(value)[: modality.max_tokens]
+            kept = draw_kept(np.ones(len(vectors), np.int64), probability, n_in, generator)
+            gaps = run_starts(kept)
+            inputs = np.where(gaps[:, None], vectors.dtype.type(0), vectors)[(kept | gaps) & (n_in > 0)]
+            return sequence_row(inputs, inputs[:0], n_in, modality.max_tokens)
+        ids, lengths = self._text_units(modality, value) if modality.type == "seq" else self._codes(modality, value)
+        spans = split_spans(ids, draw_kept(lengths, probability, n_in, generator), self._sentinels[modality.name])
+        inputs = spans.inputs if n_in else spans.inputs[:0]
+        return sequence_row(inputs, cut_target(spans, n_out, generator), n_in, modality.max_tokens)
+
+    def _text_units(self, modality: Modality, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of a text, closed by [EOS], and the lengths of what is kept or dropped as a whole."""
+        assert self._text and modality.max_tokens
+        if isinstance(value, str):
+            ids = [*self._text(value), self._text.eos_id][: modality.max_tokens]
+            return np.array(ids, np.int64), np.ones(len(ids), np.int64)
+        if not isinstance(value, (list, tuple)) or not all(isinstance(chunk, str) for chunk in value):
+            raise DataError(f"expected a string or a list of strings, not {value!r:.80}")
+        chunks, room = [], modality.max_tokens - 1
+        for chunk in map(self._text, value):
+            if len(chunk) <= room:
+                chunks.append(chunk)
+                room -= len(chunk)
+        chunks.append([self._text.eos_id])
+        return np.array(sum(chunks, []), np.int64), np.array([len(chunk) for chunk in chunks])
+
+    def _codes(self, modality: Modality, value: Any) -> tuple[np.ndarray, np.ndarray]:
+        """Ids of integer codes in their own vocabulary, closed by its [EOS] if it has one; each is a unit."""
+        ids = _checked_ids(modality, value).ravel() + modality.vocab_offset
+        if self._sentinels[modality.name] is not None:
+            ids = np.append(ids, EOS_ID)
+        ids = ids[: modality.max_tokens]
+        return ids, np.ones(len(ids), np.int64)
+
+    def _check(self, modality: Modality) -> np.ndarray | None:
+        """The sentinels of a modality.
+
+        Raises:
+            UserError: it cannot be masked with these settings.
+        """
+        where = f"modality {modality.name}"
+        if not modality.max_tokens:
+            raise UserError(
+                f"{where}: its number of tokens is not known; set max_tokens (a grid's input_size and patch_size)"
+            )
+        for scheme in modality.keep:
+            if scheme not in KEEP_SCHEMES:
+                raise UserError(f"{where}: keep must be one of {', '.join(KEEP_SCHEMES)}, not '{scheme}'")
+        most = (modality.max_tokens + 1) // 2 + 1  # every other token dropped, and the closing one
+        if modality.type == "seq_token":
+            if modality.vocab_offset > sentinel_id(most):
+                return np.arange(sentinel_id(1), sentinel_id(most) + 1)
+            if any(modality.target_alphas):
+                _LOG.warning(
+                    "%s: vocab_offset %d leaves no room for sentinels, so the model is not told which codes are missing, "
+                    "and the first of its targets is given; set vocab_offset to at least %d and raise vocab_size by as much",
+                    where, modality.vocab_offset, sentinel_id(most) + 1,
+                )  # fmt: skip
+        if modality.type != "seq":
+            return None
+        if self._text is None:
+            raise UserError(f"{where}: a text needs a vocabulary; pass text_tokenizer")
+        if modality.vocab_size is not None and self._text.vocab_size > modality.vocab_size:
+            raise UserError(
+                f"{where}: the text vocabulary has {self._text.vocab_size} ids, but vocab_size is {modality.vocab_size}"
+            )
+        if len(self._text.sentinels) < most:
+            raise UserError(
+                f"{where}: max_tokens {modality.max_tokens} needs {most} sentinels, but the text vocabulary has "
+                f"{len(self._text.sentinels)}; lower max_tokens"
+            )
+        return self._text.sentinels
+
+
+def _image(modality: Modality, value: Any) -> np.ndarray:
+    if modality.is_pixels:
+        return np.asarray(value)
+    ids = _checked_ids(modality, value)
+    if ids.size != modality.max_tokens:
+        raise DataError(f"expected {modality.max_tokens} tokens, found {ids.size}")
+    return ids
+
+
+def _checked_ids(modality: Modality, value: Any) -> np.ndarray:
+    """int64 ids, none of which would index past an embedding: on a GPU that is an error without a name."""
+    ids = np.asarray(value)
+    if ids.dtype.kind not in "iu":
+        raise DataError(f"expected token ids, not values of type {ids.dtype}")
+    ids = ids.astype(np.int64)
+    if modality.vocab_size is not None:
+        limit = modality.vocab_size - modality.vocab_offset
+        # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
+        if ids.size and ids.view(np.uint64).max() >= limit:
+            raise DataError(f"token id {ids[(ids < 0) | (ids >= limit)][0]} lies outside the vocabulary of {limit}")
+    return ids
+
+
+def _mask_image(
+    tensor: np.ndarray, modality: Modality, n_in: int, n_out: int, generator: np.random.Generator
+) -> Masked:
+    """The first tokens of one random permutation are input, the next ones target."""
+    assert modality.max_tokens
+    input_mask, target_mask = np.ones((2, modality.max_tokens), bool)
+    attention = np.zeros(modality.max_tokens, np.int32)
+    order = generator.permutation(modality.max_tokens)
+    input_mask[order[:n_in]] = False
+    if n_out:
+        targets = order[n_in : n_in + n_out]
+        target_mask[targets] = False
+        attention[targets.min()] = n_out  # all of them see each other
+    return {
+        "tensor": tensor,
+        "input_mask": input_mask,
+        "target_mask": target_mask,
+        "decoder_attention_mask": attention,
+    }
