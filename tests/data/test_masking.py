@@ -237,8 +237,8 @@ def test_codes_need_no_text_vocabulary():
     for seed in range(50):
         budgets = Budgets({"codes": 6}, {"codes": 12}, 0)
         inputs, targets = parts(mask.apply({"codes": SAMPLE["codes"]}, budgets, np.random.default_rng(seed))["codes"])
-        assert max([*inputs, *targets]) < 40 and targets[0] in SENTINELS
-        assert merge_spans(inputs, targets, SENTINELS) == whole
+        assert max([*inputs, *targets]) < 40 and targets[0] == SENTINELS[0]
+        assert merge_spans(inputs, targets, SENTINELS[:8]) == whole
 
 
 def test_codes_without_room_for_sentinels_hold_codes_only(caplog):
