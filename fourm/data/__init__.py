@@ -1,6 +1,7 @@
 """Data: what a modality is, how it is read, cropped alike, masked and batched."""
 
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform, load_data_config
+from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import (
     MODALITY_INFO,
     MODALITY_TRANSFORMS,
@@ -9,8 +10,16 @@ from fourm.data.modality_info import (
     resolve_modalities,
 )
 from fourm.data.modality_transforms import UnifiedDataTransform
+from fourm.data.pretraining_datasets import (
+    build_fm_pretraining_dataset,
+    build_mixture_dataloader,
+    build_wds_fm_pretraining_dataloader,
+)
+from fourm.data.unified_datasets import Batch, build_eval_loader, build_train_loader, draws_in_epoch
 
 __all__ = [
-    "MODALITY_INFO", "MODALITY_TRANSFORMS", "DataConfig", "DatasetConfig", "Modality", "UnifiedDataTransform",
-    "build_sample_transform", "load_data_config", "register_modality", "resolve_modalities",
+    "MODALITY_INFO", "MODALITY_TRANSFORMS", "Batch", "DataConfig", "DatasetConfig", "Modality", "UnifiedDataTransform",
+    "UnifiedMasking", "build_eval_loader", "build_fm_pretraining_dataset", "build_mixture_dataloader",
+    "build_sample_transform", "build_train_loader", "build_wds_fm_pretraining_dataloader", "draws_in_epoch",
+    "load_data_config", "register_modality", "resolve_modalities",
 ]  # fmt: skip

@@ -12,10 +12,51 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
+from PIL import Image
 
 from fourm.utils.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
+
+
+class EncodedImage:
+    """An image that is decoded when its pixels are wanted; until then only its header is read.
+
+    Args:
+        keep: decode all of it, once for all that ask; else each time anew, and only as finely as is asked for.
+
+    Attributes:
+        shape: (height, width).
+
+    Raises:
+        OSError: not an image.
+    """
+
+    def __init__(self, content: bytes, keep: bool = False):
+        self.content, self._keep = content, keep
+        self._opened: Image.Image | None = Image.open(io.BytesIO(content))
+        self._kept: dict[str | None, np.ndarray] = {}
+        self.shape = (self._opened.height, self._opened.width)
+
+    def pixels(self, mode: str | None, scale: int = 1) -> np.ndarray:
+        """(h, w) or (h, w, C), to be read only.
+
+        Args:
+            mode: PIL mode to convert to; None = as stored.
+            scale: a JPEG that is not kept may come so many times smaller: 1, 2, 4 or 8.
+
+        Raises:
+            OSError: the image is damaged.
+        """
+        if mode in self._kept:
+            return self._kept[mode]
+        image, self._opened = self._opened or Image.open(io.BytesIO(self.content)), None
+        if scale > 1 and not self._keep:
+            image.draft(None, (self.shape[1] // scale, self.shape[0] // scale))  # type: ignore[arg-type]
+        pixels = np.asarray(image if mode in (None, image.mode) else image.convert(mode))
+        if self._keep:
+            self._kept[mode] = pixels
+        return pixels
 
 
 def decode_value(filename: str, content: bytes) -> Any:

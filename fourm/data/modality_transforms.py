@@ -75,14 +75,15 @@ def transforms_for(
 ) -> dict[str, AbstractTransform]:
     """Each modality's transform, bound to its sizes and vocabulary, by the modality's full name.
 
-    A modality whose name says nothing is read as what its type is: a grid of token ids, codes, or a caption.
+    It is found by the full name, else by ``transform``. A modality whose name says nothing is read as what its type is: a grid of token ids, codes, or a caption.
 
     Raises:
         UserError: a ``transform`` that does not exist or does not fit, or none for this kind of modality.
     """
     bound = {}
     for name, modality in modality_info.items():
-        key, implied = modality["transform"], name.split("@")[0]
+        implied = name.split("@")[0]
+        key = name if name in transforms else modality["transform"]
         by_kind = {"img": "tok" if modality["vocab_size"] else None, "seq_token": "tok", "seq": "caption"}
         if key not in transforms and key == implied:
             key = by_kind.get(modality["type"])

@@ -1,7 +1,7 @@
 """One sample on disk: where its members lie, and their values once somebody asks for them.
 
-A :class:`RawSample` is a reference until :meth:`RawSample.values` is called for the first time; it then keeps the decoded
-values for the repeats of the sample and goes away with the last of them.
+A :class:`RawSample` is a reference. Where a sample is repeated it keeps its values, once they are read and decoded, and
+goes away with the last of the repeats.
 """
 
 from __future__ import annotations
@@ -13,9 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from PIL import Image
-
-from fourm.data.decoding import decode_value
+from fourm.data.decoding import EncodedImage, decode_value
 from fourm.utils.errors import DataError
 
 
@@ -78,16 +76,17 @@ class RawSample:
         """The decoded members, ``{modality: value}``; to be read only.
 
         Args:
-            keep_pixels: give images as ``PIL.Image``, which are decoded once for all repeats of the sample, rather than as
-                encoded ``bytes``, of which every repeat decodes just as much as its crop needs.
+            keep_pixels: keep the values, and the pixels of images, for further calls. Images are :class:`EncodedImage`, and
+                otherwise each use of one decodes as much as it needs.
 
         Raises:
             BadSample: a member is missing, cut off or not what its extension says.
             DataError: no value can be read from files with this extension.
         """
-        if self._values is None:
-            self._values = {name: self._value(name, files, keep_pixels) for name in self.members}
-        return self._values
+        values = self._values or {name: self._value(name, files, keep_pixels) for name in self.members}
+        if keep_pixels:
+            self._values = values
+        return values
 
     def _value(self, name: str, files: OpenFiles, keep_pixels: bool) -> Any:
         member = self.members[name]
@@ -97,7 +96,7 @@ class RawSample:
             raise BadSample("unreadable member", f"{self.where(name)}: {error.strerror or error}") from error
         try:
             value = decode_value(f"member.{member.extension}", content)
-            return Image.open(io.BytesIO(value)) if keep_pixels and isinstance(value, bytes) else value
+            return EncodedImage(value, keep_pixels) if isinstance(value, bytes) else value
         except DataError as error:
             raise DataError(f"{self.where(name)}: {error}") from error
         except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault

@@ -52,7 +52,7 @@ def test_tar_members_agree_with_tarfile(tmp_path, format):
 def test_modalities_in_different_order_are_joined_by_key(tmp_path):
     samples = Shards(write_shards(tmp_path, 2, 6), WANTED, NAMES).all(_ledger())
     assert sorted(map(_index, samples)) == list(range(12))
-    assert samples[0].values(OpenFiles(), keep_pixels=False)["rgb@224"][:2] == b"\xff\xd8"
+    assert samples[0].values(OpenFiles(), keep_pixels=False)["rgb@224"].content[:2] == b"\xff\xd8"
 
 
 def test_all_modalities_in_one_tar(tmp_path):
@@ -158,6 +158,15 @@ def test_member_that_shrinks_after_indexing_is_a_bad_sample(tmp_path):
 def test_wrong_paths_are_named(tmp_path, path, message):
     with pytest.raises(UserError, match=message):
         Shards(path.replace("{root}", str(tmp_path)), WANTED, NAMES)
+
+
+def test_values_are_kept_for_repeats_only(tmp_path):
+    (sample,) = Shards(write_shards(tmp_path, 1, 1), WANTED, NAMES).all(_ledger())
+    files = OpenFiles()
+    once, again = (sample.values(files, keep_pixels=False)["rgb@224"] for _ in range(2))
+    assert once is not again and once.pixels("RGB") is not once.pixels("RGB")
+    first, second = (sample.values(files, keep_pixels=True)["rgb@224"] for _ in range(2))
+    assert first is second and first.pixels("RGB") is first.pixels("RGB")
 
 
 def test_few_files_stay_open(tmp_path):

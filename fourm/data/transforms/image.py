@@ -8,7 +8,6 @@ multiply-add turns uint8 pixels into normalised float32 channels.
 from __future__ import annotations
 
 import functools
-import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, TypeAlias
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from fourm.data.decoding import EncodedImage
 from fourm.data.transforms.base import AbstractTransform, CropCoords
 from fourm.utils.errors import DataError, UserError
 
@@ -25,16 +25,16 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLE_MODES = ("nearest", "bilinear", "bicubic")
 _TRUNCATED = 0.1  # share of a depth map's values left out at either end when it is standardised
 
-Picture: TypeAlias = bytes | Image.Image | np.ndarray
+Picture: TypeAlias = bytes | EncodedImage | Image.Image | np.ndarray
 """An encoded image, a PIL image, or an array (H, W) or (H, W, C)."""
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
     """(height, width), without decoding."""
-    if isinstance(picture, np.ndarray):
-        return picture.shape[0], picture.shape[1]
-    image = picture if isinstance(picture, Image.Image) else Image.open(io.BytesIO(picture))
-    return image.height, image.width
+    if isinstance(picture, Image.Image):
+        return picture.height, picture.width
+    height, width = (EncodedImage(picture) if isinstance(picture, bytes) else picture).shape[:2]
+    return height, width
 
 
 def cut(
@@ -60,24 +60,21 @@ def cut(
     Raises:
         DataError: the crop reaches beyond the picture.
     """
-    encoded = isinstance(picture, bytes)
     if isinstance(picture, bytes):
-        picture = Image.open(io.BytesIO(picture))
+        picture = EncodedImage(picture)
     full = image_size(picture)
     height, width = full if crop is None or orig_size is None else orig_size
     top, left, h, w = (0, 0, height, width) if crop is None else crop
     if top < 0 or left < 0 or h < 1 or w < 1 or top + h > height or left + w > width:
         raise DataError(f"crop (top {top}, left {left}, {h}x{w}) does not lie inside the image of {height}x{width}")
-    if isinstance(picture, Image.Image):
-        if encoded and target_size is not None:
+    if isinstance(picture, EncodedImage):
+        spare = 1.0
+        if target_size is not None:
             spare = min(h * full[0] / (height * target_size[0]), w * full[1] / (width * target_size[1]))
-            scale = int(min(spare / 2, 8))
-            if scale >= 2:
-                scale = 1 << (scale.bit_length() - 1)
-                picture.draft(None, (full[1] // scale, full[0] // scale))  # type: ignore[arg-type]
-        if mode and picture.mode != mode:
-            picture = picture.convert(mode)
-        picture = np.asarray(picture)
+        # The largest of 1, 2, 4, 8 with two decoded pixels to each of the target.
+        picture = picture.pixels(mode, 1 << (max(int(min(spare / 2, 8)), 1).bit_length() - 1))
+    elif isinstance(picture, Image.Image):
+        picture = np.asarray(picture if mode in (None, picture.mode) else picture.convert(mode))
     y, x = picture.shape[0] / height, picture.shape[1] / width
     bottom, right = round((top + h) * y), round((left + w) * x)
     return picture[min(round(top * y), bottom - 1) : bottom, min(round(left * x), right - 1) : right].copy()

@@ -1,0 +1,53 @@
+"""Masked samples → a batch. Samples of different data sets may lack different modalities; batches all look alike."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fourm.data.modality_info import Modality
+
+MaskedSample = Mapping[str, Mapping[str, np.ndarray]]
+
+
+def collate(samples: Sequence[MaskedSample], modality_info: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+    """Stack masked samples (method section 1).
+
+    Args:
+        samples: results of ``UnifiedMasking``.
+        modality_info: the modalities of the batch, in its order. A sample without one of them gets an all-masked row.
+
+    Returns:
+        {modality: {tensor, input_mask, target_mask, decoder_attention_mask}} with a leading B; ids are int64, grids of
+        tokens are (B, L).
+    """
+    batch = {}
+    for name, modality in modality_info.items():
+        absent = None if all(name in sample for sample in samples) else _masked_row(modality)
+        rows: list[Any] = [sample.get(name, absent) for sample in samples]
+        batch[name] = {field: torch.from_numpy(np.stack([row[field] for row in rows])) for field in rows[0]}
+        if modality.type == "img" and not modality.is_pixels:
+            batch[name]["tensor"] = batch[name]["tensor"].flatten(1)
+    return batch
+
+
+def _masked_row(modality: Modality) -> dict[str, np.ndarray]:
+    """What stands for a modality that a sample does not have."""
+    assert modality.max_tokens is not None
+    length = modality.max_tokens if modality.type == "img" else (modality.max_tokens + 1) * 2
+    shape: tuple[int, ...] = (length,)
+    if modality.is_pixels:
+        assert modality.num_channels and modality.input_size
+        shape = (modality.num_channels, modality.input_size, modality.input_size)
+    elif modality.type == "seq_emb":
+        shape = (length, modality.embedding_options["orig_emb_dim"])
+    return {
+        "tensor": np.zeros(shape, np.float32 if modality.vocab_size is None else np.int64),
+        "input_mask": np.ones(length, bool),
+        "target_mask": np.ones(length, bool),
+        "decoder_attention_mask": np.zeros(length, np.int32),
+    }

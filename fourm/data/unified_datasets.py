@@ -1,0 +1,377 @@
+"""From data sets on disk to batches: read and join by key → aligned transform → masking → collate.
+
+**The data position.** The training data of a run is made of ``S = world_size · max(1, num_workers)`` logical *streams*.
+Micro-batch ``k`` of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; so worker
+``k mod num_workers`` of that rank makes it, and what is in it depends on ``(seed, S, g)`` only: one rank with two workers
+and two ranks with one worker each see the same batches.
+
+``k`` counts on through the run; every ``batches_per_epoch`` of them an epoch ends and each stream starts afresh. Within an
+epoch a stream is a fixed sequence of *draws*: its order comes from ``(seed, epoch, stream)``, and the augmentation and
+masking of a draw from ``(seed, epoch, stream, number of the draw)``. A sample that cannot be read counts as drawn and is
+skipped. The whole state of a stream is therefore the number of its draws, which every :class:`Batch` reports. To resume, a
+stream is set up again and that many draws are passed over: this reads the headers of shards, never the content of a sample,
+because what the shuffle buffers hold are references.
+"""
+
+from __future__ import annotations
+
+import itertools
+from bisect import bisect
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.collate import MaskedSample, collate
+from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
+from fourm.data.folders import Folders
+from fourm.data.layout import wanted_names
+from fourm.data.masking import UnifiedMasking
+from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import UnifiedDataTransform, UnreadableValue
+from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
+from fourm.data.shards import Shards
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.seeds import generator
+
+
+@dataclass
+class Batch:
+    """A batch, and where its stream stands after it.
+
+    Attributes:
+        mod_dict: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}, each (B, …).
+        position: ``stream``, ``epoch``, ``draws`` of the stream in this epoch, and ``skipped``: how many bad samples there
+            were since the stream's previous batch, by data set and reason.
+    """
+
+    mod_dict: dict[str, dict[str, Tensor]]
+    position: dict[str, Any]
+
+    def pin_memory(self) -> Batch:
+        """Called by the ``DataLoader``."""
+        pinned = {name: {k: v.pin_memory() for k, v in entry.items()} for name, entry in self.mod_dict.items()}
+        return replace(self, mod_dict=pinned)
+
+
+class Source(Protocol):
+    """Where the samples of a data set come from: :class:`Shards` or :class:`Folders`."""
+
+    def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]: ...
+
+    def all(self, ledger: BadSampleLedger) -> list[RawSample]: ...
+
+
+@dataclass
+class SampleDataset:
+    """One data set: where its samples come from, in which order, and what turns one into model input.
+
+    Attributes:
+        shuffle_buffer: references mixed before the repeats, ``wds_shuffle_buffer_tar``.
+        repeats: how often a sample is used while it is in memory, with different crops and masks.
+        repeat_buffer: references mixed after the repeats, ``wds_shuffle_buffer_repeat``.
+    """
+
+    name: str
+    source: Source
+    modalities: Mapping[str, Modality]
+    transform: UnifiedDataTransform
+    masking: UnifiedMasking
+    shuffle_buffer: int = 0
+    repeats: int = 1
+    repeat_buffer: int = 0
+    max_bad_fraction: float = 0.01
+    _files: OpenFiles = field(default_factory=OpenFiles, repr=False)
+
+    def draw(
+        self, seed: int, epoch: int, stream: int, num_streams: int, ledger: BadSampleLedger
+    ) -> Iterator[RawSample]:
+        """The endless draws of one stream in one epoch."""
+        rng = generator(seed, "buffers", epoch, stream, self.name)
+        samples = self.source.draw((seed, "order", epoch, self.name), stream, num_streams, ledger)
+        samples = _shuffled(samples, self.shuffle_buffer, rng)
+        if self.repeats > 1:
+            samples = itertools.chain.from_iterable(itertools.repeat(sample, self.repeats) for sample in samples)
+        return _shuffled(samples, self.repeat_buffer, rng)
+
+    def masked(self, sample: RawSample, rng: np.random.Generator) -> MaskedSample:
+        """Read, transform and mask a sample.
+
+        Raises:
+            BadSample: it cannot be read.
+            DataError: it breaks the contract of one of its modalities.
+        """
+        raw = sample.values(self._files, keep_pixels=self.repeats > 1)
+        budgets = self.masking.draw_budgets(rng)
+        unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
+        try:
+            return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
+        except (DataError, UnreadableValue) as error:
+            # Both begin with "modality NAME:"; the file is that modality's.
+            where = sample.where(str(error).removeprefix("modality ").split(":")[0])
+            if isinstance(error, DataError):
+                raise DataError(f"{where}: {error}") from error
+            raise BadSample("corrupt value", f"{where}: {error}") from error
+
+
+def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
+    """Mix an endless sequence through a buffer: each item goes where a random one just left."""
+    buffer = list(itertools.islice(items, size))
+    if not buffer:
+        yield from items
+    for item in items:
+        slot = rng.integers(size)
+        chosen, buffer[slot] = buffer[slot], item
+        yield chosen
+
+
+class Stream:
+    """One stream in one epoch: draws from a weighted mixture of data sets, and skips the samples that are bad.
+
+    Args:
+        draws: how many draws to pass over.
+    """
+
+    def __init__(
+        self, datasets: Sequence[SampleDataset], weights: Sequence[float], ledgers: Sequence[BadSampleLedger],
+        seed: int, epoch: int, stream: int, num_streams: int, draws: int = 0,
+    ):  # fmt: skip
+        self._datasets, self._ledgers = datasets, ledgers
+        self._key = (seed, "sample", epoch, stream)
+        self._cumulative = list(np.cumsum(weights) / np.sum(weights))[:-1]
+        self._choice = generator(seed, "mixture", epoch, stream)
+        self._draws = [
+            dataset.draw(seed, epoch, stream, num_streams, ledger)
+            for dataset, ledger in zip(datasets, ledgers, strict=True)
+        ]
+        self.draws = 0
+        for _ in range(draws):
+            self._draw()
+
+    def _draw(self) -> tuple[int, RawSample]:
+        index = bisect(self._cumulative, self._choice.random()) if self._cumulative else 0
+        sample = next(self._draws[index])
+        self.draws += 1
+        return index, sample
+
+    def __next__(self) -> MaskedSample:
+        while True:
+            index, sample = self._draw()
+            masked = read_sample(self._datasets[index], sample, generator(*self._key, self.draws), self._ledgers[index])
+            if masked is not None:
+                return masked
+
+
+def read_sample(
+    dataset: SampleDataset, sample: RawSample, rng: np.random.Generator, ledger: BadSampleLedger
+) -> MaskedSample | None:
+    """The masked sample; None, counted and with a warning, if it cannot be read."""
+    try:
+        masked = dataset.masked(sample, rng)
+    except BadSample as error:
+        ledger.warn(sample.where(""), f"{error}; skipped")
+        ledger.read(error.reason)
+        return None
+    ledger.read()
+    return masked
+
+
+class TrainBatches(IterableDataset):
+    """The endless micro-batches of one rank from ``start_batch`` on; each worker process makes its own share."""
+
+    def __init__(
+        self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
+        batch_size: int, batches_per_epoch: int | None, rank: int, world_size: int, seed: int, start_batch: int = 0,
+        positions: Mapping[int, int] | None = None,
+    ):  # fmt: skip
+        self.datasets, self.weights, self.modalities = datasets, weights, modalities
+        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
+        self.rank, self.world_size, self.seed = rank, world_size, seed
+        self.start_batch, self.positions = start_batch, positions or {}
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        k = self.start_batch + worker
+        stream = (k % num_workers) * self.world_size + self.rank
+        ledgers = [BadSampleLedger(dataset.name, dataset.max_bad_fraction) for dataset in self.datasets]
+        for epoch, batches in itertools.groupby(itertools.count(k, num_workers), self._epoch):
+            samples = Stream(
+                self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_workers * self.world_size,
+                self.positions.get(stream, 0) if epoch == self._epoch(self.start_batch) else 0,
+            )  # fmt: skip
+            for _ in batches:
+                rows = [next(samples) for _ in range(self.batch_size)]
+                skipped = sum((Counter(ledger.collect()) for ledger in ledgers), Counter())
+                position = {"stream": stream, "epoch": epoch, "draws": samples.draws, "skipped": dict(skipped)}
+                yield Batch(collate(rows, self.modalities), position)
+
+    def _epoch(self, k: int) -> int:
+        return k // self.batches_per_epoch if self.batches_per_epoch else 0
+
+
+class EvalBatches(IterableDataset):
+    """Every sample of a data set once, in fixed order: rank ``r`` takes samples r, r + world_size, …"""
+
+    def __init__(self, dataset: SampleDataset, *, batch_size: int, rank: int, world_size: int, seed: int):
+        self.dataset, self.rank, self.seed = dataset, rank, seed
+        self.ledger = BadSampleLedger(dataset.name, dataset.max_bad_fraction)
+        samples = list(enumerate(dataset.source.all(self.ledger)))
+        self.ledger.size = len(samples)
+        share = samples[rank::world_size]
+        self.batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
+        self.not_joined = self.ledger.collect() if rank == 0 else {}
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Batch]:
+        worker, num_workers = _worker()
+        skipped = Counter(self.not_joined if worker == 0 else {})
+        for samples in self.batches[worker::num_workers]:
+            rows = [
+                read_sample(self.dataset, sample, generator(self.seed, "eval", index), self.ledger)
+                for index, sample in samples
+            ]
+            skipped += Counter(self.ledger.collect())
+            if kept := [row for row in rows if row is not None]:
+                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1, "skipped": dict(skipped)}
+                yield Batch(collate(kept, self.dataset.modalities), position)
+                skipped = Counter()
+
+
+class BatchLoader:
+    """Batches made in worker processes. Bad input met there is raised here, as the same one-line error."""
+
+    def __init__(self, batches: TrainBatches | EvalBatches, num_workers: int, pin_memory: bool = False):
+        self._batches = batches
+        self._num_workers, self._pin_memory = num_workers, pin_memory
+
+    def __len__(self) -> int:
+        return len(self._batches)  # type: ignore[arg-type]  # TypeError for the endless ones
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            _ErrorsAsItems(self._batches), batch_size=None, collate_fn=_unchanged, num_workers=self._num_workers,
+            pin_memory=self._pin_memory, generator=torch.Generator(),  # else it draws from the global one, even unused
+        )  # fmt: skip
+        for item in loader:
+            if isinstance(item, UserError):
+                raise item
+            yield item
+
+
+class _ErrorsAsItems(IterableDataset):
+    """Hands errors for the user through the queue; the DataLoader would wrap them into tracebacks."""
+
+    def __init__(self, batches: Iterable[Batch]):
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[Batch | UserError]:
+        try:
+            yield from self._batches
+        except UserError as error:
+            yield (DataError if isinstance(error, DataError) else UserError)(str(error))
+
+
+def _unchanged(item: Any) -> Any:
+    return item
+
+
+def _worker() -> tuple[int, int]:
+    """Index of this worker process and their number; (0, 1) in the main process."""
+    info = get_worker_info()
+    return (info.id, info.num_workers) if info else (0, 1)
+
+
+def build_dataset(
+    config: DatasetConfig, text_tokenizer: Any, *, training: bool,
+    input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+) -> SampleDataset:  # fmt: skip
+    """The data set of one entry of the data config; the ranges replace its own.
+
+    Raises:
+        UserError: its files are not there, or of a type that cannot be read.
+    """
+    if config.type != "multimodal":
+        raise UserError(f"data set {config.name}: type '{config.type}' is not supported yet, only 'multimodal'")
+    place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
+    source: Source
+    if config.use_wds:
+        source = Shards(*place)
+    else:
+        source = Folders(*place, BadSampleLedger(config.name, config.max_bad_fraction))
+    return SampleDataset(
+        config.name,
+        source,
+        config.modalities,
+        build_sample_transform(config, training),
+        UnifiedMasking(
+            config.modalities,
+            text_tokenizer,
+            input_tokens_range or config.input_tokens_range,
+            target_tokens_range or config.target_tokens_range,
+            sampling_weights=config.sampling_weights,
+        ),
+        shuffle_buffer=config.wds_shuffle_buffer_tar,
+        repeats=config.wds_n_repeats if training else 1,
+        repeat_buffer=config.wds_shuffle_buffer_repeat,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+
+
+def build_train_loader(
+    config: DataConfig, text_tokenizer: Any, *, batch_size: int, batches_per_epoch: int, num_workers: int, rank: int,
+    world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None, pin_memory: bool = False,
+) -> Iterable[Batch]:  # fmt: skip
+    """The endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
+
+    Args:
+        batch_size: of this rank.
+        batches_per_epoch: of this rank.
+        positions: stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every stream of
+            all ranks (:func:`draws_in_epoch`). A stream that is not in it has made no draw in that epoch.
+
+    Raises:
+        UserError: a data set that cannot be read. While iterating, :class:`DataError`: data that breaks its modality's
+            contract, or too many bad samples.
+    """
+    if start_batch % batches_per_epoch and positions is None:
+        raise ValueError(f"start_batch {start_batch} lies within an epoch: 'positions' are needed")
+    datasets = [build_dataset(dataset, text_tokenizer, training=True) for dataset in config.train.values()]
+    batches = TrainBatches(
+        datasets, [config.weights[name] for name in config.train], config.modalities, batch_size=batch_size,
+        batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=seed, start_batch=start_batch,
+        positions=positions,
+    )  # fmt: skip
+    return BatchLoader(batches, num_workers, pin_memory)
+
+
+def draws_in_epoch(positions: Iterable[Mapping[str, Any]], epoch: int) -> dict[int, int]:
+    """``positions`` of :func:`build_train_loader`, from the latest :attr:`Batch.position` of each stream."""
+    return {position["stream"]: position["draws"] for position in positions if position["epoch"] == epoch}
+
+
+def build_eval_loader(
+    dataset: DatasetConfig, text_tokenizer: Any, *, batch_size: int, num_workers: int, rank: int, world_size: int, seed: int,
+    input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+) -> BatchLoader:  # fmt: skip
+    """This rank's share of a data set, for evaluation: every sample once over all ranks, always the same crops and masks.
+
+    The last batch may be smaller, and so may one with bad samples; a rank may have one batch more than another.
+
+    Args:
+        input_tokens_range, target_tokens_range: in place of the data set's own.
+    """
+    samples = build_dataset(
+        dataset, text_tokenizer, training=False, input_tokens_range=input_tokens_range,
+        target_tokens_range=target_tokens_range,
+    )  # fmt: skip
+    return BatchLoader(
+        EvalBatches(samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed), num_workers
+    )
