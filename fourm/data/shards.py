@@ -73,13 +73,13 @@ def _text(field: bytes) -> str:
 
 def _plain_name(header: bytes) -> str:
     # GNU tars, magic "ustar ", keep other things where ustar keeps the prefix.
-    prefix = _text(header[345:500]) if header[257:263] == b"ustar\0" else ""
+    prefix = _text(header[345:500]) if header[345] and header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
 def _pax_records(data: bytes) -> dict[str, str]:
     records = {}
-    while data:
+    while b"path=" in data or b"size=" in data:  # most are about times only
         length = int(data[: data.index(b" ")])
         if length < 1:
             raise ValueError

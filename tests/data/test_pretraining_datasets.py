@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,7 +16,7 @@ from fourm.data.image_augmenter import EmptyAugmenter, PreTokenizedImageAugmente
 from fourm.data.modality_info import resolve_modalities
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS
 from fourm.utils.errors import DataError
-from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+from tests.data.dataset_files import MODALITIES, VOCAB, npy, text_tokenizer, write_folders, write_shards
 
 
 def info(as_dicts):
@@ -60,6 +61,16 @@ def test_single_samples_without_end(shards):
     assert len(samples) == 30 and samples[0]["tok_rgb@32"]["tensor"].shape == (4,)
     with pytest.raises(TypeError):
         len(loader)
+
+
+def test_token_ids_are_checked_against_the_vocabulary(tmp_path):
+    content = npy(np.full((3, 4), VOCAB))
+    path = write_shards(tmp_path, 1, 2, lambda folder, i, _, original: content if folder == "tok_rgb" else original)
+    loader = build_wds_fm_pretraining_dataloader(
+        **arguments(path), num_gpus=1, num_workers=0, batch_size=1, epoch_size=None
+    )
+    with pytest.raises(DataError, match=f"tok_rgb/shard-00000.tar.*tok_rgb@32: token id {VOCAB} lies outside"):
+        next(iter(loader))
 
 
 def test_mixture_of_loaders(shards):

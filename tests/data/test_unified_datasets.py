@@ -230,6 +230,32 @@ def test_too_many_bad_samples_stop_the_run_in_one_line(tmp_path, workers, caplog
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("folder", ["caption", "crop_settings"])
+def test_data_without_a_single_good_sample_ends_even_if_all_may_be_bad(tmp_path, folder, caplog):
+    path = write_shards(tmp_path / "s", 1, 3, lambda f, i, _, content: b"{" if f == folder else content)
+    with pytest.raises(DataError, match="d0: 100 of 100 samples cannot be read"):
+        train(config(tmp_path, path, max_bad_fraction=1.0), 1)
+    (tmp_path / "s" / folder / "shard-00000.tar").write_bytes(b"")
+    with pytest.raises(DataError, match="samples cannot be joined by key"):
+        train(config(tmp_path, path, max_bad_fraction=1.0), 1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_stops_for_too_many_bad_samples_of_the_whole_set(tmp_path, workers, caplog):
+    path = write_shards(
+        tmp_path / "s", 2, 10, lambda f, i, _, content: b"{" if f == "caption" and i in (2, 3) else content
+    )
+
+    def evaluate(max_bad_fraction):
+        dataset = config(tmp_path, path, max_bad_fraction=max_bad_fraction).train["d0"]
+        loader = build_eval_loader(dataset, TOKENIZER, batch_size=5, num_workers=workers, rank=0, world_size=1, seed=0)
+        return sum(len(indices(batch)) for batch in loader)
+
+    assert evaluate(0.1) == 18  # although it is more of what one worker read
+    with pytest.raises(DataError, match="of 20 samples cannot be read, with max_bad_fraction=0.09"):
+        evaluate(0.09)
+
+
 @pytest.mark.parametrize(
     "folder, content, message",
     [
