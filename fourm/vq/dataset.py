@@ -196,7 +196,7 @@ class FileSet(ImageSet):
                 self._write_file(CROP_SETTINGS, key, crops)
             self._write_file(output, key, tokens)
             number += 1
-        if not self._keys(output):
+        if number == 0 and not self._keys(output):
             raise DataError(f"{self.root / self.folders[PIXELS]}: none of its images can be read")
         return number
 

@@ -113,7 +113,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     @property
     def device(self) -> torch.device:
-        return next(iter(self.state_dict().values())).device
+        return next(iter(self.state_dict().values()), torch.empty(0)).device
 
 
 def best_device(name: str) -> torch.device:

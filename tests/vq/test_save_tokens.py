@@ -1,7 +1,6 @@
 """save_vq_tokens.py: what it writes, for which crops, and what an interruption or bad input leaves behind."""
 
 import io
-import json
 import os
 import signal
 import subprocess
@@ -27,8 +26,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 from fourm.vq import TOKENIZERS, PatchCodebook, PatchCodebookConfig, load_tokenizer
 from fourm.vq.crops import tokenizer_transform
-from fourm.vq.fit_codebook import FitOptions, fit_codebook
-from fourm.vq.save_tokens import RECORD, SaveTokensOptions, save_tokens, token_dtype
+from fourm.vq.save_tokens import SaveTokensOptions, save_tokens, token_dtype
 from tests.vq.image_files import SIZE, image, read_files, write_files, write_shards
 
 REPOSITORY = Path(__file__).parents[2]
@@ -307,12 +305,12 @@ def test_images_of_another_resolution_follow_the_main_modality(tokenizers, tmp_p
     assert save_tokens(options(tokenizers["depth"], tmp_path, main_modality="rgb")) == 3
 
 
-def damage(data, index, content):
-    """Replace image ``index`` of rgb."""
-    if not any((data / "rgb").glob("*.tar")):
-        (data / "rgb" / f"part{index % 2}" / f"{index:05d}.png").write_bytes(content)
+def damage(data, index, content, modality="rgb"):
+    """Replace image ``index``."""
+    if not any((data / modality).glob("*.tar")):
+        (data / modality / f"part{index % 2}" / f"{index:05d}.png").write_bytes(content)
         return
-    path = data / "rgb" / f"shard-{index // PER_SHARD:05d}.tar"
+    path = data / modality / f"shard-{index // PER_SHARD:05d}.tar"
     with tarfile.open(path) as tar:
         members = [(member, tar.extractfile(member).read()) for member in tar.getmembers()]
     with tarfile.open(path, "w") as tar:
@@ -333,7 +331,9 @@ def test_corrupt_image_is_skipped_and_named(tokenizers, data, caplog, content, n
     for made in (f"tok_rgb@{SIDE}", "crop_settings"):
         assert len(ids(data, made)) == COUNT - 1
         assert "part1/00005" not in ids(data, made)
-    assert save_tokens(options(tokenizers["depth"], data)) == COUNT  # its crops are drawn where rgb left none
+    # Another modality lacks another one: crops are added where there were none, and the others stay.
+    damage(data, 6, content, "depth")
+    assert save_tokens(options(tokenizers["depth"], data)) == COUNT - 1
     assert len(ids(data, "crop_settings")) == COUNT
 
 
@@ -439,8 +439,8 @@ def test_half_a_file_is_not_taken_for_finished(tokenizers, data):
     output = data / f"tok_rgb@{SIDE}"
     before = contents(output)
     victim = output / next(iter(before))
-    half = victim.with_name(f".tmp-123-{victim.name}")  # what a killed run leaves
-    half.write_bytes(victim.read_bytes()[:100])
+    for folder in (output, data / "rgb"):
+        (folder / f".tmp-123-{victim.name}").write_bytes(victim.read_bytes()[:100])  # what a killed run leaves
     victim.unlink()
     assert save_tokens(options(tokenizers["rgb"], data)) in (1, PER_SHARD)
     assert contents(output) == before
@@ -459,43 +459,3 @@ def test_scripts_report_mistakes_in_one_line(tokenizers, tmp_path):
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1
         assert message in result.stderr
-
-
-def test_record_names_what_the_tokens_were_made_with(tokenizers, data):
-    save_tokens(options(tokenizers["rgb"], data))
-    record = json.loads((data / f"tok_rgb@{SIDE}" / RECORD).read_text())
-    assert record["num_crops"] == CROPS
-    assert record["input_size"] == SIDE
-
-
-def test_fit_and_tokenize_by_script(tmp_path):
-    write_shards(tmp_path, "depth", 12, 6)
-    fit = script(
-        "fit_codebook.py", "--data_root", tmp_path, "--modality", "depth", "--output", tmp_path / "codebook",
-        "--vocab_size", 32, "--patch_size", P, "--input_size", SIDE, "--num_workers", 1,
-        "--transform_options", "{standardize_depth: false}",
-    )  # fmt: skip
-    assert "32 of 32 codes in use" in subprocess.run(fit, capture_output=True, text=True, check=True).stdout
-    save = script("save_vq_tokens.py", "--tokenizer", tmp_path / "codebook", "--data_root", tmp_path, "--num_crops", 2)
-    assert "12 images were tokenized" in subprocess.run(save, capture_output=True, text=True, check=True).stdout
-    tokenizer = load_tokenizer(tmp_path / "codebook")
-    assert tokenizer.config.transform_options == {"standardize_depth": False}
-    for key, tokens in ids(tmp_path, f"tok_depth@{SIDE}").items():
-        crop = ids(tmp_path, "crop_settings")[key][0].tolist()
-        depth = np.array(Image.open(io.BytesIO(image("depth", int(key[-5:]))))) / 65535
-        depth = depth[crop[0] : crop[0] + crop[2], crop[1] : crop[1] + crop[3]]
-        decoded = tokenizer.decode_tokens(torch.from_numpy(tokens[0]).long().view(1, SIDE // P, SIDE // P))
-        coarse = torch.nn.functional.interpolate(torch.from_numpy(depth)[None, None], SIDE, mode="area")
-        assert (decoded - coarse).abs().mean() < 0.1
-
-
-def test_codebook_needs_enough_patches(tmp_path):
-    write_files(tmp_path, "rgb", 2)
-    with pytest.raises(UserError, match="gives only 32 patches for 1000 codes: lower vocab_size"):
-        fit_codebook(
-            FitOptions(
-                data_root=str(tmp_path), modality="rgb", output=str(tmp_path / "out"), vocab_size=1000, patch_size=P,
-                input_size=SIDE, num_crops=1, num_workers=0, device="cpu",
-            )
-        )  # fmt: skip
-    assert not (tmp_path / "out").exists()

@@ -1,0 +1,69 @@
+"""README_TOKENIZATION.md: what it says about images is done, in its order, on a small data set."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fourm.data import resolve_modalities
+from fourm.vq import TOKENIZERS, load_tokenizer
+from tests.vq.image_files import write_files, write_shards
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_TOKENIZATION.md").read_text().split("## Images")[1], re.M | re.S
+)
+
+
+@pytest.mark.slow
+def test_what_the_readme_says_can_be_done(tmp_path):
+    for modality in ("rgb", "depth", "semseg"):
+        write_shards(tmp_path / "my_shards", modality, 12, 6)
+        write_files(tmp_path / "my_data", modality, 12)
+    for name in ("fit_codebook.py", "save_vq_tokens.py"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
+    output = ""
+    for language, code in BLOCKS:
+        if language == "bash":
+            result = subprocess.run(
+                ["bash", "-ec", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+            )
+            assert result.returncode == 0, f"{code}\n{result.stderr}"
+            output += result.stdout
+        elif language == "python" and code.startswith("# "):
+            (tmp_path / code.split("\n")[0].removeprefix("# ")).write_text(code)
+        elif language == "python":  # the interface, whose tokenizer is only fitted further below
+            interface = code
+        elif language == "yaml":
+            declared = resolve_modalities(*2 * [yaml.safe_load(code)["modalities"]])
+    assert output.count("12 images would be tokenized") == 1
+    assert output.count("12 images were tokenized") == 4
+    assert "(6, 10, 64) (images, crops, tokens), " in output
+    assert Image.open(tmp_path / "decoded.png").size == (10 * 64, 64)
+    for name, modality in declared.items():
+        tokenizer = load_tokenizer(tmp_path / "tokenizers" / name.removeprefix("tok_").split("@")[0])
+        assert (tokenizer.vocab_size, tokenizer.patch_size) == (modality["vocab_size"], modality["patch_size"])
+        assert (tmp_path / "my_shards" / name).is_dir()
+
+    names = {"images": torch.rand(2, 3, 64, 64)}
+    exec(interface.replace("tokenizers/rgb", str(tmp_path / "tokenizers" / "rgb")), names)
+    assert names["images"].shape == (2, 3, 64, 64)
+
+    own = {"__name__": "my_tokenizer"}
+    exec((tmp_path / "my_tokenizer.py").read_text(), own)
+    try:
+        grey = load_tokenizer(tmp_path / "tokenizers" / "mean_grey")
+        decoded = grey.decode_tokens(grey.tokenize(torch.full((1, 3, 16, 24), 0.5)))
+        assert decoded.shape == (1, 3, 16, 24)
+        assert np.allclose(decoded, 0.5, atol=1 / 15)
+    finally:
+        del TOKENIZERS["mean_grey"]
