@@ -12,7 +12,7 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fourm.utils.errors import DataError
 
@@ -34,7 +34,10 @@ class EncodedImage:
 
     def __init__(self, content: bytes, keep: bool = False):
         self.content, self._keep = content, keep
-        self._opened: Image.Image | None = Image.open(io.BytesIO(content))
+        try:
+            self._opened: Image.Image | None = Image.open(io.BytesIO(content))
+        except UnidentifiedImageError:
+            raise OSError("not an image, or a damaged one") from None
         self._kept: dict[str | None, np.ndarray] = {}
         self.shape = (self._opened.height, self._opened.width)
 

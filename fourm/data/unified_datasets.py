@@ -19,6 +19,7 @@ import itertools
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -110,14 +111,21 @@ class SampleDataset:
         raw = sample.values(self._files, keep_pixels=self.repeats > 1)
         budgets = self.masking.draw_budgets(rng)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
-        try:
+        with errors_name_the_file(sample):
             return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
-        except (DataError, UnreadableValue) as error:
-            # Both begin with "modality NAME:"; the file is that modality's.
-            where = sample.where(str(error).removeprefix("modality ").split(":")[0])
-            if isinstance(error, DataError):
-                raise DataError(f"{where}: {error}") from error
-            raise BadSample("corrupt value", f"{where}: {error}") from error
+
+
+@contextmanager
+def errors_name_the_file(sample: RawSample) -> Iterator[None]:
+    """Errors of transforms and masking get the file and key of ``sample``; unreadable values become :class:`BadSample`."""
+    try:
+        yield
+    except (DataError, UnreadableValue) as error:
+        # Both begin with "modality NAME:"; the file is that modality's.
+        where = sample.where(str(error).removeprefix("modality ").split(":")[0])
+        if isinstance(error, DataError):
+            raise DataError(f"{where}: {error}") from error
+        raise BadSample("corrupt value", f"{where}: {error}") from error
 
 
 def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
@@ -289,6 +297,21 @@ def _worker() -> tuple[int, int]:
     return (info.id, info.num_workers) if info else (0, 1)
 
 
+def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
+    """The shards or folders of a data set.
+
+    Args:
+        ledger: counts keys that are not in every folder; shards are joined later.
+
+    Raises:
+        UserError: its files are not there, or of a type that cannot be read.
+    """
+    if config.type != "multimodal":
+        raise UserError(f"data set {config.name}: type '{config.type}' is not supported yet, only 'multimodal'")
+    place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
+    return Shards(*place) if config.use_wds else Folders(*place, ledger)
+
+
 def build_dataset(
     config: DatasetConfig, text_tokenizer: Any, *, training: bool,
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
@@ -298,17 +321,9 @@ def build_dataset(
     Raises:
         UserError: its files are not there, or of a type that cannot be read.
     """
-    if config.type != "multimodal":
-        raise UserError(f"data set {config.name}: type '{config.type}' is not supported yet, only 'multimodal'")
-    place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    source: Source
-    if config.use_wds:
-        source = Shards(*place)
-    else:
-        source = Folders(*place, BadSampleLedger(config.name, config.max_bad_fraction))
     return SampleDataset(
         config.name,
-        source,
+        open_source(config, BadSampleLedger(config.name, config.max_bad_fraction)),
         config.modalities,
         build_sample_transform(config, training),
         UnifiedMasking(

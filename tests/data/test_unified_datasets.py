@@ -260,7 +260,7 @@ def test_evaluation_stops_for_too_many_bad_samples_of_the_whole_set(tmp_path, wo
     "folder, content, message",
     [
         ("tok_rgb", [[0, 1, 2, 256]] * 3, "tok_rgb@32: token id 256 lies outside the vocabulary of 256"),
-        ("tok_rgb", [[0, 1, -2, 3]] * 3, "tok_rgb@32: token id -2"),
+        ("tok_rgb", [[0, 1, 2, 3]] * 2 + [[0, 1, -2, 3]], "tok_rgb@32: token id -2"),  # in a crop that may not be drawn
         ("tok_rgb", [[0, 1, 2]] * 3, "tok_rgb@32: expected 4 tokens, found 3"),
         ("tok_rgb", [[0, 1, 2, 3]] * 2, "values of 2 crops, but crop_settings has 3"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -29,10 +30,20 @@ class TokTransform(AbstractTransform):
     num_tokens: int | None = None
 
     def preprocess(self, value: Any) -> np.ndarray:
+        """Check all rows: an id outside the vocabulary must not come up in the middle of a run, on a GPU."""
         ids = np.asarray(value)
         if ids.dtype.kind not in "iu" or ids.ndim < 1 + self.per_crop:
             shape = "(crops, tokens)" if self.per_crop else "(tokens,)"
             raise DataError(f"expected whole numbers of shape {shape}, not {ids.dtype} of shape {ids.shape}")
+        count = math.prod(ids.shape[self.per_crop :])
+        if self.num_tokens not in (None, count):
+            raise DataError(f"expected {self.num_tokens} tokens, found {count}")
+        if self.vocab_size is not None and ids.size:
+            limit = self.vocab_size - self.vocab_offset
+            # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
+            if ids.view(ids.dtype.str.replace("i", "u")).max() >= limit:
+                outside = ids[(ids < 0) | (ids >= limit)]
+                raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
         return ids
 
     def stored_crops(self, value: np.ndarray) -> int | None:
@@ -51,17 +62,7 @@ class TokTransform(AbstractTransform):
         return value[rand_aug_idx]
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
-        """Check the ids here: one outside the vocabulary must not reach an embedding on a GPU."""
-        ids = value.astype(np.int64)
-        if self.num_tokens is not None and ids.size != self.num_tokens:
-            raise DataError(f"expected {self.num_tokens} tokens, found {ids.size}")
-        if self.vocab_size is not None and ids.size:
-            limit = self.vocab_size - self.vocab_offset
-            # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
-            if ids.view(np.uint64).max() >= limit:
-                outside = ids[(ids < 0) | (ids >= limit)]
-                raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
-        return ids
+        return value.astype(np.int64)
 
     def bind(self, modality: Mapping[str, Any]) -> TokTransform:
         return replace(
