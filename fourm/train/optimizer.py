@@ -1,11 +1,16 @@
-"""The optimizer and its two parameter groups, with and without weight decay."""
+"""The optimizer: its two parameter groups, and a step that clips, unscales or skips without waiting for the device."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourm.train.config import TrainConfig
+from fourm.train.parallel import DDP
+
+_INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -18,9 +23,14 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         for name, parameters in groups.items()
         if parameters
     ]
-    if config.opt == "sgd":
-        return torch.optim.SGD(described, lr=0.0, momentum=config.momentum)
-    return torch.optim.AdamW(described, lr=0.0, betas=config.opt_betas, eps=config.opt_eps, fused=True)
+    if config.opt == "adamw":
+        return torch.optim.AdamW(described, lr=0.0, betas=config.opt_betas, eps=config.opt_eps, fused=True)
+    optimizer = torch.optim.SGD(described, lr=0.0, momentum=config.momentum, fused=True)
+    if config.momentum:
+        # SGD would leave the buffers uninitialised if its first step were skipped.
+        for parameter in model.parameters():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
@@ -28,3 +38,63 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+
+
+class GradientStep:
+    """An optimizer step that may clip the gradients, or skip.
+
+    Whether to skip is decided on the device: the fused optimizers read ``found_inf`` (1 = leave everything as it is) and
+    ``grad_scale`` (a divisor of the gradients), as they do for ``torch.amp.GradScaler``. Clipping is part of that divisor
+    and costs no pass over the gradients. All processes have the same norm, hence they skip alike.
+
+    Attributes:
+        scale: what losses are multiplied by before the backward pass; 1 unless the precision is float16. It doubles after
+            2000 steps in a row without an overflow and is halved by one.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, parallel: DDP):
+        self._optimizer, self._parallel = optimizer, parallel
+        self._half = config.autocast_dtype == "float16"
+        self._clip, self._max_norm = config.clip_grad, config.skip_grad
+        self._skip_not_finite = config.skip_nan_grad or self._half
+        self._may_skip = self._skip_not_finite or self._max_norm is not None
+        self._needs_norm = config.compute_grad_norm or self._may_skip or self._clip is not None
+        self.scale = torch.tensor(_INITIAL_SCALE if self._half else 1.0, device=parallel.device)
+        self._good = torch.zeros_like(self.scale)
+
+    def __call__(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
+        """Step and forget the gradients.
+
+        Returns:
+            The norm of the unscaled gradients (0 if nothing needs it), and 1 if the step was skipped, else 0.
+        """
+        norm, skip = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
+        if self._needs_norm:
+            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+            norm = self._parallel.gradient_norm(gradients) / self.scale
+            if self._skip_not_finite:
+                skip = (~norm.isfinite()).float()
+            if self._max_norm is not None:
+                skip = torch.maximum(skip, (norm > self._max_norm).float())
+        divisor = self.scale if self._half else None
+        if self._clip is not None:
+            divisor = self.scale * ((norm + 1e-6) / self._clip).clamp(min=1)
+        self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skip if self._may_skip else None  # type: ignore[attr-defined]
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        if self._half:
+            self._adapt_scale(norm.isfinite())
+        return norm, skip
+
+    def _adapt_scale(self, finite: Tensor) -> None:
+        self._good = torch.where(finite, self._good + 1, 0)
+        grown = torch.where(self._good == _GROWTH_INTERVAL, self.scale * 2, self.scale)
+        self.scale = torch.where(finite, grown, self.scale / 2)
+        self._good = torch.where(self._good == _GROWTH_INTERVAL, 0, self._good)
+
+    def state(self) -> list[float]:
+        return [self.scale.item(), self._good.item()]
+
+    def load_state(self, state: Sequence[float]) -> None:
+        self.scale, self._good = (torch.tensor(value, device=self.scale.device) for value in state)

@@ -1,0 +1,94 @@
+"""Losses on the validation sets: with the training's token budgets and with fixed ones, always on the same masks."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fourm.data.data_config import DataConfig
+from fourm.data.unified_datasets import BatchLoader, build_eval_loader
+from fourm.models import FM
+from fourm.train.config import TrainConfig
+from fourm.train.device import autocast, to_device
+from fourm.train.parallel import Processes
+from fourm.utils.errors import DataError
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One validation set with one kind of budgets, ``train`` or ``fixed``."""
+
+    dataset: str
+    kind: str
+    loader: BatchLoader
+    num_input_tokens: int
+    num_target_tokens: int
+
+
+def build_evaluations(
+    config: TrainConfig, data: DataConfig, text_tokenizer: Any, parallel: Processes
+) -> list[Evaluation]:
+    """What is to be evaluated. Without ``dist_eval`` every process goes through all samples.
+
+    Raises:
+        UserError: a validation set that cannot be read.
+    """
+    rank, world_size = (parallel.rank, parallel.world_size) if config.dist_eval else (0, 1)
+    evaluations = []
+    for name, dataset in data.val.items():
+        fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
+        kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
+        if config.fixed_eval:
+            kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
+        for kind, (inputs, targets, batch_size) in kinds.items():
+            loader = build_eval_loader(
+                dataset, text_tokenizer, batch_size=batch_size, num_workers=config.num_workers, rank=rank,
+                world_size=world_size, seed=config.seed, input_tokens_range=inputs, target_tokens_range=targets,
+            )  # fmt: skip
+            evaluations.append(Evaluation(name, kind, loader, inputs[1], targets[1]))
+    return evaluations
+
+
+@torch.no_grad()
+def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: Processes) -> dict[str, Any]:
+    """Go through a validation set once.
+
+    Every target token counts the same, so that neither the batch size nor the number of processes matters.
+
+    Returns:
+        ``kind``, ``loss`` (as in training: the mean over the modalities or, for ``loss_type`` token, over the tokens),
+        ``per_modality``, ``tokens`` and ``samples``.
+    """
+    was_training = model.training
+    model.eval()
+    inputs, targets = evaluation.num_input_tokens, evaluation.num_target_tokens
+    order = torch.Generator().manual_seed(config.seed)
+    sums, tokens, samples = Counter[str](), Counter[str](), 0
+    for batch in evaluation.loader:
+        plan = model.plan(batch.mod_dict, inputs, targets, generator=order)
+        with autocast(config, parallel.device):
+            mod_dict, plan_there = to_device(batch.mod_dict, plan, parallel.device)
+            _, losses = model(mod_dict, inputs, targets, config.loss_type, plan=plan_there)
+        means = torch.stack([losses[name].double() for name in losses]).tolist()
+        tokens.update(plan.decoder.counts)
+        sums.update({name: mean * plan.decoder.counts[name] for name, mean in zip(losses, means, strict=True)})
+        samples += len(next(iter(batch.mod_dict.values()))["input_mask"])
+    model.train(was_training)
+    if config.dist_eval:
+        shares = parallel.gather((sums, tokens, samples))
+        sums, tokens = (sum((share[i] for share in shares), Counter[str]()) for i in range(2))
+        samples = sum(share[2] for share in shares)
+    if not samples:
+        raise DataError(f"validation set {evaluation.dataset}: no sample could be read")
+    per_modality = {name: sums[name] / tokens[name] for name in sorted(tokens) if tokens[name]}
+    by_modality = sum(per_modality.values()) / len(per_modality)
+    return {
+        "kind": evaluation.kind,
+        "loss": by_modality if config.loss_type == "mod" else sum(sums.values()) / sum(tokens.values()),
+        "per_modality": per_modality,
+        "tokens": sum(tokens.values()),
+        "samples": samples,
+    }

@@ -1,0 +1,80 @@
+"""Weights from elsewhere as a start: a run folder, a safetensors file, a hub id or a published ``.pth`` file."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fourm.models import FM
+from fourm.utils.errors import UserError
+
+log = logging.getLogger("fourm")
+
+
+def read_weights(source: str) -> dict[str, Tensor]:
+    """The state dict behind ``source``. Pickled files are read as weights only: they cannot run code.
+
+    Raises:
+        UserError: it is not there, or not readable as weights.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / "model.safetensors"
+    try:
+        if not path.exists() and path.suffix not in (".safetensors", ".pth") and not source.startswith((".", "/", "~")):
+            path = Path(hf_hub_download(source, "model.safetensors"))
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the options beside published weights
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (HFValidationError, HfHubHTTPError, ConnectionError) as error:
+        raise UserError(f"'finetune': '{source}' is no file, no folder and not on the hub: {_brief(error)}") from error
+    except FileNotFoundError:
+        raise UserError(f"'finetune': {path} does not exist") from None
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise UserError(f"'finetune': {path} cannot be read as weights: {_brief(error)}") from error
+    content = content.get("model", content)
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def load_weights(model: FM, source: str) -> None:
+    """Load what ``model`` and the weights have in common; the rest of the model keeps its initial values, with a notice.
+
+    Raises:
+        UserError: a tensor has another shape, or there is nothing in common.
+    """
+    weights, own = read_weights(source), model.state_dict()
+    common = {name: tensor for name, tensor in weights.items() if name in own}
+    for name, tensor in common.items():
+        if tensor.shape != own[name].shape:
+            raise UserError(
+                f"'finetune': {source}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}; "
+                "choose the model, sizes and vocabularies that the weights were trained with"
+            )
+    if not common:
+        raise UserError(
+            f"'finetune': {source} holds none of the model's weights, but e.g. {next(iter(weights), 'nothing')}"
+        )
+    model.load_state_dict(common, strict=False)
+    log.info("finetune: %d of %d tensors from %s", len(common), len(own), source)
+    for what, names in (("new in the model", own.keys() - common), ("not in the model", weights.keys() - common)):
+        if names:
+            log.info("finetune: %s: %s", what, ", ".join(sorted({_module(name) for name in names})))
+
+
+def _module(name: str) -> str:
+    """``encoder_embeddings.caption.token_emb.weight`` → ``encoder_embeddings.caption``."""
+    return ".".join(name.split(".")[: 2 if "embeddings" in name else 1])
+
+
+def _brief(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,97 @@
+"""The training loop: one for all strategies, devices and precisions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Any
+
+import torch
+from torch import nn
+
+from fourm.data.unified_datasets import Batch
+from fourm.models import FM
+from fourm.train.config import TrainConfig
+from fourm.train.device import autocast, to_device
+from fourm.train.metrics import Interval
+from fourm.train.optimizer import GradientStep, set_hyperparameters
+from fourm.train.parallel import DDP
+from fourm.train.schedules import Schedule
+from fourm.utils.seeds import generator
+
+
+@dataclasses.dataclass
+class Trainer:
+    """All that an optimizer step needs, and changes.
+
+    Attributes:
+        num_input_tokens, num_target_tokens: slots of the encoder and of the decoder.
+        step: optimizer steps that are done.
+        positions: newest :attr:`Batch.position` of each of this rank's streams.
+    """
+
+    config: TrainConfig
+    parallel: DDP
+    model: FM
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    num_input_tokens: int
+    num_target_tokens: int
+    step: int = 0
+    positions: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gradient_step = GradientStep(self.optimizer, self.config, self.parallel)
+        self.interval = Interval(list(self.model.decoder_embeddings), self.parallel.device)
+        self._wrapped: nn.Module | None = None
+        self._frozen: bool | None = None
+
+    def train_step(self, batches: list[Batch]) -> None:
+        """Forward, backward, clip, step, count.
+
+        Args:
+            batches: the micro-batches of this rank for one optimizer step.
+        """
+        config, parallel = self.config, self.parallel
+        first = self.step * config.accum_iter
+        set_hyperparameters(self.optimizer, self.schedule.lr(first), self.schedule.weight_decay(first))
+        wrapped = self._model_of_phase(self.schedule.frozen(first))
+        for index, batch in enumerate(batches):
+            seed_of_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
+            host_plan = self.model.plan(batch.mod_dict, self.num_input_tokens, self.num_target_tokens)
+            mod_dict, plan = to_device(batch.mod_dict, host_plan, parallel.device)
+            last = index == len(batches) - 1
+            with contextlib.nullcontext() if last else parallel.accumulate(wrapped):
+                with autocast(config, parallel.device):
+                    loss, losses = wrapped(
+                        mod_dict, self.num_input_tokens, self.num_target_tokens, config.loss_type, plan=plan
+                    )
+                (loss * (self.gradient_step.scale / len(batches))).backward()
+            self.interval.add_batch(
+                loss, losses, host_plan.decoder.counts, batch.position["skipped"], samples=len(plan.encoder.modality),
+                tokens=sum(host_plan.encoder.counts.values()) + sum(host_plan.decoder.counts.values()),
+            )  # fmt: skip
+            self.positions[batch.position["stream"]] = batch.position
+        self.interval.add_step(*self.gradient_step(list(self.model.parameters())))
+        self.step += 1
+
+    def _model_of_phase(self, frozen: bool) -> nn.Module:
+        """The wrapped model; wrapped anew when the frozen phase begins or ends."""
+        if self._wrapped is None or frozen != self._frozen:
+            set_phase(self.model, frozen, self.config.frozen_embedding_domain)
+            self._wrapped, self._frozen = self.parallel.wrap(self.model), frozen
+        return self._wrapped
+
+
+def set_phase(model: FM, frozen: bool, frozen_embedding_domain: str | None) -> None:
+    """Train everything or, in the ``frozen`` phase, only the embeddings, less those of ``frozen_embedding_domain``."""
+    model.unfreeze_all()
+    if frozen and frozen_embedding_domain:
+        model.freeze_params_except_specific_embeddings(frozen_embedding_domain)
+    elif frozen:
+        model.freeze_shared_params()
+
+
+def seed_of_batch(seed: int, batch: int) -> None:
+    """Seed what the model draws (order of modalities, stochastic depth) by the global number of the micro-batch."""
+    torch.manual_seed(int(generator(seed, "model", batch).integers(2**63)))

@@ -1,0 +1,252 @@
+"""A run from its configuration to its last checkpoint: build, resume, train, evaluate, save."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import resource
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+
+from fourm.data.data_config import DataConfig, load_data_config
+from fourm.data.unified_datasets import Batch, build_train_loader
+from fourm.models import FM, count_parameters, model_config
+from fourm.train.checkpoint import export_model, save_checkpoint
+from fourm.train.config import TrainConfig, run_length, to_dict
+from fourm.train.evaluate import build_evaluations, evaluate
+from fourm.train.finetune import load_weights
+from fourm.train.journal import Journal, set_up_logging
+from fourm.train.loop import Trainer
+from fourm.train.optimizer import build_optimizer
+from fourm.train.parallel import DDP
+from fourm.train.resume import find_checkpoint, restore, state_of
+from fourm.train.schedules import build_schedule
+from fourm.train.signals import StopSignals
+from fourm.utils.files import atomic_path
+from fourm.utils.tokenizer import load_text_tokenizer
+
+log = logging.getLogger("fourm")
+
+
+def train(config: TrainConfig, strategy: type[DDP]) -> int:
+    """Train, evaluate or try out, as ``config`` says.
+
+    Args:
+        strategy: how several processes share the work.
+
+    Returns:
+        The exit status: 0, or 128 + the number of the signal that stopped the run, after a checkpoint.
+
+    Raises:
+        UserError: a configuration, file or sample that cannot work.
+    """
+    parallel = strategy(config)
+    try:
+        _set_up_process(config, parallel)
+        run = Run(config, parallel)
+        if config.dry_run:
+            return run.try_out()
+        return run.evaluate_only() if config.eval else run.train()
+    finally:
+        parallel.close()
+
+
+class Run:
+    """One process's part of a run."""
+
+    def __init__(self, config: TrainConfig, parallel: DDP):
+        self.config, self.parallel = config, parallel
+        self.folder = Path(config.output_dir)
+        self.checkpoints = self.folder / "checkpoints"
+        self.data = _load_data(config)
+        self.length = run_length(config, parallel.world_size)
+        self.total_steps = self.length.total_batches // config.accum_iter
+        self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
+        self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
+        self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
+        checkpoint = parallel.gather(find_checkpoint(config, self.checkpoints) if parallel.is_main else None)[0]
+        self.trainer = self._build_trainer(resumed=checkpoint is not None)
+        self.draws = restore(self.trainer, checkpoint) if checkpoint else None
+        self._describe(f"resumed from {checkpoint}" if checkpoint else config.finetune or "new weights")
+
+    def _build_trainer(self, resumed: bool) -> Trainer:
+        config, data, world_size = self.config, self.data, self.parallel.world_size
+        torch.manual_seed(config.seed)
+        options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
+        model = FM(
+            model_config(
+                config.model, data.in_domains, data.out_domains, image_size=config.input_size,
+                patch_size=config.patch_size, modalities=data.declarations, share_embedding=True,
+                **options | config.model_kwargs,
+            )
+        )  # fmt: skip
+        if config.finetune and not resumed:
+            load_weights(model, config.finetune)
+        model.to(self.parallel.device)
+        if config.compile:
+            for block in (*model.encoder, *model.decoder):
+                block.compile()
+        sets = data.train.values()
+        return Trainer(
+            config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),
+            num_input_tokens=max(dataset.input_tokens_range[1] for dataset in sets),
+            num_target_tokens=max(dataset.target_tokens_range[1] for dataset in sets),
+            step=config.start_epoch * self.steps_per_epoch,
+        )  # fmt: skip
+
+    def _describe(self, weights: str) -> None:
+        """Tell what is going to happen."""
+        config, length, schedule = self.config, self.length, self.trainer.schedule
+        for name, dataset in self.data.train.items():
+            log.info("data set %s, weight %g: %s", name, self.data.weights[name], dataset.data_path)
+            log.info("  inputs %s of %d-%d tokens", ", ".join(dataset.in_domains), *dataset.input_tokens_range)
+            log.info("  targets %s of %d-%d tokens", ", ".join(dataset.out_domains), *dataset.target_tokens_range)
+        counts = count_parameters(self.trainer.model)
+        log.info("model %s: %s parameters of the trunk, %s of the embeddings; %s",
+                 config.model, f"{counts['trunk']:,}", f"{counts['embeddings']:,}", weights)  # fmt: skip
+        log.info(
+            "%d epochs of %d steps = %d steps of %d samples (%d x batch_size %d x accum_iter %d), from step %d",
+            length.epochs, self.steps_per_epoch, self.total_steps,
+            self.parallel.world_size * config.batch_size * config.accum_iter, self.parallel.world_size,
+            config.batch_size, config.accum_iter, self.trainer.step,
+        )  # fmt: skip
+        log.info(
+            "lr up to %.3g, warm-up %d batches, %s in %s on %s; run folder %s", schedule.peak_lr, length.warmup_batches,
+            config.opt, config.autocast_dtype, self.parallel.device, self.folder,
+        )  # fmt: skip
+
+    def try_out(self) -> int:
+        """One step, whose results are shown and forgotten."""
+        batches = self._batches()
+        self._step(batches)
+        line = self.trainer.interval.means(self.parallel)
+        log.info("dry run: one step, loss %.4f, gradient norm %.3g; %s", line["loss"], line["grad_norm"],
+                 ", ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items()))  # fmt: skip
+        return 0
+
+    def evaluate_only(self) -> int:
+        journal = Journal(self.config, self.trainer.step, self.total_steps, self.parallel.is_main)
+        self._evaluate(journal)
+        journal.close()
+        return 0
+
+    def train(self) -> int:
+        """Train up to the end, or until a signal."""
+        config, trainer, parallel = self.config, self.trainer, self.parallel
+        journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
+        if parallel.is_main:
+            with atomic_path(self.folder / "config.yaml") as path:
+                path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        with StopSignals() as signals:
+            if not journal.evaluated and self._evaluation_is_due():
+                self._evaluate(journal)  # the run was stopped between a checkpoint and its evaluation
+            batches = self._batches()
+            saved_at = time.monotonic()
+            while trainer.step < self.total_steps:
+                self._step(batches)
+                if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
+                    self._log(journal)
+                minutes = (time.monotonic() - saved_at) / 60
+                stop, late = parallel.any(
+                    signals.received is not None, 0 < config.save_every_minutes <= minutes and parallel.is_main
+                )
+                if stop or late or self._checkpoint_is_due():
+                    self._save()
+                    saved_at = time.monotonic()
+                if stop:
+                    break
+                if self._evaluation_is_due():
+                    self._evaluate(journal)
+        journal.close()
+        if trainer.step < self.total_steps:
+            log.info("stopped at step %d; the same command goes on from there", trainer.step)
+            return 128 + (signals.received or 0)
+        if parallel.is_main:
+            export_model(self.checkpoints / f"step-{trainer.step:08d}", self.folder)
+        log.info("finished: FM.from_pretrained('%s')", self.folder)
+        return 0
+
+    def _batches(self) -> Iterator[Batch]:
+        config, parallel = self.config, self.parallel
+        return iter(
+            build_train_loader(
+                self.data, self.text_tokenizer, batch_size=config.batch_size,
+                batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
+                world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
+                positions=self.draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
+            )
+        )  # fmt: skip
+
+    def _step(self, batches: Iterator[Batch]) -> None:
+        start = time.perf_counter()
+        micro_batches = list(itertools.islice(batches, self.config.accum_iter))
+        self.trainer.interval.add_wait(time.perf_counter() - start)
+        self.trainer.train_step(micro_batches)
+
+    @property
+    def _epoch(self) -> int:
+        """The epoch of the step done last."""
+        return max(self.trainer.step - 1, 0) // self.steps_per_epoch
+
+    def _is_due(self, every_epochs: int) -> bool:
+        epochs, rest = divmod(self.trainer.step, self.steps_per_epoch)
+        return bool(every_epochs) and epochs > 0 and not rest and not epochs % every_epochs
+
+    def _evaluation_is_due(self) -> bool:
+        last = self.trainer.step == self.total_steps and self.config.eval_freq > 0
+        return bool(self.evaluations) and (last or self._is_due(self.config.eval_freq))
+
+    def _checkpoint_is_due(self) -> bool:
+        return self.trainer.step == self.total_steps or self._is_due(self.config.save_ckpt_freq)
+
+    def _log(self, journal: Journal) -> None:
+        trainer = self.trainer
+        means = trainer.interval.means(self.parallel)
+        done = (trainer.step - 1) * self.config.accum_iter
+        per_step = self.config.batch_size * self.config.accum_iter * self.parallel.world_size
+        rates = {"lr": trainer.schedule.lr(done), "weight_decay": trainer.schedule.weight_decay(done)}
+        eta = (self.total_steps - trainer.step) * per_step / means["samples_per_second"]
+        journal.interval({"step": trainer.step, "epoch": self._epoch, **rates, **means, "eta_seconds": eta})
+
+    def _save(self) -> None:
+        """A checkpoint of the step done last; all processes must call this."""
+        trainer = self.trainer
+        with trainer.interval.paused():
+            state = state_of(trainer)
+            if self.parallel.is_main:
+                save_checkpoint(
+                    self.checkpoints, trainer.step, trainer.model, trainer.optimizer, state, self.config.keep_last
+                )
+            self.parallel.barrier()
+
+    def _evaluate(self, journal: Journal) -> None:
+        trainer = self.trainer
+        with trainer.interval.paused():
+            for evaluation in self.evaluations:
+                result = evaluate(trainer.model, evaluation, self.config, self.parallel)
+                journal.evaluation(trainer.step, self._epoch, {evaluation.dataset: result})
+
+
+def _set_up_process(config: TrainConfig, parallel: DDP) -> None:
+    set_up_logging(config, parallel.is_main)
+    if not config.show_user_warnings:
+        warnings.filterwarnings("ignore", category=UserWarning)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < config.rlimit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(config.rlimit, hard), hard))
+
+
+def _load_data(config: TrainConfig) -> DataConfig:
+    return load_data_config(
+        config.data_config,
+        num_input_tokens=config.num_input_tokens,
+        num_target_tokens=config.num_target_tokens,
+        min_input_tokens=config.min_input_tokens,
+        min_target_tokens=config.min_target_tokens,
+        max_bad_fraction=config.max_bad_fraction,
+    )

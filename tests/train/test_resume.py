@@ -1,0 +1,129 @@
+"""An interrupted run and an uninterrupted one end alike, to the last bit."""
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourm.utils.errors import UserError
+from tests.train.toy_run import log_lines, losses, run, run_here, start, write_run
+
+OPTIONS = {"accum_iter": 2, "epoch_size": 96, "num_workers": 2, "log_interval": 3, "save_every_minutes": 1e-9}
+
+
+def _interrupt(config: Path, at: int, number: int, processes: int = 1) -> str:
+    """Send a signal as soon as there is a checkpoint of step ``at``: a few steps later, in the middle of an epoch."""
+    process = start(config, processes=processes)
+    out = config.parent / "out"
+    deadline = time.monotonic() + 120
+    while not any(int(path.name[5:]) >= at for path in out.glob("checkpoints/step-*")):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    if number == signal.SIGKILL:
+        os.killpg(process.pid, number)  # torchrun and all that it started
+    else:
+        process.send_signal(number)
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, 1, 2), output + errors
+    return output
+
+
+def _assert_same(one: Path, other: Path) -> None:
+    assert losses(one) == losses(other)
+    means = [[(line["step"], line["losses"], line["grad_norm"]) for line in log_lines(out) if "loss" in line]
+             for out in (one, other)]  # fmt: skip
+    assert means[0] == means[1]
+    evaluations = [[line for line in log_lines(out) if "eval" in line] for out in (one, other)]
+    assert evaluations[0] == evaluations[1] != []
+    weights = [load_file(out / "model.safetensors") for out in (one, other)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    config = write_run(tmp_path_factory.mktemp("resume") / "whole", **OPTIONS | {"save_every_minutes": 0})
+    run(config)
+    return config.parent / "out"
+
+
+@pytest.mark.slow
+def test_killed_in_the_middle_of_an_epoch(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "killed", **OPTIONS)
+    _interrupt(config, at=4, number=signal.SIGKILL)
+    _interrupt(config, at=16, number=signal.SIGKILL)
+    assert "resumed from" in run(config)
+    _assert_same(config.parent / "out", uninterrupted)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_two_processes_killed(tmp_path):
+    config = write_run(tmp_path / "whole", **OPTIONS | {"num_workers": 1})
+    run(config, processes=2)
+    killed = write_run(tmp_path / "killed", **OPTIONS | {"num_workers": 1})
+    _interrupt(killed, at=5, number=signal.SIGKILL, processes=2)
+    run(killed, processes=2)
+    _assert_same(killed.parent / "out", config.parent / "out")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_at_hand(uninterrupted, tmp_path, number):
+    config = write_run(tmp_path / "stopped", **OPTIONS)
+    output = _interrupt(config, at=2, number=number)
+    newest = max((config.parent / "out" / "checkpoints").iterdir())
+    assert f"stopped at step {int(newest.name[5:])}; the same command goes on" in output
+    run(config, "--save_every_minutes", "0")
+    _assert_same(config.parent / "out", uninterrupted)
+
+
+def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "damaged", **OPTIONS)
+    shutil.copytree(uninterrupted, config.parent / "out")
+    weights = config.parent / "out" / "checkpoints" / "step-00000024" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    output = run_here(config, "--save_every_minutes", "0")
+    assert "step-00000024 is damaged: model.safetensors has" in output and "step-00000012" in output
+    _assert_same(config.parent / "out", uninterrupted)
+    assert (config.parent / "out" / "checkpoints" / "damaged-step-00000024").exists()
+
+
+def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "cut", **OPTIONS)
+    out = config.parent / "out"
+    shutil.copytree(uninterrupted, out)
+    lines = [json.dumps(line) + "\n" for line in log_lines(out)]
+    (out / "log.jsonl").write_text("".join(lines[:-2]) + lines[-1][:40])  # killed while it wrote
+    run_here(config, "--save_every_minutes", "0")
+    _assert_same(out, uninterrupted)
+
+
+def test_resume_names_a_checkpoint(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "named", **OPTIONS)
+    run_here(config, "--resume", uninterrupted / "checkpoints" / "step-00000012", "--save_every_minutes", "0")
+    found, expected = losses(config.parent / "out"), losses(uninterrupted)
+    assert found == {step: loss for step, loss in expected.items() if step > 12}
+    with pytest.raises(UserError, match="'resume': nowhere is no checkpoint"):
+        run_here(config, "--resume", "nowhere")
+
+
+def test_another_number_of_workers_goes_on_with_a_warning(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "workers", **OPTIONS | {"num_workers": 0})
+    shutil.copytree(uninterrupted, config.parent / "out")
+    shutil.rmtree(config.parent / "out" / "checkpoints" / "step-00000024")
+    assert "this epoch's data begin anew" in run_here(config, "--save_every_minutes", "0")
+    assert set(losses(config.parent / "out")) == set(losses(uninterrupted))
+
+
+def test_another_global_batch_or_model_is_refused(uninterrupted, tmp_path):
+    config = write_run(tmp_path / "other", **OPTIONS)
+    shutil.copytree(uninterrupted, config.parent / "out")
+    with pytest.raises(UserError, match="made with 8 samples per optimizer step, not 16"):
+        run_here(config, "--batch_size", "8")
+    with pytest.raises(UserError, match="does not fit this configuration"):
+        run_here(config, "--model_kwargs", "{dim: 16, encoder_depth: 1, decoder_depth: 1, num_heads: 2}")

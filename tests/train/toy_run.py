@@ -1,0 +1,95 @@
+"""A training run of seconds: its data, configuration and processes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from fourm.train.config import parse_args
+from fourm.train.parallel import DDP
+from fourm.train.run import train
+from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+
+ROOT = Path(__file__).parents[2]
+DOMAINS = {"in_domains": "caption-det-rgb@32-tok_rgb@32", "out_domains": "caption-det-tok_rgb@32"}
+
+
+def write_run(folder: Path, **overrides) -> Path:
+    """Data set, vocabulary and configuration below ``folder``; returns the configuration's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text_tokenizer().save(str(folder / "words.json"))
+    options = {
+        "modality_name_map": {"tok_rgb": "tok_rgb@32"}, "main_augment_domain": "rgb@32", "input_alphas": 0.5,
+        "target_alphas": 0.5, **DOMAINS,
+    }  # fmt: skip
+    data_path = write_shards(folder / "train", num_shards=4, per_shard=8)
+    data = {
+        "modalities": MODALITIES,
+        "train": {
+            "datasets": {
+                "toys": {
+                    **options, "data_path": data_path, "use_wds": True, "wds_n_repeats": 2,
+                    "wds_shuffle_buffer_tar": 8, "wds_shuffle_buffer_repeat": 8,
+                }
+            }
+        },
+        "val": {"datasets": {"toys": {"data_path": write_folders(folder / "val", 10), "use_wds": False}}},
+    }  # fmt: skip
+    (folder / "data.yaml").write_text(yaml.safe_dump(data))
+    main = {
+        "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "drop_path_rate_encoder": 0.2},
+        "data_config": str(folder / "data.yaml"), "text_tokenizer_path": str(folder / "words.json"),
+        "output_dir": str(folder / "out"), "input_size": 32, "dtype": "float32", "device": "cpu",
+        "num_input_tokens": 16, "num_target_tokens": 12, "batch_size": 4, "epoch_size": 48, "epochs": 2,
+        "blr": 0.1, "warmup_epochs": 1, "clip_grad": 1.0, "num_workers": 1, "log_interval": 1,
+        "fixed_eval_input_tokens": 8, "fixed_eval_target_tokens": 8, "fixed_eval_batch_size": 4,
+    }  # fmt: skip
+    (folder / "main.yaml").write_text(yaml.safe_dump(main | overrides))
+    return folder / "main.yaml"
+
+
+def command(config: Path, *args: object, processes: int = 1) -> list[str]:
+    script = ["run_training_4m.py", "--config", str(config), *map(str, args)]
+    if processes == 1:
+        return [sys.executable, *script]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return [*launcher, *script]
+
+
+def start(config: Path, *args: object, processes: int = 1, **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(config, *args, processes=processes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, start_new_session=True,
+    )  # fmt: skip
+
+
+def run(config: Path, *args: object, processes: int = 1, status: int = 0, **environment: str) -> str:
+    """Run to the end; returns what it printed."""
+    process = start(config, *args, processes=processes, **environment)
+    output, errors = process.communicate(timeout=240)
+    assert process.returncode == status, output + errors
+    return output + errors
+
+
+def run_here(config: Path, *args: object) -> str:
+    """The same within this process, which saves some seconds; returns what it logged."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        assert train(parse_args(["--config", str(config), *map(str, args)]), DDP) == 0
+    return output.getvalue()
+
+
+def log_lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Step → training loss."""
+    return {line["step"]: line["loss"] for line in log_lines(folder) if "loss" in line}
