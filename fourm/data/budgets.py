@@ -8,6 +8,7 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from operator import ge
 
 import numpy as np
 
@@ -58,9 +59,9 @@ class BudgetSampler:
                 f"not {sampling_weights}"
             )
         self._cumulative = (weights.cumsum() / weights.sum())[:-1].tolist()
-        self._max_tokens = np.array([modality.max_tokens for modality in modalities.values()])
-        self._min_tokens = np.array([modality.min_tokens or 0 for modality in modalities.values()])
-        self._is_image = np.array([modality.type == "img" for modality in modalities.values()])
+        self._max_tokens = [int(modality["max_tokens"]) for modality in modalities.values()]
+        self._min_tokens = [modality.min_tokens or 0 for modality in modalities.values()]
+        self._is_image = [modality.type == "img" for modality in modalities.values()]
 
     def draw(self, generator: np.random.Generator) -> Budgets:
         """Budgets of one sample."""
@@ -68,24 +69,22 @@ class BudgetSampler:
         totals = [int(generator.integers(low, high + 1)) for low, high in self._ranges]
         inputs = self._divide(totals[0], self._alphas[0][component], self._max_tokens, generator)
         # A patch is input or target, not both; a sequence is split by its sentinels, whatever the budgets.
-        left = self._max_tokens - inputs * self._is_image
+        left = [most - used * image for most, used, image in zip(self._max_tokens, inputs, self._is_image, strict=True)]
         targets = self._divide(totals[1], self._alphas[1][component], left, generator)
         return Budgets(
-            dict(zip(self._names, inputs.tolist(), strict=True)),
-            dict(zip(self._names, targets.tolist(), strict=True)),
-            component,
+            dict(zip(self._names, inputs, strict=True)), dict(zip(self._names, targets, strict=True)), component
         )
 
-    def _divide(self, total: int, alphas: np.ndarray, most: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-        """(modalities,) int64 of at most ``total``, each at most ``most``."""
+    def _divide(self, total: int, alphas: np.ndarray, most: Sequence[int], generator: np.random.Generator) -> list[int]:
+        """Tokens of each modality, at most ``total`` together. Plain lists: for so few numbers they beat arrays."""
         for _ in range(self._max_tries):
-            budget = (generator.dirichlet(alphas) * total).astype(np.int64)
-            if left := total - int(budget.sum()):
+            budget = [int(share * total) for share in generator.dirichlet(alphas).tolist()]
+            if left := total - sum(budget):
                 # Fresh draws, so that what is left over never goes to a modality whose alpha is practically 0.
-                winners = generator.dirichlet(alphas, left).argmax(1)
-                budget += np.bincount(winners, minlength=len(budget))
-            budget = np.minimum(budget, most)
-            if (budget >= self._min_tokens).all():
+                for winner in generator.dirichlet(alphas, left).argmax(1).tolist():
+                    budget[winner] += 1
+            budget = list(map(min, budget, most))
+            if all(map(ge, budget, self._min_tokens)):
                 break
         return budget
 

@@ -186,7 +186,7 @@ def _checked_ids(modality: Modality, value: Any) -> np.ndarray:
     ids = np.asarray(value)
     if ids.dtype.kind not in "iu":
         raise DataError(f"expected token ids, not values of type {ids.dtype}")
-    ids = ids.astype(np.int64)
+    ids = ids.astype(np.int64, copy=False)
     if modality.vocab_size is not None:
         limit = modality.vocab_size - modality.vocab_offset
         # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
@@ -202,12 +202,11 @@ def _mask_image(
     assert modality.max_tokens
     input_mask, target_mask = np.ones((2, modality.max_tokens), bool)
     attention = np.zeros(modality.max_tokens, np.int32)
-    order = generator.permutation(modality.max_tokens)
-    input_mask[order[:n_in]] = False
-    if n_out:
-        targets = order[n_in : n_in + n_out]
-        target_mask[targets] = False
-        attention[targets.min()] = n_out  # all of them see each other
+    if n_in or n_out:
+        order = generator.permutation(modality.max_tokens)
+        input_mask[order[:n_in]] = False
+        target_mask[order[n_in : n_in + n_out]] = False
+        attention[target_mask.argmin()] = n_out  # at the first of them: all see each other
     return {
         "tensor": tensor,
         "input_mask": input_mask,

@@ -12,7 +12,7 @@ from fourm.utils.tokenizer.spans import Spans, run_starts
 KEEP_SCHEMES = ("random", "all", "binary")
 
 _SHRINK = 0.9
-_AT_ONCE = 8  # attempts that are drawn together: a draw costs the same whether it is of one row or of a few
+_AT_ONCE = 16  # attempts that are drawn together, which costs little more than one
 _POWERS = _SHRINK ** np.arange(_AT_ONCE)[:, None]
 
 

@@ -51,7 +51,8 @@ def split_spans(ids: np.ndarray, kept: np.ndarray, sentinels: np.ndarray | None)
     at += np.arange(len(at))
     targets = np.empty(len(at) + number + 1, ids.dtype)
     targets[at] = ids[dropped]
-    starts = np.append(at[first[dropped]] - 1, len(targets) - 1)
+    starts = np.full(number + 1, len(targets) - 1)
+    starts[:-1] = at[first[dropped]] - 1
     targets[starts] = sentinels[: number + 1]
     return Spans(inputs[kept | first], targets, starts)
 

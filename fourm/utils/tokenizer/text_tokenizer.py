@@ -6,12 +6,15 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
 
 import fourm
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import CONTROL, EOS, sentinel
 
-_REMEMBERED = 10_000
+_JOINT = "\0"
+_MOST_KNOWN = 20_000
 
 
 def load_text_tokenizer(path: str | Path) -> Tokenizer:
@@ -43,9 +46,8 @@ def load_text_tokenizer(path: str | Path) -> Tokenizer:
 class TextEncoder:
     """Text → ids, with what masking needs to know about the vocabulary.
 
-    Coordinates such as ``v0=17`` are words that the tokenizer cuts out before anything else, so whatever is between two
-    of them can be encoded on its own. That is a class name out of a few, in the texts that consist of coordinates: these
-    are remembered, which makes boxes ten times as fast.
+    A vocabulary of this project cuts a text at its spaces before anything else, but for those within a class name of two
+    words. What is between is therefore encoded once and remembered: words and coordinates come again and again.
 
     Args:
         tokenizer: a vocabulary, or the path of one.
@@ -73,31 +75,39 @@ class TextEncoder:
                 raise UserError(f"the text vocabulary has no token {token}; train one: train_wordpiece_tokenizer.py")
         self.eos_id = vocabulary[EOS]
         self.sentinels = np.array(marks, np.int64)
-        special = {token.content: index for index, token in tokenizer.get_added_tokens_decoder().items()}
-        self._coordinates = {token: index for token, index in special.items() if token[0] == "v" and "=" in token}
-        self._remembered: dict[str, list[int]] = {}
+        self._cuts_at_spaces = isinstance(tokenizer.normalizer, BertNormalizer) and isinstance(
+            tokenizer.pre_tokenizer, BertPreTokenizer
+        )
+        added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
+        self._with_space = [content for content in added if " " in content]
+        self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
         """The ids of ``text``, nothing added."""
-        if "=" not in text:
+        if not self._is_plain(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
-        between: list[str] = []
-        for word in text.split(" "):
-            coordinate = self._coordinates.get(word)
-            if coordinate is None:
-                between.append(word)
-                continue
-            if between:
-                ids += self._remember(" ".join(between))
-                between = []
-            ids.append(coordinate)
-        return ids + self._remember(" ".join(between)) if between else ids
-
-    def _remember(self, text: str) -> list[int]:
-        ids = self._remembered.get(text)
-        if ids is None:
-            if len(self._remembered) >= _REMEMBERED:
-                self._remembered.clear()
-            ids = self._remembered[text] = self._tokenizer.encode(text, add_special_tokens=False).ids
+        for part in self._parts(text):
+            found = self._known.get(part)
+            if found is None:
+                found = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
+                if len(self._known) >= _MOST_KNOWN:
+                    self._known.clear()
+                self._known[part] = found
+            ids += found
         return ids
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether spaces are where the tokenizer cuts; others have accents that combine, control characters, …"""
+        return self._cuts_at_spaces and text.isascii() and text.isprintable()
+
+    def _parts(self, text: str) -> list[str]:
+        """What can be encoded on its own; spaces within a class name are replaced by :data:`_JOINT`."""
+        lower = text.lower()
+        for name in self._with_space:
+            at = lower.find(name)
+            while at >= 0:
+                end = at + len(name)
+                text = text[:at] + text[at:end].replace(" ", _JOINT) + text[end:]
+                at = lower.find(name, end)
+        return text.split(" ")

@@ -1,0 +1,150 @@
+"""Train the text vocabulary: the fixed tokens, then the commonest pieces of words in a corpus."""
+
+from __future__ import annotations
+
+import json
+import string
+import tarfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+from fourm.utils.errors import UserError
+from fourm.utils.files import atomic_path
+from fourm.utils.options import option, parse_options
+from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, SENTINELS, UNK
+
+DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates and
+COCO class names at fixed ids, then learned pieces. The same corpus gives the same file. WordNet's data.noun, data.verb,
+data.adj and data.adv give their words, glosses and example sentences, a JSON file all its strings, any other file its lines;
+tar files are read as what is in them."""
+_LETTERS = string.ascii_lowercase + string.digits  # in any vocabulary, also of a small corpus
+_WORDNET = {f"data.{part}" for part in ("noun", "verb", "adj", "adv")}
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """Which corpus, and how many tokens."""
+
+    input: str | list[str] = option("a file or folder of text, or a list of them: '[corpus.txt, folder]'")
+    output: str = option("file to write, e.g. text_tokenizer.json")
+    vocab_size: int = option("tokens in all", 30_000)
+    min_frequency: int = option("pieces that are rarer than this are not learned", 2)
+
+
+def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
+    """A vocabulary of at most ``vocab_size`` tokens, :func:`layout` first.
+
+    Raises:
+        UserError: there is no room for the fixed tokens and the letters.
+    """
+    fixed = layout()
+    tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
+    # The trainer numbers inner letters in the order in which a hash table lists words, and settles ties by number.
+    # Naming them beforehand makes the result a function of the corpus; they are no special tokens afterwards.
+    inner = sorted({f"##{letter}" for word in words for letter in word[1:] + _LETTERS})
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=min_frequency,
+        special_tokens=[*fixed, *inner],
+        initial_alphabet=list(_LETTERS + string.punctuation),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    if (needed := tokenizer.get_vocab_size()) > vocab_size:
+        raise UserError(
+            f"vocab_size must be at least {needed} for the fixed tokens and the letters of this corpus, not {vocab_size}"
+        )
+    content = json.loads(tokenizer.to_str())
+    content["added_tokens"] = content["added_tokens"][: len(fixed)]
+    return Tokenizer.from_str(json.dumps(content))
+
+
+def layout() -> list[AddedToken]:
+    """The fixed tokens in the order of their ids."""
+
+    def added(token: str, word: bool, normalized: bool = False) -> AddedToken:
+        return AddedToken(token, single_word=word, normalized=normalized, special=True)
+
+    return [
+        *(added(token, word=False) for token in CONTROL),
+        *(added(token, word=True) for token in (*SENTINELS, *COORDINATES)),
+        *(added(token, word=True, normalized=True) for token in COCO_CLASSES),
+    ]
+
+
+def corpus(paths: list[str]) -> Iterator[str]:
+    """The texts in files and folders; folders in alphabetical order, so that the order never depends on the disk.
+
+    Raises:
+        UserError: a path that does not exist, or a file that is not text.
+    """
+    for path in map(Path, paths):
+        if not path.exists():
+            raise UserError(f"input: {path} does not exist")
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if path / "data.noun" in files:  # beside its data, WordNet has indices
+            files = [file for file in files if file.stem == "data"]
+        for file in files:
+            try:
+                for name, content in _members(file):
+                    yield from _texts(name, content.decode())
+            except (UnicodeDecodeError, json.JSONDecodeError, tarfile.TarError) as error:
+                raise UserError(f"input: {file} cannot be read as text: {error}") from error
+
+
+def _members(file: Path) -> Iterator[tuple[str, bytes]]:
+    """Name and content of a file, or of each file in a shard."""
+    if file.suffix != ".tar":
+        yield file.name, file.read_bytes()
+        return
+    with tarfile.open(file) as tar:
+        for member in tar:
+            if content := tar.extractfile(member):
+                yield member.name, content.read()
+
+
+def _texts(name: str, content: str) -> Iterator[str]:
+    if name.endswith(".json"):
+        yield from _strings(json.loads(content))
+        return
+    wordnet = name in _WORDNET
+    for line in content.splitlines():
+        if not wordnet:
+            yield line
+        elif not line.startswith("  "):  # its licence
+            yield _synset(line)
+
+
+def _synset(line: str) -> str:
+    """``words: gloss; "example"`` of a line in a WordNet data file: offset, file, part of speech, count, (word, id)…"""
+    head, _, gloss = line.partition("|")
+    fields = head.split()
+    words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
+    return f"{', '.join(words).replace('_', ' ')}: {gloss.strip()}"
+
+
+def _strings(value: object) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _strings(item)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``train_wordpiece_tokenizer.py``."""
+    options = parse_options(TrainOptions, argv, DESCRIPTION)
+    paths = [options.input] if isinstance(options.input, str) else options.input
+    tokenizer = train_wordpiece(corpus(paths), options.vocab_size, options.min_frequency)
+    with atomic_path(options.output) as path:
+        path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
+    fixed, size = len(layout()), tokenizer.get_vocab_size()
+    print(f"{options.output}: {size} tokens, {size - fixed} of them learned")

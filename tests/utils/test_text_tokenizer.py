@@ -1,0 +1,106 @@
+"""The text vocabulary: its layout, its file, and text → ids."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fourm.utils.errors import UserError
+from fourm.utils.tokenizer import TextEncoder, load_text_tokenizer
+from fourm.utils.tokenizer.special_tokens import COCO_CLASSES
+
+PATH = "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
+SHIPPED = load_text_tokenizer(PATH)
+ENCODE = TextEncoder(SHIPPED)
+
+PIECES = st.one_of(
+    st.sampled_from(
+        ["v0=1", "v3=999", "v0=1000", "v0=", "[S_1]", "[s_1]", "[EOS]", "V0=1", "Dining", "dining", "table", "tables", "hot",
+         "dog", "dog,", "(teddy", "bear", "café", "e\u0301", "\n", "\t", " ", "", "person", "##s", "don't", "東京", "=", "\0"]
+    ),
+    st.sampled_from(COCO_CLASSES),
+    st.text(max_size=8),
+)  # fmt: skip
+
+
+def test_layout_of_the_shipped_vocabulary():
+    ids = SHIPPED.get_vocab()
+    assert len(ids) == 30_000 and sorted(ids.values()) == list(range(30_000))
+    expected = {
+        "[PAD]": 0, "[UNK]": 1, "[SOS]": 2, "[EOS]": 3, "[S_0]": 4, "[S_1]": 5, "[S_199]": 203, "v0=0": 204, "v0=999": 1203,
+        "v1=0": 1204, "v2=0": 2204, "v3=0": 3204, "v3=999": 4203, "airplane": 4204, "baseball bat": 4208, "teddy bear": 4270,
+        "zebra": 4283,
+    }  # fmt: skip
+    assert {token: ids[token] for token in expected} == expected
+    assert len(COCO_CLASSES) == 80 and list(COCO_CLASSES) == sorted(COCO_CLASSES)
+    assert [ids[name] for name in COCO_CLASSES] == list(range(4204, 4284))
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("v0=17 v1=4 v2=999 v3=0 dining table v0=1", ["v0=17", "v1=4", "v2=999", "v3=0", "dining table", "v0=1"]),
+        ("A Teddy bear, a person.", ["a", "teddy bear", ",", "a", "person", "."]),
+        ("[S_1] tv [S_12] [EOS]", ["[S_1]", "tv", "[S_12]", "[EOS]"]),
+        ("trains", ["trains"]),  # not train + s: class names are whole words
+    ],
+)
+def test_special_tokens_are_whole_words(text, tokens):
+    assert SHIPPED.encode(text).tokens == tokens
+
+
+def test_nothing_special_within_words():
+    assert "train" not in SHIPPED.encode("trainspotting").tokens
+    assert "v0=1" not in SHIPPED.encode("v0=1000").tokens
+
+
+def test_text_comes_back():
+    text = "a photograph of a small duck on a wooden table next to a red bicycle."
+    ids = SHIPPED.encode(text).ids
+    assert 1 not in ids and SHIPPED.decode(ids, skip_special_tokens=False) == text
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=12), st.sampled_from([" ", "  ", "", "\n"]))
+def test_encoder_agrees_with_the_tokenizer(pieces, separator):
+    text = separator.join(pieces)
+    assert ENCODE(text) == SHIPPED.encode(text, add_special_tokens=False).ids
+
+
+def test_encoder_remembers_no_more_than_it_should(monkeypatch):
+    monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MOST_KNOWN", 3)
+    encode = TextEncoder(SHIPPED)
+    for text in ("one two three four five", "six seven one two"):
+        assert encode(text) == SHIPPED.encode(text).ids
+        assert len(encode._known) <= 3
+
+
+def test_it_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert load_text_tokenizer(PATH).get_vocab_size() == 30_000
+
+
+def test_missing_file():
+    with pytest.raises(UserError, match="^nowhere/vocabulary.json: no such text vocabulary; set text_tokenizer_path"):
+        load_text_tokenizer("nowhere/vocabulary.json")
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}", '{"model": {"type": "Nothing"}}', "\xff\xfe"])
+def test_corrupt_file(tmp_path, content):
+    path = tmp_path / "vocabulary.json"
+    path.write_text(content, encoding="latin1")
+    with pytest.raises(UserError, match="vocabulary.json: not a text vocabulary"):
+        load_text_tokenizer(path)
+
+
+@pytest.mark.parametrize("token, found", [("[EOS]", "None"), ("[S_1]", "None"), ("[PAD]", "None")])
+def test_file_without_the_special_tokens(tmp_path, token, found):
+    content = json.loads(SHIPPED.to_str())
+    content["model"]["vocab"] = {"x" if t == token else t: i for t, i in content["model"]["vocab"].items()}
+    content["added_tokens"] = []
+    path = tmp_path / "vocabulary.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError) as error:
+        load_text_tokenizer(path)
+    assert f"token {token} must have id" in str(error.value) and found in str(error.value)
