@@ -114,9 +114,7 @@ def _seed(vectors: Tensor, num_codes: int, generator: torch.Generator) -> Tensor
     distances = nearest(vectors, vectors[chosen])[1]
     while len(chosen) < num_codes:
         new = _far(distances, min(per_round, num_codes - len(chosen)), norm, generator)
-        if not len(
-            new
-        ):  # fewer different vectors than codes: the rest repeats, is dead and gets re-seeded from the pool
+        if not len(new):  # fewer different vectors than codes: the rest repeats, is dead and gets re-seeded
             break
         distances = torch.minimum(distances, nearest(vectors, vectors[new])[1])
         chosen = torch.cat([chosen, new])

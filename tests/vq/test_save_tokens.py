@@ -13,15 +13,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 
 from fourm.data import UnifiedDataTransform, bad_samples
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.data_config import load_data_config
 from fourm.data.folders import Folders
 from fourm.data.image_augmenter import PreTokenizedImageAugmenter
 from fourm.data.modality_transforms import RGBTransform, TokTransform
 from fourm.data.raw_sample import OpenFiles
 from fourm.data.shards import Shards
+from fourm.data.unified_datasets import build_eval_loader
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 from fourm.vq import TOKENIZERS, PatchCodebook, PatchCodebookConfig, load_tokenizer
@@ -190,6 +193,27 @@ def test_what_is_written_is_what_training_reads(tokenizers, data):
             rows = values[f"tok_rgb@{SIDE}"]
             seen.add((no_aug, next(i for i, row in enumerate(rows) if np.array_equal(row, again))))
     assert seen == {(True, 0), (False, 0), (False, 1), (False, 2)}
+
+
+def test_tokens_travel_through_the_pipeline(tokenizers, data):
+    save_tokens(options(tokenizers["rgb"], data))
+    names = ("rgb", f"tok_rgb@{SIDE}")
+    shape = {"type": "img", "input_size": SIDE, "patch_size": P}
+    declared = {names[0]: shape | {"num_channels": 3}, names[1]: shape | {"vocab_size": VOCAB}}
+    shards = any((data / "rgb").glob("*.tar"))
+    dataset = {
+        "in_domains": "-".join(names), "out_domains": names[1], "input_alphas": 1.0, "target_alphas": 1.0,
+        "main_augment_domain": "rgb", "use_wds": shards, "max_bad_fraction": 0.0,
+        "data_path": f"{data}/[{','.join(names)},crop_settings]/shard-{{00000..00002}}.tar" if shards else str(data),
+    }  # fmt: skip
+    path = data / "data.yaml"
+    path.write_text(yaml.safe_dump({"modalities": declared, "train": {"datasets": {"toy": dataset}}}))
+    config = load_data_config(path, num_input_tokens=8, num_target_tokens=8)
+    batches = build_eval_loader(config.train["toy"], None, batch_size=4, num_workers=0, rank=0, world_size=1, seed=0)
+    rows = torch.cat([batch.mod_dict[names[1]]["tensor"].flatten(1) for batch in batches])
+    centre = {tuple(tokens[0].tolist()) for tokens in ids(data, names[1]).values()}
+    assert {tuple(row.tolist()) for row in rows} == centre
+    assert len(rows) == COUNT
 
 
 def test_integer_type_is_the_smallest_that_holds_every_id(tmp_path):
@@ -439,7 +463,7 @@ def test_half_a_file_is_not_taken_for_finished(tokenizers, data):
     output = data / f"tok_rgb@{SIDE}"
     before = contents(output)
     victim = output / next(iter(before))
-    for folder in (output, data / "rgb"):
+    for folder in (output, data / "rgb", data / "crop_settings"):
         (folder / f".tmp-123-{victim.name}").write_bytes(victim.read_bytes()[:100])  # what a killed run leaves
     victim.unlink()
     assert save_tokens(options(tokenizers["rgb"], data)) in (1, PER_SHARD)
