@@ -30,6 +30,7 @@ from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_transforms import UnifiedDataTransform
 from fourm.data.raw_sample import RawSample
 from fourm.data.unified_datasets import build_train_loader
+from fourm.utils.errors import MissingDependency, run_cli
 
 TOKENS = {"tok_rgb": 16384, "tok_depth": 8192, "tok_normal": 8192, "tok_semseg": 4096, "tok_clip": 8192}
 CROPS = 10
@@ -46,15 +47,12 @@ CLASSES = ("person", "dog", "car", "bicycle", "dining table")
 
 
 def photographs() -> list[Image.Image]:
-    """The pictures bundled with scikit-image, else smooth noise."""
+    """The pictures bundled with scikit-image."""
     try:
         from skimage import data
-
-        return [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
     except ImportError:
-        rng = np.random.default_rng(0)
-        noise = [Image.fromarray(rng.integers(0, 256, (40, 50, 3), dtype=np.uint8)) for _ in range(3)]
-        return [image.resize((640, 512), Image.Resampling.BICUBIC) for image in noise]
+        raise MissingDependency("scikit-image", "the benchmark of the loader") from None
+    return [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
 
 
 def vocabulary(path: Path) -> list[str]:
@@ -201,4 +199,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)
