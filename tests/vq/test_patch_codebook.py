@@ -157,3 +157,20 @@ def test_a_learned_tokenizer_fits_the_interface(tmp_path, monkeypatch):
     images = torch.randn(3, 1, 16, 16)
     assert type(loaded) is Threshold
     assert torch.equal(loaded.tokenize(images), tokenizer.tokenize(images))
+
+
+def test_a_tokenizer_need_not_have_weights(tmp_path, monkeypatch):
+    class Brightness(ImageTokenizer):
+        kind = "brightness"
+
+        def tokenize(self, x):
+            return (self.to_patches(x).mean((3, 4, 5)) > 0).long()
+
+        def decode_tokens(self, ids):
+            return ids[:, None].float().repeat_interleave(P, 2).repeat_interleave(P, 3)
+
+    monkeypatch.setitem(TOKENIZERS, "brightness", Brightness)
+    Brightness(TokenizerConfig("depth", 2, P, 1, 16)).save(tmp_path / "t")
+    loaded = load_tokenizer(tmp_path / "t")
+    assert loaded.device == torch.device("cpu")
+    assert loaded.tokenize(torch.ones(1, 1, 8, 8)).tolist() == [[[1, 1], [1, 1]]]
