@@ -16,6 +16,7 @@ because what the shuffle buffers hold are references.
 from __future__ import annotations
 
 import itertools
+import signal
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -266,7 +267,8 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
             _ErrorsAsItems(self._batches), batch_size=None, collate_fn=_unchanged, num_workers=self._num_workers,
-            pin_memory=self._pin_memory, generator=torch.Generator(),  # else it draws from the global one, even unused
+            pin_memory=self._pin_memory, worker_init_fn=_ignore_signals,
+            generator=torch.Generator(),  # else it draws from the global one, even unused
         )  # fmt: skip
         for item in loader:
             if isinstance(item, UserError):
@@ -285,6 +287,12 @@ class _ErrorsAsItems(IterableDataset):
             yield from self._batches
         except UserError as error:
             yield (DataError if isinstance(error, DataError) else UserError)(str(error))
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to all processes of a run is for the main ones, which still need batches to end their step."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _unchanged(item: Any) -> Any:

@@ -7,13 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
-import yaml
 
 pytest.importorskip("pybullet")
 pytest.importorskip("matplotlib")
 
 from fourm.demo.stages import DemoOptions, parse
-from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -29,18 +27,12 @@ def _demo(*args):
 @pytest.fixture(scope="module")
 def out(tmp_path_factory):
     """A demo of a dozen scenes; the model is too small to pass."""
-    folder = tmp_path_factory.mktemp("demo")
-    config = load_yaml(ROOT / "cfgs/demo/main.yaml") | {
-        "model_kwargs": {"dim": 24, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
-        "batch_size": 4, "epoch_size": 80, "epochs": 3, "warmup_epochs": 1, "num_workers": 0, "log_interval": 1,
-    }  # fmt: skip
-    (folder / "tiny.yaml").write_text(yaml.safe_dump(config))
-    return folder / "out"
+    return tmp_path_factory.mktemp("demo") / "out"
 
 
 def _run(out, *args):
     return _demo(
-        "--out", out, "--config", out.parent / "tiny.yaml", "--train_scenes", 12, "--val_scenes", 4, "--size", 64,
+        "--out", out, "--config", "cfgs/debug/main.yaml", "--train_scenes", 12, "--val_scenes", 4, "--size", 64,
         "--workers", 1, *args,
     )  # fmt: skip
 

@@ -25,10 +25,7 @@ def _interrupt(config: Path, at: int, number: int, processes: int = 1) -> str:
     while not any(int(path.name[5:]) >= at for path in out.glob("checkpoints/step-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
-    if number == signal.SIGKILL:
-        os.killpg(process.pid, number)  # torchrun and all that it started
-    else:
-        process.send_signal(number)
+    os.killpg(process.pid, number)  # as terminals and schedulers do: torchrun, loader processes, all of it
     output, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, 1, 2), output + errors
     return output
