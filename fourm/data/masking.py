@@ -15,10 +15,9 @@ from tokenizers import Tokenizer
 
 from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
 from fourm.data.modality_info import Modality, as_modality
-from fourm.data.span_masking import KEEP_SCHEMES, cut_target, draw_kept, keep_probability, sequence_row
+from fourm.data.span_masking import KEEP_SCHEMES, cut_target, draw_kept, keep_probability, run_starts, sequence_row
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import TextEncoder, split_spans
-from fourm.utils.tokenizer.spans import run_starts
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
 
 __all__ = ["Budgets", "UnifiedMasking"]
@@ -102,18 +101,19 @@ class UnifiedMasking:
             kept = draw_kept(np.ones(len(vectors), np.int64), probability, n_in, generator)
             gaps = run_starts(kept)
             inputs = np.where(gaps[:, None], vectors.dtype.type(0), vectors)[(kept | gaps) & (n_in > 0)]
-            return sequence_row(inputs, inputs[:0], n_in, modality.max_tokens)
+            return sequence_row(inputs, [], n_in, modality.max_tokens)
         ids, lengths = self._text_units(modality, value) if modality.type == "seq" else self._codes(modality, value)
-        spans = split_spans(ids, draw_kept(lengths, probability, n_in, generator), self._sentinels[modality.name])
-        inputs = spans.inputs if n_in else spans.inputs[:0]
-        return sequence_row(inputs, cut_target(spans, n_out, generator), n_in, modality.max_tokens)
+        kept = draw_kept(lengths, probability, n_in, generator)
+        spans = split_spans(ids, kept.tolist(), self._sentinels[modality.name])
+        targets = cut_target(spans, n_out, generator)
+        return sequence_row(spans.inputs if n_in else [], targets, n_in, modality.max_tokens)
 
-    def _text_units(self, modality: Modality, value: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _text_units(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
         """Ids of a text, closed by [EOS], and the lengths of what is kept or dropped as a whole."""
         assert self._text and modality.max_tokens
         if isinstance(value, str):
             ids = [*self._text(value), self._text.eos_id][: modality.max_tokens]
-            return np.array(ids, np.int64), np.ones(len(ids), np.int64)
+            return ids, np.ones(len(ids), np.int64)
         if not isinstance(value, (list, tuple)) or not all(isinstance(chunk, str) for chunk in value):
             raise DataError(f"expected a string or a list of strings, not {value!r:.80}")
         chunks, room = [], modality.max_tokens - 1
@@ -122,17 +122,17 @@ class UnifiedMasking:
                 chunks.append(chunk)
                 room -= len(chunk)
         chunks.append([self._text.eos_id])
-        return np.array(sum(chunks, []), np.int64), np.array([len(chunk) for chunk in chunks])
+        return sum(chunks, []), np.array([len(chunk) for chunk in chunks])
 
-    def _codes(self, modality: Modality, value: Any) -> tuple[np.ndarray, np.ndarray]:
+    def _codes(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
         """Ids of integer codes in their own vocabulary, closed by its [EOS] if it has one; each is a unit."""
-        ids = _checked_ids(modality, value).ravel() + modality.vocab_offset
+        ids = (_checked_ids(modality, value).ravel() + modality.vocab_offset).tolist()
         if self._sentinels[modality.name] is not None:
-            ids = np.append(ids, EOS_ID)
+            ids.append(EOS_ID)
         ids = ids[: modality.max_tokens]
         return ids, np.ones(len(ids), np.int64)
 
-    def _check(self, modality: Modality) -> np.ndarray | None:
+    def _check(self, modality: Modality) -> Sequence[int] | None:
         """The sentinels of a modality.
 
         Raises:
@@ -149,7 +149,7 @@ class UnifiedMasking:
         most = (modality.max_tokens + 1) // 2 + 1  # every other token dropped, and the closing one
         if modality.type == "seq_token":
             if modality.vocab_offset > sentinel_id(most):
-                return np.arange(sentinel_id(1), sentinel_id(most) + 1)
+                return range(sentinel_id(1), sentinel_id(most) + 1)
             if any(modality.target_alphas):
                 _LOG.warning(
                     "%s: vocab_offset %d leaves no room for sentinels, so the model is not told which codes are missing, "

@@ -5,9 +5,12 @@ Shapes: n tokens of the sequence, u units that are kept or dropped as a whole (t
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+
 import numpy as np
 
-from fourm.utils.tokenizer.spans import Spans, run_starts
+from fourm.utils.tokenizer.spans import Spans
 
 KEEP_SCHEMES = ("random", "all", "binary")
 
@@ -45,30 +48,44 @@ def draw_kept(lengths: np.ndarray, probability: float, budget: int, generator: n
         probability *= _SHRINK**_AT_ONCE
 
 
-def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> np.ndarray:
+def run_starts(kept: np.ndarray) -> np.ndarray:
+    """(…, u) bool → True at the first of each run of dropped units."""
+    starts = ~kept
+    starts[..., 1:] &= kept[..., :-1]
+    return starts
+
+
+def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> list[int]:
     """The targets; of those over budget a part that begins with a random span."""
     targets, starts = spans.targets, spans.starts
     if len(targets) <= budget:
         return targets
     start = starts[generator.integers(max(len(starts) - 1, 1))]  # the last one only closes
     if len(targets) - start < budget:
-        start = starts[starts.searchsorted(len(targets) - budget)]
+        start = starts[bisect_left(starts, len(targets) - budget)]
     return targets[start : start + budget]
 
 
-def sequence_row(inputs: np.ndarray, targets: np.ndarray, input_budget: int, max_tokens: int) -> dict[str, np.ndarray]:
-    """Inputs from 0 and targets from ``input_budget``, in rows of length L; ids or vectors."""
+def sequence_row(
+    inputs: Sequence[int] | np.ndarray, targets: Sequence[int], input_budget: int, max_tokens: int
+) -> dict[str, np.ndarray]:
+    """Inputs from 0 and targets from ``input_budget``, in rows of length L; vectors are inputs only."""
     length = (max_tokens + 1) * 2
     end, target = len(inputs), slice(input_budget, input_budget + len(targets))
-    row = {
-        "tensor": np.zeros((length, *inputs.shape[1:]), inputs.dtype),
-        "input_mask": np.ones(length, bool),
-        "target_mask": np.ones(length, bool),
-        "decoder_attention_mask": np.zeros(length, np.int32),
+    input_mask, target_mask = np.ones((2, length), bool)
+    attention = np.zeros(length, np.int32)
+    if isinstance(inputs, np.ndarray):
+        tensor = np.zeros((length, *inputs.shape[1:]), inputs.dtype)
+    else:
+        tensor = np.zeros(length, np.int64)
+        tensor[target] = targets
+    tensor[:end] = inputs
+    input_mask[:end] = False
+    target_mask[target] = False
+    attention[target] = 1
+    return {
+        "tensor": tensor,
+        "input_mask": input_mask,
+        "target_mask": target_mask,
+        "decoder_attention_mask": attention,
     }
-    row["tensor"][:end] = inputs
-    row["tensor"][target] = targets
-    row["input_mask"][:end] = False
-    row["target_mask"][target] = False
-    row["decoder_attention_mask"][target] = 1
-    return row

@@ -9,52 +9,51 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-
 
 class Spans(NamedTuple):
-    """Attributes:
-    inputs: ids that are kept, and sentinels.
-    targets: sentinels, and ids that are dropped.
-    starts: positions in ``targets`` where a span begins; with sentinels the closing one too.
+    """A sequence in two.
+
+    Attributes:
+        inputs: ids that are kept, and sentinels.
+        targets: sentinels, and ids that are dropped.
+        starts: positions in ``targets`` where a span begins; with sentinels the closing one too.
     """
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    starts: np.ndarray
+    inputs: list[int]
+    targets: list[int]
+    starts: list[int]
 
 
-def run_starts(kept: np.ndarray) -> np.ndarray:
-    """(…, L) bool → True at the first token of each run of dropped ones."""
-    starts = ~kept
-    starts[..., 1:] &= kept[..., :-1]
-    return starts
-
-
-def split_spans(ids: np.ndarray, kept: np.ndarray, sentinels: np.ndarray | None) -> Spans:
+def split_spans(ids: Sequence[int], kept: Sequence[bool], sentinels: Sequence[int] | None) -> Spans:
     """Input and target of a sequence.
 
     Args:
-        ids: (L,) the sequence.
-        kept: (L,) bool.
+        ids: the sequence.
+        kept: which of them are kept.
         sentinels: ids of the first, second, … sentinel, more than there are runs; None = spans are not marked.
     """
-    first = run_starts(kept)
-    dropped = ~kept
-    if sentinels is None:
-        return Spans(ids[kept], ids[dropped], np.flatnonzero(first[dropped]))
-    run = first.cumsum()
-    number = int(run[-1]) if len(run) else 0
-    inputs = ids.copy()
-    inputs[first] = sentinels[:number]
-    at = run[dropped]
-    at += np.arange(len(at))
-    targets = np.empty(len(at) + number + 1, ids.dtype)
-    targets[at] = ids[dropped]
-    starts = np.full(number + 1, len(targets) - 1)
-    starts[:-1] = at[first[dropped]] - 1
-    targets[starts] = sentinels[: number + 1]
-    return Spans(inputs[kept | first], targets, starts)
+    spans = Spans([], [], [])
+    inputs, targets, starts = spans
+
+    def begin_span() -> None:
+        starts.append(len(targets))
+        if sentinels is not None:
+            targets.append(sentinels[len(starts) - 1])
+
+    after_kept = True
+    # For sequences as short as these a loop is faster than arrays.
+    for token, keep in zip(ids, kept, strict=True):
+        if keep:
+            inputs.append(token)
+        else:
+            if after_kept:
+                begin_span()
+                inputs += targets[starts[-1] :]
+            targets.append(token)
+        after_kept = keep
+    if sentinels is not None:
+        begin_span()
+    return spans
 
 
 def merge_spans(inputs: Sequence[int], targets: Sequence[int], sentinels: Sequence[int]) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 from tokenizers import Tokenizer
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
@@ -55,7 +54,7 @@ class TextEncoder:
     Attributes:
         vocab_size: number of ids.
         eos_id: id of [EOS].
-        sentinels: (n,) int64, ids of [S_1], [S_2], …
+        sentinels: ids of [S_1], [S_2], …
 
     Raises:
         UserError: it has no [EOS] or no sentinels.
@@ -74,7 +73,7 @@ class TextEncoder:
             if not found:
                 raise UserError(f"the text vocabulary has no token {token}; train one: train_wordpiece_tokenizer.py")
         self.eos_id = vocabulary[EOS]
-        self.sentinels = np.array(marks, np.int64)
+        self.sentinels = marks
         self._cuts_at_spaces = isinstance(tokenizer.normalizer, BertNormalizer) and isinstance(
             tokenizer.pre_tokenizer, BertPreTokenizer
         )
