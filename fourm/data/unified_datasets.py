@@ -16,7 +16,9 @@ because what the shuffle buffers hold are references.
 from __future__ import annotations
 
 import itertools
+import os
 import signal
+import threading
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -267,7 +269,7 @@ class BatchLoader:
     def __iter__(self) -> Iterator[Batch]:
         loader = DataLoader(
             _ErrorsAsItems(self._batches), batch_size=None, collate_fn=_unchanged, num_workers=self._num_workers,
-            pin_memory=self._pin_memory, worker_init_fn=_ignore_signals,
+            pin_memory=self._pin_memory, worker_init_fn=_heed_the_parent_alone,
             generator=torch.Generator(),  # else it draws from the global one, even unused
         )  # fmt: skip
         for item in loader:
@@ -289,10 +291,21 @@ class _ErrorsAsItems(IterableDataset):
             yield (DataError if isinstance(error, DataError) else UserError)(str(error))
 
 
-def _ignore_signals(worker: int) -> None:
-    """A signal to all processes of a run is for the main ones, which still need batches to end their step."""
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
+def _heed_the_parent_alone(worker: int) -> None:
+    """Let signals to all processes of a run end the main ones only: they need batches until their last step is done.
+
+    A worker that took no SIGTERM at all would outlast a parent that ends without closing its loader, and keep it waiting.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_for_the_parent, daemon=True).start()
+
+
+def _end_for_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def _unchanged(item: Any) -> Any:

@@ -334,26 +334,37 @@ def test_huggingface_text_is_announced_as_missing(tmp_path):
 
 
 @pytest.mark.slow
-def test_workers_end_when_their_parent_is_killed(tmp_path, shards):
+@pytest.mark.parametrize("killed", [True, False])
+def test_workers_live_as_long_as_their_parent(tmp_path, shards, killed):
     config(tmp_path, shards)
     script = """
-import multiprocessing, sys, time
+import itertools, multiprocessing, sys
 from fourm.data.data_config import load_data_config
 from fourm.data.unified_datasets import build_train_loader
 from tests.data.dataset_files import text_tokenizer
 
 config = load_data_config(sys.argv[1], num_input_tokens=12, num_target_tokens=12)
-for _ in build_train_loader(
+batches = iter(build_train_loader(
     config, text_tokenizer(), batch_size=4, batches_per_epoch=5, num_workers=2, rank=0, world_size=1, seed=0
-):
-    print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-    time.sleep(60)
-"""
+))
+next(batches)
+print(*(child.pid for child in multiprocessing.active_children()), flush=True)
+sys.stdin.readline()
+print(len(list(itertools.islice(batches, 20))), flush=True)
+"""  # it ends with its loader open
     command = [sys.executable, "-c", script, str(tmp_path / "data.yaml")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[2]) as parent:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
+    with subprocess.Popen(command, **pipes) as parent:
         workers = [int(pid) for pid in parent.stdout.readline().split()]
-        parent.kill()
-    assert len(workers) == 2
+        assert len(workers) == 2
+        if killed:
+            parent.kill()
+        else:
+            for number in (signal.SIGTERM, signal.SIGINT):  # sent to all processes, it is for the parent
+                for pid in workers:
+                    os.kill(pid, number)
+            out, _ = parent.communicate("\n", timeout=30)
+            assert out == "20\n" and parent.returncode == 0
     deadline = time.time() + 20
     while (alive := [pid for pid in workers if _runs(pid)]) and time.time() < deadline:
         time.sleep(0.2)
