@@ -131,7 +131,8 @@ class UnifiedDataTransform:
         names = [name for name in sample if name not in result and name != "crop_settings"]
         transforms = {name: self._transform(name) for name in names}
         values = {name: _named(f"modality {name}", transforms[name].preprocess, sample[name]) for name in names}
-        shared = _named("crop", self.image_augmenter, values, crop_settings, generator)
+        source = "crop" if crop_settings is None else "crop_settings"
+        shared = _named(source, self.image_augmenter, values, crop_settings, generator)
         for name in names:
             transform, target_size = transforms[name], _resolution(name) or shared.target_size
             if name in skip and isinstance(transform, ImageTransform):

@@ -23,7 +23,7 @@ from fourm.data.modality_transforms import AbstractTransform, UnifiedDataTransfo
 from fourm.data.raw_sample import BadSample, RawSample
 from fourm.data.shards import Shards
 from fourm.data.unified_datasets import BatchLoader, SampleDataset, TrainBatches
-from fourm.utils.errors import DataError
+from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 
 ModDict = dict[str, dict[str, Tensor]]
@@ -40,6 +40,10 @@ class PretrainingLoader:
         self.num_gpus, self.num_workers, self.seed = num_gpus, num_workers, seed
         self.batch_size, self.epoch_size = batch_size, epoch_size
         self.epoch = 0
+        if len(weights) != len(datasets):
+            raise UserError(f"{len(weights)} weights were given for {len(datasets)} data sets")
+        if epoch_size is not None and not len(self):
+            raise UserError(f"epoch_size {epoch_size} is less than one batch on each of {num_gpus} GPUs")
 
     def __len__(self) -> int:
         if self.epoch_size is None:

@@ -15,7 +15,7 @@ from fourm.data import (
 from fourm.data.image_augmenter import EmptyAugmenter, PreTokenizedImageAugmenter
 from fourm.data.modality_info import resolve_modalities
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS
-from fourm.utils.errors import DataError
+from fourm.utils.errors import DataError, UserError
 from tests.data.dataset_files import MODALITIES, VOCAB, npy, text_tokenizer, write_folders, write_shards
 
 
@@ -87,6 +87,10 @@ def test_mixture_of_loaders(shards):
     entry = batches[0]["tok_rgb@32"]
     absent = (entry["input_mask"].all(1) & entry["target_mask"].all(1)).float().mean()
     assert 0.1 < absent < 0.5
+    with pytest.raises(UserError, match="3 weights were given for 2 data sets"):
+        build_mixture_dataloader(loaders, [1, 1, 1], info(False), batch_size=1, num_workers=0, epoch_size=1, num_gpus=1)
+    with pytest.raises(UserError, match="epoch_size 5 is less than one batch on each of 2 GPUs"):
+        build_mixture_dataloader(loaders, [1, 1], info(False), batch_size=3, num_workers=0, epoch_size=5, num_gpus=2)
 
 
 def test_folder_dataset_by_index(tmp_path):

@@ -137,7 +137,7 @@ def test_broken_values_name_their_modality():
     transform = UnifiedDataTransform(MODALITY_TRANSFORMS, EmptyAugmenter())
     with pytest.raises(UnreadableValue, match="modality det: KeyError"):
         transform({"det": {"boxes": []}})
-    with pytest.raises(UnreadableValue, match="modality rgb@64: UnidentifiedImageError"):
+    with pytest.raises(UnreadableValue, match="modality rgb@64: OSError: not an image"):
         transform({"rgb@64": b"not an image"})
     with pytest.raises(DataError, match="modality tok_rgb@224: .*crop_settings"):
         transform({"tok_rgb@224": np.zeros((2, 196), int)})

@@ -24,7 +24,7 @@ from fourm.data.unified_datasets import (
     draws_in_epoch,
 )
 from fourm.utils.errors import DataError, UserError
-from tests.data.dataset_files import MODALITIES, npy, text_tokenizer, write_folders, write_shards
+from tests.data.dataset_files import MODALITIES, jpeg, npy, text_tokenizer, write_folders, write_shards
 
 TOKENIZER = text_tokenizer()
 ALL = "rgb@32-tok_rgb@32-caption-det"
@@ -263,13 +263,16 @@ def test_evaluation_stops_for_too_many_bad_samples_of_the_whole_set(tmp_path, wo
         ("tok_rgb", [[0, 1, 2, 3]] * 2 + [[0, 1, -2, 3]], "tok_rgb@32: token id -2"),  # in a crop that may not be drawn
         ("tok_rgb", [[0, 1, 2]] * 3, "tok_rgb@32: expected 4 tokens, found 3"),
         ("tok_rgb", [[0, 1, 2, 3]] * 2, "values of 2 crops, but crop_settings has 3"),
+        ("crop_settings", [[0, 0, 32, 32]] * 3, "crop_settings of shape (crops, 5): top, left, height, width, flip"),
+        ("rgb", None, "rgb@32: crop (top 4, left 0, 40x40) does not lie inside the image of 20x20"),
     ],
 )
 @pytest.mark.parametrize("workers", [0, 1])
 def test_broken_contract_names_file_key_modality_and_value(tmp_path, folder, content, message, workers):
-    path = write_shards(tmp_path / "s", 1, 2, damage(folder, 1, npy(np.array(content))))
+    broken = jpeg(np.random.default_rng(0), (20, 20)) if content is None else npy(np.array(content))
+    path = write_shards(tmp_path / "s", 1, 2, damage(folder, 1, broken))
     with pytest.raises(DataError) as error:
-        train(config(tmp_path, path), 5, workers=workers)
+        train(config(tmp_path, path, tok_train_aug=False, input_alphas="10-1-1-1"), 5, workers=workers)
     assert str(error.value).startswith(f"{tmp_path}/s/{folder}/shard-00000.tar: key '00001': ")
     assert message in str(error.value) and "\n" not in str(error.value)
 
