@@ -37,6 +37,9 @@ class BudgetSampler:
         max_tries: draws until every modality has its ``min_tokens``; the last one stands in any case.
         sampling_weights: of the components; None = equal.
 
+    Attributes:
+        components: of the mixture.
+
     Raises:
         UserError: settings that do not fit together.
     """
@@ -51,7 +54,7 @@ class BudgetSampler:
         ]  # fmt: skip
         self._max_tries = max_tries
         self._alphas = _alphas(modalities)
-        components = len(self._alphas[0])
+        self.components = components = len(self._alphas[0])
         weights = np.ones(components) if sampling_weights is None else np.asarray(sampling_weights, float)
         if len(weights) != components or (weights < 0).any() or not weights.sum() > 0:
             raise UserError(

@@ -56,6 +56,12 @@ class UnifiedMasking:
         self._budgets = BudgetSampler(
             self.modality_info, input_tokens_range, target_tokens_range, max_tries, sampling_weights
         )
+        for name, modality in self.modality_info.items():
+            if len(modality.keep) not in (0, self._budgets.components):
+                raise UserError(
+                    f"modality {name}: keep needs one value per component of the mixture, {self._budgets.components}, "
+                    f"not {len(modality.keep)}"
+                )
 
     def __call__(self, sample: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, Masked]:
         """Draw budgets and apply them; without a generator, the result is a new one each time."""

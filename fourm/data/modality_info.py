@@ -107,7 +107,8 @@ def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
         return entry
     if "type" not in entry:
         raise UserError(f"modality {name}: 'type' is required (img, seq, seq_token or seq_emb)")
-    return Modality(**{"name": name} | {key: value for key, value in entry.items() if key in _FIELDS})
+    fields = {key: value for key, value in entry.items() if key in _FIELDS and value is not None}
+    return Modality(**{"name": name} | fields)
 
 
 def _pixels(name: str, num_channels: int, size: int | None = None, **options: Any) -> Modality:

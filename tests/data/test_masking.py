@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 
 from fourm.data.masking import Budgets, UnifiedMasking
+from fourm.data.span_masking import cut_target, draw_kept
 from fourm.utils.errors import DataError, UserError
-from fourm.utils.tokenizer import merge_spans
+from fourm.utils.tokenizer import merge_spans, split_spans
 from tests.data.dataset_files import text_tokenizer
 
 TOKENIZER = text_tokenizer()
@@ -149,26 +150,42 @@ def test_keep_belongs_to_the_component():
 
 
 def test_probability_shrinks_by_a_tenth_until_the_input_fits():
-    # The first token that is dropped, out of two with budget 1: (k, k) is too long, so is one kept + one gap.
-    # So both are dropped in the end, after a number of attempts whose law is that of p = 1, 0.9, 0.81, …
-    from fourm.data.span_masking import draw_kept
-
+    # Of three tokens at most 2 may stay, gaps included; the expected shares follow from p = 1, 0.9, 0.81, …
     rng = np.random.default_rng(0)
     three = np.ones(3, int)
     found = np.array([draw_kept(three, 1.0, 2, rng) for _ in range(20_000)])
     p, left, law = 1.0, 1.0, {}
     for _ in range(200):
-        # At most 2 tokens: nothing kept (1), the first or the last two dropped (2), the first or last one kept … (2)
-        for pattern in [(0, 0, 0), (1, 0, 0), (0, 0, 1), (1, 1, 0), (0, 1, 1)]:
-            length = sum(pattern) + 1
-            if length <= 2:
-                k = sum(pattern)
-                law[pattern] = law.get(pattern, 0) + left * p**k * (1 - p) ** (3 - k)
+        for pattern in [(0, 0, 0), (1, 0, 0), (0, 0, 1)]:
+            kept = sum(pattern)
+            law[pattern] = law.get(pattern, 0) + left * p**kept * (1 - p) ** (3 - kept)
         left *= 1 - (1 - p) ** 3 - 2 * p * (1 - p) ** 2
         p *= 0.9
     assert set(map(tuple, found.astype(int).tolist())) == set(law)
     for pattern, probability in law.items():
         assert abs((found == np.array(pattern, bool)).all(1).mean() - probability) < 0.012
+
+
+def test_a_long_text_fits_into_one_token():
+    class Limited(np.random.Generator):
+        """A probability that does not shrink would need 10^20 attempts."""
+
+        attempts = 0
+
+        def random(self, shape):
+            self.attempts += shape[0]
+            assert self.attempts < 200
+            return super().random(shape)
+
+    rng = Limited(np.random.PCG64(0))
+    assert not draw_kept(np.ones(200, int), 1.0, 1, rng).any()
+
+
+def test_a_table_of_plain_dicts_may_hold_none():
+    entry = INFO["caption"] | {"keep": None, "min_tokens": None, "encoder_embedding": len, "target_alphas": None}
+    assert masking({"caption": entry})({"caption": "dog"}, np.random.default_rng(0))["caption"][
+        "target_mask"
+    ].shape == (42,)
 
 
 def test_chunks_are_kept_or_dropped_as_a_whole():
@@ -198,9 +215,6 @@ class TestTargetOverBudget:
     """Spans with known starts: S1 a S2 b b b S3 c S4."""
 
     def cut(self, budget, draws=600):
-        from fourm.data.span_masking import cut_target
-        from fourm.utils.tokenizer import split_spans
-
         tokens = [100, 1000, 101, 1001, 1001, 1001, 102, 1002]  # 10xx are dropped
         spans = split_spans(tokens, [token < 1000 for token in tokens], SENTINELS)
         assert spans.targets == [5, 1000, 6, 1001, 1001, 1001, 7, 1002, 8]
@@ -289,6 +303,7 @@ def test_values_that_break_the_contract(name, value, message):
     [
         ({"max_tokens": None}, {}, "modality caption: its number of tokens is not known"),
         ({"keep": ["some"]}, {}, "modality caption: keep must be one of random, all, binary, not 'some'"),
+        ({"keep": ["all", "all"]}, {}, "modality caption: keep needs one value per component of the mixture, 1, not 2"),
         ({"vocab_size": 30}, {}, r"modality caption: the text vocabulary has \d+ ids, but vocab_size is 30"),
         ({"max_tokens": 1000}, {}, "modality caption: max_tokens 1000 needs 501 sentinels"),
         ({"type": None}, {}, "modality caption: 'type' is required"),

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from fourm.utils.errors import UserError
@@ -62,6 +62,10 @@ def test_text_comes_back():
 
 
 @settings(max_examples=300, deadline=None)
+@example(["v0=1", "\0", "v0=1"], "")
+@example(["dining", "\0table", "Hot", "dog"], " ")
+@example(["hot", "dog"], "\t")
+@example(["dining\u200b table"], " ")
 @given(st.lists(PIECES, max_size=12), st.sampled_from([" ", "  ", "", "\n"]))
 def test_encoder_agrees_with_the_tokenizer(pieces, separator):
     text = separator.join(pieces)
