@@ -350,7 +350,8 @@ config = load_data_config(sys.argv[1], num_input_tokens=12, num_target_tokens=12
 batches = iter(build_train_loader(
     config, text_tokenizer(), batch_size=4, batches_per_epoch=5, num_workers=2, rank=0, world_size=1, seed=0
 ))
-next(batches)
+for _ in range(2):  # one from each worker: both have started
+    next(batches)
 print(*(child.pid for child in multiprocessing.active_children()), flush=True)
 sys.stdin.readline()
 print(len(list(itertools.islice(batches, 20))), flush=True)
