@@ -27,6 +27,7 @@ from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
 from fourm.vq.fit_codebook import FitOptions, fit_codebook
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
 
@@ -45,7 +46,7 @@ class DemoOptions:
     seed: int = option("seed of the scenes and codebooks", 0)
     workers: int = option("processes that render and read", 2)
     config: str = option("training configuration", "cfgs/demo/main.yaml")
-    stages: str = option("which stages to run, joined by commas", "render,codebooks,tokenize,train,report")
+    stages: str = option("which stages to run, joined by commas", "render,vocabulary,codebooks,tokenize,train,report")
 
     def __post_init__(self) -> None:
         for key in ("train_scenes", "val_scenes", "size", "workers"):
@@ -63,7 +64,7 @@ class Demo:
         self.options = options
         self.out = Path(options.out).resolve()
         self.data, self.codebooks, self.run = (self.out / name for name in ("data", "codebooks", "training"))
-        self._record = self.out / "demo.json"
+        self.vocabulary, self._record = self.out / "vocabulary.json", self.out / "demo.json"
         given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
         self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
         if self._record.exists():
@@ -122,6 +123,14 @@ def render(demo: Demo) -> None:
     print(f"samples of the data: {demo.out / 'samples.png'}")
 
 
+def vocabulary(demo: Demo) -> None:
+    """A text vocabulary of what the captions need: the shipped one has 30 000 words to choose from, for minutes more."""
+    if not demo.vocabulary.exists():
+        size = demo.data_config["modalities"]["caption"]["vocab_size"]
+        captions = str(demo.data / "train" / "caption")
+        train_vocabulary(TrainOptions(input=captions, output=str(demo.vocabulary), vocab_size=size))
+
+
 def codebooks(demo: Demo) -> None:
     """A codebook per modality of images."""
     for modality, declared in demo.tokenized.items():
@@ -161,7 +170,10 @@ def train(demo: Demo) -> None:
     data_config = demo.out / "data.yaml"
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
-    command = training.command(demo._file(demo.options.config).resolve(), data_config=data_config, output_dir=demo.run)
+    command = training.command(
+        demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
+        output_dir=demo.run,
+    )  # fmt: skip
     config = demo.config
     steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
     # Not at the end of an epoch: that a run continues exactly is worth showing in the middle of one.
@@ -201,7 +213,8 @@ Trained for {facts["steps"]} steps; stopped on purpose at step {facts["stopped_a
 
 
 STAGES: dict[str, Callable[[Demo], int | None]] = {
-    "render": render, "codebooks": codebooks, "tokenize": tokenize, "train": train, "report": summarize,
+    "render": render, "vocabulary": vocabulary, "codebooks": codebooks, "tokenize": tokenize, "train": train,
+    "report": summarize,
 }  # fmt: skip
 
 

@@ -7,27 +7,20 @@ appendix on training details give their values in tokens).
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import yaml
 
 from fourm.utils.config import convert_fields, load_yaml, parse_value
-from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.errors import UserError
+from fourm.utils.options import option, parse_overrides
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _ALIASES = {"tokenizer_path": "text_tokenizer_path"}
-
-
-def option(default: Any, text: str) -> Any:
-    """A field with its help text."""
-    if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass(frozen=True)
@@ -35,108 +28,108 @@ class TrainConfig:
     """All keys. ``-1`` means "not set" where the published YAML files use it so."""
 
     # Run
-    run_name: str = option("auto", "'auto' = the config's path below its first folder, without .yaml")
-    output_dir: str = option("output/auto", "run folder; 'auto' in it becomes run_name")
-    seed: int = option(0, "seed of initialisation, data order, augmentation and masking")
-    device: str = option("auto", "'auto' = cuda where there is one, else cpu")
-    dry_run: bool = option(False, "build everything, print it, run one step, exit")
-    print_config: bool = option(False, "print the resolved configuration and exit")
+    run_name: str = option("'auto' = the config's path below its first folder, without .yaml", "auto")
+    output_dir: str = option("run folder; 'auto' in it becomes run_name", "output/auto")
+    seed: int = option("seed of initialisation, data order, augmentation and masking", 0)
+    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
+    dry_run: bool = option("build everything, print it, run one step, exit", False)
+    print_config: bool = option("print the resolved configuration and exit", False)
 
     # Model
-    model: str = option("fm_tiny_6e_6d_swiglu_nobias", "name of a model size and variant")
-    model_kwargs: dict = option({}, "FourM arguments that override the named model, e.g. {dim: 192}")
-    patch_size: int = option(16, "patch size in pixels where a modality declares none")
-    input_size: int = option(224, "input size in pixels where a modality declares none")
-    num_register_tokens: int = option(0, "register tokens of the encoder")
+    model: str = option("name of a model size and variant", "fm_tiny_6e_6d_swiglu_nobias")
+    model_kwargs: dict = option("FourM arguments that override the named model, e.g. {dim: 192}", {})
+    patch_size: int = option("patch size in pixels where a modality declares none", 16)
+    input_size: int = option("input size in pixels where a modality declares none", 224)
+    num_register_tokens: int = option("register tokens of the encoder", 0)
     dtype: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] = option(
-        "bfloat16", "autocast precision; parameters stay float32"
+        "autocast precision; parameters stay float32", "bfloat16"
     )
-    use_act_checkpoint: bool = option(False, "recompute every block's activations in the backward pass")
-    compile: bool = option(False, "torch.compile every block")
-    finetune: str = option("", "start from these weights: a run folder, .safetensors, .pth or a hub id")
+    use_act_checkpoint: bool = option("recompute every block's activations in the backward pass", False)
+    compile: bool = option("torch.compile every block", False)
+    finetune: str = option("start from these weights: a run folder, .safetensors, .pth or a hub id", "")
 
     # Length
-    batch_size: int = option(128, "samples per rank and micro-batch")
-    accum_iter: int = option(1, "micro-batches per optimizer step")
-    epochs: int = option(-1, "epochs of epoch_size samples; or set total_tokens")
-    total_tokens: float = option(-1.0, "billions of input + target tokens; or set epochs")
-    epoch_size: int = option(10_000_000, "samples that make an epoch")
-    num_input_tokens: int = option(128, "most input tokens of a sample")
-    num_target_tokens: int = option(128, "most target tokens of a sample")
-    min_input_tokens: int | None = option(None, "fewest input tokens (default: num_input_tokens)")
-    min_target_tokens: int | None = option(None, "fewest target tokens (default: num_target_tokens)")
-    loss_type: Literal["mod", "token"] = option("mod", "average over modalities, or over tokens")
+    batch_size: int = option("samples per rank and micro-batch", 128)
+    accum_iter: int = option("micro-batches per optimizer step", 1)
+    epochs: int = option("epochs of epoch_size samples; or set total_tokens", -1)
+    total_tokens: float = option("billions of input + target tokens; or set epochs", -1.0)
+    epoch_size: int = option("samples that make an epoch", 10_000_000)
+    num_input_tokens: int = option("most input tokens of a sample", 128)
+    num_target_tokens: int = option("most target tokens of a sample", 128)
+    min_input_tokens: int | None = option("fewest input tokens (default: num_input_tokens)", None)
+    min_target_tokens: int | None = option("fewest target tokens (default: num_target_tokens)", None)
+    loss_type: Literal["mod", "token"] = option("average over modalities, or over tokens", "mod")
 
     # Optimizer and schedule
-    opt: Literal["adamw", "sgd"] = option("adamw", "optimizer")
-    opt_eps: float = option(1e-8, "AdamW epsilon")
-    opt_betas: tuple[float, float] = option((0.9, 0.95), "AdamW betas")
-    momentum: float = option(0.9, "SGD momentum")
-    compute_grad_norm: bool = option(True, "log the gradient norm")
-    clip_grad: float | None = option(None, "clip the global gradient norm to this")
-    skip_grad: float | None = option(None, "skip steps whose gradient norm is larger than this")
-    skip_nan_grad: bool = option(False, "skip steps whose gradient norm is not finite")
-    weight_decay: float = option(0.05, "on everything but norms and biases")
-    weight_decay_end: float | None = option(None, "cosine from weight_decay to this (default: constant)")
-    blr: float = option(1e-4, "learning rate per 256 samples")
-    min_blr: float = option(0.0, "final learning rate per 256 samples")
-    frozen_model_blr: float = option(-1.0, "learning rate per 256 samples of the frozen phase (default: blr)")
-    scheduler: str = option("cosine", "cosine, or inverse_sqrt-T with T in batches")
-    warmup_epochs: int = option(-1, "linear warm-up; at most one of the three")
-    warmup_steps: int = option(-1, "warm-up in batches")
-    warmup_tokens: float = option(-1.0, "warm-up in billions of tokens")
-    cooldown_epochs: int = option(-1, "linear cool-down of inverse_sqrt; at most one of the three")
-    cooldown_steps: int = option(-1, "cool-down in batches")
-    cooldown_tokens: float = option(-1.0, "cool-down in billions of tokens")
-    frozen_model_epochs: int = option(0, "first train only the embeddings for so many epochs")
-    frozen_model_tokens: float = option(0.0, "the same in billions of tokens")
-    frozen_embedding_domain: str | None = option(None, "freeze the embeddings of these domains too, joined by '-'")
+    opt: Literal["adamw", "sgd"] = option("optimizer", "adamw")
+    opt_eps: float = option("AdamW epsilon", 1e-8)
+    opt_betas: tuple[float, float] = option("AdamW betas", (0.9, 0.95))
+    momentum: float = option("SGD momentum", 0.9)
+    compute_grad_norm: bool = option("log the gradient norm", True)
+    clip_grad: float | None = option("clip the global gradient norm to this", None)
+    skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None)
+    skip_nan_grad: bool = option("skip steps whose gradient norm is not finite", False)
+    weight_decay: float = option("on everything but norms and biases", 0.05)
+    weight_decay_end: float | None = option("cosine from weight_decay to this (default: constant)", None)
+    blr: float = option("learning rate per 256 samples", 1e-4)
+    min_blr: float = option("final learning rate per 256 samples", 0.0)
+    frozen_model_blr: float = option("learning rate per 256 samples of the frozen phase (default: blr)", -1.0)
+    scheduler: str = option("cosine, or inverse_sqrt-T with T in batches", "cosine")
+    warmup_epochs: int = option("linear warm-up; at most one of the three", -1)
+    warmup_steps: int = option("warm-up in batches", -1)
+    warmup_tokens: float = option("warm-up in billions of tokens", -1.0)
+    cooldown_epochs: int = option("linear cool-down of inverse_sqrt; at most one of the three", -1)
+    cooldown_steps: int = option("cool-down in batches", -1)
+    cooldown_tokens: float = option("cool-down in billions of tokens", -1.0)
+    frozen_model_epochs: int = option("first train only the embeddings for so many epochs", 0)
+    frozen_model_tokens: float = option("the same in billions of tokens", 0.0)
+    frozen_embedding_domain: str | None = option("freeze the embeddings of these domains too, joined by '-'", None)
 
     # Data
-    data_config: str = option("", "path of the data YAML")
+    data_config: str = option("path of the data YAML", "")
     text_tokenizer_path: str = option(
-        "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json", "text vocabulary (also: tokenizer_path)"
+        "text vocabulary (also: tokenizer_path)", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
-    num_workers: int = option(10, "loader processes per rank")
-    pin_mem: bool = option(True, "page-locked batches for faster copies to a GPU")
-    max_bad_fraction: float = option(0.01, "stop when more than this share of the samples is unusable")
+    num_workers: int = option("loader processes per rank", 10)
+    pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
+    max_bad_fraction: float = option("stop when more than this share of the samples is unusable", 0.01)
 
     # Evaluation
-    eval: bool = option(False, "evaluate only")
-    eval_freq: int = option(1, "evaluate every so many epochs; 0 = never")
-    dist_eval: bool = option(True, "split the validation sets over the ranks")
-    fixed_eval: bool = option(True, "evaluate with fixed budgets too")
-    fixed_eval_input_tokens: int = option(128, "input budget of the fixed evaluation")
-    fixed_eval_target_tokens: int = option(128, "target budget of the fixed evaluation")
-    fixed_eval_batch_size: int = option(32, "batch size of the fixed evaluation")
+    eval: bool = option("evaluate only", False)
+    eval_freq: int = option("evaluate every so many epochs; 0 = never", 1)
+    dist_eval: bool = option("split the validation sets over the ranks", True)
+    fixed_eval: bool = option("evaluate with fixed budgets too", True)
+    fixed_eval_input_tokens: int = option("input budget of the fixed evaluation", 128)
+    fixed_eval_target_tokens: int = option("target budget of the fixed evaluation", 128)
+    fixed_eval_batch_size: int = option("batch size of the fixed evaluation", 32)
 
     # Checkpoints
-    save_ckpt_freq: int = option(1, "save every so many epochs; 0 = only at the end")
-    save_every_minutes: float = option(0.0, "save also after so many minutes; 0 = never")
-    keep_last: int = option(2, "checkpoints that are kept; 0 = all")
-    resume: str = option("", "continue from this checkpoint folder")
-    auto_resume: bool = option(True, "continue from the newest complete checkpoint in output_dir")
-    start_epoch: int = option(0, "first epoch, when weights come without a checkpoint's position")
+    save_ckpt_freq: int = option("save every so many epochs; 0 = only at the end", 1)
+    save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0)
+    keep_last: int = option("checkpoints that are kept; 0 = all", 2)
+    resume: str = option("continue from this checkpoint folder", "")
+    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir", True)
+    start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
 
     # Remote storage
-    s3_endpoint: str = option("", "endpoint of the object store")
-    s3_data_endpoint: str = option("", "endpoint for data, where it differs")
-    s3_multipart_chunksize_mb: int = option(512, "size of a part of a transfer")
-    s3_multipart_threshold_mb: int = option(512, "transfers above this are split")
-    s3_max_io_queue: int = option(100, "requests in flight")
-    s3_save_dir: str = option("", "copy checkpoints here")
+    s3_endpoint: str = option("endpoint of the object store", "")
+    s3_data_endpoint: str = option("endpoint for data, where it differs", "")
+    s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512)
+    s3_multipart_threshold_mb: int = option("transfers above this are split", 512)
+    s3_max_io_queue: int = option("requests in flight", 100)
+    s3_save_dir: str = option("copy checkpoints here", "")
 
     # Processes and logging
-    find_unused_params: bool = option(False, "DDP's search for unused parameters; none are unused")
-    dist_url: str = option("env://", "rendezvous of the process group")
-    rlimit: int = option(4096, "open files a process may have")
-    log_interval: int = option(10, "optimizer steps between two log lines")
-    print_all: bool = option(False, "let every rank print")
-    show_user_warnings: bool = option(False, "show Python warnings of the UserWarning kind")
-    log_wandb: bool = option(False, "log to Weights & Biases")
-    wandb_project: str | None = option(None, "project name")
-    wandb_entity: str | None = option(None, "user or team")
-    wandb_run_name: str = option("auto", "'auto' = run_name")
+    find_unused_params: bool = option("DDP's search for unused parameters; none are unused", False)
+    dist_url: str = option("rendezvous of the process group", "env://")
+    rlimit: int = option("open files a process may have", 4096)
+    log_interval: int = option("optimizer steps between two log lines", 10)
+    print_all: bool = option("let every rank print", False)
+    show_user_warnings: bool = option("show Python warnings of the UserWarning kind", False)
+    log_wandb: bool = option("log to Weights & Biases", False)
+    wandb_project: str | None = option("project name", None)
+    wandb_entity: str | None = option("user or team", None)
+    wandb_run_name: str = option("'auto' = run_name", "auto")
 
     def __post_init__(self) -> None:
         _check(self)
@@ -225,11 +218,6 @@ def to_dict(config: TrainConfig) -> dict[str, Any]:
     return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"command line: {message}")
-
-
 def parse_args(argv: list[str] | None = None, description: str = "Train a 4M model.") -> TrainConfig:
     """Read ``--config FILE`` and ``--key value`` overrides; switches come in pairs ``--key`` / ``--no_key``.
 
@@ -237,25 +225,7 @@ def parse_args(argv: list[str] | None = None, description: str = "Train a 4M mod
         UserError: an unknown key (names the nearest), a bad value or combination.
         SystemExit: after ``--help`` or ``--print_config``.
     """
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    parser.add_argument("-c", "--config", help="YAML file; keys on the command line override it")
-    flags = ["--config"]
-    for name, item in FIELDS.items():
-        text = item.metadata["help"].replace("%", "%%")
-        aliases = [f"--{name}", *(f"--{alias}" for alias, key in _ALIASES.items() if key == name)]
-        flags += aliases
-        if item.type == "bool":
-            parser.add_argument(f"--{name}", action="store_true", help=text)
-            parser.add_argument(f"--no_{name}", dest=name, action="store_false", help=argparse.SUPPRESS)
-            flags.append(f"--no_{name}")
-        else:
-            count = "+" if "tuple" in str(item.type) else None
-            parser.add_argument(*aliases, dest=name, type=parse_value, help=text, nargs=count)
-    arguments, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flag = unknown[0].split("=")[0]
-        raise UserError(f"command line: unknown key '{flag}'{did_you_mean(flag, flags)}")
-    overrides = vars(arguments)
+    overrides = parse_overrides(TrainConfig, argv, description, _ALIASES, config_file=True)
     config = load_config(overrides.pop("config", None), overrides)
     if config.print_config:
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")

@@ -139,12 +139,16 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """The command ``train_wordpiece_tokenizer.py``."""
-    options = parse_options(TrainOptions, argv, DESCRIPTION)
+def train_vocabulary(options: TrainOptions) -> None:
+    """Read the corpus, write the vocabulary."""
     paths = [options.input] if isinstance(options.input, str) else options.input
     tokenizer = train_wordpiece(corpus(paths), options.vocab_size, options.min_frequency)
     with atomic_path(options.output) as path:
         path.write_text(tokenizer.to_str(pretty=False), encoding="utf-8")
     fixed, size = len(layout()), tokenizer.get_vocab_size()
     print(f"{options.output}: {size} tokens, {size - fixed} of them learned")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``train_wordpiece_tokenizer.py``."""
+    train_vocabulary(parse_options(TrainOptions, argv, DESCRIPTION))
