@@ -2,6 +2,9 @@
 
 import json
 import math
+import os
+import pty
+import subprocess
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from fourm.models import FM
 from fourm.train.config import load_config
 from fourm.utils.errors import UserError
-from tests.train.toy_run import log_lines, losses, run, run_here, write_run
+from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, write_run
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +63,15 @@ def test_only_safe_formats_are_written_and_old_checkpoints_removed(finished):
     suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
     assert suffixes == {".json", ".jsonl", ".safetensors", ".txt", ".yaml"}
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000012", "step-00000024"]
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path):
+    config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=0)
+    reader, writer = pty.openpty()
+    process = subprocess.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=writer)
+    assert process.wait(timeout=120) == 0
+    shown = os.read(reader, 100_000).decode()
+    assert "12/12" in shown and "loss" in shown and "samples/s" in shown and "waiting for data" in shown
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
