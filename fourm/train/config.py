@@ -170,10 +170,9 @@ def _check(config: TrainConfig) -> None:
     inverse_sqrt_timescale(config.scheduler)
     if len(config.opt_betas) != 2:
         raise UserError(f"'opt_betas' must be two numbers, not {list(config.opt_betas)}")
-    if config.s3_save_dir:
-        raise UserError(
-            "'s3_save_dir': saving to an object store is not supported yet; use a mounted path in output_dir"
-        )
+    for key in ("s3_save_dir", "s3_endpoint", "s3_data_endpoint"):
+        if getattr(config, key):
+            raise UserError(f"'{key}': object stores are not supported yet; use mounted paths for data and output_dir")
 
 
 def _lengths(phase: str) -> list[str]:
