@@ -1,6 +1,6 @@
 """Norm, attention, MLPs and blocks: the parts of the trunk (method section 3, "Blocks").
 
-Shapes: B batch, Q queries, K keys, D width, H heads, C width of one head.
+Shapes: B batch, N tokens, M targets, Q queries, K keys, D width, H heads, C width of one head.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
@@ -69,8 +70,22 @@ def attendable(masked: Tensor) -> Tensor:
     return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
 
+class KeysValues(NamedTuple):
+    """What queries attend to, ready for use: (B, H, K, C) each."""
+
+    keys: Tensor
+    values: Tensor
+
+
+class Past(Protocol):
+    """Remembers the keys and values of earlier tokens, see :mod:`fourm.models.kv_cache`."""
+
+    def extend(self, new: KeysValues) -> KeysValues:
+        """Remember those of new tokens → those of all tokens so far."""
+
+
 class _MultiHead(nn.Module):
-    """What self- and cross-attention share: everything after the input projections."""
+    """What self- and cross-attention share."""
 
     def __init__(self, options: BlockOptions):
         super().__init__()
@@ -79,9 +94,9 @@ class _MultiHead(nn.Module):
         self.q_norm, self.k_norm = (norm(options.dim // options.num_heads) for _ in range(2))
         self.proj = nn.Linear(options.dim, options.dim, bias=options.proj_bias)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        """(B, H, Q, C), two of (B, H, K, C) → (B, Q, D)."""
-        y = F.scaled_dot_product_attention(self.q_norm(q), self.k_norm(k), v, attn_mask=mask)
+    def attend(self, q: Tensor, known: KeysValues, mask: Tensor | None) -> Tensor:
+        """(B, H, Q, C) → (B, Q, D)."""
+        y = F.scaled_dot_product_attention(self.q_norm(q), known.keys, known.values, attn_mask=mask)
         return self.proj(rearrange(y, "b h q c -> b q (h c)"))
 
 
@@ -92,9 +107,11 @@ class Attention(_MultiHead):
         super().__init__(options)
         self.qkv = nn.Linear(options.dim, 3 * options.dim, bias=options.qkv_bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
+        """(B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
         q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
-        return self.attend(q, k, v, mask)
+        known = KeysValues(self.k_norm(k), v)
+        return self.attend(q, known if past is None else past.extend(known), mask)
 
 
 class CrossAttention(_MultiHead):
@@ -105,10 +122,13 @@ class CrossAttention(_MultiHead):
         self.q = nn.Linear(options.dim, options.dim, bias=options.qkv_bias)
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
-    def forward(self, x: Tensor, context: Tensor, mask: Tensor | None = None) -> Tensor:
-        q = rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads)
+    def keys_values(self, context: Tensor) -> KeysValues:
         k, v = rearrange(self.kv(context), "b k (two h c) -> two b h k c", two=2, h=self.num_heads)
-        return self.attend(q, k, v, mask)
+        return KeysValues(self.k_norm(k), v)
+
+    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """(B, M, D) → (B, M, D); ``context`` is from :meth:`keys_values`."""
+        return self.attend(rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads), context, mask)
 
 
 class Mlp(nn.Module):
@@ -174,12 +194,27 @@ class DecoderBlock(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
+    def keys_values(self, context: Tensor) -> KeysValues:
+        """What targets read of the context (B, N, D), whichever they are."""
+        return self.cross_attn.keys_values(self.context_norm(context))
+
     def forward(
-        self, y: Tensor, context: Tensor, self_mask: Tensor | None = None, context_mask: Tensor | None = None
+        self,
+        y: Tensor,
+        context: Tensor | KeysValues,
+        self_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
+        past: Past | None = None,
     ) -> Tensor:
-        """(B, M, D), (B, N, D) → (B, M, D); masks as from :func:`attendable`."""
-        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask))
-        y = y + self.drop_path(self.cross_attn(self.query_norm(y), self.context_norm(context), context_mask))
+        """(B, M, D) → (B, M, D); masks as from :func:`attendable`.
+
+        Args:
+            context: (B, N, D), or what :meth:`keys_values` made of it.
+            past: the targets before ``y``, which see nothing of ``y``.
+        """
+        known = self.keys_values(context) if isinstance(context, Tensor) else context
+        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past))
+        y = y + self.drop_path(self.cross_attn(self.query_norm(y), known, context_mask))
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 

@@ -107,18 +107,24 @@ def plan_tokens(
         num_decoder_tokens: per sample, the first valid targets are kept, modalities in random order.
         generator: of the random order, on the CPU; the global one if None.
     """
-    order = [*mod_dict, *encoder_modalities]
-    inputs = {
-        name: _inputs(mod_dict, name, encoder_modalities[name]["type"])
-        for name in sorted(encoder_modalities, key=order.index)
-    }
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     targets = {name: _targets(mod_dict, name, decoder_modalities[name]["type"]) for name in shuffled}
     return TokenPlan(
-        _select(inputs, encoder_modalities, num_encoder_tokens),
+        select_inputs(mod_dict, encoder_modalities, num_encoder_tokens),
         _select(targets, decoder_modalities, num_decoder_tokens),
     )
+
+
+def select_inputs(
+    mod_dict: Batch, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
+) -> Selection:
+    """The encoder's half of :func:`plan_tokens`; without ``num_tokens``, every valid input is kept."""
+    order = [*mod_dict, *modalities]
+    inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
+    if num_tokens is None:
+        num_tokens = int(torch.cat([candidates.valid for candidates in inputs.values()], dim=1).sum(1).max())
+    return _select(inputs, modalities, num_tokens)
 
 
 class _Candidates(NamedTuple):

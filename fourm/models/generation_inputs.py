@@ -1,0 +1,171 @@
+"""Batches to generate from: empty targets, full inputs, prompts, and inputs without their conditioning.
+
+Every function returns a new batch and leaves the one it is given alone.
+
+Shapes: B batch, L tokens of one modality. Masks: True = masked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fourm.data.modality_info import Modality, as_modality
+from fourm.models.token_selection import Batch
+from fourm.utils.errors import UserError
+from fourm.utils.tokenizer import load_text_tokenizer, merge_spans
+from fourm.utils.tokenizer.special_tokens import EOS_ID, NUM_SENTINELS, PAD_ID, sentinel, sentinel_id
+
+ModalityInfo = Mapping[str, Mapping[str, Any]]
+
+
+def init_empty_target_modality(
+    mod_dict: Batch, modality_info: ModalityInfo, domain: str, batch_size: int, num_tokens: int, device: Any
+) -> dict[str, Any]:
+    """The batch with ``domain`` as a target of which nothing is known.
+
+    Args:
+        num_tokens: of an image, all of its tokens; of a sequence, the length of its row: a lone [S_1] as input and the
+            rest to be written.
+    """
+    modality = as_modality(domain, modality_info[domain])
+    if modality.type == "seq_emb":
+        raise UserError(f"{domain} does not consist of tokens, so it cannot be generated")
+    if modality.type == "img":
+        tensor = torch.zeros(batch_size, num_tokens, dtype=torch.long, device=device)
+        inputs, attention = 0, torch.zeros_like(tensor)
+        attention[:, 0] = num_tokens
+    else:
+        tensor = torch.full((batch_size, max(num_tokens, 3)), PAD_ID, device=device)
+        tensor[:, :2] = sentinel_id(1)  # the whole input, and the beginning of the target
+        inputs, attention = 1, torch.ones_like(tensor)
+        attention[:, 0] = 0
+    return {**mod_dict, domain: _entry(tensor, _first(inputs, tensor), attention)}
+
+
+def init_full_input_modality(
+    mod_dict: Batch, modality_info: ModalityInfo, domain: str, device: Any, eos_id: int = EOS_ID
+) -> dict[str, Any]:
+    """The batch with all of ``domain`` as input: a sequence up to its first [EOS], or its last token that is no padding.
+
+    Rows of vectors keep the ``input_mask`` that they have.
+    """
+    modality, tensor = as_modality(domain, modality_info[domain]), mod_dict[domain]["tensor"].to(device)
+    if modality.is_pixels:
+        side = modality.patch_size or 16
+        shape = (len(tensor), (tensor.shape[-2] // side) * (tensor.shape[-1] // side))
+        valid = torch.ones(shape, dtype=torch.bool, device=device)
+    elif modality.type == "img":
+        valid = torch.ones_like(tensor.flatten(1), dtype=torch.bool)
+    elif modality.type == "seq_emb":
+        given = mod_dict[domain].get("input_mask", torch.zeros(tensor.shape[:2], dtype=torch.bool))
+        valid = ~given.to(device).bool()
+    elif modality.type == "seq_token" and not sentinels_of(modality):
+        valid = torch.ones_like(tensor, dtype=torch.bool)
+    else:
+        ended = (tensor == eos_id).int()
+        valid = (ended.cumsum(1) - ended == 0) & (tensor != PAD_ID).flip(1).int().cummax(1).values.flip(1).bool()
+    entry = {"tensor": tensor, **_masks(~valid, torch.ones_like(valid))}
+    return {**mod_dict, domain: entry}
+
+
+def custom_text(
+    sample: Batch,
+    input_text: str,
+    eos_token: str,
+    key: str,
+    device: Any,
+    text_tokenizer: Tokenizer | str | Path,
+    target_max_len: int = 50,
+    start_token: str = "[S_1]",
+) -> dict[str, Any]:
+    """The batch of one sample with a prompt as ``key``, of which a part may be left to be written.
+
+    Args:
+        input_text: what is given; every sentinel in it stands for text to be written. ``[S_1]`` alone: all of it.
+        eos_token: where writing ends.
+        target_max_len: room for what is written, with ``start_token`` and ``eos_token``.
+        start_token: how the written part begins.
+    """
+    tokenizer = _load(text_tokenizer)
+    inputs = tokenizer.encode(input_text, add_special_tokens=False).ids
+    ends = [tokenizer.token_to_id(token) for token in (start_token, eos_token)]
+    for token, found in zip((start_token, eos_token), ends, strict=True):
+        if found is None:
+            raise UserError(f"custom_text: the text vocabulary has no token {token}")
+    ids = [*inputs, ends[0], *[PAD_ID] * (target_max_len - 2), ends[1]]
+    tensor = torch.tensor([ids], device=device)
+    attention = (~_first(len(inputs), tensor)).long()
+    return {**sample, key: _entry(tensor, _first(len(inputs), tensor), attention)}
+
+
+def emptied(mod_dict: Batch, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:
+    """The batch with nothing told about ``domains``: what guidance leads away from (method section 8)."""
+    return {**mod_dict, **{name: _emptied(mod_dict[name], modality_info[name], name) for name in domains}}
+
+
+def _emptied(entry: Mapping[str, Tensor], info: Mapping[str, Any], name: str) -> dict[str, Any]:
+    modality, tensor = as_modality(name, info), entry["tensor"]
+    if modality.type == "img" or (modality.type == "seq_token" and not sentinels_of(modality)):
+        return {**entry, "input_mask": torch.ones_like(entry["input_mask"], dtype=torch.bool)}
+    lone = torch.zeros_like(tensor[:, :1]) if modality.type == "seq_emb" else torch.full_like(tensor[:, :1], _START)
+    masked = torch.zeros(lone.shape[:2], dtype=torch.bool, device=lone.device)
+    return {"tensor": lone, **_masks(masked, ~masked)}
+
+
+_START = sentinel_id(1)
+
+
+def sentinels_of(modality: Modality, text_tokenizer: Tokenizer | str | Path | None = None) -> list[int]:
+    """Ids of [S_1], [S_2], … of a sequence; none if its codes leave no room for them."""
+    if modality.type == "seq_token":
+        return [*range(_START, min(modality.vocab_offset, sentinel_id(NUM_SENTINELS)))]
+    if text_tokenizer is None:
+        return [sentinel_id(index) for index in range(1, NUM_SENTINELS)]
+    ids: list[int] = []
+    tokenizer = _load(text_tokenizer)
+    while (mark := tokenizer.token_to_id(sentinel(len(ids) + 1))) is not None:
+        ids.append(mark)
+    return ids
+
+
+def merged(inputs: Sequence[Sequence[int]], written: Sequence[Sequence[int]], marks: list[int], device: Any) -> dict:
+    """What is known of a sequence once it is written: the spans take the places of their sentinels.
+
+    Args:
+        inputs: input ids of each sample.
+        written: ids of each sample that were decoded, beginning with a sentinel.
+        marks: the sentinels.
+
+    Returns:
+        The entry of the batch, rows as long as the longest.
+    """
+    rows = [merge_spans(given, spans, marks) for given, spans in zip(inputs, written, strict=True)]
+    length = max(map(len, rows))
+    tensor = torch.tensor([row + [PAD_ID] * (length - len(row)) for row in rows], device=device)
+    ends = torch.tensor([[len(row)] for row in rows], device=device)
+    masked = torch.arange(length, device=device) >= ends
+    return {"tensor": tensor, **_masks(masked, torch.ones_like(masked))}
+
+
+def _load(text_tokenizer: Tokenizer | str | Path) -> Tokenizer:
+    return load_text_tokenizer(text_tokenizer) if isinstance(text_tokenizer, (str, Path)) else text_tokenizer
+
+
+def _first(count: int, tensor: Tensor) -> Tensor:
+    """(B, L), True at the first ``count``."""
+    return (torch.arange(tensor.shape[1], device=tensor.device) < count).expand(tensor.shape).clone()
+
+
+def _entry(tensor: Tensor, given: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    return {"tensor": tensor, **_masks(~given, given, attention)}
+
+
+def _masks(input_mask: Tensor, target_mask: Tensor, attention: Tensor | None = None) -> dict[str, Tensor]:
+    attention = torch.zeros_like(input_mask, dtype=torch.long) if attention is None else attention
+    return {"input_mask": input_mask, "target_mask": target_mask, "decoder_attention_mask": attention}

@@ -1,0 +1,88 @@
+"""Generation as the method states it: one sample at a time, the whole forward pass of training for every step.
+
+Nothing is cached, no conditions share a batch, and guidance is the published formula.
+"""
+
+import torch
+
+from fourm.utils.tokenizer import merge_spans
+
+S1 = 5
+SENTINELS = range(S1, 204)
+
+
+def image_entry(ids, inputs, targets):
+    """``inputs`` and ``targets``: bool (L,), True where a token is one."""
+    attention = torch.zeros(len(ids), dtype=torch.long)
+    attention[targets.int().argmax()] = targets.sum()
+    entry = {"tensor": ids, "input_mask": ~inputs, "target_mask": ~targets, "decoder_attention_mask": attention}
+    return {key: value[None] for key, value in entry.items()}
+
+
+def sequence_entry(inputs, targets):
+    tensor = torch.tensor([[*inputs, *targets]])
+    is_input = torch.arange(tensor.shape[1])[None] < len(inputs)
+    return {
+        "tensor": tensor, "input_mask": ~is_input, "target_mask": is_input, "decoder_attention_mask": (~is_input).long(),
+    }  # fmt: skip
+
+
+def as_input(entry):
+    """Not a target, with the masks of the training pass."""
+    masked = torch.ones_like(entry["input_mask"])
+    return {**entry, "target_mask": masked, "decoder_attention_mask": masked.long() * 0}
+
+
+def emptied(model, batch, domains):
+    def empty(name):
+        kind, entry = model.modality_info[name]["type"], batch[name]
+        if kind == "img":
+            return {**entry, "input_mask": torch.ones_like(entry["input_mask"])}
+        if kind == "seq_emb":
+            lone = {
+                "tensor": torch.zeros_like(entry["tensor"][:, :1]),
+                "input_mask": torch.zeros(1, 1, dtype=torch.bool),
+            }
+            return as_input(lone)
+        return as_input(sequence_entry([S1], []))
+
+    return {**batch, **{name: empty(name) for name in domains}}
+
+
+@torch.no_grad()
+def logits_of(model, conditions, target, entry):
+    """Weighted logits of the targets of ``entry``: the first condition + Σ w·(condition − the first)."""
+    found = []
+    for _, batch in conditions:
+        batch = {name: as_input(value) for name, value in batch.items()} | {target: entry}
+        found.append(model(batch, 500, 500, return_logits=True)[target])
+    first = found[0]
+    return first + sum((w * (logits - first) for (w, _), logits in zip(conditions[1:], found[1:], strict=True)))
+
+
+def write(model, conditions, target, inputs, room, end):
+    """Autoregressive: from [S_1] on, at most ``room`` tokens."""
+    written = [S1]
+    while len(written) < room and (len(written) == 1 or written[-1] != end):
+        logits = logits_of(model, conditions, target, sequence_entry(inputs, [*written, 0]))
+        written.append(int(logits[-1].argmax()))
+    return merge_spans(inputs, written, SENTINELS)
+
+
+def paint(model, conditions, target, counts, seed, scheme):
+    """MaskGIT and ROAR at temperature 0 from an empty image."""
+    length = model.modality_info[target].max_tokens
+    ids, known = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(seed)
+    for count in counts:
+        order = torch.rand(2, length, generator=generator)[0]
+        chosen = (~known).nonzero()[:, 0]
+        if scheme == "roar":
+            chosen = chosen[order[chosen].argsort()[:count]].sort().values
+        asked = torch.zeros_like(known)
+        asked[chosen] = True
+        logits = logits_of(model, conditions, target, image_entry(ids, known, asked))
+        best, likeliest = logits.softmax(-1).max(-1)
+        kept = best.argsort(descending=True)[:count]
+        ids[chosen[kept]], known[chosen[kept]] = likeliest[kept], True
+    return ids
