@@ -9,6 +9,7 @@ from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.models.registry import MODEL_NAMES
 from fourm.train.config import load_config, run_length
+from fourm.train.run import load_data
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "cfgs" / "default" / "4m"
@@ -30,16 +31,6 @@ MODELS = {
     "superres/4m-l_mod7_500b--sr_448_100b": ((64, 1024), (1024, 1024), 1e-4, 32, 128, 3.0, False),
 }
 SIZES = {"b": "base_12e_12d", "l": "large_24e_24d", "xl": "xlarge_24e_24d"}
-
-
-def load_data(config):
-    return load_data_config(
-        config.data_config,
-        num_input_tokens=config.num_input_tokens,
-        num_target_tokens=config.num_target_tokens,
-        min_input_tokens=config.min_input_tokens,
-        min_target_tokens=config.min_target_tokens,
-    )
 
 
 @pytest.fixture(autouse=True)

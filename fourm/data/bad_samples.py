@@ -19,15 +19,13 @@ class BadSampleLedger:
     Two shares are watched apart: keys that are not in every modality (known when a shard or folder is *joined*), and
     samples whose content cannot be *read*.
 
-    Attributes:
+    Args:
         size: number of samples of the data set if each is read once, by whichever reader: the share of unreadable ones is
             then taken of it. None: of the samples that this reader has drawn.
     """
 
-    size: int | None = None
-
-    def __init__(self, dataset: str, max_bad_fraction: float):
-        self._dataset = dataset
+    def __init__(self, dataset: str, max_bad_fraction: float, size: int | None = None):
+        self._dataset, self._size = dataset, size
         self._max_bad_fraction = max_bad_fraction
         self._recent: Counter[str] = Counter()
         self._warned: set[str] = set()
@@ -49,8 +47,8 @@ class BadSampleLedger:
         if reason:
             self._read["bad"] += 1
             self._recent[reason] += 1
-            if self.size is not None or self._read["total"] >= MIN_READS:
-                self._judge(self._read["bad"], self.size or self._read["total"], "cannot be read")
+            if self._size is not None or self._read["total"] >= MIN_READS:
+                self._judge(self._read["bad"], self._size or self._read["total"], "cannot be read")
 
     def warn(self, subject: str, message: str) -> None:
         """Log a warning, the first time that it is about ``subject``."""

@@ -164,6 +164,9 @@ class Stream:
         self.draws = 0
         for _ in range(draws):
             self._draw()
+        if draws:
+            for ledger in ledgers:
+                ledger.collect()  # counted before
 
     def _draw(self) -> tuple[int, RawSample]:
         index = bisect(self._cumulative, self._choice.random()) if self._cumulative else 0
@@ -231,25 +234,25 @@ class EvalBatches(IterableDataset):
 
     def __init__(self, dataset: SampleDataset, *, batch_size: int, rank: int, world_size: int, seed: int):
         self.dataset, self.rank, self.seed = dataset, rank, seed
-        self.ledger = BadSampleLedger(dataset.name, dataset.max_bad_fraction)
-        samples = list(enumerate(dataset.source.all(self.ledger)))
-        self.ledger.size = len(samples)
-        share = samples[rank::world_size]
+        ledger = BadSampleLedger(dataset.name, dataset.max_bad_fraction)
+        samples = list(enumerate(dataset.source.all(ledger)))
+        self.size, share = len(samples), samples[rank::world_size]
         self.batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
-        self.not_joined = self.ledger.collect() if rank == 0 else {}
+        self.not_joined = ledger.collect() if rank == 0 else {}
 
     def __len__(self) -> int:
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
+        ledger = BadSampleLedger(self.dataset.name, self.dataset.max_bad_fraction, self.size)
         skipped = Counter(self.not_joined if worker == 0 else {})
         for samples in self.batches[worker::num_workers]:
             rows = [
-                read_sample(self.dataset, sample, generator(self.seed, "eval", index), self.ledger)
+                read_sample(self.dataset, sample, generator(self.seed, "eval", index), ledger)
                 for index, sample in samples
             ]
-            skipped += Counter(self.ledger.collect())
+            skipped += Counter(ledger.collect())
             if kept := [row for row in rows if row is not None]:
                 position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1, "skipped": dict(skipped)}
                 yield Batch(collate(kept, self.dataset.modalities), position)

@@ -83,8 +83,8 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     fixed = [
         {"step": line["step"], **result}
         for line in lines
-        for result in line.get("eval", {}).values()
-        if result["kind"] == "fixed"
+        for kinds in line.get("eval", {}).values()
+        if (result := kinds.get("fixed"))
     ]
     return training, fixed
 

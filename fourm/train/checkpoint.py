@@ -33,7 +33,7 @@ STATE = "state.json"
 def save_checkpoint(
     folder: Path, step: int, model: FM, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep_last: int
 ) -> Path:
-    """Write ``folder/step-…`` and remove all but the newest ``keep_last`` (0: none)."""
+    """Write ``folder/step-…``; of it and those before keep the newest ``keep_last``, 0 = all."""
     target = folder / f"step-{step:08d}"
     with atomic_path(target) as path:
         path.mkdir()
@@ -41,7 +41,8 @@ def save_checkpoint(
         save_file(_optimizer_tensors(model, optimizer), path / "optimizer.safetensors")
         sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
         (path / STATE).write_text(json.dumps({"step": step, "files": sizes, **state}))
-    for old in checkpoints(folder)[keep_last:] if keep_last else ():
+    before = [path for path in sorted(folder.glob("step-*"), reverse=True) if path.name <= target.name]
+    for old in before[keep_last:] if keep_last else ():
         shutil.rmtree(old)
     return target
 
@@ -51,11 +52,6 @@ def export_model(checkpoint: Path, folder: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         with atomic_path(folder / name) as path:
             shutil.copyfile(checkpoint / name, path)
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder``, newest first."""
-    return sorted(folder.glob("step-*"), reverse=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -75,17 +71,22 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint; a damaged one is moved out of the way, with a warning."""
-    for path in checkpoints(folder):
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` but the damaged ones, which are named in warnings; newest first."""
+    complete = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             read_state(path)
+            complete.append(path)
         except UserError as error:
-            log.warning("%s; trying the one before", error)
-            path.rename(path.with_name(f"damaged-{path.name}"))
-        else:
-            return path
-    return None
+            log.warning("%s; passed over", error)
+    return complete
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Remove what a killed process has left of a checkpoint that it was writing."""
+    for path in folder.glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 _STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")

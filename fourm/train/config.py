@@ -147,11 +147,27 @@ class TrainConfig:
 FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 
+_AT_LEAST = {
+    1: (
+        "batch_size", "accum_iter", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
+        "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
+    ),
+    0: (
+        "num_workers", "eval_freq", "save_ckpt_freq", "save_every_minutes", "keep_last", "start_epoch",
+        "num_register_tokens",
+    ),
+}  # fmt: skip
+
+
 def _check(config: TrainConfig) -> None:
     """Raise a :class:`UserError` for values and combinations that cannot work."""
-    for key in ("batch_size", "accum_iter", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval"):
-        if getattr(config, key) < 1:
-            raise UserError(f"'{key}' must be at least 1, not {getattr(config, key)}")
+    for least, keys in _AT_LEAST.items():
+        for key in keys:
+            if getattr(config, key) < least:
+                raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
+    for key in ("clip_grad", "skip_grad"):
+        if getattr(config, key) is not None and getattr(config, key) <= 0:
+            raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if (config.epochs >= 0) == (config.total_tokens >= 0) and not config.eval:
         both = config.epochs >= 0
         raise UserError(
@@ -203,11 +219,14 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
     config = TrainConfig(**values)
     name = config.run_name
     if name == "auto":
-        name = Path(*Path(path).with_suffix("").parts[1:]).as_posix() if path else "default"
+        place = Path(path or "default").with_suffix("")
+        nested = len(place.parts) > 1 and not place.is_absolute()
+        name = Path(*place.parts[1:]).as_posix() if nested else place.name
+    folders = [name if part == "auto" else part for part in Path(config.output_dir).parts]
     return dataclasses.replace(
         config,
         run_name=name,
-        output_dir=config.output_dir.replace("auto", name),
+        output_dir=Path(*folders).as_posix(),
         wandb_run_name=name if config.wandb_run_name == "auto" else config.wandb_run_name,
     )
 
@@ -267,7 +286,9 @@ def run_length(config: TrainConfig, world_size: int) -> RunLength:
         return max(in_steps, in_epochs * per_epoch, 0)
 
     epochs = epochs_of(config.total_tokens) if config.total_tokens >= 0 else max(config.epochs, 0)
-    frozen = epochs_of(config.frozen_model_tokens) if config.frozen_model_tokens > 0 else config.frozen_model_epochs
+    frozen = (
+        epochs_of(config.frozen_model_tokens) if config.frozen_model_tokens > 0 else max(config.frozen_model_epochs, 0)
+    )
     length = RunLength(
         epochs, per_epoch, epochs * per_epoch, frozen * per_epoch, batches_of("warmup"), batches_of("cooldown")
     )

@@ -14,7 +14,7 @@ from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, to_device
 from fourm.train.parallel import Processes
-from fourm.utils.errors import DataError
+from fourm.utils.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,16 @@ def build_evaluations(
     """What is to be evaluated. Without ``dist_eval`` every process goes through all samples.
 
     Raises:
-        UserError: a validation set that cannot be read.
+        UserError: a validation set that cannot be read, or has modalities that the model lacks.
     """
     rank, world_size = (parallel.rank, parallel.world_size) if config.dist_eval else (0, 1)
     evaluations = []
     for name, dataset in data.val.items():
+        lacking = {*dataset.in_domains} - {*data.in_domains} | {*dataset.out_domains} - {*data.out_domains}
+        if lacking:
+            raise UserError(
+                f"{data.path}: validation set {name}: no training set has {', '.join(sorted(lacking))} in that role"
+            )
         fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
         kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
         if config.fixed_eval:
@@ -59,36 +64,45 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: P
     Every target token counts the same, so that neither the batch size nor the number of processes matters.
 
     Returns:
-        ``kind``, ``loss`` (as in training: the mean over the modalities or, for ``loss_type`` token, over the tokens),
-        ``per_modality``, ``tokens`` and ``samples``.
+        ``loss`` (the mean over the modalities that have targets or, for ``loss_type`` token, over the tokens),
+        ``per_modality``, ``tokens``, ``samples``, and ``bad_samples`` by data set and reason.
+
+    Raises:
+        DataError: there is nothing to predict.
     """
     was_training = model.training
     model.eval()
     inputs, targets = evaluation.num_input_tokens, evaluation.num_target_tokens
     order = torch.Generator().manual_seed(config.seed)
-    sums, tokens, samples = Counter[str](), Counter[str](), 0
+    sums, counts, bad = Counter[str](), Counter[str](), Counter[str]()
     for batch in evaluation.loader:
         plan = model.plan(batch.mod_dict, inputs, targets, generator=order)
         with autocast(config, parallel.device):
             mod_dict, plan_there = to_device(batch.mod_dict, plan, parallel.device)
             _, losses = model(mod_dict, inputs, targets, config.loss_type, plan=plan_there)
         means = torch.stack([losses[name].double() for name in losses]).tolist()
-        tokens.update(plan.decoder.counts)
+        counts.update(plan.decoder.counts)
+        counts["samples"] += len(plan.decoder.modality)
+        bad.update(batch.position["skipped"])
         sums.update({name: mean * plan.decoder.counts[name] for name, mean in zip(losses, means, strict=True)})
-        samples += len(next(iter(batch.mod_dict.values()))["input_mask"])
     model.train(was_training)
     if config.dist_eval:
-        shares = parallel.gather((sums, tokens, samples))
-        sums, tokens = (sum((share[i] for share in shares), Counter[str]()) for i in range(2))
-        samples = sum(share[2] for share in shares)
-    if not samples:
-        raise DataError(f"validation set {evaluation.dataset}: no sample could be read")
+        shares = parallel.gather((sums, counts, bad))
+        sums, counts, bad = Counter(), Counter(), Counter()
+        for share in shares:
+            for total, part in zip((sums, counts, bad), share, strict=True):
+                total.update(part)
+    samples, tokens = counts.pop("samples", 0), counts
+    if not sum(tokens.values()):
+        raise DataError(
+            f"validation set {evaluation.dataset}: {samples} samples could be read, but there are no targets"
+        )
     per_modality = {name: sums[name] / tokens[name] for name in sorted(tokens) if tokens[name]}
     by_modality = sum(per_modality.values()) / len(per_modality)
     return {
-        "kind": evaluation.kind,
         "loss": by_modality if config.loss_type == "mod" else sum(sums.values()) / sum(tokens.values()),
         "per_modality": per_modality,
         "tokens": sum(tokens.values()),
         "samples": samples,
+        "bad_samples": dict(bad),
     }

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fourm.models import FM
+from fourm.train.checkpoint import complete_checkpoints
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
@@ -28,7 +29,8 @@ def read_weights(source: str) -> dict[str, Tensor]:
     """
     path = Path(source)
     if path.is_dir():
-        path = path / "model.safetensors"
+        finished = (path / "model.safetensors").exists()
+        path = next(iter([] if finished else complete_checkpoints(path / "checkpoints")), path) / "model.safetensors"
     try:
         if not path.exists() and path.suffix not in (".safetensors", ".pth") and not source.startswith((".", "/", "~")):
             path = Path(hf_hub_download(source, "model.safetensors"))

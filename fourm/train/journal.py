@@ -23,6 +23,8 @@ class _Console(logging.Handler):
     """Lines that do not break the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
+        if getattr(record, "in_bar", False):
+            return
         tqdm.write(self.format(record), file=sys.stdout)
         sys.stdout.flush()
 
@@ -79,22 +81,24 @@ class Journal:
         if self._bar is not None:
             self._bar.update(line["step"] - self._bar.n)
             self._bar.set_postfix_str(facts)
-        else:
-            log.info("step %d/%d, %s, ETA %s", line["step"], self._total, facts, duration(line["eta_seconds"]))
+        log.info(
+            "step %d/%d, %s, ETA %s", line["step"], self._total, facts, duration(line["eta_seconds"]),
+            extra={"in_bar": self._bar is not None},
+        )  # fmt: skip
         for key, what in (("skipped_steps", "steps skipped: gradient norm"), ("bad_samples", "bad samples")):
             if line[key]:
                 log.warning("step %d: %s: %s", line["step"], what, line[key])
 
-    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, Any]]) -> None:
-        """Report what an evaluation found, per data set."""
+    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, dict[str, Any]]]) -> None:
+        """Report what an evaluation found, {data set: {kind of budgets: result}}: one line, all of it or nothing."""
         if not self._main:
             return
         self._write({"step": step, "epoch": epoch, "eval": results})
-        for name, result in results.items():
+        for name, kind, result in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
             parts = ", ".join(f"{modality} {loss:.3f}" for modality, loss in result["per_modality"].items())
-            log.info(
-                "eval %s (%s budgets) at step %d: loss %.4f; %s", name, result["kind"], step, result["loss"], parts
-            )
+            log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result["loss"], parts)
+            if result["bad_samples"]:
+                log.warning("eval %s: bad samples: %s", name, result["bad_samples"])
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")

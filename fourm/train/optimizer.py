@@ -75,7 +75,7 @@ class GradientStep:
             if self._skip_not_finite:
                 skip = (~norm.isfinite()).float()
             if self._max_norm is not None:
-                skip = torch.maximum(skip, (norm > self._max_norm).float())
+                skip = torch.maximum(skip, (~(norm <= self._max_norm)).float())
         divisor = self.scale if self._half else None
         if self._clip is not None:
             divisor = self.scale * ((norm + 1e-6) / self._clip).clamp(min=1)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
+
+T = TypeVar("T")
 
 
 class Processes:
@@ -65,6 +67,19 @@ class Processes:
         values = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
+
+    def from_main(self, function: Callable[[], T]) -> T:
+        """What ``function`` returns in the main process; its :class:`UserError` is raised in all of them."""
+        value, error = None, None
+        if self.is_main:
+            try:
+                value = function()
+            except UserError as found:
+                error = str(found)
+        value, error = self.gather((value, error))[0]
+        if error is not None:
+            raise UserError(error)
+        return value  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.distributed:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
-from fourm.train.checkpoint import checkpoints, load_checkpoint, newest_checkpoint, read_state
+from fourm.train.checkpoint import complete_checkpoints, load_checkpoint, read_state
 from fourm.train.config import TrainConfig
 from fourm.train.loop import Trainer
 from fourm.utils.errors import UserError
@@ -16,24 +16,27 @@ log = logging.getLogger("fourm")
 
 
 def find_checkpoint(config: TrainConfig, folder: Path) -> Path | None:
-    """The checkpoint that ``resume`` names (itself, or a run folder), or with ``auto_resume`` the newest of this run.
+    """With ``auto_resume`` the newest checkpoint of this run, else the one that ``resume`` names (itself, or a run folder).
 
     Raises:
         UserError: ``resume`` names none, or a new run would mix with the checkpoints of an old one in ``folder``.
     """
-    if config.resume:
-        named = Path(config.resume)
-        path = named if (named / "state.json").exists() else newest_checkpoint(named / "checkpoints")
-        if path is None:
-            raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
-    else:
-        path = newest_checkpoint(folder) if config.auto_resume else None
-    newer = [other for other in checkpoints(folder) if path is None or other.name > path.name]
-    if newer and not (config.eval or config.dry_run):
+    if config.eval and config.finetune:
+        return None  # these are the weights to evaluate
+    own = complete_checkpoints(folder)
+    if own and config.auto_resume:
+        return own[0]
+    if own and not (config.eval or config.dry_run):
         raise UserError(
-            f"{folder} holds {newer[0].name} of an earlier run: use --auto_resume to go on with it, or another output_dir"
+            f"{folder} holds {own[0].name} of an earlier run: use --auto_resume to go on with it, or another output_dir"
         )
-    return path
+    if not config.resume:
+        return None
+    named = Path(config.resume)
+    found = [named] if (named / "state.json").exists() else complete_checkpoints(named / "checkpoints")
+    if not found:
+        raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
+    return found[0]
 
 
 def restore(trainer: Trainer, path: Path) -> dict[int, int]:

@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from fourm.data.data_config import DataConfig, load_data_config
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
-from fourm.train.checkpoint import export_model, save_checkpoint
+from fourm.train.checkpoint import export_model, remove_unfinished, save_checkpoint
 from fourm.train.config import TrainConfig, run_length, to_dict
 from fourm.train.evaluate import build_evaluations, evaluate
 from fourm.train.finetune import load_weights
@@ -27,7 +28,8 @@ from fourm.train.parallel import DDP
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
 from fourm.train.signals import StopSignals
-from fourm.utils.files import atomic_path
+from fourm.utils.errors import UserError
+from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.tokenizer import load_text_tokenizer
 
 log = logging.getLogger("fourm")
@@ -63,13 +65,13 @@ class Run:
         self.config, self.parallel = config, parallel
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
-        self.data = _load_data(config)
+        self.data = load_data(config)
         self.length = run_length(config, parallel.world_size)
         self.total_steps = self.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
         self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
-        checkpoint = parallel.gather(find_checkpoint(config, self.checkpoints) if parallel.is_main else None)[0]
+        checkpoint = parallel.from_main(lambda: find_checkpoint(config, self.checkpoints))
         self.trainer = self._build_trainer(resumed=checkpoint is not None)
         self.draws = restore(self.trainer, checkpoint) if checkpoint else None
         self._describe(f"resumed from {checkpoint}" if checkpoint else config.finetune or "new weights")
@@ -130,6 +132,10 @@ class Run:
         return 0
 
     def evaluate_only(self) -> int:
+        if not self.evaluations:
+            raise UserError(f"{self.data.path}: nothing to evaluate; declare validation sets under 'val'")
+        if self.draws is None and not self.config.finetune:
+            raise UserError(f"no weights to evaluate: {self.checkpoints} has no checkpoint; set finetune or resume")
         journal = Journal(self.config, self.trainer.step, self.total_steps, self.parallel.is_main)
         self._evaluate(journal)
         journal.close()
@@ -138,12 +144,17 @@ class Run:
     def train(self) -> int:
         """Train up to the end, or until a signal."""
         config, trainer, parallel = self.config, self.trainer, self.parallel
+        if trainer.step > self.total_steps or not self.total_steps:
+            raise UserError(
+                f"nothing to train: the run has {self.total_steps} steps and begins with step {trainer.step}"
+            )
+        parallel.from_main(self._take_folder)
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         if parallel.is_main:
             with atomic_path(self.folder / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
         with StopSignals() as signals:
-            if not journal.evaluated and self._evaluation_is_due():
+            if self._evaluation_is_due() and not parallel.from_main(lambda: journal.evaluated):
                 self._evaluate(journal)  # the run was stopped between a checkpoint and its evaluation
             batches = self._batches()
             saved_at = time.monotonic()
@@ -158,7 +169,7 @@ class Run:
                 if stop or late or self._checkpoint_is_due():
                     self._save()
                     saved_at = time.monotonic()
-                if stop:
+                if stop and trainer.step < self.total_steps:
                     break
                 if self._evaluation_is_due():
                     self._evaluate(journal)
@@ -166,10 +177,18 @@ class Run:
         if trainer.step < self.total_steps:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
             return 128 + (signals.received or 0)
+        last = self.checkpoints / f"step-{trainer.step:08d}"
+        if not parallel.from_main(last.exists):
+            self._save()  # resumed from the last checkpoint of another run
         if parallel.is_main:
-            export_model(self.checkpoints / f"step-{trainer.step:08d}", self.folder)
+            export_model(last, self.folder)
         log.info("finished: FM.from_pretrained('%s')", self.folder)
         return 0
+
+    def _take_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.folder)
+        remove_unfinished(self.checkpoints)
 
     def _batches(self) -> Iterator[Batch]:
         config, parallel = self.config, self.parallel
@@ -227,9 +246,11 @@ class Run:
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer
         with trainer.interval.paused():
+            results: dict[str, dict[str, Any]] = {evaluation.dataset: {} for evaluation in self.evaluations}
             for evaluation in self.evaluations:
                 result = evaluate(trainer.model, evaluation, self.config, self.parallel)
-                journal.evaluation(trainer.step, self._epoch, {evaluation.dataset: result})
+                results[evaluation.dataset][evaluation.kind] = result
+            journal.evaluation(trainer.step, self._epoch, results)
 
 
 def _set_up_process(config: TrainConfig, parallel: DDP) -> None:
@@ -241,7 +262,8 @@ def _set_up_process(config: TrainConfig, parallel: DDP) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(config.rlimit, hard), hard))
 
 
-def _load_data(config: TrainConfig) -> DataConfig:
+def load_data(config: TrainConfig) -> DataConfig:
+    """The data configuration that ``config`` names, with its token budgets where a data set has none of its own."""
     return load_data_config(
         config.data_config,
         num_input_tokens=config.num_input_tokens,

@@ -7,7 +7,9 @@ from types import FrameType
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT (Ctrl-C) are noted instead of obeyed; a second one is obeyed at once.
+    """While entered, SIGTERM and SIGINT (Ctrl-C) are noted instead of obeyed.
+
+    A second Ctrl-C is obeyed at once. A second SIGTERM is not: schedulers and torchrun may both send one.
 
     Attributes:
         received: number of the signal, or None.
@@ -22,8 +24,10 @@ class StopSignals:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received == number == signal.SIGINT:
+            self._restore()
+            raise KeyboardInterrupt
         self.received = number
-        self._restore()
 
     def __exit__(self, *_: object) -> None:
         self._restore()

@@ -39,6 +39,9 @@ def test_auto_names_come_from_the_config_path(tmp_path, monkeypatch):
     config = load_config(path)
     assert config.run_name == config.wandb_run_name == "default/4m/models/main/4m-b_mod7_500b"
     assert config.output_dir == "output/default/4m/models/main/4m-b_mod7_500b"
+    Path("mine.yaml").write_text("epochs: 1\noutput_dir: /data/autonomy/auto\n")
+    for path in ("mine.yaml", Path("mine.yaml").resolve()):
+        assert load_config(path).output_dir == "/data/autonomy/mine"
 
 
 def test_the_resolved_config_builds_itself_again(main_yaml, tmp_path):
@@ -54,6 +57,8 @@ def test_the_resolved_config_builds_itself_again(main_yaml, tmp_path):
         (["--batch_size", "many"], "command line: 'batch_size' must be a whole number, not 'many'"),
         (["--batch_size"], "expected one argument"),
         (["--batch_size", "0"], "'batch_size' must be at least 1"),
+        (["--epochs", "1", "--keep_last", "-1"], "'keep_last' must be at least 0, not -1"),
+        (["--epochs", "1", "--clip_grad", "0"], "'clip_grad' must be above 0"),
         (["--epochs", "1", "--total_tokens", "1"], "either 'epochs' or 'total_tokens', not both"),
         ([], "neither is set"),
         (

@@ -11,19 +11,23 @@ OPTIONS = {"epoch_size": 64, "model_kwargs": {"dim": 32, "encoder_depth": 1, "de
 
 @pytest.mark.dist
 def test_two_processes_train_as_one_that_accumulates(tmp_path):
-    one = write_run(tmp_path / "one", accum_iter=2, num_workers=2, **OPTIONS)
-    two = write_run(tmp_path / "two", num_workers=1, **OPTIONS)
-    run_here(one)
-    run(two, processes=2)
-    expected, found = losses(one.parent / "out"), losses(two.parent / "out")
+    configs = [
+        write_run(tmp_path / "one", accum_iter=2, num_workers=2, **OPTIONS),
+        write_run(tmp_path / "two", num_workers=1, **OPTIONS),
+    ]
+    run_here(configs[0])
+    run(configs[1], processes=2)
+    expected, found = (losses(config.parent / "out") for config in configs)
     assert list(expected) == list(found) == list(range(1, 17))
     for step, loss in expected.items():
         assert found[step] == pytest.approx(loss, rel=1e-4), step
-    evaluations = [[line["eval"]["toys"] for line in log_lines(c.parent / "out") if "eval" in line] for c in (one, two)]
+    evaluations = [[line["eval"]["toys"] for line in log_lines(c.parent / "out") if "eval" in line] for c in configs]
     for single, double in zip(*evaluations, strict=True):
-        assert double["samples"] == single["samples"] == 10 and double["tokens"] == single["tokens"]
-        assert double["per_modality"] == pytest.approx(single["per_modality"], rel=1e-4)
-    weights = [load_file(config.parent / "out" / "model.safetensors") for config in (one, two)]
+        for kind in ("train", "fixed"):
+            one, two = single[kind], double[kind]
+            assert two["samples"] == one["samples"] == 10 and two["tokens"] == one["tokens"]
+            assert two["per_modality"] == pytest.approx(one["per_modality"], rel=1e-4)
+    weights = [load_file(config.parent / "out" / "model.safetensors") for config in configs]
     for name, tensor in weights[0].items():
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
 

@@ -1,5 +1,6 @@
 """An interrupted run and an uninterrupted one end alike, to the last bit."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,10 +26,25 @@ def _interrupt(config: Path, at: int, number: int, processes: int = 1) -> str:
     while not any(int(path.name[5:]) >= at for path in out.glob("checkpoints/step-*")):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
-    os.killpg(process.pid, number)  # as terminals and schedulers do: torchrun, loader processes, all of it
+    assert not (out / "model.safetensors").exists(), "too late: the run has ended"
+    for child in reversed(_descendants(process.pid)):  # as schedulers do: torchrun, ranks, loader processes
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(child, number)
     output, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, 1, 2), output + errors
     return output
+
+
+def _descendants(pid: int) -> list[int]:
+    """The process, its children, and theirs."""
+    parents = {}
+    for status in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for parent in found:
+        found += [child for child, its_parent in parents.items() if its_parent == parent]
+    return found
 
 
 def _assert_same(one: Path, other: Path) -> None:
@@ -87,7 +103,6 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     output = run_here(config, "--save_every_minutes", "0")
     assert "step-00000024 is damaged: model.safetensors has" in output and "step-00000012" in output
     _assert_same(config.parent / "out", uninterrupted)
-    assert (config.parent / "out" / "checkpoints" / "damaged-step-00000024").exists()
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
@@ -95,7 +110,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
     out = config.parent / "out"
     shutil.copytree(uninterrupted, out)
     lines = [json.dumps(line) + "\n" for line in log_lines(out)]
-    (out / "log.jsonl").write_text("".join(lines[:-2]) + lines[-1][:40])  # killed while it wrote
+    (out / "log.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote
     run_here(config, "--save_every_minutes", "0")
     _assert_same(out, uninterrupted)
 
@@ -105,8 +120,9 @@ def test_resume_names_a_checkpoint(uninterrupted, tmp_path):
     run_here(config, "--resume", uninterrupted / "checkpoints" / "step-00000012", "--save_every_minutes", "0")
     found, expected = losses(config.parent / "out"), losses(uninterrupted)
     assert found == {step: loss for step, loss in expected.items() if step > 12}
+    assert "step-00000024" in run_here(config, "--resume", uninterrupted / "checkpoints" / "step-00000012")
     with pytest.raises(UserError, match="'resume': nowhere is no checkpoint"):
-        run_here(config, "--resume", "nowhere")
+        run_here(config, "--resume", "nowhere", "--output_dir", tmp_path / "other")
 
 
 def test_another_number_of_workers_goes_on_with_a_warning(uninterrupted, tmp_path):

@@ -1,10 +1,14 @@
 """The training script on toy data: one process, from the command line to the saved model."""
 
+import contextlib
+import fcntl
 import json
 import math
 import os
 import pty
+import struct
 import subprocess
+import termios
 
 import pytest
 import torch
@@ -14,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from fourm.models import FM
 from fourm.train.config import load_config
 from fourm.utils.errors import UserError
-from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, write_run
+from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, start, write_run
 
 
 @pytest.fixture(scope="module")
@@ -30,8 +34,8 @@ def test_the_log_has_a_line_per_step_and_an_evaluation_per_epoch_and_kind(finish
     lines = log_lines(out)
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, 25))
     assert [line["epoch"] for line in lines if "loss" in line] == [0] * 12 + [1] * 12
-    evaluations = [(line["step"], line["eval"]["toys"]["kind"]) for line in lines if "eval" in line]
-    assert evaluations == [(12, "train"), (12, "fixed"), (24, "train"), (24, "fixed")]
+    evaluations = [(line["step"], list(line["eval"]["toys"])) for line in lines if "eval" in line]
+    assert evaluations == [(12, ["train", "fixed"]), (24, ["train", "fixed"])]
     first = lines[0]
     assert first["lr"] == 0 and first["grad_norm"] > 0 and 0 <= first["data_wait"] <= 1
     assert set(first["losses"]) <= {"caption", "det", "tok_rgb@32"}
@@ -41,7 +45,7 @@ def test_the_log_has_a_line_per_step_and_an_evaluation_per_epoch_and_kind(finish
 
 def test_it_learns(finished):
     _, out, _ = finished
-    fixed = [e["loss"] for line in log_lines(out) for e in line.get("eval", {}).values() if e["kind"] == "fixed"]
+    fixed = [line["eval"]["toys"]["fixed"]["loss"] for line in log_lines(out) if "eval" in line]
     assert fixed[1] < fixed[0] - 0.1
 
 
@@ -60,7 +64,7 @@ def test_the_resolved_configuration_is_kept(finished):
 
 def test_only_safe_formats_are_written_and_old_checkpoints_removed(finished):
     _, out, _ = finished
-    suffixes = {path.suffix for path in out.rglob("*") if path.is_file()}
+    suffixes = {path.suffix for path in out.rglob("*") if path.is_file() and path.name != ".lock"}
     assert suffixes == {".json", ".jsonl", ".safetensors", ".txt", ".yaml"}
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == ["step-00000012", "step-00000024"]
 
@@ -68,10 +72,17 @@ def test_only_safe_formats_are_written_and_old_checkpoints_removed(finished):
 def test_a_terminal_gets_a_progress_bar(tmp_path):
     config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=0)
     reader, writer = pty.openpty()
+    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 200, 0, 0))
     process = subprocess.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=writer)
-    assert process.wait(timeout=120) == 0
-    shown = os.read(reader, 100_000).decode()
-    assert "12/12" in shown and "loss" in shown and "samples/s" in shown and "waiting for data" in shown
+    os.close(writer)
+    shown = b""
+    with contextlib.suppress(OSError):  # what reading gives when the other end is closed
+        while part := os.read(reader, 10_000):
+            shown += part
+    assert process.wait(timeout=60) == 0
+    for fact in ("12/12", "loss", "samples/s", "waiting for data"):
+        assert fact in shown.decode()
+    assert "step 12/12, loss" in (tmp_path / "toys" / "out" / "log.txt").read_text()
 
 
 def test_a_finished_run_has_nothing_to_do(finished):
@@ -84,11 +95,11 @@ def test_a_finished_run_has_nothing_to_do(finished):
 def test_eval_alone_repeats_the_last_evaluation(finished):
     config, out, _ = finished
     run_here(config, "--eval", "--fixed_eval_batch_size", "3", "--num_workers", "0")
-    again = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    last = [line for line in log_lines(out) if "eval" in line][-2:]
-    for one, other in zip(again, last, strict=True):
-        one, other = one["eval"]["toys"], other["eval"]["toys"]
-        assert one["kind"] == other["kind"] and one["samples"] == 10 and one["tokens"] == other["tokens"]
+    (again,) = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    last = [line for line in log_lines(out) if "eval" in line][-1]
+    for kind in ("train", "fixed"):
+        one, other = again["eval"]["toys"][kind], last["eval"]["toys"][kind]
+        assert one["samples"] == 10 and one["tokens"] == other["tokens"]
         assert one["per_modality"] == pytest.approx(other["per_modality"], rel=1e-5)  # whatever the batch size
 
 
@@ -141,9 +152,9 @@ def test_finetune_starts_from_given_weights(finished, tmp_path, source):
     config = write_run(tmp_path / "toys")
     output = run_here(config, "--finetune", path, "--eval", "--no_auto_resume", "--num_workers", "0")
     assert f"finetune: {len(weights)} of {len(weights)} tensors" in output
-    found = [json.loads(line) for line in (tmp_path / "toys" / "out" / "eval.jsonl").read_text().splitlines()]
-    expected = [line for line in log_lines(out) if "eval" in line][-1]
-    assert found[-1]["eval"]["toys"]["loss"] == pytest.approx(expected["eval"]["toys"]["loss"], rel=1e-6)
+    found = json.loads((tmp_path / "toys" / "out" / "eval.jsonl").read_text())["eval"]["toys"]
+    expected = [line for line in log_lines(out) if "eval" in line][-1]["eval"]["toys"]
+    assert found["fixed"]["loss"] == pytest.approx(expected["fixed"]["loss"], rel=1e-6)
 
 
 def test_finetune_to_more_modalities_says_what_is_new(finished, tmp_path):
@@ -200,3 +211,43 @@ def test_a_new_run_does_not_mix_with_an_old_one(finished, tmp_path):
     config, out, _ = finished
     with pytest.raises(UserError, match="step-00000024 of an earlier run"):
         run_here(config, "--no_auto_resume")
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    config = write_run(tmp_path / "toys", save_every_minutes=1e-9)
+    process = start(config)
+    while not (tmp_path / "toys" / "out" / "checkpoints").exists():
+        assert process.poll() is None
+    with pytest.raises(UserError, match="out is in use by another process"):
+        run_here(config)
+    assert process.wait(timeout=60) == 0
+
+
+def test_eval_needs_weights_and_data(tmp_path):
+    config = write_run(tmp_path / "toys")
+    with pytest.raises(UserError, match="no weights to evaluate"):
+        run_here(config, "--eval")
+    content = yaml.safe_load((tmp_path / "toys" / "data.yaml").read_text())
+    content["val"]["datasets"]["toys"] |= {"in_domains": "caption-rgb@32-det-tok_rgb@32", "out_domains": "rgb@32"}
+    (tmp_path / "toys" / "data.yaml").write_text(yaml.safe_dump(content | {"val": {"datasets": {}}}))
+    with pytest.raises(UserError, match="nothing to evaluate"):
+        run_here(config, "--eval")
+
+
+def test_bad_samples_show_in_the_log(tmp_path):
+    config = write_run(tmp_path / "toys", max_bad_fraction=0.5, epochs=1, warmup_epochs=0)
+    for path in sorted((tmp_path / "toys" / "val" / "tok_rgb").rglob("*.npy"))[:2]:
+        path.write_bytes(b"no array")
+    output = run_here(config)
+    (line,) = [line for line in log_lines(tmp_path / "toys" / "out") if "eval" in line]
+    assert line["eval"]["toys"]["fixed"]["bad_samples"] == {"toys: corrupt member": 2}
+    assert line["eval"]["toys"]["fixed"]["samples"] == 8 and "bad samples" in output
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_trains_as_the_cpu_does(finished, tmp_path):
+    config = write_run(tmp_path / "toys")
+    run(config, "--device", "cuda")
+    found, expected = losses(tmp_path / "toys" / "out"), losses(finished[1])
+    assert all(math.isclose(found[step], expected[step], rel_tol=1e-3) for step in range(1, 13))
