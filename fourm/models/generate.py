@@ -197,7 +197,7 @@ class GenerationSampler(nn.Module):
                     )
             if isinstance(scale, Sequence) and len(scale) != max(len(cond_dicts), 1):
                 raise UserError(f"schedule: cfg_scale {scale} must have a weight for each condition")
-            if info[target]["type"] == "seq_token" and len(sentinels_of(info[target])) < 2:
+            if info[target]["type"] != "img" and len(sentinels_of(as_modality(target, info[target]))) < 2:
                 raise UserError(f"{target}: its codes leave no room for sentinels; raise vocab_offset and vocab_size")
             if info[target]["type"] == "img" and target in batch:
                 tokens, positions = batch[target]["input_mask"].shape[1], decoders[target].num_positions

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from fourm.data.modality_info import MODALITY_INFO, as_modality
+from fourm.models.token_sampling import LOWEST_TEMPERATURE
 from fourm.utils.errors import UserError, did_you_mean
 
 Schedule = Sequence[Mapping[str, Any]]
 """Steps with target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains."""
 
 IMAGE_SCHEMES, SEQUENCE_SCHEMES = ("maskgit", "roar"), ("autoregressive",)
-_LOWEST_TEMPERATURE = 1e-9
 
 
 def linear_schedule(num_steps: int, num_tokens: int) -> list[int]:
@@ -61,7 +61,7 @@ def temperatures(schedule: str, temperature: float, token_schedule: Sequence[int
         values = low + (temperature - low) * (1 - decoded) * u
     else:
         raise UserError(f"temp_schedules: '{schedule}' is none of constant, linear and onex:MIN:POWER")
-    return np.maximum(values, _LOWEST_TEMPERATURE).tolist()
+    return np.maximum(values, LOWEST_TEMPERATURE).tolist()
 
 
 def _is_number(text: str) -> bool:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fourm.utils.errors import UserError
 
+LOWEST_TEMPERATURE = 1e-9
+"""A schedule ends here rather than at 0, and means the same."""
+
 Seed = int | Sequence[int] | torch.Generator | None
 
 
@@ -73,7 +76,7 @@ class TokenSampler:
             The ids and their probabilities, (n,) each.
         """
         logits = logits.float()
-        if temperature == 0:
+        if temperature <= LOWEST_TEMPERATURE:
             confidence, ids = logits.max(-1)
             return ids, (confidence - logits.logsumexp(-1)).exp()
         probabilities = (self.filter(logits) / temperature).softmax(-1)

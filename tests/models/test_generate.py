@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from fourm.models.generate import (
     GenerationSampler,
@@ -9,18 +12,28 @@ from fourm.models.generate import (
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
+from fourm.utils.errors import UserError
 from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
 
 S1, S2, EOS = 5, 6, 3
 ROOM = 11
+SPECIAL = ["[PAD]", "[UNK]", "[SOS]", "[EOS]", *(f"[S_{i}]" for i in range(6))]
+TOKENIZER = Tokenizer(WordLevel({word: i for i, word in enumerate(SPECIAL + [f"w{i}" for i in range(10, 50)])}))
+TOKENIZER.pre_tokenizer = WhitespaceSplit()
+MODALITIES = {**DECLARATIONS, "codes": {"type": "seq_token", "vocab_size": 30, "max_tokens": 5, "vocab_offset": 10}}
 
 
 @pytest.fixture(scope="module", params=["gelu", "swiglu_qknorm_registers"])
 def model(request):
     options = {} if request.param == "gelu" else {**SWIGLU, "qk_norm": True, "num_register_tokens": 3}
-    return toy_model(4, **options, modalities=DECLARATIONS, share_embedding=True).eval()
+    model = toy_model(4, **options, modalities=MODALITIES, share_embedding=request.param == "gelu").eval()
+    model.decoder_embeddings["text"].to_logits.weight.data[S2] *= 2  # samples end, at different times
+    return model
+
+
+def generate(model, batch, plan, **options):
+    return GenerationSampler(model).generate(batch, plan, text_tokenizer=TOKENIZER, **options)
 
 
 def inputs(model, batch_size=4, seed=0):
@@ -69,13 +82,11 @@ def conditions(model, batch, scale, domains=("pixels",)):
 def test_captions_are_those_of_the_plain_method(model, scale):
     batch = with_target(model, inputs(model), "text", ROOM + 1)
     steps = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], scale)
-    out = GenerationSampler(model).generate(batch, steps, seed=0)
-    lengths = set()
+    out = generate(model, batch, steps, seed=0)
     for b in range(4):
         expected = reference.write(model, conditions(model, one(inputs(model), b), scale), "text", [S1], ROOM, S2)
         assert valid(out["text"], b) == expected
-        lengths.add(len(expected))
-    assert lengths != {0}
+    assert len({len(valid(out["text"], b)) for b in range(4)}) > 1, "samples should end at different times"
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
@@ -83,7 +94,7 @@ def test_captions_are_those_of_the_plain_method(model, scale):
 def test_images_are_those_of_the_plain_method(model, scheme, steps, scale):
     batch = with_target(model, inputs(model), "grid", 16)
     plan = schedule(model, ["grid"], [scheme], [16], [steps], scale)
-    out = GenerationSampler(model).generate(batch, plan, seed=7)
+    out = generate(model, batch, plan, seed=7)
     counts = [step["num_tokens"] for step in plan]
     for b in range(4):
         expected = reference.paint(
@@ -91,3 +102,247 @@ def test_images_are_those_of_the_plain_method(model, scheme, steps, scale):
         )  # fmt: skip
         assert out["grid"]["tensor"][b].tolist() == expected.tolist()
     assert not out["grid"]["input_mask"].any() and out["grid"]["target_mask"].all()
+
+
+def with_text(model, batch, ids=(20, 21, 22, EOS)):
+    tensor = torch.tensor([[*ids, 0, 0]] * len(batch["pixels"]["tensor"]))
+    tensor[1:, 1] = EOS  # shorter in all samples but the first
+    return init_full_input_modality({**batch, "text": {"tensor": tensor}}, model.modality_info, "text", "cpu")
+
+
+@pytest.mark.parametrize("domains", [("text",), ("vectors", "codes"), ("pixels", "text", "vectors")])
+def test_guidance_empties_every_kind_of_modality(model, domains):
+    batch = with_text(model, inputs(model, 2))
+    plan = schedule(model, ["grid"], ["roar"], [16], [2], 2.5, cond=domains)
+    out = generate(model, with_target(model, batch, "grid", 16), plan, seed=1)
+    for b in range(2):
+        pairs = conditions(model, one(batch, b), 2.5, domains)
+        assert (
+            out["grid"]["tensor"][b].tolist() == reference.paint(model, pairs, "grid", [8, 8], 1 + b, "roar").tolist()
+        )
+
+
+@pytest.mark.parametrize(("target", "scheme"), [("grid", "roar"), ("grid", "maskgit"), ("text", "autoregressive")])
+def test_several_weighted_conditions_are_the_published_sum(model, target, scheme):
+    weights, tokens = [2.0, -0.7], {"grid": 16, "text": ROOM}[target]
+    steps = schedule(model, [target], [scheme], [tokens], [4], weights)
+    batch = inputs(model, 2)
+    for b in range(2):
+        emptied = [("pixels", "vectors"), ("vectors",), ("pixels",)]
+        uncond, *conds = (reference.emptied(model, one(batch, b), domains) for domains in emptied)
+        pairs = list(zip([0, *weights], (uncond, *conds), strict=True))
+        found = GenerationSampler(model).generate_multi_guided(uncond, conds, steps, text_tokenizer=TOKENIZER, seed=3)
+        if target == "text":
+            assert valid(found["text"]) == reference.write(model, pairs, "text", [S1], ROOM, S2)
+        else:
+            expected = reference.paint(model, pairs, "grid", [4] * 4, 3, scheme)
+            assert found["grid"]["tensor"][0].tolist() == expected.tolist()
+
+
+def text_row(inputs, room=ROOM):
+    return {"text": reference.sequence_entry(inputs, [S1, *[0] * (room - 1)])}
+
+
+def test_spans_are_written_into_their_places_and_every_sample_has_its_own_end(model):
+    rows = [[20, S1, 21, S2, 22, EOS], [S1], [20, S1]]
+    batch = inputs(model, 3)
+    entries = [text_row(row + [0] * (6 - len(row)))["text"] for row in rows]
+    for row, entry in zip(rows, entries, strict=True):
+        entry["input_mask"][0, len(row) :] = True
+    entry = {key: torch.cat([entry[key] for entry in entries]) for key in entries[0]}
+    out = generate(model, {**batch, "text": entry}, schedule(
+        model, ["text"], ["autoregressive"], [ROOM], [1]), seed=0)  # fmt: skip
+    for b, row in enumerate(rows):
+        end = [S2 + 1, S2, S2][b]
+        expected = reference.write(model, [(1.0, one(batch, b))], "text", row, ROOM, end)
+        assert valid(out["text"], b) == expected
+
+
+CHAIN = {
+    "targets": ["grid", "text", "global"], "schemes": ["roar", "autoregressive", "maskgit"], "tokens": [16, ROOM, 4],
+    "steps": [3, 1, 2], "scales": 2.0, "temperature": 1.3, "cfg_grow_conditioning": True,
+}  # fmt: skip
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[m][k], b[m][k]) for m in a for k in a[m])
+
+
+def test_a_sample_does_not_depend_on_its_batch(model):
+    batch, plan, seeds = inputs(model), schedule(model, **CHAIN), [3, 1, 4, 1]
+    together = generate(model, batch, plan, top_p=0.95, seed=seeds)
+    for b in range(4):
+        alone = generate(model, one(batch, b), plan, top_p=0.95, seed=seeds[b])
+        for target in CHAIN["targets"]:
+            assert valid(together[target], b) == valid(alone[target])
+    lengths = {len(valid(together["text"], b)) for b in range(4)}
+    assert len(lengths) > 1, "samples should end at different times"
+
+
+def test_seeds_reproduce_and_generators_do_too(model):
+    batch, plan = inputs(model), schedule(model, **CHAIN)
+    generators = (torch.Generator().manual_seed(2) for _ in range(2))
+    first, again = (generate(model, batch, plan, seed=generator) for generator in generators)
+    assert same(first, again)
+    assert not same(first, generate(model, batch, plan, seed=0))
+    assert not torch.equal(
+        generate(model, batch, plan)["grid"]["tensor"], generate(model, batch, plan)["grid"]["tensor"]
+    )
+
+
+def test_steps_are_snapshots_and_the_input_stays_as_it_is(model):
+    batch = with_target(model, inputs(model), "text", ROOM + 1)
+    before = {name: {k: value.clone() for k, value in entry.items()} for name, entry in batch.items()}
+    plan, sampler = schedule(model, **CHAIN), GenerationSampler(model)
+    known = [
+        (~step["grid"]["input_mask"]).sum().item()
+        for step in list(sampler.generate_iter(batch, plan, text_tokenizer=TOKENIZER, seed=0))
+    ]
+    assert known == [4 * n for n in (6, 11, 16, 16, 16, 16)]
+    assert same(batch, before)
+    *_, last = sampler.generate_iter(batch, plan, text_tokenizer=TOKENIZER, seed=0)
+    assert same(last, generate(model, batch, plan, seed=0))
+    last["grid"]["tensor"][0, 0] = 1  # an ordinary tensor
+
+
+def test_without_steps_the_batch_comes_back(model):
+    batch = inputs(model)
+    assert same(generate(model, batch, []), batch)
+
+
+def test_every_target_of_a_chain_has_fresh_randomness():
+    declarations = {**DECLARATIONS, "again": DECLARATIONS["grid"]}
+    names = {"domains_in": [*declarations], "domains_out": ["grid", "again"], "modalities": declarations}
+    model = toy_model(**names).eval()
+    for name in ("grid", "again"):
+        torch.nn.init.zeros_(model.decoder_embeddings[name].to_logits.weight)  # every token is as likely
+    plan = schedule(model, ["grid", "again"], ["roar"] * 2, [16] * 2, [2] * 2, temperature=1.0)
+    out = generate(model, inputs(model), plan, seed=0)
+    assert (out["grid"]["tensor"] != out["again"]["tensor"]).float().mean() > 0.8
+    assert len(out["grid"]["tensor"].unique()) > 20
+
+
+@pytest.mark.parametrize("scheme", ["roar", "maskgit"])
+def test_only_targets_of_a_partly_known_image_change(model, scheme):
+    batch = with_target(model, inputs(model), "grid", 16)
+    known = torch.arange(16) < torch.tensor([[0], [5], [12], [16]])
+    ids = torch.arange(16, dtype=torch.int16).view(4, 4).expand(4, 4, 4)
+    batch["grid"] = {"tensor": ids, "input_mask": ~known, "target_mask": known}
+    out = generate(model, batch, schedule(model, ["grid"], [scheme], [16], [4]), seed=0)["grid"]
+    assert out["tensor"].shape == (4, 4, 4)
+    assert (out["tensor"] == ids).flatten(1)[known].all()
+    assert not (out["tensor"] == ids).flatten(1)[~known].all()
+    assert out["target_mask"].all() and not out["input_mask"].any()
+
+
+def test_a_row_with_more_room_than_the_model_has_positions():
+    model = toy_model().eval()
+    model.decoder_embeddings["text"].to_logits.weight.data[:10] = 0  # neither sentinel nor end
+    batch = with_target(model, inputs(model, 2), "text", 40)
+    plan = [{**schedule(model, ["text"], ["autoregressive"], [12], [1])[0], "num_tokens": None}]
+    out = generate(model, batch, plan, seed=0)
+    assert max(len(valid(out["text"], b)) for b in range(2)) == 11  # [S_1] is the twelfth
+
+
+def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
+    calls = {"cross": 0, "embedded": 0, "encoded": 0, "decoded": []}
+
+    def count(name):
+        return lambda *_: calls.__setitem__(name, calls[name] + 1)
+
+    hooks = [
+        model.decoder[0].cross_attn.kv.register_forward_hook(count("cross")),
+        model.encoder_embeddings["pixels"].register_forward_hook(count("embedded")),
+        model.encoder[0].register_forward_hook(count("encoded")),
+        model.decoder[0].mlp.register_forward_hook(
+            lambda _, args, __: calls["decoded"].append(tuple(args[0].shape[:2]))
+        ),
+    ]
+    try:
+        plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], 2.0, temperature=2.0)
+        rooms = torch.tensor([[4], [6], [6], [11]])
+        batch = with_target(model, inputs(model), "text", ROOM + 1)
+        batch["text"]["target_mask"] = (torch.arange(ROOM + 1) < 1) | (torch.arange(ROOM + 1) > rooms)
+        generate(model, batch, plan, seed=0)
+        assert (calls["cross"], calls["embedded"], calls["encoded"]) == (1, 2, 1)
+        alive = [(rooms > index).sum().item() for index in range(1, ROOM)]
+        assert calls["decoded"] == [(2 * count, 1) for count in alive], "two conditions; what has ended leaves"
+        calls.update(embedded=0, encoded=0, decoded=[])
+        generate(model, inputs(model), schedule(model, ["grid"], ["roar"], [16], [4], 2.0), seed=0)
+        assert (calls["embedded"], calls["encoded"], calls["decoded"]) == (2, 4, [(8, 4)] * 4)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_a_model_in_training_generates_without_its_noise_and_goes_on_training():
+    model = toy_model(drop_path_rate_encoder=0.9, drop_path_rate_decoder=0.9)
+    plan, batch = schedule(model, ["grid", "text"], ["maskgit", "autoregressive"], [16, ROOM], [2, 1]), inputs(model)
+    out = GenerationSampler(model.train()).generate(batch, plan, seed=0)
+    assert model.training and model.decoder[0].training
+    assert same(out, GenerationSampler(model.eval()).generate(batch, plan, seed=0))
+
+
+def test_half_precision_generates_nearly_the_same(model):
+    batch, plan = inputs(model), schedule(model, ["grid"], ["roar"], [16], [4])
+    full, half = (GenerationSampler(model, dtype).generate(batch, plan, seed=0) for dtype in (None, torch.bfloat16))
+    assert (full["grid"]["tensor"] == half["grid"]["tensor"]).float().mean() > 0.7
+
+
+def test_a_target_that_cannot_be_an_input():
+    declared = {"domains_in": ["pixels", "vectors", "codes"], "domains_out": ["grid"]}
+    model = toy_model(**declared).eval()
+    plan = schedule(model, ["grid"], ["maskgit"], [16], [3])
+    out = generate(model, inputs(model), plan, seed=0)
+    assert not out["grid"]["input_mask"].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target_domain": "txt"}, "'txt' cannot be generated .*text"),
+        ({"scheme": "maskgit"}, "text is a sequence"),
+        ({"num_tokens": 13}, "text has 12 positions, fewer than the 13"),
+        ({"cfg_scale": 2.0, "cfg_cond_domains": []}, "guidance of text needs cond_domains"),
+        ({"cfg_cond_domains": ["grid"]}, "'grid', which is not among the inputs"),
+        ({"cfg_scale": [1.0, 2.0]}, "a weight for each condition"),
+    ],
+)
+def test_a_schedule_that_cannot_be_followed_is_one_clear_error(model, change, message):
+    steps = [{**schedule(model, ["text"], ["autoregressive"], [ROOM], [1])[0], **change}]
+    with pytest.raises(UserError, match=message):
+        GenerationSampler(model).generate_iter(inputs(model), steps)
+
+
+def test_codes_without_sentinels_cannot_be_written():
+    model = toy_model(modalities=DECLARATIONS).eval()
+    plan = schedule(model, ["codes"], ["autoregressive"], [5], [1])
+    with pytest.raises(UserError, match="codes: its codes leave no room for sentinels"):
+        generate(model, inputs(model), plan)
+
+
+def test_inputs_that_do_not_fit_are_one_clear_error(model):
+    plan, sampler = schedule(model, ["grid"], ["roar"], [16], [1]), GenerationSampler(model)
+    batch = inputs(model)
+    for wrong, message in (
+        ({}, "at least one"),
+        ({**batch, "text": {"tensor": torch.zeros(4, 3, dtype=torch.long)}}, "text: its masks are missing"),
+        ({**batch, "vectors": one(batch, 0)["vectors"]}, "same number of samples"),
+        (with_target(model, batch, "grid", 15), "grid: the batch has 15 tokens, the model 16 positions"),
+    ):
+        with pytest.raises(UserError, match=message):
+            sampler.generate(wrong, plan)
+    with pytest.raises(UserError, match="cond_dicts is empty"):
+        sampler.generate_multi_guided(batch, [], plan)
+
+
+def test_dense_answers_become_one_sequence(model):
+    batch = with_target(model, inputs(model, 1), "text", ROOM + 1)
+    plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=1.0)
+    sampler = GenerationSampler(model)
+    dense = sampler.generate_sam_dense(batch, plan, TOKENIZER, batch_size=3, key="text", seed=5)
+    answers = [valid(generate(model, batch, plan, seed=5 + i)["text"]) for i in range(3)]
+    assert valid(dense["text"]) == [token for answer in answers for token in answer if token != EOS] + [EOS]
+    rows = {key: value.repeat(3, 1) for key, value in batch["text"].items()}
+    chunks = sampler.generate_sam_dense({**batch, "text": rows}, plan, TOKENIZER, batch_size=2, key="text", seed=5)
+    assert same(dense, chunks)
