@@ -6,7 +6,11 @@ from safetensors.torch import load_file
 
 from tests.train.toy_run import log_lines, losses, run, run_here, write_run
 
-OPTIONS = {"epoch_size": 64, "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}}
+# No warm-up: published schedules count it in micro-batches, of which one process has twice as many.
+OPTIONS = {
+    "epoch_size": 64, "warmup_epochs": 0,
+    "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
+}  # fmt: skip
 
 
 @pytest.mark.dist
@@ -20,16 +24,16 @@ def test_two_processes_train_as_one_that_accumulates(tmp_path):
     expected, found = (losses(config.parent / "out") for config in configs)
     assert list(expected) == list(found) == list(range(1, 17))
     for step, loss in expected.items():
-        assert found[step] == pytest.approx(loss, rel=1e-4), step
+        assert found[step] == pytest.approx(loss, rel=1e-5), step
     evaluations = [[line["eval"]["toys"] for line in log_lines(c.parent / "out") if "eval" in line] for c in configs]
     for single, double in zip(*evaluations, strict=True):
         for kind in ("train", "fixed"):
             one, two = single[kind], double[kind]
             assert two["samples"] == one["samples"] == 10 and two["tokens"] == one["tokens"]
-            assert two["per_modality"] == pytest.approx(one["per_modality"], rel=1e-4)
+            assert two["per_modality"] == pytest.approx(one["per_modality"], rel=1e-5)
     weights = [load_file(config.parent / "out" / "model.safetensors") for config in configs]
     for name, tensor in weights[0].items():
-        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
 
 
 @pytest.mark.dist
