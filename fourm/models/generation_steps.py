@@ -92,12 +92,12 @@ class StepOptions:
 
     Attributes:
         domain: the target.
-        num_tokens: how many tokens; of a sequence the most, None = as many as its row has room for.
+        num_tokens: how many tokens to decode; of a sequence the most, None = as many as there is room for.
         temperature: see :class:`TokenSampler`.
         sampler: draws the tokens.
         noise: of each sample.
         sentinels: of a sequence.
-        most_tokens: of a sequence: where it ends at the latest.
+        most_tokens: the model has positions for so many tokens of a sequence.
     """
 
     domain: str
@@ -181,7 +181,8 @@ def decode_sequence(conditions: Conditions, entry: Entry, step: StepOptions) -> 
     targets = [row[~mask].tolist() for row, mask in zip(tensor, entry["target_mask"].bool(), strict=True)]
     starts = [row[0] if row and row[0] != PAD_ID else first for row in targets]
     ends = [_end_token(*rows, step.sentinels) for rows in zip(inputs, targets, strict=True)]
-    rooms = [min(len(row), step.most_tokens, step.num_tokens or len(row)) for row in targets]
+    most = min(step.num_tokens or step.most_tokens, step.most_tokens)
+    rooms = [min(len(row), 1 + most) for row in targets]
     with torch.inference_mode():
         written = _write(conditions, step, starts, ends, rooms)
     return merged(inputs, written, step.sentinels, tensor.device)
@@ -197,7 +198,12 @@ def _end_token(inputs: list[int], targets: list[int], sentinels: list[int]) -> i
 def _write(
     conditions: Conditions, step: StepOptions, starts: list[int], ends: list[int], rooms: list[int]
 ) -> list[list[int]]:
-    """The sequences, each from its start to its end token; what has ended leaves the batch."""
+    """The sequences, each from its start to its end token; what has ended leaves the batch.
+
+    Args:
+        starts, ends: first and last token of each sequence.
+        rooms: most tokens of each, the first one included.
+    """
     model, context = conditions.model, conditions.context()
     device, copies = context[0].device, len(conditions.weights)
     cache = DecoderCache(model, *context, max([*rooms, 2]) - 1)

@@ -58,10 +58,13 @@ def test_table_has_one_aligned_row_per_modality():
 def test_log_is_split_into_training_and_fixed_evaluations(tmp_path):
     lines = [
         {"step": 10, "epoch": 0, "loss": 5.0},
-        {"step": 12, "epoch": 0, "eval": {"a": {"per_modality": {"det": 1}, "kind": "train"}}},
-        {"step": 12, "epoch": 0, "eval": {"a": {"per_modality": {"det": 2}, "kind": "fixed"}}},
+        {
+            "step": 12,
+            "epoch": 0,
+            "eval": {"a": {"train": {"per_modality": {"det": 1}}, "fixed": {"per_modality": {"det": 2}}}},
+        },
     ]
     (tmp_path / "log.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
     training, evaluations = report.read_log(tmp_path)
     assert [line["loss"] for line in training] == [5.0]
-    assert evaluations == [{"step": 12, "per_modality": {"det": 2}, "kind": "fixed"}]
+    assert evaluations == [{"step": 12, "per_modality": {"det": 2}}]

