@@ -187,7 +187,7 @@ class Run:
 
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = lock_folder(self.folder)
+        lock_folder(self.folder)
         remove_unfinished(self.checkpoints)
 
     def _batches(self) -> Iterator[Batch]:

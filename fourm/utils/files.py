@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import io
 import os
 import shutil
 from collections.abc import Iterator
@@ -38,20 +37,20 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def lock_folder(folder: str | Path) -> io.IOBase:
-    """Make ``folder`` this process's own, until it ends or closes the result; on disks without locks it does nothing.
+def lock_folder(folder: str | Path) -> None:
+    """Make ``folder`` this process's own until it ends; on disks without locks this does nothing.
 
     Raises:
         UserError: another process has it.
     """
-    file = open(Path(folder) / ".lock", "w")
+    descriptor = os.open(Path(folder) / ".lock", os.O_RDWR | os.O_CREAT)
     try:
         # A POSIX lock is the process's, not the file's: child processes do not keep it.
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
+        os.close(descriptor)
         if error.errno in (errno.EACCES, errno.EAGAIN):
             raise UserError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
-    return file
 
 
 def _sync(path: Path, recurse: bool = True) -> None:
