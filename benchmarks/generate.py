@@ -1,0 +1,156 @@
+"""Generation: cached and batched against the plain way, which runs everything again for every token and condition.
+
+``python benchmarks/generate.py`` prints JSON. Both variants share one model and take turns in one process; the plain way
+follows the loops of the published code: the encoder once per sequence or step and condition, a decoder pass over all
+tokens so far with logits for all of them. Both must generate the same tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fourm.models import FM, model_config
+from fourm.models.generate import (
+    GenerationSampler,
+    build_chained_generation_schedules,
+    init_empty_target_modality,
+    init_full_input_modality,
+)
+from fourm.models.generation_inputs import emptied
+from fourm.models.modality_embedding import Rows
+from fourm.models.token_selection import select_inputs
+
+RGB, IMAGE, TEXT = "rgb@224", "tok_rgb@224", "caption"
+START = 5
+Conditions = Sequence[tuple[float, Any]]
+
+
+def encode(model: FM, batch: Any) -> tuple[Tensor, Tensor]:
+    """→ context and its padding."""
+    modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
+    x, emb, padding = model.embed_encoder(batch, select_inputs(batch, modalities))
+    return model.context(model.encode(x + emb, padding), emb), padding
+
+
+def decode(model: FM, domain: str, context: Any, ids: Tensor, position: Tensor, causal: bool) -> Tensor:
+    """Logits (1, K, V) of one condition."""
+    count = len(position)
+    rows = Rows(torch.zeros_like(position), torch.arange(count), position)
+    embedding = model.decoder_embeddings[domain]
+    y = sum(embedding(ids[None], rows, model.mask_token))[None]
+    mask = torch.ones(1, count, count, dtype=torch.bool).triu(1) & causal
+    return embedding.to_logits(model.decode(y, *context, mask))
+
+
+def weighted(logits: list[Tensor], conditions: Conditions) -> Tensor:
+    return logits[0] + sum(w * (found - logits[0]) for (w, _), found in zip(conditions[1:], logits[1:], strict=True))
+
+
+@torch.no_grad()
+def plain_caption(model: FM, conditions: Conditions, tokens: int) -> list[int]:
+    contexts = [encode(model, batch) for _, batch in conditions]
+    ids = torch.tensor([START])
+    for _ in range(tokens):
+        logits = [decode(model, TEXT, context, ids, torch.arange(len(ids)), causal=True) for context in contexts]
+        ids = torch.cat([ids, weighted(logits, conditions)[:, -1].argmax(-1)])
+    return ids.tolist()
+
+
+@torch.no_grad()
+def plain_image(model: FM, conditions: Conditions, counts: list[int], scheme: str, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    length = model.modality_info[IMAGE].max_tokens
+    ids, masked = torch.zeros(1, length, dtype=torch.long), torch.ones(1, length, dtype=torch.bool)
+    for count in counts:
+        order = torch.rand(2, length, generator=generator)[0]
+        position = order.masked_fill(~masked[0], 2.0).argsort()[: count if scheme == "roar" else int(masked.sum())]
+        known = {"tensor": ids, "input_mask": masked}
+        logits = [
+            decode(model, IMAGE, encode(model, {**batch, IMAGE: known}), ids[0], position, causal=False)
+            for _, batch in conditions
+        ]
+        confidence, found = weighted(logits, conditions)[0].softmax(-1).max(-1)
+        best = confidence.argsort(descending=True)[:count]
+        ids[0, position[best]], masked[0, position[best]] = found[best], False
+    return ids[0].tolist()
+
+
+def inputs(model: FM, given: str) -> dict[str, Any]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        RGB: torch.randn(1, 3, 224, 224, generator=generator),
+        TEXT: torch.randint(4204, 30000, (1, 20), generator=generator),
+    }
+    return init_full_input_modality({given: {"tensor": tensors[given]}}, model.modality_info, given, "cpu")
+
+
+def case(model: FM, given: str, target: str, tokens: int, scheme: str, steps: int, scale: float) -> dict[str, Callable]:
+    """Both ways of one task, → tokens."""
+    batch = inputs(model, given)
+    batch = init_empty_target_modality(batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, "cpu")
+    schedule = build_chained_generation_schedules(
+        [given], [target], [tokens], [scheme], [steps], ["linear"], [0.0], ["constant"], [scale], ["constant"]
+    )
+    counts = [step["num_tokens"] for step in schedule]
+    schedule = [{**step, "num_tokens": step["num_tokens"] if target == IMAGE else None} for step in schedule]
+    conditions = [(1.0, batch)] if scale == 1 else [(0.0, emptied(batch, model.modality_info, [given])), (scale, batch)]
+    sampler = GenerationSampler(model)
+
+    def ours() -> list[int]:
+        entry = sampler.generate(batch, schedule, seed=0)[target]
+        return entry["tensor"][~entry["input_mask"]].tolist()
+
+    if target == TEXT:
+        return {"cached": ours, "plain": lambda: plain_caption(model, conditions, tokens)[1:]}
+    return {"cached": ours, "plain": lambda: plain_image(model, conditions, counts, scheme, 0)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+
+    torch.manual_seed(0)
+    domains = [RGB, IMAGE, TEXT]
+    model = FM(model_config("fm_tiny_6e_6d_swiglu_nobias", domains, domains[1:])).eval()
+    # Neither end of text nor sentinels: a caption is as long as there is room.
+    model.decoder_embeddings[TEXT].to_logits.weight.data[:204] = 0
+    cases = {
+        **{f"rgb_to_caption_{n}": (RGB, TEXT, n, "autoregressive", 1, 1.0) for n in (64, 128, 256)},
+        "rgb_to_caption_256_guided": (RGB, TEXT, 256, "autoregressive", 1, 3.0),
+        "caption_to_image_roar_49_guided": (TEXT, IMAGE, 196, "roar", 49, 3.0),
+        "caption_to_image_maskgit_8": (TEXT, IMAGE, 196, "maskgit", 8, 1.0),
+    }
+    results = {}
+    for name, settings in cases.items():
+        ways = case(model, *settings)
+        seconds: dict[str, list[float]] = {way: [] for way in ways}
+        found = {}
+        for _ in range(arguments.repeats):
+            for way, run in ways.items():
+                start = time.perf_counter()
+                found[way] = run()
+                seconds[way].append(time.perf_counter() - start)
+        times = {way: median(values) for way, values in seconds.items()}
+        same = sum(a == b for a, b in zip(*found.values(), strict=True)) / len(found["cached"])
+        results[name] = {**times, "speed_up": times["plain"] / times["cached"], "same_tokens": same}
+    captions = {n: results[f"rgb_to_caption_{n}"]["cached"] for n in (64, 128, 256)}
+    report = {
+        "benchmark": "generate",
+        "seconds": results,
+        "cached_seconds_per_caption_token": {n: value / n for n, value in captions.items()},
+        "torch_threads": torch.get_num_threads(),
+    }
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()
