@@ -6,6 +6,7 @@ import json
 import math
 import os
 import pty
+import signal
 import struct
 import subprocess
 import termios
@@ -214,13 +215,15 @@ def test_a_new_run_does_not_mix_with_an_old_one(finished, tmp_path):
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
-    config = write_run(tmp_path / "toys", save_every_minutes=1e-9)
+    config = write_run(tmp_path / "toys", epochs=1000)
     process = start(config)
-    while not (tmp_path / "toys" / "out" / "checkpoints").exists():
+    while not (tmp_path / "toys" / "out" / "log.jsonl").exists():
         assert process.poll() is None
     with pytest.raises(UserError, match="out is in use by another process"):
         run_here(config)
-    assert process.wait(timeout=60) == 0
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM, output + errors
 
 
 def test_eval_needs_weights_and_data(tmp_path):
