@@ -24,6 +24,7 @@ class Encoder(nn.Module):
     Args:
         embeddings: modality → embedding module.
         drop_path_rates: one per block.
+        init_std: of the embedding vectors.
     """
 
     def __init__(
@@ -33,8 +34,10 @@ class Encoder(nn.Module):
         drop_path_rates: list[float],
         num_register_tokens: int,
         use_act_checkpoint: bool,
+        init_std: float = INIT_STD,
     ):
         super().__init__()
+        self.init_std = init_std
         self.use_act_checkpoint = use_act_checkpoint
         for embedding in embeddings.values():
             embedding.init(options.dim)
@@ -47,9 +50,9 @@ class Encoder(nn.Module):
 
     def init_weights(self) -> None:
         """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
-        init_weights(self)
+        init_weights(self, self.init_std)
         if self.num_register_tokens:
-            nn.init.normal_(self.register_tokens, std=INIT_STD)
+            nn.init.normal_(self.register_tokens, std=self.init_std)
 
     def embed_encoder(self, mod_dict: Batch, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """→ content and position + modality, (B, R + N, D) each, and the padding (B, R + N); registers go first."""

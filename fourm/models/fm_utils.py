@@ -218,8 +218,8 @@ class DecoderBlock(nn.Module):
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 
-def init_weights(model: nn.Module) -> None:
-    """Initialise all submodules of ``model`` (method section 3).
+def init_weights(model: nn.Module, std: float = INIT_STD) -> None:
+    """Initialise all submodules of ``model`` (method section 3), embedding vectors with ``std``.
 
     A tied output matrix is met twice, as an embedding first and as a linear map last, and so ends up Xavier-uniform.
     """
@@ -232,6 +232,8 @@ def init_weights(model: nn.Module) -> None:
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Embedding):
-            nn.init.normal_(module.weight, std=INIT_STD)
+            nn.init.normal_(module.weight, std=std)
+        elif hasattr(module, "reset_embedding"):
+            module.reset_embedding(std)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()

@@ -16,7 +16,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fourm.models.fm_utils import INIT_STD, init_weights
+from fourm.models.fm_utils import init_weights
 from fourm.utils.errors import UserError
 
 
@@ -76,7 +76,7 @@ class ModalityEmbedding(nn.Module):
             init_weights(self)
 
     def init(self, dim_tokens: int) -> None:
-        """Create the parameters at the width D of the model; their values come from :meth:`reset_parameters`."""
+        """Create the parameters at the width D of the model; their values come from :meth:`reset_embedding`."""
         self.mod_emb = nn.Parameter(torch.empty(1, 1, dim_tokens))
         table = torch.empty(1, math.prod(self.grid), dim_tokens)
         if self.sincos_pos_emb:
@@ -84,13 +84,13 @@ class ModalityEmbedding(nn.Module):
         else:
             self.pos_emb = nn.Parameter(table)
 
-    def reset_parameters(self) -> None:
+    def reset_embedding(self, std: float) -> None:
         """Initialise what this class holds itself."""
-        nn.init.normal_(self.mod_emb, std=INIT_STD)
+        nn.init.normal_(self.mod_emb, std=std)
         if self.sincos_pos_emb:
             self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1]))
         else:
-            nn.init.normal_(self.pos_emb, std=INIT_STD)
+            nn.init.normal_(self.pos_emb, std=std)
 
     def emb(self, position: Tensor) -> Tensor:
         """(n,) → position + modality vector (n, D)."""

@@ -289,3 +289,19 @@ def test_a_model_from_the_meta_device_is_a_whole_model():
     direct.init_weights()
     torch.testing.assert_close(model.state_dict(), direct.state_dict(), rtol=0, atol=0)
     assert count_parameters(model) == count_parameters(direct)  # ties included
+
+
+@pytest.mark.parametrize("std", [0.02, 0.5])
+def test_embedding_vectors_begin_with_init_std(std):
+    model = FM(
+        toy_config(dim=256, share_embedding=True, num_register_tokens=4, **({} if std == 0.02 else {"init_std": std}))
+    )
+    vectors = {"mask_token": model.mask_token, "register_tokens": model.register_tokens}
+    for name, embedding in model.encoder_embeddings.items():
+        vectors[name] = embedding.mod_emb
+    vectors["token_emb"] = model.encoder_embeddings["grid"].token_emb.weight
+    vectors["learned positions"] = model.encoder_embeddings["global"].pos_emb
+    for name, tensor in vectors.items():
+        assert tensor.std().item() == pytest.approx(std, rel=0.2), name
+    tied = model.decoder_embeddings["grid"].token_emb.weight  # ends as a linear map
+    assert tied.abs().max() <= (6 / (40 + 256)) ** 0.5 and model.encoder_embeddings["text"].pos_emb.abs().max() == 1
