@@ -123,7 +123,8 @@ def select_inputs(
     order = [*mod_dict, *modalities]
     inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
     if num_tokens is None:
-        num_tokens = int(torch.cat([candidates.valid for candidates in inputs.values()], dim=1).sum(1).max())
+        valid = torch.cat([candidates.valid for candidates in inputs.values()], dim=1)
+        num_tokens = max(int(valid.sum(1).max()), 1)  # of nothing at all, one padding token is left to attend to
     return _select(inputs, modalities, num_tokens)
 
 

@@ -5,9 +5,9 @@ Numbers are single words of the vocabulary: ``v0=17`` is number 17 in role 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -104,25 +104,39 @@ class DetectionTransform(AbstractTransform):
         return " ".join(words)
 
 
-def _bins(low: float, high: float):
-    return lambda value: min(max(int(49 * (value - low) / (high - low)), 0), 49)
+class Scale(NamedTuple):
+    """A value → the number that stands for it, and a number → a value that it stands for."""
+
+    encode: Callable[[float], int]
+    decode: Callable[[int], float]
+
+
+def _bins(low: float, high: float) -> Scale:
+    width = (high - low) / 49
+    return Scale(
+        lambda value: min(max(int(49 * (value - low) / (high - low)), 0), 49),
+        lambda number: min(low + width * (number + 0.5), high),
+    )
 
 
 def _count(value: float) -> int:
     return min(max(int(value), 0), 999)
 
 
+_COUNT = Scale(_count, lambda number: number)
+_SIDE = Scale(lambda value: _count(value // 32), lambda number: 32 * number)
+
 # In the order of the numbers that stand for the keys.
-_METADATA = {
-    "original_width": lambda value: _count(value // 32),
-    "original_height": lambda value: _count(value // 32),
-    "caption_n_chars": _count,
-    "caption_n_words": _count,
-    "caption_n_sentences": _count,
-    "n_humans": _count,
-    "n_sam_instances": _count,
-    "n_coco_instances": _count,
-    "coco_instance_diversity": _count,
+METADATA = {
+    "original_width": _SIDE,
+    "original_height": _SIDE,
+    "caption_n_chars": _COUNT,
+    "caption_n_words": _COUNT,
+    "caption_n_sentences": _COUNT,
+    "n_humans": _COUNT,
+    "n_sam_instances": _COUNT,
+    "n_coco_instances": _COUNT,
+    "coco_instance_diversity": _COUNT,
     "colorfulness": _bins(0, 150),
     "brightness": _bins(0, 255),
     "contrast": _bins(0, 127),
@@ -130,13 +144,13 @@ _METADATA = {
     "entropy": _bins(0, 10),
     "walkability": _bins(0, 1),
     "objectness": _bins(0, 1),
-    "semantic_diversity": _count,
+    "semantic_diversity": _COUNT,
     "geometric_complexity": _bins(0, 0.75),
     "occlusion_score": _bins(0, 0.25),
-    "watermark_score": lambda value: int(value >= 0.5),
-    "aesthetic_score": lambda value: int(value >= 4.5) + int(value >= 5.5),
+    "watermark_score": Scale(lambda value: int(value >= 0.5), lambda number: 0.25 + 0.5 * number),
+    "aesthetic_score": Scale(lambda value: int(value >= 4.5) + int(value >= 5.5), lambda number: 4.0 + number),
 }
-_METADATA_INDEX = {key: index for index, key in enumerate(_METADATA)}
+_METADATA_INDEX = {key: index for index, key in enumerate(METADATA)}
 
 
 @dataclass(frozen=True)
@@ -152,11 +166,11 @@ class MetadataTransform(AbstractTransform):
     def preprocess(self, value: Mapping[str, float]) -> list[str]:
         chunks = []
         for key, number in value.items():
-            if key not in _METADATA:
-                raise DataError(f"unknown metadata key '{key}'{did_you_mean(key, _METADATA)}")
+            if key not in METADATA:
+                raise DataError(f"unknown metadata key '{key}'{did_you_mean(key, METADATA)}")
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise DataError(f"metadata '{key}' must be a number, not {number!r}")
-            chunks.append(f"v1={_METADATA_INDEX[key]} v0={_METADATA[key](number)}")
+            chunks.append(f"v1={_METADATA_INDEX[key]} v0={METADATA[key].encode(number)}")
         return chunks
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
