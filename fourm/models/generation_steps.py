@@ -16,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourm.models.fm import FourM
@@ -70,8 +70,11 @@ class Conditions:
     def combine(self, y: Tensor) -> Tensor:
         """Decoder output (C·B, …) → the weighted sum over the conditions (B, …).
 
-        Logits are linear in it, so that this sum and that of the logits say the same, at a fraction of the cost.
+        Logits are linear in it, so that this sum and that of the logits say the same, at a fraction of the cost. The
+        weights add up to 1, so there is nothing to do for a single condition.
         """
+        if len(self.weights) == 1:
+            return y
         return torch.tensordot(self.weights, y.float().unflatten(0, (len(self.weights), -1)), dims=1)
 
 
@@ -207,6 +210,7 @@ def _write(
     model, context = conditions.model, conditions.context()
     device, copies = context[0].device, len(conditions.weights)
     cache = DecoderCache(model, *context, max([*rooms, 2]) - 1)
+    to_logits = _by_columns(model.decoder_embeddings[step.domain].to_logits)
     luck = step.noise.uniform(step.most_tokens).to(device)
     written = [[start] for start in starts]
     alive = list(range(len(written)))
@@ -220,11 +224,21 @@ def _write(
             alive = going
         ids = torch.tensor([written[i][-1:] for i in alive], device=device)
         y = cache.decode(conditions.embed_target(step.domain, ids, torch.full_like(ids, index)))
-        logits = model.decoder_embeddings[step.domain].to_logits(conditions.combine(y)[:, 0])
-        found, _ = step.sampler(logits, step.temperature, luck[alive, index])
+        found, _ = step.sampler(to_logits(conditions.combine(y)[:, 0]), step.temperature, luck[alive, index])
         for i, token in zip(alive, found.tolist(), strict=True):
             written[i].append(token)
     return written
+
+
+def _by_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
+    """A linear map without bias for one or two rows at a time.
+
+    A CPU then spends all its time on reading the matrix, which is more than twice as fast in this order.
+    """
+    if linear.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return linear
+    columns = linear.weight.t().contiguous()
+    return lambda x: x @ columns
 
 
 SCHEMES: Mapping[str, Callable[[Conditions, Entry, StepOptions], Entry]] = {

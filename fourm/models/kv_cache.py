@@ -26,7 +26,7 @@ class LayerCache:
     """
 
     def __init__(self, block: Any, context: Tensor, length: int):
-        self.context = block.keys_values(context)
+        self.context = KeysValues(*(part.contiguous() for part in block.keys_values(context)))
         batch, heads, _, width = self.context.keys.shape
         self._buffer = KeysValues(*(part.new_empty(batch, heads, length, width) for part in self.context))
         self._used = 0
@@ -56,7 +56,7 @@ class DecoderCache:
     def __init__(self, model: FourM, context: Tensor, padding: Tensor, length: int):
         self._model = model
         self._layers = [LayerCache(block, context, length) for block in model.decoder]
-        self._context_mask = attendable(padding)
+        self._context_mask = attendable(padding) if padding.any() else None
 
     def decode(self, y: Tensor) -> Tensor:
         """The next token of every sequence, embedded (B, 1, D) → decoder output (B, 1, D)."""
@@ -68,4 +68,5 @@ class DecoderCache:
         """Go on with these sequences only, (b,) indices."""
         for layer in self._layers:
             layer.keep(rows)
-        self._context_mask = self._context_mask[rows]
+        if self._context_mask is not None:
+            self._context_mask = self._context_mask[rows]
