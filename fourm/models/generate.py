@@ -181,7 +181,7 @@ class GenerationSampler(nn.Module):
         info, decoders = self.model.modality_info, self.model.decoder_embeddings
         check_schedule(schedule, {name: info[name] for name in decoders}, multi=bool(cond_dicts))
         for part in (batch, *cond_dicts):
-            for name in part.keys() & info.keys():
+            for name in sorted(part.keys() & info.keys()):
                 if not {"tensor", "input_mask", "target_mask"} <= part[name].keys():
                     raise UserError(f"{name}: its masks are missing; init_full_input_modality makes them")
         sizes = {len(entry["tensor"]) for part in (batch, *cond_dicts) for entry in part.values()}
@@ -226,8 +226,9 @@ class GenerationSampler(nn.Module):
             for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
                 modality = as_modality(target, info[target])
                 most = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
-                if target not in uncond:
-                    batches[0] = init_empty_target_modality(batches[0], info, target, len(some), most, some.device)
+                if target not in batches[0]:
+                    room = most if modality.type == "img" else most + 2  # [S_1] as input, and as the first target
+                    batches[0] = init_empty_target_modality(batches[0], info, target, len(some), room, some.device)
                 entry = dict(batches[0][target])
                 sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
                 for (weights, domains), alike in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):

@@ -43,11 +43,11 @@ class Conditions:
         modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
         embedded = [model.embed_encoder(batch, select_inputs(batch, modalities)) for _, batch in conditions]
         most = max(padding.shape[1] for *_, padding in embedded)
-        grown = [
-            (*(F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts), _grow(padding, most))
-            for *parts, padding in embedded
-        ]
-        self._x, self._emb, self._padding = (torch.cat(parts) for parts in zip(*grown, strict=True))
+        x, emb, padding = zip(*embedded, strict=True)
+        self._x, self._emb = (
+            torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts]) for parts in (x, emb)
+        )
+        self._padding = torch.cat([F.pad(part, (0, most - part.shape[1]), value=True) for part in padding])
         self.weights = torch.tensor([weight for weight, _ in conditions], device=self._x.device)
 
     def context(self) -> tuple[Tensor, Tensor]:
@@ -76,10 +76,6 @@ class Conditions:
         if len(self.weights) == 1:
             return y
         return torch.tensordot(self.weights, y.float().unflatten(0, (len(self.weights), -1)), dims=1)
-
-
-def _grow(padding: Tensor, length: int) -> Tensor:
-    return F.pad(padding, (0, length - padding.shape[1]), value=True)
 
 
 def _rows(position: Tensor) -> Rows:

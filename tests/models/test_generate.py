@@ -133,7 +133,7 @@ def test_several_weighted_conditions_are_the_published_sum(model, target, scheme
         pairs = list(zip([0, *weights], (uncond, *conds), strict=True))
         found = GenerationSampler(model).generate_multi_guided(uncond, conds, steps, text_tokenizer=TOKENIZER, seed=3)
         if target == "text":
-            assert valid(found["text"]) == reference.write(model, pairs, "text", [S1], ROOM, S2)
+            assert valid(found["text"]) == reference.write(model, pairs, "text", [S1], ROOM + 1, S2)
         else:
             expected = reference.paint(model, pairs, "grid", [4] * 4, 3, scheme)
             assert found["grid"]["tensor"][0].tolist() == expected.tolist()
@@ -203,6 +203,17 @@ def test_steps_are_snapshots_and_the_input_stays_as_it_is(model):
     *_, last = sampler.generate_iter(batch, plan, text_tokenizer=TOKENIZER, seed=0)
     assert same(last, generate(model, batch, plan, seed=0))
     last["grid"]["tensor"][0, 0] = 1  # an ordinary tensor
+
+
+def test_targets_may_take_turns(model):
+    grid, other = schedule(model, ["grid"], ["roar"], [16], [2]), schedule(model, ["global"], ["maskgit"], [4], [1])
+    out = generate(model, inputs(model), [grid[0], *other, grid[1]], seed=0)
+    in_a_row = generate(model, inputs(model), grid, seed=0)
+    assert not out["grid"]["input_mask"].any() and not out["global"]["input_mask"].any()
+    known = [
+        ~step["grid"]["input_mask"] for step in GenerationSampler(model).generate_iter(inputs(model), grid, seed=0)
+    ]
+    assert torch.equal(out["grid"]["tensor"][known[0]], in_a_row["grid"]["tensor"][known[0]])
 
 
 def test_without_steps_the_batch_comes_back(model):
