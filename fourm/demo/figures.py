@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from fourm.demo.report import Line
+from fourm.generation.plotting import class_colors
 from fourm.utils.errors import MissingDependency
 from fourm.utils.files import atomic_path
 
@@ -32,15 +33,6 @@ def _pyplot() -> Any:
 
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "text.color": _INK})
     return plt
-
-
-def class_colors(count: int) -> np.ndarray:
-    """(count, 3) uint8: grey for the ground, then hues spread by the golden ratio, in turn light and dark."""
-    from matplotlib.colors import hsv_to_rgb
-
-    index = np.arange(count - 1)
-    hsv = np.stack([index * 0.618 % 1, np.full(count - 1, 0.75), np.where(index % 2, 0.65, 0.95)], axis=-1)
-    return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
 
 
 def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], path: Path) -> None:

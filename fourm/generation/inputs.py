@@ -1,0 +1,160 @@
+"""Pictures, texts and boxes as a person gives them → a batch: the transforms of the data pipeline, without random crops."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from fourm.data.decoding import EncodedImage, decode_value
+from fourm.data.image_augmenter import center_crop
+from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, transforms_for
+from fourm.data.transforms.image import ImageTransform, image_size
+from fourm.generation.decoding import Tokenizers, kind_of
+from fourm.models.generate import init_full_input_modality
+from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
+from fourm.vq.crops import tokenizer_transform
+
+
+def find_modality(name: str, known: Mapping[str, Modality], role: str) -> str:
+    """The modality called ``name``, or whose name it abbreviates: ``depth`` → ``tok_depth@224``.
+
+    Pixels come before tokens, smaller pictures before larger ones.
+
+    Raises:
+        UserError: there is none.
+    """
+    if name in known:
+        return name
+    short = {candidate: candidate.split("@")[0] for candidate in known}
+    found = [candidate for candidate in known if short[candidate] in (name, f"tok_{name}")]
+    if not found:
+        raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, [*known, *short.values()])}")
+    return min(found, key=lambda m: (not known[m].is_pixels, known[m].input_size or 0))
+
+
+def make_batch(
+    samples: Sequence[Mapping[str, Any]],
+    modality_info: Mapping[str, Modality],
+    tokenizers: Tokenizers,
+    text_tokenizer: Tokenizer | None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """A batch that has all of ``samples`` as input.
+
+    Args:
+        samples: modality → value, all with the same modalities; see :func:`read_value`.
+
+    Raises:
+        UserError: a value that does not suit its modality.
+    """
+    names = list(samples[0])
+    for sample in samples:
+        if sample.keys() != set(names):
+            raise UserError(f"all samples need the same inputs: {', '.join(names)}, but one has {', '.join(sample)}")
+    batch: dict[str, Any] = {}
+    for name in names:
+        values = [read_value(sample[name], modality_info[name], tokenizers, text_tokenizer) for sample in samples]
+        batch[name] = {"tensor": _stack(values)}
+        batch = init_full_input_modality(batch, modality_info, name, device)
+    return batch
+
+
+def read_value(value: Any, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None) -> Tensor:
+    """One value as the model takes it, its centre square if it is a picture.
+
+    Args:
+        value: of pictures a file, a PIL image or an array; of tokens these, or ids; of texts a string, or what the
+            modality's files hold (boxes: ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``).
+
+    Raises:
+        UserError: it does not suit the modality.
+    """
+    try:
+        if modality.is_pixels:
+            return _pixels(value, transforms_for({modality.name: modality})[modality.name], modality.input_size)
+        if modality.type == "img":
+            return _tokens(value, modality, tokenizers)
+        if modality.type == "seq_emb":
+            return torch.as_tensor(value, dtype=torch.float32)
+        return _text(value, modality, text_tokenizer)
+    except UserError as error:
+        raise type(error)(f"{modality.name}: {error}") from error
+    except (TypeError, KeyError, ValueError, OSError) as error:
+        raise DataError(f"{modality.name}: {str(value)[:80]} cannot be read: {error}") from error
+
+
+def _pixels(value: Any, transform: Any, size: int | None) -> Tensor:
+    assert isinstance(transform, ImageTransform)
+    picture = transform.preprocess(_load(value))
+    crop = center_crop(image_size(picture))
+    target = None if size is None else (size, size)
+    pixels = transform.postprocess(transform.image_augment(picture, crop, False, None, target, None))
+    return torch.from_numpy(np.ascontiguousarray(pixels))
+
+
+def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
+    """Ids as they are, of stored crops the first; pictures through their tokenizer."""
+    value = _load(value)
+    if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
+        ids = torch.as_tensor(np.asarray(value)).long().reshape(-1, modality.max_tokens or 1)[0]
+        if ids.min() < 0 or ids.max() >= (modality.vocab_size or 0):
+            raise DataError(f"ids must be below {modality.vocab_size}, not {int(ids.min())} to {int(ids.max())}")
+        return ids
+    tokenizer = tokenizers.get(kind_of(modality))
+    if tokenizer is None:
+        raise UserError(f"a picture needs the tokenizer of {kind_of(modality)}; pass it in tokenizers, or pass ids")
+    transform = tokenizer_transform(tokenizer.config.modality, tokenizer.config.transform_options)
+    pixels = _pixels(value, transform, modality.input_size)
+    pixels = pixels if pixels.ndim == 3 else pixels[None]
+    return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()
+
+
+def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None) -> Tensor:
+    """Ids and [EOS], cut where training cuts them."""
+    if text_tokenizer is None:
+        raise UserError("texts need the text vocabulary; pass text_tokenizer")
+    value = _load(value) if isinstance(value, Path) else value
+    if not isinstance(value, str):
+        value = _written(value, modality)
+    ids = text_tokenizer.encode(value, add_special_tokens=False).ids
+    return torch.tensor([*ids, EOS_ID][: modality.max_tokens])
+
+
+def _written(value: Any, modality: Modality) -> str:
+    transform = MODALITY_TRANSFORMS.get(str(modality.transform), MODALITY_TRANSFORMS["caption"])
+    kind = kind_of(modality)
+    if kind == "det" and not isinstance(value, Mapping):
+        value = {"instances": value}
+    if kind == "color_palette" and not isinstance(value[0], Mapping):
+        return transform.postprocess(value)
+    chosen = transform.choose(transform.preprocess(value), np.random.default_rng(0))
+    text = transform.postprocess(chosen)
+    return text if isinstance(text, str) else " ".join(text)
+
+
+def _load(value: Any) -> Any:
+    """The content of a file; everything else as it is."""
+    if isinstance(value, (str, Path)):
+        path = Path(value)
+        if not path.is_file():
+            raise UserError(f"there is no file {value}")
+        value = decode_value(path.name, path.read_bytes())
+        return EncodedImage(value, False) if isinstance(value, bytes) else value
+    return np.asarray(value) if isinstance(value, Image.Image) and value.mode == "I;16" else value
+
+
+def _stack(values: Iterable[Tensor]) -> Tensor:
+    """Rows of ids are padded to the longest."""
+    values = list(values)
+    if values[0].ndim == 1:
+        return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=PAD_ID)
+    return torch.stack(values)

@@ -1,0 +1,280 @@
+"""Results → pictures: one plotter per kind, and contact sheets of them. The only place of this package with matplotlib."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fourm.generation.decoding import CLASSES, Decoded
+from fourm.utils.errors import MissingDependency, UserError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_INK, _FAINT, _EMPTY = "#222222", "#777777", "#f3f3f3"
+_CELL = 2.1  # side of a picture in inches
+_LETTERS = 36  # on a line of a cell of text
+_WIDE = 1.35  # columns of text are so much wider
+_TEXTS = ("caption", "metadata", "color_palette", "human_poses", "vectors")
+
+
+def plot(samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title: str = "") -> Figure:
+    """A contact sheet: a row per sample, a column per modality, in the order of the first sample.
+
+    Args:
+        samples: what ``Sampler`` or :func:`fourm.generation.decode` return; the keys are the titles of the columns.
+
+    Returns:
+        A figure; ``plot(samples).savefig("sheet.png")``.
+
+    Raises:
+        UserError: there is nothing to plot, or matplotlib is missing.
+    """
+    rows = [samples] if isinstance(samples, Mapping) else list(samples)
+    if not rows or not rows[0]:
+        raise UserError("plot: there is no sample to plot")
+    try:
+        from matplotlib.figure import Figure
+        from matplotlib.layout_engine import ConstrainedLayoutEngine
+    except ImportError as error:
+        raise MissingDependency("matplotlib", "plotting") from error
+    columns = [*rows[0]]
+    widths = [_WIDE if rows[0][name].kind in _TEXTS else 1.0 for name in columns]
+    classes = _classes_of(rows)
+    legend = 0.3 * -(-len(classes) // _per_line(sum(widths)))
+    height = len(rows) * _CELL * 1.04 + 0.35 + legend + (0.35 if title else 0)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    figure = Figure(figsize=(sum(widths) * _CELL, height), layout=layout, dpi=120)
+    grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"width_ratios": widths})
+    for axes_of_row, sample in zip(grid, rows, strict=True):
+        for axes, name, width in zip(axes_of_row, columns, widths, strict=True):
+            axes.set(xticks=[], yticks=[], box_aspect=1 / width)
+            axes.spines[:].set_visible(False)
+            if name in sample:
+                _draw(axes, sample[name], sample)
+    for axes, name in zip(grid[0], _titles(columns), strict=True):
+        axes.set_title(name, fontsize=9, color=_INK)
+    if classes:
+        _legend(figure, classes, _per_line(sum(widths)))
+    if title:
+        figure.suptitle(title, fontsize=11, color=_INK)
+    return figure
+
+
+def as_image(result: Decoded) -> np.ndarray | None:
+    """The picture of a result, (H, W, 3) uint8; None if it is none, such as a caption."""
+    if result.kind not in IMAGES:
+        return None
+    image = IMAGES[result.kind](result.value)
+    return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
+
+
+def class_colors(count: int) -> np.ndarray:
+    """(count, 3) uint8: grey for the first, then hues spread by the golden ratio, in turn light and dark."""
+    from matplotlib.colors import hsv_to_rgb
+
+    index = np.arange(count - 1)
+    hsv = np.stack([index * 0.618 % 1, np.full(count - 1, 0.75), np.where(index % 2, 0.65, 0.95)], axis=-1)
+    return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
+
+
+# Pictures.
+
+
+def _depth(depth: np.ndarray) -> np.ndarray:
+    """Near is red, far is blue, by the values between the 2nd and the 98th percentile; grey where nothing is known."""
+    import matplotlib
+
+    known = depth[np.isfinite(depth)]
+    low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
+    image = matplotlib.colormaps["Spectral"](np.nan_to_num((depth - low) / max(high - low, 1e-6)))[..., :3]
+    return np.where(np.isfinite(depth)[..., None], image, 0.5)
+
+
+def _classes(ids: np.ndarray) -> np.ndarray:
+    return np.where(ids[..., None] < 0, 255, class_colors(max(int(ids.max()) + 1, 1))[np.maximum(ids, 0)]).astype(
+        np.uint8
+    )
+
+
+def _edges(edges: np.ndarray) -> np.ndarray:
+    return np.repeat(1 - edges[..., None], 3, axis=-1)  # dark lines on white paper
+
+
+def _tokens(ids: np.ndarray) -> np.ndarray:
+    """A colour for each id; the same ids look the same everywhere."""
+    mixed = (np.maximum(ids, 0).astype(np.uint64)[..., None] + 1) * np.array(
+        [2654435761, 2246822519, 3266489917], np.uint64
+    )
+    colors = ((mixed % np.uint64(2**32)) >> np.uint64(24)).astype(np.float64) / 255
+    return np.where(ids[..., None] < 0, 1.0, 0.25 + 0.7 * colors)
+
+
+def _features(values: np.ndarray) -> np.ndarray:
+    """The first three principal components of (h, w, C) as red, green and blue."""
+    rows = np.nan_to_num(values.reshape(-1, values.shape[-1]).astype(np.float64))
+    rows = rows - rows.mean(0)
+    _, _, directions = np.linalg.svd(rows, full_matrices=False)
+    parts = rows @ directions[:3].T
+    parts = np.pad(parts, [(0, 0), (0, 3 - parts.shape[1])])
+    low, high = np.percentile(parts, [1, 99], axis=0)
+    return ((parts - low) / np.maximum(high - low, 1e-9)).reshape(*values.shape[:2], 3)
+
+
+IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "rgb": lambda image: image,
+    "depth": _depth,
+    "normal": lambda normals: (normals + 1) / 2,
+    "semseg": _classes,
+    "semseg_coco": _classes,
+    "canny_edge": _edges,
+    "sam_edge": _edges,
+    "tokens": _tokens,
+    "feature": _features,
+}
+"""Kind → its value as a picture (H, W, 3), uint8 or in [0, 1]."""
+
+
+# What is drawn rather than shown. A plotter gets the axes, the value, and the sample that it belongs to.
+
+
+def _caption(axes: Axes, text: str, sample: Mapping[str, Decoded]) -> None:
+    lines = textwrap.wrap(text, _LETTERS, max_lines=11, placeholder=" …") or ["(nothing)"]
+    quoted = [f"“{lines[0]}", *lines[1:]]
+    _write(axes, "\n".join(quoted) + "”", style="italic")
+
+
+def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
+    """On the sample's picture if there is one, faded, else on paper."""
+    from matplotlib.patches import Rectangle
+
+    height, width = _paper(axes, sample)
+    names = sorted({box["class_name"] for box in boxes})
+    colors = class_colors(len(names) + 1)[1:] / 255
+    for box in boxes:
+        color = colors[names.index(box["class_name"])]
+        xmin, ymin, xmax, ymax = (c * side - 0.5 for c, side in zip(box["boxes"], (width, height) * 2, strict=True))
+        axes.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, color=color, lw=1.6))
+        axes.text(
+            xmin, max(ymin, 0.08 * height), box["class_name"], fontsize=6, va="bottom", clip_on=True,
+            color=_INK if color @ (0.3, 0.6, 0.1) > 0.55 else "white",
+            bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
+        )  # fmt: skip
+
+
+def _instances(axes: Axes, points: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
+    """Query points, and the boxes of their polygons."""
+    height, width = _paper(axes, sample)
+    colors = class_colors(len(points) + 1)[1:] / 255
+    boxes = [(*polygon["box"], color) for p, color in zip(points, colors, strict=True) for polygon in p["polygons"]]
+    for xmin, ymin, xmax, ymax, color in boxes:
+        corners = np.array([(xmin, ymin), (xmax, ymin), (xmax, ymax), (xmin, ymax), (xmin, ymin)])
+        axes.plot(*(corners * (width, height) - 0.5).T, color=color, lw=1.2)
+    for point, color in zip(points, colors, strict=True):
+        row, column = (c / 224 * side for c, side in zip(point["point"], (height, width), strict=True))
+        axes.plot(column, row, "o", ms=4, color=color, mec="white")
+
+
+def _palette(axes: Axes, colors: list[list[int]], sample: Mapping[str, Decoded]) -> None:
+    from matplotlib.patches import Rectangle
+
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    for i, color in enumerate(colors):
+        left = i / len(colors)
+        axes.add_patch(Rectangle((left, 0.35), 0.96 / len(colors), 0.45, color=np.array(color) / 255, lw=0))
+        axes.text(
+            left + 0.48 / len(colors), 0.32, "#{:02x}{:02x}{:02x}".format(*color), fontsize=5.5, rotation=90, ha="center",
+            va="top", color=_FAINT, family="monospace",
+        )  # fmt: skip
+
+
+def _metadata(axes: Axes, values: Mapping[str, float], sample: Mapping[str, Decoded]) -> None:
+    """A line each."""
+    lines = max(len(values), 8)
+    axes.set(xlim=(0, 1), ylim=(lines, 0))
+    for line, (name, value) in enumerate(values.items()):
+        size = min(7.0, 110 / lines)
+        axes.text(0.02, line + 0.5, name.replace("_", " "), fontsize=size, va="center", color=_FAINT)
+        axes.text(0.98, line + 0.5, f"{value:.4g}", fontsize=size, va="center", ha="right", color=_INK)
+        axes.axhline(line + 1, color="#e5e5e5", lw=0.6)
+
+
+def _json(axes: Axes, value: Any, sample: Mapping[str, Decoded]) -> None:
+    text = json.dumps(value) if not isinstance(value, np.ndarray) else f"{' × '.join(map(str, value.shape))} numbers"
+    _write(axes, "\n".join(textwrap.wrap(text, _LETTERS, max_lines=11, placeholder=" …")), family="monospace")
+
+
+PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
+    "caption": _caption,
+    "det": _boxes,
+    "sam_instance": _instances,
+    "color_palette": _palette,
+    "metadata": _metadata,
+    "human_poses": _json,
+    "vectors": _json,
+}
+"""Kind → what draws it, for kinds that are no pictures (:data:`IMAGES`)."""
+
+
+def _draw(axes: Axes, result: Decoded, sample: Mapping[str, Decoded]) -> None:
+    image = as_image(result)
+    if image is not None:
+        axes.imshow(image, interpolation="nearest")
+    else:
+        PLOTTERS[result.kind](axes, result.value, sample)
+    if result.dropped:
+        unit, fate = ("token", "missing") if image is not None else ("word", "left out")
+        text = f"{result.dropped} {unit}{'s' * (result.dropped > 1)} {fate}"
+        axes.set_xlabel(text, fontsize=6, color=_FAINT, labelpad=2)
+
+
+def _write(axes: Axes, text: str, **options: Any) -> None:
+    axes.set(xlim=(0, 1), ylim=(0, 1))
+    axes.text(0.03, 0.97, text, va="top", fontsize=8.5, color=_INK, linespacing=1.3, **options)
+
+
+def _paper(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, int]:
+    """What boxes are drawn on; its height and width."""
+    pictures = [as_image(other) for other in sample.values() if other.kind == "rgb"]
+    if pictures and pictures[0] is not None:
+        faded = 255 - (255 - pictures[0].astype(float)) * 0.75
+        axes.imshow(faded.round().astype(np.uint8), interpolation="nearest")
+        return pictures[0].shape[0], pictures[0].shape[1]
+    axes.set(xlim=(-0.5, 99.5), ylim=(99.5, -0.5), aspect="equal", facecolor=_EMPTY)
+    return 100, 100
+
+
+def _titles(columns: Sequence[str]) -> list[str]:
+    """``tok_depth@224`` → ``depth``, unless that could be another one."""
+    short = [name.split("@")[0].removeprefix("tok_").replace("_", " ") for name in columns]
+    return [name if short.count(title) > 1 else title for name, title in zip(columns, short, strict=True)]
+
+
+def _classes_of(rows: Sequence[Mapping[str, Decoded]]) -> dict[int, str]:
+    """The class ids in all segmentations, with their names."""
+    found: dict[int, str] = {}
+    for result in (result for row in rows for result in row.values() if result.kind in CLASSES):
+        for index in np.unique(result.value[result.value >= 0]).tolist():
+            found[index] = result.names[index] if index < len(result.names) else f"class {index}"
+    return dict(sorted(found.items()))
+
+
+def _per_line(width: float) -> int:
+    """Entries of the legend beside each other."""
+    return max(int(width * _CELL / 1.05), 1)
+
+
+def _legend(figure: Figure, classes: Mapping[int, str], per_line: int) -> None:
+    from matplotlib.patches import Patch
+
+    colors = class_colors(max(classes) + 1) / 255
+    handles = [Patch(color=tuple(colors[index]), label=name) for index, name in classes.items()]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=min(per_line, len(handles)), fontsize=7, frameon=False,
+        handlelength=1.0, handleheight=1.0, columnspacing=1.2, labelcolor=_INK,
+    )  # fmt: skip

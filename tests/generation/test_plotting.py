@@ -1,0 +1,121 @@
+"""Every kind of result has a picture, and sheets show what belongs together."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from fourm.generation import Decoded, as_image, plot
+from fourm.generation.decoding import DECODERS
+from fourm.generation.plotting import IMAGES, PLOTTERS
+from fourm.generation.sequences import SEQUENCES
+from fourm.utils.errors import UserError
+
+RNG = np.random.default_rng(0)
+VALUES = {
+    "rgb": RNG.integers(0, 256, (16, 16, 3), dtype=np.uint8),
+    "depth": RNG.normal(size=(16, 16)),
+    "normal": RNG.uniform(-1, 1, (16, 16, 3)),
+    "semseg": RNG.integers(-1, 3, (16, 16)),
+    "semseg_coco": RNG.integers(-1, 3, (16, 16)),
+    "canny_edge": RNG.random((16, 16)),
+    "sam_edge": RNG.random((16, 16)),
+    "tokens": RNG.integers(-1, 50, (4, 4)),
+    "feature": RNG.normal(size=(4, 4, 9)),
+    "caption": "a cup " * 200,
+    "det": [{"boxes": [0.1, 0.2, 0.5, 0.9], "class_name": "cup"}, {"boxes": [0, 0, 1, 1], "class_name": "duck"}],
+    "sam_instance": [{"point": [3, 200], "polygons": [{"box": [0.1, 0.2, 0.5, 0.9], "codes": [1] * 16}]}],
+    "color_palette": [[255, 0, 0], [1, 2, 3]],
+    "metadata": {"brightness": 17.5, "n_humans": 2},
+    "human_poses": [{"box": [0, 0, 1, 1], "pose": [1] * 8}],
+    "vectors": np.zeros((3, 9)),
+}
+NOTHING = {"caption": "", "det": [], "sam_instance": [], "color_palette": [], "metadata": {}, "human_poses": []}
+NOTHING |= {"depth": np.full((4, 4), np.nan), "semseg": np.full((4, 4), -1), "tokens": np.full((1, 1), -1)}
+
+
+def texts(figure):
+    return [text.get_text() for axes in figure.axes for text in axes.texts]
+
+
+def test_everything_that_can_be_decoded_can_be_plotted():
+    assert {*DECODERS, *SEQUENCES, "tokens", "vectors"} == {*IMAGES, *PLOTTERS} == set(VALUES)
+
+
+@pytest.mark.parametrize("values", [VALUES, NOTHING])
+def test_a_sheet_of_everything_is_drawn(values, tmp_path):
+    figure = plot({name: Decoded(name, value, 3) for name, value in values.items()}, "all of it")
+    figure.savefig(tmp_path / "sheet.png")
+    assert (tmp_path / "sheet.png").stat().st_size > 1000
+    assert len(figure.axes) == len(values)
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_pictures_have_three_channels_of_eight_bits(kind):
+    image = as_image(Decoded(kind, VALUES[kind]))
+    assert image.dtype == np.uint8
+    assert image.shape == (*VALUES[kind].shape[:2], 3)
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 1
+    assert as_image(Decoded("caption", "a cup")) is None
+
+
+def test_near_and_far_differ_in_colour_and_unknown_depth_is_grey():
+    depth = np.linspace(0, 1, 16).reshape(4, 4)
+    depth[0, 0] = np.nan
+    image = as_image(Decoded("depth", depth)).astype(int)
+    assert abs(image[0, 1] - image[3, 3]).sum() > 150
+    assert image[0, 0].tolist() == [128, 128, 128]
+
+
+def test_features_that_are_alike_look_alike():
+    values = np.zeros((2, 4, 6))
+    values[:, 2:] = RNG.normal(size=6)
+    image = as_image(Decoded("feature", values)).astype(int)
+    assert (image[:, :2] == image[0, 0]).all() and (image[:, 2:] == image[0, 2]).all()
+    assert abs(image[0, 0] - image[0, 2]).sum() > 100
+
+
+def test_a_sheet_names_its_columns_classes_and_what_is_missing():
+    rows = [
+        {
+            "rgb@32": Decoded("rgb", VALUES["rgb"]),
+            "tok_semseg@32": Decoded("semseg", np.array([[0, 1], [1, 5]]), names=("ground", "cup")),
+            "det": Decoded("det", VALUES["det"], 1),
+        },
+        {"rgb@32": Decoded("rgb", VALUES["rgb"])},
+    ]
+    figure = plot(rows)
+    titles = [axes.get_title() for axes in figure.axes]
+    assert titles == ["rgb", "semseg", "det", "", "", ""]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["ground", "cup", "class 5"]
+    assert figure.axes[2].get_xlabel() == "1 word left out"
+    assert texts(figure) == ["cup", "duck"]
+    assert [axes.get_title() for axes in plot({"rgb@32": rows[0]["rgb@32"], "tok_rgb@32": rows[0]["rgb@32"]}).axes] == [
+        "rgb@32",
+        "tok_rgb@32",
+    ]
+
+
+def test_boxes_are_drawn_where_they_are():
+    figure = plot({"rgb": Decoded("rgb", VALUES["rgb"]), "det": Decoded("det", VALUES["det"][:1])})
+    (box,) = figure.axes[1].patches
+    np.testing.assert_allclose([*box.get_xy(), box.get_width(), box.get_height()], [1.1, 2.7, 6.4, 11.2])
+
+
+def test_nothing_to_plot_is_an_error():
+    with pytest.raises(UserError, match="no sample"):
+        plot([])
+
+
+def test_without_matplotlib_only_plotting_fails_and_says_what_to_install(tmp_path):
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from fourm.generation import Decoded, plot\n"
+        "from fourm.utils.errors import MissingDependency\n"
+        "try:\n    plot({'caption': Decoded('caption', 'a cup')})\n"
+        "except MissingDependency as error:\n    print(error)"
+    )
+    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    assert "pip install matplotlib" in result.stdout, result.stderr

@@ -1,0 +1,184 @@
+"""From inputs to results in one call, from folders on disk."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fourm.data.modality_info import MODALITY_INFO, resolve_modalities
+from fourm.generation import Sampler
+from fourm.generation.inputs import find_modality, make_batch
+from fourm.generation.settings import chained_schedule, per_target
+from fourm.utils.errors import DataError, UserError
+from tests.generation.test_sequences import TOKENIZER
+from tests.generation.toy_tokenizers import CHANNELS, CLASSES, MODALITIES, SIZE, VOCAB, toy_model, toy_tokenizer
+
+INFO = resolve_modalities(MODALITIES, MODALITIES)
+RGB = f"rgb@{SIZE}"
+
+
+def write_run(folder):
+    """Model, vocabulary and tokenizers, and a picture."""
+    toy_model().save_pretrained(folder / "run")
+    TOKENIZER.save(str(folder / "words.json"))
+    (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"text_tokenizer_path": str(folder / "words.json")}))
+    for name in CHANNELS:
+        toy_tokenizer(name).save(folder / "tokenizers" / name)
+    picture = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "photo.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("toy"))
+
+
+@pytest.fixture(scope="module")
+def sampler(folder):
+    return Sampler.load(folder / "run", folder / "tokenizers", class_names=CLASSES, device="cpu")
+
+
+def same(first, second):
+    assert first.keys() == second.keys()
+    return all(np.array_equal(first[name].value, second[name].value, equal_nan=name != "caption") for name in first)
+
+
+def test_a_picture_becomes_everything(sampler, folder):
+    targets = ["depth", "normal", "semseg", "canny_edge", "clip", "tok_rgb@32", "caption", "metadata"]
+    (result,) = sampler({"rgb": folder / "photo.png"}, targets, seed=0)
+    assert [result[name].kind for name in result] == [
+        "rgb", "depth", "normal", "semseg", "canny_edge", "tokens", "rgb", "caption", "metadata",
+    ]  # fmt: skip
+    assert result[RGB].value.shape == (SIZE, SIZE, 3)
+    assert result[f"tok_semseg@{SIZE}"].names == CLASSES
+    assert result[f"tok_clip@{SIZE}"].value.shape == (4, 4)
+    assert isinstance(result["caption"].value, str)
+    assert all(result[f"tok_{name}@{SIZE}"].dropped == 0 for name in CHANNELS)
+
+
+def test_a_sample_of_a_batch_depends_on_its_seed_alone(sampler):
+    prompts = [{"caption": "a red cup"}, {"caption": "duck"}, {"caption": "a red cup"}]
+    results = sampler(prompts, ["rgb", "det"], seed=[4, 5, 6])
+    assert same(results[1], sampler(prompts[1], ["rgb", "det"], seed=5)[0])
+    assert same(results[0], sampler(prompts[0], ["rgb", "det"], seed=4)[0])
+    assert not same(results[0], results[2])
+
+
+def test_settings_reach_the_model(sampler):
+    greedy = {"temps": {"rgb": 0}, "cfg_scales": 1.0, "decoding_steps": 1, "autoregression_schemes": "maskgit"}
+    first, second = (sampler({"caption": "a cup"}, ["rgb"], seed=seed, **greedy)[0] for seed in (0, 1))
+    assert same(first, second)
+    assert not same(first, sampler({"caption": "a cup"}, ["rgb"], seed=1)[0])
+
+
+def test_a_run_that_goes_on_gives_its_newest_checkpoint(folder, tmp_path):
+    for step in (3, 12):
+        target = tmp_path / "checkpoints" / f"step-{step:08d}"
+        shutil.copytree(folder / "run", target)
+        config = json.loads((target / "config.json").read_text())
+        (target / "config.json").write_text(json.dumps(config | {"domains_in": [*MODALITIES][: -step // 3]}))
+    with pytest.raises(UserError, match="step-00000012"):  # its weights have more embeddings than its changed config
+        Sampler.load(tmp_path, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"model": "nowhere/at/all"}, "neither a folder with a model nor a model of the hub"),
+        ({"tokenizers": "{}/run"}, "has no folder with a config.json"),
+        ({"text_tokenizer": "{}/photo.png"}, "not a text vocabulary"),
+        ({"model": "{}/tokenizers"}, "no checkpoints"),
+    ],
+)
+def test_what_cannot_be_loaded_is_named(folder, options, message):
+    options = {key: value.format(folder) for key, value in options.items()}
+    with pytest.raises(UserError, match=message):
+        Sampler.load(**{"model": folder / "run", "device": "cpu", **options})
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "settings", "message"),
+    [
+        ({"caption": "cup"}, ["nromal"], {}, "'nromal' is not a target of this model .did you mean 'normal'"),
+        ({"depht": "cup"}, ["rgb"], {}, "'depht' is not an input of this model"),
+        ({}, ["rgb"], {}, "at least one input"),
+        ({"caption": "cup"}, ["caption"], {}, "caption is to be generated, but it is given"),
+        ([{"caption": "cup"}, {"det": "cup"}], ["rgb"], {}, "all samples need the same inputs"),
+        ({"rgb": "nothing.png"}, ["depth"], {}, "rgb@32: there is no file nothing.png"),
+        ({"clip": Image.new("RGB", (9, 9))}, ["depth"], {}, "a picture needs the tokenizer of clip"),
+        ({"tok_rgb@32": np.full(16, VOCAB)}, ["depth"], {}, "ids must be below 20"),
+        ({"det": [{"boxes": [0, 1]}]}, ["depth"], {}, "det: .* cannot be read|expected a box"),
+        ({"caption": "cup"}, ["rgb"], {"temp": 1}, "unknown key 'temp' .did you mean 'temps'"),
+        ({"caption": "cup"}, ["rgb", "depth"], {"temps": "1-2-3"}, "3 values for 2 targets"),
+        ({"caption": "cup"}, ["rgb"], {"temps": "warm"}, "must be a number"),
+        ({"caption": "cup"}, ["rgb"], {"autoregression_schemes": "autoregressive"}, "maskgit or roar"),
+    ],
+)
+def test_what_does_not_suit_the_model_is_one_clear_sentence(sampler, inputs, targets, settings, message):
+    with pytest.raises(UserError, match=message):
+        sampler(inputs, targets, **settings)
+
+
+def test_inputs_of_every_kind_are_the_ids_that_training_sees(folder):
+    tokenizers = {name: toy_tokenizer(name) for name in CHANNELS}
+    ids = np.stack([np.arange(16), np.zeros(16)]).astype(np.int16)
+    depth = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (32, 32), dtype=np.uint16))
+    sample = {
+        "tok_normal@32": ids, "tok_depth@32": depth, "tok_rgb@32": folder / "photo.png", "caption": "a red cup",
+        "det": [{"boxes": [0, 0, 0.5, 1], "class_name": "cup"}], "color_palette": [[1, 2, 3]], "metadata": {"n_humans": 2},
+    }  # fmt: skip
+    batch = make_batch([sample], INFO, tokenizers, TOKENIZER)
+    assert batch["tok_normal@32"]["tensor"].tolist() == [[*range(16)]]
+    assert batch["tok_depth@32"]["tensor"].shape == batch["tok_rgb@32"]["tensor"].shape == (1, 16)
+    texts = {name: TOKENIZER.decode(batch[name]["tensor"][0].tolist(), False) for name in [*sample][3:]}
+    assert texts == {
+        "caption": "a red cup [EOS]", "det": "v0=0 v1=0 v2=500 v3=999 cup [EOS]",
+        "color_palette": "v1=1 v0=1 v0=2 v0=3 [EOS]", "metadata": "v1=5 v0=2 [EOS]",
+    }  # fmt: skip
+    long = make_batch([{"caption": "a " * 100}, {"caption": "a"}], INFO, {}, TOKENIZER)["caption"]
+    assert (~long["input_mask"]).sum(1).tolist() == [24, 2]
+
+
+def test_short_names_find_the_smallest_resolution_and_pixels_first():
+    assert find_modality("rgb", MODALITY_INFO, "an input") == "rgb"
+    table = {name: MODALITY_INFO[name] for name in MODALITY_INFO if name != "rgb"}
+    assert find_modality("rgb", table, "an input") == "rgb@224"
+    assert find_modality("depth", {k: v for k, v in table.items() if "@" in k}, "a target") == "tok_depth@224"
+    assert find_modality("tok_depth@448", table, "a target") == "tok_depth@448"
+
+
+def test_values_per_target():
+    targets = ["a", "b"]
+    for value in ("1-2", [1, 2], {"a": 1, "b": "2"}):
+        assert per_target(value, float, targets, "temps") == [1.0, 2.0]
+    assert per_target(3, int, targets, "steps") == [3, 3]
+    assert per_target({"b": 1}, int, targets, "steps") == [None, 1]
+    assert per_target("onex:0.5:0.5-constant", str, targets, "") == ["onex:0.5:0.5", "constant"]
+
+
+def test_defaults_can_be_followed_for_every_modality_of_the_table():
+    targets = [name for name, modality in MODALITY_INFO.items() if modality.decoder_embedding]
+    schedule = chained_schedule(["rgb@224"], targets, MODALITY_INFO, {})
+    assert {step["target_domain"] for step in schedule} == set(targets)
+    totals = {name: sum(s["num_tokens"] for s in schedule if s["target_domain"] == name) for name in targets}
+    assert totals == {name: MODALITY_INFO[name].max_tokens for name in targets}
+    assert {step["cfg_scale"] for step in chained_schedule([], targets, MODALITY_INFO, {})} == {1.0}
+
+
+def test_nothing_of_the_callers_is_changed(sampler):
+    inputs, settings = {"caption": "a cup"}, {"temps": {"rgb": 1.0}}
+    sampler(inputs, ["rgb"], seed=0, **settings)
+    assert (inputs, settings) == ({"caption": "a cup"}, {"temps": {"rgb": 1.0}})
+    assert not sampler.generation.model.training
+    assert isinstance(sampler.generation.model.mask_token, torch.nn.Parameter)
+
+
+def test_a_damaged_picture_is_an_error_of_one_sentence(sampler, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
+    with pytest.raises(DataError, match="rgb@32: .*broken.png"):
+        sampler({"rgb": tmp_path / "broken.png"}, ["depth"])
