@@ -37,7 +37,8 @@ def find_modality(name: str, known: Mapping[str, Modality], role: str) -> str:
     short = {candidate: candidate.split("@")[0] for candidate in known}
     found = [candidate for candidate in known if short[candidate] in (name, f"tok_{name}")]
     if not found:
-        raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, [*known, *short.values()])}")
+        options = [*known, *(value.removeprefix("tok_") for value in short.values())]
+        raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, options)}")
     return min(found, key=lambda m: (not known[m].is_pixels, known[m].input_size or 0))
 
 
