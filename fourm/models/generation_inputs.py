@@ -53,7 +53,7 @@ def init_full_input_modality(
 ) -> dict[str, Any]:
     """The batch with all of ``domain`` as input: a sequence up to its first [EOS], or its last token that is no padding.
 
-    Rows of vectors keep the ``input_mask`` that they have.
+    The room that :func:`custom_text` leaves for writing stays out. Rows of vectors keep their ``input_mask``.
     """
     modality, tensor = as_modality(domain, modality_info[domain]), mod_dict[domain]["tensor"].to(device)
     if modality.is_pixels:
@@ -70,6 +70,9 @@ def init_full_input_modality(
     else:
         ended = (tensor == eos_id).int()
         valid = (ended.cumsum(1) - ended == 0) & (tensor != PAD_ID).flip(1).int().cummax(1).values.flip(1).bool()
+        if {"input_mask", "target_mask"} <= mod_dict[domain].keys():
+            to_write = ~mod_dict[domain]["target_mask"].bool() & mod_dict[domain]["input_mask"].bool()
+            valid &= ~to_write.to(device)
     entry = {"tensor": tensor, **_masks(~valid, torch.ones_like(valid))}
     return {**mod_dict, domain: entry}
 

@@ -85,6 +85,12 @@ def test_a_prompt_and_the_room_for_what_follows():
         custom_text({}, "w10", "[END]", "text", "cpu", TOKENIZER)
 
 
+def test_a_prompt_as_a_full_input_is_what_it_says():
+    prompt = custom_text({}, "w10 w11", "[EOS]", "text", "cpu", TOKENIZER, target_max_len=4)
+    entry = init_full_input_modality(prompt, MODALITIES, "text", "cpu")["text"]
+    assert shown(entry) == ["i10", "i11", "-", "-", "-", "-"]
+
+
 @pytest.mark.parametrize("end", ["[EOS]", "[S_2]", "w30"])
 def test_writing_ends_at_the_token_that_the_prompt_names(end):
     model = toy_model(2).eval()
