@@ -143,7 +143,7 @@ def text_row(inputs, room=ROOM):
     return {"text": reference.sequence_entry(inputs, [S1, *[0] * (room - 1)])}
 
 
-def test_spans_are_written_into_their_places_and_every_sample_has_its_own_end(model):
+def test_spans_are_written_into_their_places(model):
     rows = [[20, S1, 21, S2, 22, EOS], [S1], [20, S1]]
     batch = inputs(model, 3)
     entries = [text_row(row + [0] * (6 - len(row)))["text"] for row in rows]
@@ -156,6 +156,17 @@ def test_spans_are_written_into_their_places_and_every_sample_has_its_own_end(mo
         end = [S2 + 1, S2, S2][b]
         expected = reference.write(model, [(1.0, one(batch, b))], "text", row, ROOM, end)
         assert valid(out["text"], b) == expected
+
+
+def test_every_sample_ends_at_the_token_that_its_own_row_names(model):
+    batch = with_target(model, inputs(model), "text", ROOM + 1)
+    plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=30.0)
+    free = [valid(generate(model, batch, plan, seed=0)["text"], b) for b in range(4)]
+    ends = [ids[1] for ids in free]
+    assert len(set(ends)) == 4
+    batch["text"]["tensor"][:, -1] = torch.tensor(ends)
+    out = generate(model, batch, plan, seed=0)["text"]
+    assert [valid(out, b) for b in range(4)] == [ids[: ids.index(end) + 1] for ids, end in zip(free, ends, strict=True)]
 
 
 CHAIN = {
