@@ -158,7 +158,7 @@ def test_alphas_are_the_published_ones(path):
 def test_every_main_config_finds_its_files(path):
     """The configs for tests and for the demo too."""
     content = yaml.safe_load(path.read_text()) or {}
-    if "model" in content:
+    if "model" in content and "data_config" in content:
         config = load_config(path.relative_to(ROOT))
         assert load_data(config).train
         made_by_the_demo = config.text_tokenizer_path.startswith(("demo_run/", "debug_run/"))

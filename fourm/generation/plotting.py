@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 _INK, _FAINT, _EMPTY = "#222222", "#777777", "#f3f3f3"
 _CELL = 2.1  # side of a picture in inches
-_LETTERS = 36  # on a line of a cell of text
+_LETTERS = 42  # on a line of a cell of text
 _WIDE = 1.35  # columns of text are so much wider
 _TEXTS = ("caption", "metadata", "color_palette", "human_poses", "vectors")
 

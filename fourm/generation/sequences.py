@@ -50,7 +50,8 @@ def read_words(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[str], int
 
 def caption(words: Sequence[str]) -> Parsed:
     """A sentence."""
-    return decoders.WordPiece(cleanup=True).decode(list(words)).replace(" ' ", "'"), 0
+    sentence = decoders.WordPiece(cleanup=True).decode(list(words)).replace(" ' ", "'")
+    return re.sub(r" ([:;)])", r"\1", sentence), 0
 
 
 def boxes(words: Sequence[str]) -> Parsed:
