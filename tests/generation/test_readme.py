@@ -1,0 +1,60 @@
+"""README_GENERATION.md: what it says is done, in its order, with a toy model in place of the demo's."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.generation.test_sampler import write_run
+
+REPOSITORY = Path(__file__).parents[2]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_GENERATION.md").read_text(), re.M | re.S)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("readme")
+    write_run(folder)
+    (folder / "demo_run/data/val/rgb/00000").mkdir(parents=True)
+    shutil.move(folder / "run", folder / "demo_run/training")
+    shutil.move(folder / "tokenizers", folder / "demo_run/codebooks")
+    picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(picture).save(folder / "demo_run/data/val/rgb/00000/000000.jpg")
+    for name in ("run_generation.py", "cfgs"):
+        (folder / name).symlink_to(REPOSITORY / name)
+    return folder
+
+
+@pytest.mark.slow
+def test_the_python_blocks_run(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = {}
+    for language, code in BLOCKS:
+        if language == "python":
+            exec(code, names)
+    for name in ("sheet.png", "guidance.png", "film.png", "duck.png"):
+        assert Image.open(folder / name).width > 100
+    steps = [(step[names["depth"]].dropped, step[names["depth"]].value) for step in names["film"]]
+    assert [dropped for dropped, _ in steps] == [14, 12, 10, 8, 6, 4, 2, 0]
+    rgb, batch = names["rgb"], names["batch"]
+    before, after = batch[rgb]["tensor"][0], names["edited"][rgb]["tensor"][0]
+    half = len(before) // 2
+    assert (before[half:] == after[half:]).all() and (before[:half] != after[:half]).any()
+
+
+@pytest.mark.slow
+def test_the_commands_run(folder):
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
+    (code,) = [code for language, code in BLOCKS if language == "bash"]
+    result = subprocess.run(["bash", "-ec", code], cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    for name in ("generation", "from_words", "one"):
+        assert (folder / "demo_run" / name / "sheet.png").exists()
+    assert len([path for path in (folder / "demo_run/from_words").iterdir() if path.is_dir()]) == 4
