@@ -38,11 +38,10 @@ def plot(samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title
     rows = [samples] if isinstance(samples, Mapping) else list(samples)
     if not rows or not rows[0]:
         raise UserError("plot: there is no sample to plot")
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "plotting") from error
+    _matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     columns = [*rows[0]]
     widths = [_WIDE if rows[0][name].kind in _TEXTS else 1.0 for name in columns]
     classes = _classes_of(rows)
@@ -76,6 +75,7 @@ def as_image(result: Decoded) -> np.ndarray | None:
 
 def class_colors(count: int) -> np.ndarray:
     """(count, 3) uint8: grey for the first, then hues spread by the golden ratio, in turn light and dark."""
+    _matplotlib()
     from matplotlib.colors import hsv_to_rgb
 
     index = np.arange(count - 1)
@@ -83,16 +83,22 @@ def class_colors(count: int) -> np.ndarray:
     return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
 
 
+def _matplotlib() -> Any:
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise MissingDependency("matplotlib", "plotting") from error
+    return matplotlib
+
+
 # Pictures.
 
 
 def _depth(depth: np.ndarray) -> np.ndarray:
     """Near is red, far is blue, by the values between the 2nd and the 98th percentile; grey where nothing is known."""
-    import matplotlib
-
     known = depth[np.isfinite(depth)]
     low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
-    image = matplotlib.colormaps["Spectral"](np.nan_to_num((depth - low) / max(high - low, 1e-6)))[..., :3]
+    image = _matplotlib().colormaps["Spectral"](np.nan_to_num((depth - low) / max(high - low, 1e-6)))[..., :3]
     return np.where(np.isfinite(depth)[..., None], image, 0.5)
 
 
@@ -150,12 +156,13 @@ def _caption(axes: Axes, text: str, sample: Mapping[str, Decoded]) -> None:
 
 
 def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
-    """On the sample's picture if there is one, faded, else on paper."""
+    """On the sample's picture if there is one, faded, else on paper; in the colours of its segmentation."""
     from matplotlib.patches import Rectangle
 
     height, width = _paper(axes, sample)
-    names = sorted({box["class_name"] for box in boxes})
-    colors = class_colors(len(names) + 1)[1:] / 255
+    known = next((other.names for other in sample.values() if other.names), ("",))  # the first one's colour is grey
+    names = [*known, *sorted({box["class_name"] for box in boxes}.difference(known))]
+    colors = class_colors(len(names)) / 255
     for box in boxes:
         color = colors[names.index(box["class_name"])]
         xmin, ymin, xmax, ymax = (c * side - 0.5 for c, side in zip(box["boxes"], (width, height) * 2, strict=True))

@@ -103,6 +103,13 @@ def test_boxes_are_drawn_where_they_are():
     np.testing.assert_allclose([*box.get_xy(), box.get_width(), box.get_height()], [1.1, 2.7, 6.4, 11.2])
 
 
+def test_boxes_have_the_colours_of_the_segmentation():
+    segmentation = Decoded("semseg", np.array([[0, 1, 2]]), names=("ground", "duck", "cup"))
+    figure = plot({"semseg": segmentation, "det": Decoded("det", VALUES["det"][:1])})
+    (box,) = figure.axes[1].patches
+    np.testing.assert_allclose(np.array(box.get_edgecolor())[:3] * 255, as_image(segmentation)[0, 2])
+
+
 def test_nothing_to_plot_is_an_error():
     with pytest.raises(UserError, match="no sample"):
         plot([])
@@ -112,10 +119,13 @@ def test_without_matplotlib_only_plotting_fails_and_says_what_to_install(tmp_pat
     (tmp_path / "matplotlib.py").write_text("raise ImportError('not here')")
     code = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"
-        "from fourm.generation import Decoded, plot\n"
+        "import numpy as np\n"
+        "from fourm.generation import Decoded, as_image, plot\n"
         "from fourm.utils.errors import MissingDependency\n"
-        "try:\n    plot({'caption': Decoded('caption', 'a cup')})\n"
-        "except MissingDependency as error:\n    print(error)"
+        "assert as_image(Decoded('rgb', np.zeros((2, 2, 3), np.uint8))) is not None\n"
+        "for draw in (lambda: plot({'caption': Decoded('caption', 'a cup')}), lambda: as_image(Decoded('depth', np.eye(3)))):\n"
+        "    try:\n        draw()\n"
+        "    except MissingDependency as error:\n        print(error)"
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
-    assert "pip install matplotlib" in result.stdout, result.stderr
+    assert result.stdout.count("pip install matplotlib") == 2, result.stderr
