@@ -228,5 +228,7 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; started by torchrun, each process takes its share of the samples."""
+    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     run(parse(argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
