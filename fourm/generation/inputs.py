@@ -63,18 +63,39 @@ def make_batch(
             raise UserError(f"all samples need the same inputs: {', '.join(names)}, but one has {', '.join(sample)}")
     batch: dict[str, Any] = {}
     for name in names:
-        values = [read_value(sample[name], modality_info[name], tokenizers, text_tokenizer) for sample in samples]
+        values = [
+            read_value(sample[name], modality_info[name], tokenizers, text_tokenizer, _frame(sample, modality_info))
+            for sample in samples
+        ]
         batch[name] = {"tensor": _stack(values)}
         batch = init_full_input_modality(batch, modality_info, name, device)
     return batch
 
 
-def read_value(value: Any, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None) -> Tensor:
+def _frame(sample: Mapping[str, Any], modality_info: Mapping[str, Modality]) -> tuple[int, int] | None:
+    """Height and width of the sample's picture, in which its boxes are given."""
+    for name, value in sample.items():
+        if modality_info[name].is_pixels and modality_info[name].transform in MODALITY_TRANSFORMS:
+            try:
+                return image_size(_load(value))
+            except (OSError, ValueError):
+                return None  # reading the picture itself says what is wrong with it
+    return None
+
+
+def read_value(
+    value: Any,
+    modality: Modality,
+    tokenizers: Tokenizers,
+    text_tokenizer: Tokenizer | None,
+    frame: tuple[int, int] | None = None,
+) -> Tensor:
     """One value as the model takes it, its centre square if it is a picture.
 
     Args:
         value: of pictures a file, a PIL image or an array; of tokens these, or ids; of texts a string, or what the
             modality's files hold (boxes: ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``).
+        frame: height and width of the picture of which boxes tell; the model gets those in its centre square.
 
     Raises:
         UserError: it does not suit the modality.
@@ -86,7 +107,7 @@ def read_value(value: Any, modality: Modality, tokenizers: Tokenizers, text_toke
             return _tokens(value, modality, tokenizers)
         if modality.type == "seq_emb":
             return torch.as_tensor(value, dtype=torch.float32)
-        return _text(value, modality, text_tokenizer)
+        return _text(value, modality, text_tokenizer, frame)
     except UserError as error:
         raise type(error)(f"{modality.name}: {error}") from error
     except (TypeError, KeyError, ValueError, OSError) as error:
@@ -119,26 +140,28 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()
 
 
-def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None) -> Tensor:
+def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None, frame: tuple[int, int] | None) -> Tensor:
     """Ids and [EOS], cut where training cuts them."""
     if text_tokenizer is None:
         raise UserError("texts need the text vocabulary; pass text_tokenizer")
     value = _load(value) if isinstance(value, Path) else value
     if not isinstance(value, str):
-        value = _written(value, modality)
+        value = _written(value, modality, frame)
     ids = text_tokenizer.encode(value, add_special_tokens=False).ids
     return torch.tensor([*ids, EOS_ID][: modality.max_tokens])
 
 
-def _written(value: Any, modality: Modality) -> str:
+def _written(value: Any, modality: Modality, frame: tuple[int, int] | None) -> str:
+    """The text of a value, as of the centre crop, which is also the first of stored crops."""
     transform = MODALITY_TRANSFORMS.get(str(modality.transform), MODALITY_TRANSFORMS["caption"])
     kind = kind_of(modality)
     if kind == "det" and not isinstance(value, Mapping):
         value = {"instances": value}
     if kind == "color_palette" and not isinstance(value[0], Mapping):
         return transform.postprocess(value)
-    chosen = transform.choose(transform.preprocess(value), np.random.default_rng(0))
-    text = transform.postprocess(chosen)
+    crop = None if frame is None else center_crop(frame)
+    cropped = transform.image_augment(transform.preprocess(value), crop, False, frame, None, 0)
+    text = transform.postprocess(transform.choose(cropped, np.random.default_rng(0)))
     return text if isinstance(text, str) else " ".join(text)
 
 

@@ -144,6 +144,25 @@ def test_inputs_of_every_kind_are_the_ids_that_training_sees(folder):
     assert (~long["input_mask"]).sum(1).tolist() == [24, 2]
 
 
+def test_boxes_follow_the_centre_square_of_their_picture():
+    wide = Image.new("RGB", (80, 40))  # its square lies between 0.25 and 0.75
+    boxes = [
+        {"boxes": [0.25, 0.0, 0.5, 1.0], "class_name": "cup"},
+        {"boxes": [0.0, 0.0, 0.2, 1.0], "class_name": "duck"},
+    ]
+    for sample, expected in (
+        ({"det": boxes, RGB: wide}, "v0=0 v1=0 v2=500 v3=999 cup [EOS]"),
+        ({"det": boxes[:1]}, "v0=250 v1=0 v2=500 v3=999 cup [EOS]"),
+    ):
+        ids = make_batch([sample], INFO, {}, TOKENIZER)["det"]["tensor"][0].tolist()
+        assert TOKENIZER.decode(ids, False) == expected
+
+
+def test_of_captions_for_stored_crops_the_first_is_taken():
+    ids = make_batch([{"caption": ["a cup", "a duck"]}], INFO, {}, TOKENIZER)["caption"]["tensor"][0].tolist()
+    assert TOKENIZER.decode(ids, False) == "a cup [EOS]"
+
+
 def test_short_names_find_the_smallest_resolution_and_pixels_first():
     assert find_modality("rgb", MODALITY_INFO, "an input") == "rgb"
     table = {name: MODALITY_INFO[name] for name in MODALITY_INFO if name != "rgb"}
