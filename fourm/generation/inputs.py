@@ -111,7 +111,8 @@ def read_value(
     except UserError as error:
         raise type(error)(f"{modality.name}: {error}") from error
     except (TypeError, KeyError, ValueError, OSError) as error:
-        raise DataError(f"{modality.name}: {str(value)[:80]} cannot be read: {error}") from error
+        shown = str(value) if isinstance(value, Path) else str(value)[:80]
+        raise DataError(f"{modality.name}: {shown} cannot be read: {error}") from error
 
 
 def _pixels(value: Any, transform: Any, size: int | None) -> Tensor:

@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ class _Console(logging.Handler):
         sys.stdout.flush()
 
 
-def set_up_logging(config: TrainConfig, main: bool) -> None:
-    """The main process writes to the console and to ``log.txt``; others only warnings, unless ``print_all``."""
-    log.handlers.clear()
+@contextlib.contextmanager
+def logging_of(config: TrainConfig, main: bool) -> Iterator[None]:
+    """Within it the main process writes to the console and to ``log.txt``; others only warnings, unless ``print_all``."""
+    before = log.level, log.propagate
     log.propagate = False
     log.setLevel(logging.INFO if main or config.print_all else logging.WARNING)
     handlers: list[logging.Handler] = [_Console()]
@@ -41,6 +43,14 @@ def set_up_logging(config: TrainConfig, main: bool) -> None:
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
+    try:
+        yield
+    finally:
+        log.propagate = before[1]
+        log.setLevel(before[0])
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
 
 
 class Journal:

@@ -21,7 +21,7 @@ from fourm.train.checkpoint import export_model, remove_unfinished, save_checkpo
 from fourm.train.config import TrainConfig, run_length, to_dict
 from fourm.train.evaluate import build_evaluations, evaluate
 from fourm.train.finetune import load_weights
-from fourm.train.journal import Journal, set_up_logging
+from fourm.train.journal import Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
@@ -48,12 +48,13 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
         UserError: a configuration, file or sample that cannot work.
     """
     parallel = strategy(config)
+    _set_up_process(config)
     try:
-        _set_up_process(config, parallel)
-        run = Run(config, parallel)
-        if config.dry_run:
-            return run.try_out()
-        return run.evaluate_only() if config.eval else run.train()
+        with logging_of(config, parallel.is_main):
+            run = Run(config, parallel)
+            if config.dry_run:
+                return run.try_out()
+            return run.evaluate_only() if config.eval else run.train()
     finally:
         parallel.close()
 
@@ -253,8 +254,7 @@ class Run:
             journal.evaluation(trainer.step, self._epoch, results)
 
 
-def _set_up_process(config: TrainConfig, parallel: DDP) -> None:
-    set_up_logging(config, parallel.is_main)
+def _set_up_process(config: TrainConfig) -> None:
     if not config.show_user_warnings:
         warnings.filterwarnings("ignore", category=UserWarning)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
