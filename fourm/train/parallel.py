@@ -46,12 +46,6 @@ class Processes:
     def is_main(self) -> bool:
         return self.rank == 0
 
-    def sum(self, values: Tensor) -> Tensor:
-        """The sum of ``values`` over all processes, in place."""
-        if self.distributed:
-            dist.all_reduce(values)
-        return values
-
     def any(self, *flags: bool) -> list[bool]:
         """Which of ``flags`` is set in any process: all of them decide alike, without waiting for a GPU."""
         if not self.distributed:

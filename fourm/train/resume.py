@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
-from fourm.train.checkpoint import complete_checkpoints, load_checkpoint, read_state
+from fourm.train.checkpoint import STATE, complete_checkpoints, load_checkpoint, read_state
 from fourm.train.config import TrainConfig
 from fourm.train.loop import Trainer
 from fourm.utils.errors import UserError
@@ -33,7 +33,7 @@ def find_checkpoint(config: TrainConfig, folder: Path) -> Path | None:
     if not config.resume:
         return None
     named = Path(config.resume)
-    found = [named] if (named / "state.json").exists() else complete_checkpoints(named / "checkpoints")
+    found = [named] if (named / STATE).exists() else complete_checkpoints(named / "checkpoints")
     if not found:
         raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
     return found[0]
