@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, attendable, init_weights
-from fourm.models.modality_embedding import ModalityEmbedding
+from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Batch, Selection
 
 
@@ -25,6 +25,7 @@ class Encoder(nn.Module):
         embeddings: modality → embedding module.
         drop_path_rates: one per block.
         init_std: of the embedding vectors.
+        pos_temperature: of the positions in images.
     """
 
     def __init__(
@@ -35,18 +36,25 @@ class Encoder(nn.Module):
         num_register_tokens: int,
         use_act_checkpoint: bool,
         init_std: float = INIT_STD,
+        pos_temperature: float = POS_TEMPERATURE,
     ):
         super().__init__()
-        self.init_std = init_std
+        self.init_std, self.pos_temperature = init_std, pos_temperature
         self.use_act_checkpoint = use_act_checkpoint
-        for embedding in embeddings.values():
-            embedding.init(options.dim)
-        self.encoder_embeddings: Any = nn.ModuleDict(embeddings)
+        self.encoder_embeddings: Any = self.sized(embeddings, options.dim)
         self.encoder = nn.ModuleList(Block(options, rate) for rate in drop_path_rates)
         self.encoder_norm = options.norm()
         self.num_register_tokens = num_register_tokens
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, options.dim))
+
+    def sized(self, embeddings: Mapping[str, ModalityEmbedding], dim: int) -> nn.ModuleDict:
+        """The embedding modules at the width of the model."""
+        for embedding in embeddings.values():
+            if len(embedding.grid) == 2:
+                embedding.pos_temperature = self.pos_temperature
+            embedding.init(dim)
+        return nn.ModuleDict(embeddings)
 
     def init_weights(self) -> None:
         """Initialise everything; also for a model built on the meta device, after ``to_empty``."""

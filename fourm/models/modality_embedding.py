@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from fourm.models.fm_utils import init_weights
 from fourm.utils.errors import UserError
 
+POS_TEMPERATURE = 10000.0
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -35,10 +37,10 @@ class Rows:
     position: Tensor
 
 
-def sincos_table(grid: tuple[int, ...], dim: int) -> Tensor:
+def sincos_table(grid: tuple[int, ...], dim: int, temperature: float = POS_TEMPERATURE) -> Tensor:
     """Sine-cosine positions of all cells of a grid in row-major order.
 
-    Every axis gets an equal share of the width: ``[sin(pω), cos(pω)]`` with ω_i = 10000^(−i/k) of k frequencies.
+    Every axis gets an equal share of the width: ``[sin(pω), cos(pω)]`` with ω_i = temperature^(−i/k) of k frequencies.
 
     Returns:
         (1, cells, D).
@@ -46,7 +48,7 @@ def sincos_table(grid: tuple[int, ...], dim: int) -> Tensor:
     if dim % (2 * len(grid)):
         raise UserError(f"dim {dim} must be a multiple of {2 * len(grid)} for {len(grid)}-D sine-cosine positions")
     k = dim // (2 * len(grid))
-    omega = 10000 ** (-torch.arange(k, dtype=torch.float64) / k)
+    omega = temperature ** (-torch.arange(k, dtype=torch.float64) / k)
     axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float64) for size in grid), indexing="ij")
     angles = [axis.reshape(-1, 1) * omega for axis in axes]
     return torch.cat([f(a) for a in angles for f in (torch.sin, torch.cos)], dim=1).float()[None]
@@ -60,8 +62,12 @@ class ModalityEmbedding(nn.Module):
 
     Args:
         num_positions: a position from here on is treated as position 0; the whole table unless given.
+
+    Attributes:
+        pos_temperature: of the sine-cosine positions; FourM sets it for images.
     """
 
+    pos_temperature = POS_TEMPERATURE
     pos_emb: Tensor
     mod_emb: nn.Parameter
 
@@ -88,7 +94,7 @@ class ModalityEmbedding(nn.Module):
         """Initialise what this class holds itself."""
         nn.init.normal_(self.mod_emb, std=std)
         if self.sincos_pos_emb:
-            self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1]))
+            self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1], self.pos_temperature))
         else:
             nn.init.normal_(self.pos_emb, std=std)
 

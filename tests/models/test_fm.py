@@ -8,6 +8,7 @@ import torch
 from benchmarks.embed_all import embed_all_loss, saved_bytes, synthetic_batch
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.models import FM, count_parameters, model_config
+from fourm.models.modality_embedding import sincos_table
 from fourm.utils.errors import UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, TARGETS, toy_batch, toy_config, toy_model
 
@@ -305,3 +306,17 @@ def test_embedding_vectors_begin_with_init_std(std):
         assert tensor.std().item() == pytest.approx(std, rel=0.2), name
     tied = model.decoder_embeddings["grid"].token_emb.weight  # ends as a linear map
     assert tied.abs().max() <= (6 / (40 + 256)) ** 0.5 and model.encoder_embeddings["text"].pos_emb.abs().max() == 1
+
+
+def test_positions_in_images_have_the_temperature_of_the_model_and_sequences_the_published_one():
+    model = FM(toy_config(share_embedding=True, pos_temperature=3.0))
+    image, text = (model.encoder_embeddings[name] for name in ("grid", "text"))
+    assert torch.equal(image.pos_emb, sincos_table(image.grid, image.pos_emb.shape[-1], 3.0))
+    assert torch.equal(text.pos_emb, sincos_table(text.grid, text.pos_emb.shape[-1]))
+    assert torch.equal(model.decoder_embeddings["grid"].pos_emb, image.pos_emb)
+
+    def nearest(table):
+        unit = table[0] / table[0].norm(dim=1, keepdim=True)
+        return (unit @ unit.T - 2 * torch.eye(len(unit))).max()
+
+    assert nearest(image.pos_emb) < nearest(FM(toy_config(share_embedding=True)).encoder_embeddings["grid"].pos_emb)
