@@ -8,6 +8,7 @@ model gains over it comes from the rest of the sample, mostly other modalities, 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -109,13 +110,18 @@ def markdown(lines: list[Line]) -> str:
     rows = [
         (m.modality, f"{m.targets}", f"{m.entropy:.3f}", f"{m.loss:.3f}", f"{m.ratio:.2f}", m.verdict) for m in lines
     ]
+    return aligned(head, rows, left=(0, 5))
+
+
+def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """A table that reads well in a terminal too; the columns ``left`` are words, the others numbers."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
-    def line(cells: tuple[str, ...]) -> str:
-        inner = (c.ljust(w) if i in (0, 5) else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
+    def line(cells: Sequence[str]) -> str:
+        inner = (c.ljust(w) if i in left else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True)))
         return f"| {' | '.join(inner)} |"
 
-    rule = "|".join("-" * (w + 1) + ("-" if i in (0, 5) else ":") for i, w in enumerate(widths))
+    rule = "|".join("-" * (w + 1) + ("-" if i in left else ":") for i, w in enumerate(widths))
     return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 

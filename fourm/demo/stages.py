@@ -6,7 +6,9 @@ training was stopped on purpose.
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
 import signal
 import sys
 import time
@@ -19,7 +21,7 @@ from typing import Any
 import yaml
 
 import fourm
-from fourm.demo import report, training
+from fourm.demo import generated, report, training
 from fourm.demo.annotations import CLASSES
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
@@ -46,10 +48,13 @@ class DemoOptions:
     seed: int = option("seed of the scenes and codebooks", 0)
     workers: int = option("processes that render and read", 2)
     config: str = option("training configuration", "cfgs/demo/main.yaml")
-    stages: str = option("which stages to run, joined by commas", "render,vocabulary,codebooks,tokenize,train,report")
+    generated_scenes: int = option("validation scenes that are generated and measured", 100)
+    stages: str = option(
+        "which stages to run, joined by commas", "render,vocabulary,codebooks,tokenize,train,generate,report"
+    )
 
     def __post_init__(self) -> None:
-        for key in ("train_scenes", "val_scenes", "size", "workers"):
+        for key in ("train_scenes", "val_scenes", "size", "workers", "generated_scenes"):
             if getattr(self, key) < 1:
                 raise UserError(f"'{key}' must be at least 1, not {getattr(self, key)}")
         for stage in self.stages.split(","):
@@ -64,6 +69,7 @@ class Demo:
         self.options = options
         self.out = Path(options.out).resolve()
         self.data, self.codebooks, self.run = (self.out / name for name in ("data", "codebooks", "training"))
+        self.generation = self.out / "generated"
         self.vocabulary, self._record = self.out / "vocabulary.json", self.out / "demo.json"
         given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
         self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
@@ -106,6 +112,10 @@ class Demo:
         """Modality of images → declaration of its tokens."""
         declared = self.data_config["modalities"].items()
         return {name.split("@")[0].removeprefix("tok_"): d | {"name": name} for name, d in declared if "tok_" in name}
+
+    @property
+    def generated_scenes(self) -> int:
+        return min(self.options.generated_scenes, self.options.val_scenes)
 
     @staticmethod
     def _file(name: str) -> Path:
@@ -167,6 +177,7 @@ def train(demo: Demo) -> None:
     """The training command, stopped in the middle and resumed."""
     if (demo.run / "model.safetensors").exists():
         return
+    shutil.rmtree(demo.generation, ignore_errors=True)  # of another model
     data_config = demo.out / "data.yaml"
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
@@ -185,8 +196,15 @@ def train(demo: Demo) -> None:
         training.train(command, ROOT, demo.run, None)
 
 
+def generate(demo: Demo) -> None:
+    """Scenes that the model has never seen, from RGB alone; a photograph; pictures from words."""
+    base = load_yaml(demo._file("cfgs/demo/generation.yaml"))
+    own = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
+    generated.generate_all(base | own, demo.data, demo.generation, demo.generated_scenes)
+
+
 def summarize(demo: Demo) -> int:
-    """The table and the curves.
+    """The tables and the curves.
 
     Returns:
         The demo's exit status: 0 if the model learned what it must.
@@ -194,8 +212,9 @@ def summarize(demo: Demo) -> int:
     trained, evaluations = report.read_log(demo.run)
     lines = report.table(evaluations[-1]["per_modality"], report.entropies(demo.run))
     loss_curves(trained, evaluations, lines, demo.record["stopped_at"], demo.out / "curves.png")
-    seconds = demo.record["seconds"]
+    seconds, scores = demo.record["seconds"], generated.read_scores(demo.generation)
     facts = {"steps": trained[-1]["step"], "stopped_at": demo.record["stopped_at"], "seconds": seconds}
+    facts["generated"] = [dataclasses.asdict(score) for score in scores]
     ok = report.passed(lines)
     verdict = "PASSED: " if ok else "FAILED: not everything is "
     text = f"""
@@ -204,17 +223,26 @@ def summarize(demo: Demo) -> int:
 Loss and entropy in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The entropy is
 the best that a model could do which only knows how often each token occurs.
 {verdict}clearly below it (loss / entropy at most {report.CLEAR}) for depth, normals, segmentation, captions and boxes.
+
+{generated.markdown(scores)}
+
+What the model generates from the RGB of {demo.generated_scenes} validation scenes, against the truth. Depth is compared after fitting scale
+and shift. Tokens of the truth: what the codebooks can show at best. Guess: of every pixel the mean, or commonest, of 250
+training scenes; boxes and caption of another scene.
 Trained for {facts["steps"]} steps; stopped on purpose at step {facts["stopped_at"]} and resumed. Seconds: {_listed(seconds)}.
 """
     report.write(demo.out, lines, facts, text)
     print(text)
-    print(f"report: {demo.out / 'report.md'}\ncurves: {demo.out / 'curves.png'}\ndata:   {demo.out / 'samples.png'}")
+    pictures = {"curves": "curves.png", "data": "samples.png", "from RGB": "generated/sheet.png",
+                "from words": "generated/words/sheet.png"}  # fmt: skip
+    for what, name in {"report": "report.md", **pictures}.items():
+        print(f"{what + ':':12}{demo.out / name}")
     return 0 if ok else 1
 
 
 STAGES: dict[str, Callable[[Demo], int | None]] = {
     "render": render, "vocabulary": vocabulary, "codebooks": codebooks, "tokenize": tokenize, "train": train,
-    "report": summarize,
+    "generate": generate, "report": summarize,
 }  # fmt: skip
 
 

@@ -93,7 +93,7 @@ def decode_modality(
     if modality.is_pixels:
         transform = MODALITY_TRANSFORMS.get(str(modality.transform))
         statistics = transform.statistics if isinstance(transform, PixelTransform) else None
-        return _picture(kind, tensor[None], statistics)
+        return decode_pixels(kind, tensor[None], statistics)
     if modality.type == "seq_emb":
         return Decoded("vectors", tensor[~masked].numpy())
     if modality.type == "img":
@@ -123,10 +123,10 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
     hidden = missing.repeat_interleave(factors[0], 0).repeat_interleave(factors[1], 1)
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
-    return _picture(kind, pixels, ((0.5,), (0.5,)), int(missing.sum()))
+    return decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum()))
 
 
-def _picture(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
+def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
     """Pixels (1, C, H, W), nan where they are missing, as :data:`DECODERS` gives them."""
     kind = kind if kind in DECODERS else "feature"
     image = pixels[0].permute(1, 2, 0).numpy()

@@ -102,7 +102,7 @@ def read_value(
     """
     try:
         if modality.is_pixels:
-            return _pixels(value, transforms_for({modality.name: modality})[modality.name], modality.input_size)
+            return read_pixels(value, transforms_for({modality.name: modality})[modality.name], modality.input_size)
         if modality.type == "img":
             return _tokens(value, modality, tokenizers)
         if modality.type == "seq_emb":
@@ -115,7 +115,8 @@ def read_value(
         raise DataError(f"{modality.name}: {shown} cannot be read: {error}") from error
 
 
-def _pixels(value: Any, transform: Any, size: int | None) -> Tensor:
+def read_pixels(value: Any, transform: Any, size: int | None) -> Tensor:
+    """The centre square of a picture at ``size``, as its transform gives it: (C, H, W), class ids (H, W)."""
     assert isinstance(transform, ImageTransform)
     picture = transform.preprocess(_load(value))
     crop = center_crop(image_size(picture))
@@ -136,7 +137,7 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     if tokenizer is None:
         raise UserError(f"a picture needs the tokenizer of {kind_of(modality)}; pass it in tokenizers, or pass ids")
     transform = tokenizer_transform(tokenizer.config.modality, tokenizer.config.transform_options)
-    pixels = _pixels(value, transform, modality.input_size)
+    pixels = read_pixels(value, transform, modality.input_size)
     pixels = pixels if pixels.ndim == 3 else pixels[None]
     return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()
 

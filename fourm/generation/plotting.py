@@ -23,11 +23,14 @@ _WIDE = 1.35  # columns of text are so much wider
 _TEXTS = ("caption", "metadata", "color_palette", "human_poses", "vectors")
 
 
-def plot(samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title: str = "") -> Figure:
+def plot(
+    samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title: str = "", labels: Sequence[str] = ()
+) -> Figure:
     """A contact sheet: a row per sample, a column per modality, in the order of the first sample.
 
     Args:
         samples: what ``Sampler`` or :func:`fourm.generation.decode` return; the keys are the titles of the columns.
+        labels: of the rows.
 
     Returns:
         A figure; ``plot(samples).savefig("sheet.png")``.
@@ -58,6 +61,8 @@ def plot(samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title
                 _draw(axes, sample[name], sample)
     for axes, name in zip(grid[0], _titles(columns), strict=True):
         axes.set_title(name, fontsize=9, color=_INK)
+    for axes_of_row, label in zip(grid, labels, strict=False):
+        axes_of_row[0].set_ylabel(label, fontsize=9, color=_INK)
     if classes:
         _legend(figure, classes, _per_line(sum(widths)))
     if title:

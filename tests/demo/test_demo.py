@@ -48,7 +48,14 @@ def test_the_demo_runs_stops_resumes_and_reports(out):
     assert result["steps"] == 60 and 0 < result["stopped_at"] < 60
     log = [json.loads(line) for line in (out / "training" / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in log if "loss" in line] == list(range(1, 61))
-    assert all((out / name).stat().st_size > 20_000 for name in ("samples.png", "curves.png"))
+    pictures = ("samples.png", "curves.png", "generated/sheet.png", "generated/words/sheet.png")
+    assert all((out / name).stat().st_size > 20_000 for name in pictures)
+    scores = {(s["measure"], s["unit"]): s for s in result["generated"]}
+    depth, objects = scores["depth", "absolute relative error"], scores["objects in captions", "recall"]
+    assert 0 < depth["tokens"] < depth["guess"] < 0.2 and depth["generated"] > 0
+    assert 0 < objects["guess"] < 1 and objects["tokens"] is None
+    assert len([*(out / "generated" / "scenes" / "00000").iterdir()]) == 4
+    assert "| depth " in finished.stdout and "| depth " in (out / "report.md").read_text()
 
 
 @pytest.mark.slow

@@ -1,0 +1,66 @@
+"""What validation scenes really show, in the same form as what is generated, and what can be said without looking."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.folders import Folders
+from fourm.data.raw_sample import OpenFiles, RawSample
+from fourm.data.shards import Shards
+from fourm.demo.annotations import CLASSES
+from fourm.demo.simulator import FAR
+from fourm.generation.decoding import Decoded, decode_pixels
+from fourm.generation.inputs import read_pixels
+from fourm.vq.crops import tokenizer_transform
+
+Scene = Mapping[str, Decoded]
+"""Kind → what a scene shows of it."""
+
+PICTURES = ("rgb", "depth", "normal", "semseg", "canny_edge")
+KINDS = (*PICTURES, "det", "caption")
+
+
+def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
+    """The samples of a split, or those of one shard."""
+    wanted, ledger = {kind: kind for kind in KINDS}, BadSampleLedger(str(root), max_bad_fraction=0.0)
+    data_path = f"{root}/[{','.join(KINDS)}]"
+    if shard is None:
+        return Folders(data_path, wanted, None, ledger).all(ledger)
+    return Shards(f"{data_path}/{shard}", wanted).all(ledger)
+
+
+def truth(sample: RawSample, size: int) -> Scene:
+    """A scene at ``size`` pixels; its depth in metres."""
+    values = sample.values(OpenFiles(), keep_pixels=False)
+    found = {}
+    for kind in PICTURES:
+        transform = tokenizer_transform(kind, {"standardize_depth": False} if kind == "depth" else {})
+        pixels = read_pixels(values[kind], transform, size)
+        pixels = pixels if pixels.ndim == 3 else pixels[None]
+        found[kind] = decode_pixels(kind, pixels[None].float(), ((0.5,), (0.5,)))
+    found["depth"] = Decoded("depth", found["depth"].value * FAR)
+    found["semseg"] = Decoded("semseg", found["semseg"].value, names=CLASSES)
+    return {
+        **found,
+        "det": Decoded("det", values["det"]["instances"]),
+        "caption": Decoded("caption", values["caption"]),
+    }
+
+
+def guesses(scenes: Sequence[Scene], count: int) -> list[Scene]:
+    """The best that can be said about ``count`` unseen scenes: of pictures the mean, or commonest, of each pixel of
+    ``scenes``; boxes and caption are those of one of them.
+    """
+    values: dict[str, Any] = {kind: np.stack([scene[kind].value for scene in scenes]) for kind in PICTURES}
+    counts = np.stack([(values["semseg"] == label).sum(0) for label in range(len(CLASSES))])
+    mean = {
+        "depth": Decoded("depth", values["depth"].mean(0)),
+        "normal": Decoded("normal", values["normal"].mean(0)),
+        "semseg": Decoded("semseg", counts.argmax(0)),
+    }
+    return [mean | {kind: scenes[i % len(scenes)][kind] for kind in ("det", "caption")} for i in range(count)]
