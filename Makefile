@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint install
+.PHONY: demo notebook test lint install
 
 install: .venv/.installed
 
@@ -14,6 +14,9 @@ install: .venv/.installed
 
 demo: install
 	$(BIN)/python -m fourm.demo
+
+notebook: install
+	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py --notebook notebooks/generation.ipynb
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile

@@ -27,6 +27,17 @@ setup(
     ],
     extras_require={
         "demo": ["pybullet", "scikit-image", "matplotlib"],
-        "dev": ["pytest>=8", "pytest-xdist", "hypothesis", "ruff", "mypy", "types-PyYAML", "types-tqdm"],
+        "dev": [
+            "pytest>=8",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "types-PyYAML",
+            "types-tqdm",
+            "nbclient",
+            "ipykernel",
+            "nbformat",
+        ],
     },
 )

@@ -9,7 +9,7 @@ Shapes: h x w tokens, H x W pixels, C channels. Masks: True = masked.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -38,12 +38,15 @@ class Decoded:
         value: see :data:`DECODERS`.
         dropped: how many tokens (of texts: words) have no meaning and were left out.
         names: of the classes, where ``value`` is class ids and they are known.
+        tensor: what the model has read or written: ids (h, w) of an image, −1 where nothing is known, ids (L,) of a
+            text, pixels as the model takes them. A result that is an input again is given as this.
     """
 
     kind: str
     value: Any
     dropped: int = 0
     names: tuple[str, ...] = ()
+    tensor: Tensor | None = field(default=None, compare=False, repr=False)
 
 
 def kind_of(modality: Modality) -> str:
@@ -93,20 +96,20 @@ def decode_modality(
     if modality.is_pixels:
         transform = MODALITY_TRANSFORMS.get(str(modality.transform))
         statistics = transform.statistics if isinstance(transform, PixelTransform) else None
-        return decode_pixels(kind, tensor[None], statistics)
+        return replace(decode_pixels(kind, tensor[None], statistics), tensor=tensor)
     if modality.type == "seq_emb":
-        return Decoded("vectors", tensor[~masked].numpy())
+        return Decoded("vectors", tensor[~masked].numpy(), tensor=tensor[~masked])
     if modality.type == "img":
         return _image(tensor.flatten(), masked, kind, tokenizers.get(kind))
-    ids = tensor[~masked].tolist()
+    ids = tensor[~masked]
     if modality.type == "seq_token":
-        return Decoded("tokens", np.array([ids]) - modality.vocab_offset)
+        return Decoded("tokens", ids[None].numpy() - modality.vocab_offset, tensor=ids)
     if text_tokenizer is None:
         raise UserError(f"{modality.name}: reading texts needs the text vocabulary; pass text_tokenizer")
-    words, dropped = read_words(ids, text_tokenizer)
+    words, dropped = read_words(ids.tolist(), text_tokenizer)
     kind = kind if kind in SEQUENCES else "caption"
     value, unread = SEQUENCES[kind](words)
-    return Decoded(kind, value, dropped + unread)
+    return Decoded(kind, value, dropped + unread, tensor=ids)
 
 
 def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None) -> Decoded:
@@ -114,8 +117,9 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
     grid, missing = ids.view(-1, width), masked.view(-1, width)
+    known = torch.where(missing, -1, grid)
     if tokenizer is None:
-        return Decoded("tokens", torch.where(missing, -1, grid).numpy(), int(missing.sum()))
+        return Decoded("tokens", known.numpy(), int(missing.sum()), tensor=known)
     missing = missing | (grid < 0) | (grid >= tokenizer.vocab_size)
     with torch.inference_mode():
         pixels = tokenizer.decode_tokens(grid.masked_fill(missing, 0)[None].long().to(tokenizer.device)).float().cpu()
@@ -123,7 +127,7 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
     hidden = missing.repeat_interleave(factors[0], 0).repeat_interleave(factors[1], 1)
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
-    return decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum()))
+    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum())), tensor=known)
 
 
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:

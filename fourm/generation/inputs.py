@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +17,17 @@ from fourm.data.image_augmenter import center_crop
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, transforms_for
 from fourm.data.transforms.image import ImageTransform, image_size
-from fourm.generation.decoding import Tokenizers, kind_of
+from fourm.generation.decoding import Decoded, Tokenizers, kind_of
 from fourm.models.generate import init_full_input_modality
 from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
 from fourm.vq.crops import tokenizer_transform
 
 
-def find_modality(name: str, known: Mapping[str, Modality], role: str) -> str:
+def find_modality(name: str, known: Mapping[str, Modality], role: str, last: Collection[str] = ()) -> str:
     """The modality called ``name``, or whose name it abbreviates: ``depth`` → ``tok_depth@224``.
 
-    Pixels come before tokens, smaller pictures before larger ones.
+    Pixels come before tokens, smaller pictures before larger ones, and those in ``last`` after all others.
 
     Raises:
         UserError: there is none.
@@ -39,7 +39,7 @@ def find_modality(name: str, known: Mapping[str, Modality], role: str) -> str:
     if not found:
         options = [*known, *(value.removeprefix("tok_") for value in short.values())]
         raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, options)}")
-    return min(found, key=lambda m: (not known[m].is_pixels, known[m].input_size or 0))
+    return min(found, key=lambda m: (m in last, not known[m].is_pixels, known[m].input_size or 0))
 
 
 def make_batch(
@@ -49,7 +49,7 @@ def make_batch(
     text_tokenizer: Tokenizer | None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """A batch that has all of ``samples`` as input.
+    """A batch that has all of ``samples`` as input; of token grids what is −1 is not known, and may be generated.
 
     Args:
         samples: modality → value, all with the same modalities; see :func:`read_value`.
@@ -69,6 +69,9 @@ def make_batch(
         ]
         batch[name] = {"tensor": _stack(values)}
         batch = init_full_input_modality(batch, modality_info, name, device)
+        if modality_info[name].type == "img" and not modality_info[name].is_pixels:
+            tensor = batch[name]["tensor"]
+            batch[name] |= {"tensor": tensor.clamp(min=0), "input_mask": tensor < 0, "target_mask": tensor >= 0}
     return batch
 
 
@@ -77,7 +80,7 @@ def _frame(sample: Mapping[str, Any], modality_info: Mapping[str, Modality]) -> 
     for name, value in sample.items():
         if modality_info[name].is_pixels and modality_info[name].transform in MODALITY_TRANSFORMS:
             try:
-                return image_size(_load(value))
+                return None if isinstance(value, Decoded) else image_size(_load(value))  # a result is square
             except (OSError, ValueError):
                 return None  # reading the picture itself says what is wrong with it
     return None
@@ -93,14 +96,17 @@ def read_value(
     """One value as the model takes it, its centre square if it is a picture.
 
     Args:
-        value: of pictures a file, a PIL image or an array; of tokens these, or ids; of texts a string, or what the
-            modality's files hold (boxes: ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``).
+        value: of pictures a file, a PIL image or an array; of tokens these, or ids, −1 where they are not known; of
+            texts a string, or what the modality's files hold (boxes: ``[{"boxes": …, "class_name": …}]``, a palette:
+            ``[[r, g, b], …]``). Or a result, of which the model gets the same ids, or pixels.
         frame: height and width of the picture of which boxes tell; the model gets those in its centre square.
 
     Raises:
         UserError: it does not suit the modality.
     """
     try:
+        if isinstance(value, Decoded):
+            return _again(value, modality)
         if modality.is_pixels:
             return read_pixels(value, transforms_for({modality.name: modality})[modality.name], modality.input_size)
         if modality.type == "img":
@@ -113,6 +119,18 @@ def read_value(
     except (TypeError, KeyError, ValueError, OSError) as error:
         shown = str(value) if isinstance(value, Path) else str(value)[:80]
         raise DataError(f"{modality.name}: {shown} cannot be read: {error}") from error
+
+
+def _again(result: Decoded, modality: Modality) -> Tensor:
+    """What a model has read or written, as it was."""
+    if result.tensor is None or result.tensor.is_floating_point() != (modality.vocab_size is None):
+        raise UserError(
+            f"this {result.kind} does not hold {'values' if modality.vocab_size is None else 'ids'} that a model had: give "
+            "results by their full names, and what was read from disk as the file"
+        )
+    if modality.is_pixels:
+        return result.tensor
+    return _tokens(result.tensor, modality, {}) if modality.type == "img" else result.tensor[: modality.max_tokens]
 
 
 def read_pixels(value: Any, transform: Any, size: int | None) -> Tensor:
@@ -130,7 +148,7 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     value = _load(value)
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
         ids = torch.as_tensor(np.asarray(value)).long().reshape(-1, modality.max_tokens or 1)[0]
-        if ids.min() < 0 or ids.max() >= (modality.vocab_size or 0):
+        if ids.min() < -1 or ids.max() >= (modality.vocab_size or 0):
             raise DataError(f"ids must be below {modality.vocab_size}, not {int(ids.min())} to {int(ids.max())}")
         return ids
     tokenizer = tokenizers.get(kind_of(modality))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,7 @@ class Sampler:
         info = model.modality_info
         self.inputs = {name: as_modality(name, info[name]) for name in model.encoder_embeddings}
         self.targets = {name: as_modality(name, info[name]) for name in model.decoder_embeddings}
+        self.info = {**self.inputs, **self.targets}
 
     @classmethod
     def load(
@@ -61,6 +63,7 @@ class Sampler:
         class_names: Sequence[str] = (),
         device: str = "auto",
         dtype: torch.dtype | None = None,
+        like: Sampler | None = None,
     ) -> Sampler:
         """Everything from files.
 
@@ -70,19 +73,22 @@ class Sampler:
             tokenizers: a folder with one tokenizer folder per modality of images, or modality → folder or hub id.
             text_tokenizer: the vocabulary's file; None = the one that the run was trained with.
             device: ``auto`` = cuda where there is one, else cpu.
+            like: a sampler whose tokenizers, vocabulary and class names serve where none are named here, such as that of
+                the model whose results this one is to upsample.
 
         Raises:
-            UserError: something is missing or damaged.
+            UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
         where = best_device(device)
-        words = text_tokenizer or _vocabulary_of(Path(model))
-        return cls(
-            _load_model(model).to(where),
-            {name: load_tokenizer(folder, where) for name, folder in _tokenizer_folders(tokenizers).items()},
-            load_text_tokenizer(words) if words else None,
-            class_names,
-            dtype,
-        )
+        images: Tokenizers = {n: load_tokenizer(f, where) for n, f in _tokenizer_folders(tokenizers).items()}
+        path = text_tokenizer or _vocabulary_of(Path(model))
+        words = load_text_tokenizer(path) if path else None
+        if like is not None:
+            images, class_names = {**like.tokenizers, **images}, class_names or like.class_names
+            if words and like.text_tokenizer and words.get_vocab() != like.text_tokenizer.get_vocab():
+                raise UserError(f"{model}: its text vocabulary is {path}, not that of the model before it")
+            words = words or like.text_tokenizer
+        return cls(_load_model(model).to(where), images, words, class_names, dtype)
 
     def __call__(
         self,
@@ -99,8 +105,9 @@ class Sampler:
 
         Args:
             inputs: modality → value, see :func:`fourm.generation.inputs.read_value`; a list of such samples with the
-                same modalities is one batch.
-            targets: modalities. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``.
+                same modalities is one batch. Results are inputs too: those that the model cannot read are left out.
+            targets: modalities. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
+                the tokens that are −1 are generated.
             seed: see :class:`GenerationSampler`; sample b uses ``seed + b``.
             top_k, top_p: see :class:`fourm.models.token_sampling.TokenSampler`.
             cfg_grow_conditioning: targets guide those after them.
@@ -112,32 +119,61 @@ class Sampler:
         Raises:
             UserError: inputs, targets or settings that do not suit the model.
         """
-        samples = [inputs] if isinstance(inputs, Mapping) else list(inputs)
-        if not samples or not samples[0] or not targets:
+        given = [self._readable(sample) for sample in ([inputs] if isinstance(inputs, Mapping) else inputs)]
+        if not given or not given[0] or not targets:
             raise UserError("generation needs at least one input and one target")
-        given = [{find_modality(n, self.inputs, "an input"): v for n, v in sample.items()} for sample in samples]
-        chain = [find_modality(name, self.targets, "a target") for name in targets]
-        both = [name for name in chain if name in given[0] or chain.count(name) > 1]
+        device = self.generation.model.mask_token.device
+        batch = make_batch(given, self.info, self.tokenizers, self.text_tokenizer, device)
+        missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in batch.items()}
+        schedule = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
+        result = self.generation.generate(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
+        generated = {step["target_domain"] for step in schedule}
+        seen = {n for n in batch.keys() - generated if all(isinstance(sample[n], Decoded) for sample in given)}
+        unseen = {name: entry for name, entry in result.items() if name not in seen}
+        found = decode(unseen, self.info, self.tokenizers, self.text_tokenizer)
+        return [
+            {name: given[b][name] if name in seen else self._named(found[b][name]) for name in result}
+            for b in range(len(given))
+        ]
+
+    def schedule(
+        self, given: Mapping[str, int], targets: Sequence[str], cfg_grow_conditioning: bool = True, **settings: Any
+    ) -> list[dict[str, Any]]:
+        """What a call with these arguments does, step by step.
+
+        Args:
+            given: input modality → how many of its tokens are not known, 0 if it is complete.
+
+        Raises:
+            UserError: targets or settings that do not suit the model.
+        """
+        chain = [find_modality(name, self.targets, "a target", last=given) for name in targets]
+        edited = {name: given[name] for name in chain if given.get(name) and self.targets[name].type == "img"}
+        both = [name for name in chain if (name in given and name not in edited) or chain.count(name) > 1]
         if both:
             raise UserError(f"{both[0]} is to be generated, but it is given or named twice")
-        settings = {key: self._by_target(value) for key, value in settings.items()}
-        info = {**self.inputs, **self.targets}
-        schedule = chained_schedule([*given[0]], chain, info, settings, cfg_grow_conditioning)
-        device = self.generation.model.mask_token.device
-        batch = make_batch(given, info, self.tokenizers, self.text_tokenizer, device)
-        result = self.generation.generate(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
-        found = decode(result, info, self.tokenizers, self.text_tokenizer)
-        return [{name: self._named(value) for name, value in sample.items()} for sample in found]
+        others = self.targets.keys() - chain
+        for key, value in settings.items():
+            if isinstance(value, Mapping):
+                settings[key] = {find_modality(n, self.targets, "a target", last=others): v for n, v in value.items()}
+        steps = {name: max(count // 4, 1) for name, count in edited.items()}
+        settings = {"tokens_per_target": edited, "decoding_steps": steps, **settings}
+        conditions = [name for name in given if name not in edited]
+        return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning)
 
-    def _by_target(self, value: Any) -> Any:
-        if not isinstance(value, Mapping):
-            return value
-        return {find_modality(name, self.targets, "a target"): v for name, v in value.items()}
+    def _readable(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The sample by full names, without results that the model cannot read."""
+        found = {}
+        for name, value in sample.items():
+            try:
+                found[find_modality(name, self.inputs, "an input")] = value
+            except UserError:
+                if not isinstance(value, Decoded):
+                    raise
+        return found
 
     def _named(self, value: Decoded) -> Decoded:
-        if value.kind not in CLASSES or not self.class_names:
-            return value
-        return Decoded(value.kind, value.value, value.dropped, self.class_names)
+        return dataclasses.replace(value, names=self.class_names) if value.kind in CLASSES else value
 
 
 def _load_model(model: str | Path) -> FM:

@@ -1,20 +1,16 @@
 """The command ``run_generation.py``: a configuration → a folder of results and a contact sheet.
 
-The configuration may name others (``model_config``, ``data_config``), whose keys it overrides; the command line overrides
-all. Sample i draws with seed ``seed + i`` whatever the batch and the process, so an interrupted command that is given again
+Sample i draws with seed ``seed + i`` whatever the batch and the process, so an interrupted command that is given again
 makes what is missing, and the same.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -26,76 +22,23 @@ from fourm.data.layout import existing_folders
 from fourm.data.modality_info import Modality
 from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.generation.inputs import find_modality
+from fourm.generation.options import GenerationOptions, parse
 from fourm.generation.plotting import plot
 from fourm.generation.results import RESULT, read_result, write_result
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import COLUMNS
-from fourm.utils.config import build, load_yaml
+from fourm.generation.stages import Stage, generate
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
-from fourm.utils.options import option, parse_overrides
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 
-@dataclass(frozen=True)
-class GenerationOptions:
-    """The keys of a configuration and of the command line."""
-
-    model: str = option("run folder, folder with a model, or id on the hub")
-    data: Any = option(
-        "folder with a folder per modality, folder of pictures, one picture, or prompts: a list or a .txt"
-    )
-    cond_domains: str = option("modalities that are given, joined by '-'")
-    target_domains: str = option("modalities to generate, in this order, joined by '-'")
-    output_dir: str = option("where the results go")
-    tokenizers: Any = option("folder with a tokenizer per modality of images, or modality → folder or hub id", None)
-    text_tokenizer: str | None = option("text vocabulary (default: that of the run)", None)
-    class_names: list[str] = option("of the class ids of segmentations", [])
-    model_config: str | None = option("YAML file with further keys of the model", None)
-    data_config: str | None = option("YAML file with further keys of the data", None)
-    tokens_per_target: Any = option(
-        "tokens of each target; from here on: one value, or one per target joined by '-'", None
-    )
-    autoregression_schemes: Any = option("maskgit, roar (images) or autoregressive (sequences)", None)
-    decoding_steps: Any = option("steps of each image", None)
-    token_decoding_schedules: Any = option("linear or cosine", None)
-    temps: Any = option("temperatures; 0 = the likeliest token", None)
-    temp_schedules: Any = option("constant, linear or onex:MIN:POWER", None)
-    cfg_scales: Any = option("guidance; 1 = none", None)
-    cfg_schedules: Any = option("constant", None)
-    cfg_grow_conditioning: bool = option("finished targets guide those after them", True)
-    top_k: Any = option("only the likeliest tokens: a count, or a share of the vocabulary", 0.0)
-    top_p: float = option("only the likeliest tokens that have this probability together", 0.0)
-    num_samples: int | None = option("the first so many samples of the data (default: all)", None)
-    num_variations: int = option("results per sample, with other seeds", 1)
-    seed: int = option("of the first result", 0)
-    batch_size: int = option("results at once", 8)
-    sheet_samples: int = option("rows of the contact sheet", 12)
-    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("precision", "float32")
-
-    def __post_init__(self) -> None:
-        for name in ("num_samples", "num_variations", "batch_size", "sheet_samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"'{name}' must be at least 1, not {value}")
-
-
 # What a folder of results may be continued with: everything else changes them.
-_FREE = {"output_dir", "batch_size", "sheet_samples", "device", "num_samples", "model_config", "data_config"}
-
-
-def parse(argv: list[str] | None = None) -> GenerationOptions:
-    """Files that a configuration names < the configuration < the command line."""
-    overrides = parse_overrides(GenerationOptions, argv, "Generate with a 4M model.", config_file=True)
-    path = overrides.pop("config", None)
-    content = (load_yaml(path) if path else {}) | overrides
-    for key in ("data_config", "model_config"):
-        if content.get(key):
-            content = load_yaml(content[key]) | content
-    return build(GenerationOptions, content, path or "command line")
+_FREE = {
+    "output_dir", "batch_size", "sheet_samples", "device", "num_samples", "model_config", "data_config", "sr_config"
+}  # fmt: skip
 
 
 class Job(NamedTuple):
@@ -110,28 +53,18 @@ def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
     """Make the results that are missing, every ``world_size``-th from ``rank`` on.
 
     Raises:
-        UserError: options or data that do not suit the model.
+        UserError: options or data that do not suit the models.
     """
-    sampler = Sampler.load(
-        options.model, options.tokenizers, options.text_tokenizer, options.class_names, options.device,
-        None if options.dtype == "float32" else getattr(torch, options.dtype),
-    )  # fmt: skip
-    find = partial(find_modality, known=sampler.inputs, role="an input")
-    conditions = [find(name) for name in _split(options.cond_domains, sampler.inputs, "cond_domains")]
-    targets = _split(options.target_domains, sampler.targets, "target_domains")
+    stages = load_stages(options)
     out = Path(options.output_dir)
-    every = jobs(options, {name: sampler.inputs[name] for name in conditions})
+    every = jobs(options, {name: stages[0].sampler.inputs[name] for name in stages[0].conditions})
     _check_settings(out, options)
     mine = every[rank::world_size]
     pending = [job for job in mine if not (out / job.name / RESULT).exists()]
-    settings = {key: value for key in COLUMNS if (value := getattr(options, key)) is not None}
     with tqdm(total=len(mine), initial=len(mine) - len(pending), unit=" samples", disable=None) as bar:
         for start in range(0, len(pending), options.batch_size):
             batch = pending[start : start + options.batch_size]
-            results = sampler(
-                [_read(job) for job in batch], targets, [job.seed for job in batch], options.top_k, options.top_p,
-                options.cfg_grow_conditioning, **settings,
-            )  # fmt: skip
+            results = generate(stages, [_read(job) for job in batch], [job.seed for job in batch])
             for job, result in zip(batch, results, strict=True):
                 write_result(out / job.name, result)
             bar.update(len(batch))
@@ -141,6 +74,40 @@ def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
         with atomic_path(out / SHEET) as path:
             plot(shown).savefig(path)
         print(f"{len(every)} samples: {out}\ncontact sheet: {out / SHEET}")
+
+
+def load_stages(options: GenerationOptions) -> list[Stage]:
+    """The models, with modalities by their full names; whatever does not suit one of them is said now, not hours later.
+
+    Raises:
+        UserError: it does not.
+    """
+    stages: list[Stage] = []
+    known: list[str] = []
+    dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    for prefix, part in options.stages().items():
+        sampler = Sampler.load(
+            part.model, part.tokenizers, part.text_tokenizer, options.class_names, options.device, dtype,
+            like=stages[-1].sampler if stages else None,
+        )  # fmt: skip
+        readable = {
+            name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs
+        }
+        if not readable:
+            raise UserError(f"{prefix}model: {part.model} reads none of {', '.join(known)}, which is all that there is")
+        names = _split(part.cond_domains or [*readable], readable, f"{prefix}cond_domains")
+        conditions = tuple(find_modality(name, readable, "an input") for name in names)
+        targets = _split(part.target_domains, sampler.targets, f"{prefix}target_domains")
+        settings = {key: value for key in COLUMNS if (value := getattr(part, key)) is not None}
+        settings["cfg_grow_conditioning"] = part.cfg_grow_conditioning
+        try:
+            schedule = sampler.schedule(dict.fromkeys(conditions, 0), targets, **settings)
+        except UserError as error:
+            raise UserError(f"{part.model}: {error}") from error
+        targets = tuple(dict.fromkeys(step["target_domain"] for step in schedule))
+        stages.append(Stage(sampler, conditions, targets, settings | {"top_k": part.top_k, "top_p": part.top_p}))
+        known += [name for name in (*conditions, *targets) if name not in known]
+    return stages
 
 
 def jobs(options: GenerationOptions, conditions: Mapping[str, Modality]) -> list[Job]:
@@ -200,7 +167,7 @@ def _only(conditions: Mapping[str, Modality], kind: str, what: str) -> Sequence[
     return [*conditions]
 
 
-def _split(names: str, known: Mapping[str, Modality], where: str) -> tuple[str, ...]:
+def _split(names: str | Sequence[str], known: Mapping[str, Modality], where: str) -> tuple[str, ...]:
     """Names joined by ``-``, short ones too."""
     short = {name.split("@")[0].removeprefix("tok_") for name in known} | {name.split("@")[0] for name in known}
     return split_domains(names, {*known, *short}, where)
@@ -212,15 +179,16 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
     Raises:
         UserError: ``out`` was made with others.
     """
-    current = {key: value for key, value in dataclasses.asdict(options).items() if key not in _FREE}
+    current = {key: value for key, value in options.flat().items() if key not in _FREE}
     current = json.loads(json.dumps(current, default=str))
     record = out / SETTINGS
     if record.exists():
         before = json.loads(record.read_text(encoding="utf-8"))
-        for key, value in current.items():
-            if before.get(key) != value:
+        for key in {**current, **before}:
+            if before.get(key) != current.get(key):
                 raise UserError(
-                    f"{out} was made with {key} {before.get(key)}, not {value}: choose another output_dir, or remove it"
+                    f"{out} was made with {key} {before.get(key)}, not {current.get(key)}: choose another output_dir, or "
+                    "remove it"
                 )
     else:
         with atomic_path(record) as path:

@@ -21,6 +21,28 @@ def option(text: str, default: Any = MISSING) -> Any:
     return field(default=default, metadata={"help": text})
 
 
+def option_group(text: str, cls: type) -> Any:
+    """A field that holds a dataclass of options, or None; on the command line their names begin with the field's:
+    ``sr`` → ``--sr_model``."""
+    return field(default=None, metadata={"help": text, "options": cls})
+
+
+def flat_options(cls: type) -> list[str]:
+    """The names of all options, those of groups too."""
+    return [f"{prefix}{item.name}" for prefix, _, items in _groups(cls) for item in items]
+
+
+def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
+    """Prefix, description and fields of the options of ``cls`` itself, and of its groups."""
+    fields = dataclasses.fields(cls)
+    nested = [
+        (f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"])))
+        for item in fields
+        if "options" in item.metadata
+    ]
+    return [("", "", [item for item in fields if "options" not in item.metadata]), *nested]
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"command line: {message}")
@@ -40,6 +62,8 @@ def parse_overrides(
 ) -> dict[str, Any]:  # fmt: skip
     """The fields of ``cls`` that the command line sets; switches come in pairs ``--key`` / ``--no_key``.
 
+    Those of groups are there by their flat names.
+
     Args:
         aliases: other name → field.
         config_file: ``--config FILE`` is an argument too, and its path part of the result.
@@ -53,19 +77,22 @@ def parse_overrides(
     if config_file:
         flags += ["--config"]
         parser.add_argument("-c", "--config", help="YAML file; keys on the command line override it")
-    for item in dataclasses.fields(cls):
-        text = item.metadata["help"].replace("%", "%%")
-        if item.default is not MISSING and item.default not in (None, "", -1):
-            text += f" (default: {item.default})"
-        names = [f"--{item.name}", *(f"--{alias}" for alias, key in (aliases or {}).items() if key == item.name)]
-        if item.type == "bool":
-            parser.add_argument(*names, action="store_true", help=text)
-            names.append(f"--no_{item.name}")
-            parser.add_argument(names[-1], dest=item.name, action="store_false", help=argparse.SUPPRESS)
-        else:
-            count = "+" if "tuple" in str(item.type) else None
-            parser.add_argument(*names, dest=item.name, type=parse_value, help=text, nargs=count)
-        flags += names
+    for prefix, description, fields in _groups(cls):
+        group = parser.add_argument_group(description=description) if prefix else parser
+        for item in fields:
+            text = item.metadata["help"].replace("%", "%%")
+            if item.default is not MISSING and item.default not in (None, "", -1):
+                text += f" (default: {item.default})"
+            key = f"{prefix}{item.name}"
+            names = [f"--{key}", *(f"--{alias}" for alias, meant in (aliases or {}).items() if meant == key)]
+            if item.type == "bool":
+                group.add_argument(*names, action="store_true", help=text)
+                names.append(f"--no_{key}")
+                group.add_argument(names[-1], dest=key, action="store_false", help=argparse.SUPPRESS)
+            else:
+                count = "+" if "tuple" in str(item.type) else None
+                group.add_argument(*names, dest=key, type=parse_value, help=text, nargs=count)
+            flags += names
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:
         flag = unknown[0].split("=")[0]

@@ -13,11 +13,13 @@ from PIL import Image
 
 from fourm.data.data_config import split_domains
 from fourm.data.modality_info import MODALITY_INFO
+from fourm.generation.options import GenerationOptions, parse
 from fourm.generation.results import read_result
-from fourm.generation.script import GenerationOptions, parse, run
+from fourm.generation.script import run
 from fourm.generation.settings import COLUMNS, chained_schedule
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import DataError, UserError
+from fourm.utils.options import flat_options
 from tests.generation.test_sampler import write_run
 from tests.generation.toy_tokenizers import SIZE
 
@@ -128,7 +130,7 @@ def test_results_of_other_settings_do_not_get_mixed(folder):
     [
         ({"data": "nothing/here"}, "neither a file nor a folder nothing/here"),
         ({"data": "[a cup]"}, "prompts need one text in cond_domains, not rgb@32"),
-        ({"data": "{}/photo.png", "cond_domains": "caption"}, "pictures need one modality of images"),
+        ({"data": "{}/photo.png", "cond_domains": "det"}, "pictures need one modality of images"),
         ({"data": "{}/run"}, "no folder rgb, and no pictures"),
         ({"target_domains": "depth-captoin"}, "target_domains: unknown modality 'captoin' .did you mean 'caption'"),
         ({"temps": "1-2-3"}, "'temps' has 3 values for 2 targets"),
@@ -163,10 +165,9 @@ def test_the_command_ends_with_one_line_and_status_2(folder):
     "path", sorted(ROOT.glob("cfgs/**/generation*/**/*.yaml")) + [ROOT / "cfgs/demo/generation.yaml"]
 )
 def test_shipped_configurations_have_known_keys(path):
-    known = set(GenerationOptions.__dataclass_fields__)
     content = load_yaml(path)
-    assert content.keys() <= known
-    for key in ("model_config", "data_config"):
+    assert content.keys() <= set(flat_options(GenerationOptions))
+    for key in ("model_config", "data_config", "sr_config"):
         assert not content.get(key) or (ROOT / content[key]).is_file()
 
 

@@ -1,0 +1,103 @@
+"""The keys of ``run_generation.py``: those of one stage, and all.
+
+A configuration may name others (``model_config``, ``data_config``, ``sr_config``), whose keys it overrides; the command line
+overrides all. The second stage has the keys of the first, with ``sr_`` before them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fourm.utils.config import build, check_keys, load_yaml
+from fourm.utils.errors import UserError
+from fourm.utils.options import flat_options, option, option_group, parse_overrides
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageOptions:
+    """A model, what it generates, and from what."""
+
+    model: str = option("run folder, folder with a model, or id on the hub")
+    tokenizers: Any = option("folder with a tokenizer per modality of images, or modality → folder or hub id", None)
+    text_tokenizer: str | None = option("text vocabulary (default: that of the run)", None)
+    cond_domains: str | None = option("of what is known, joined by '-' (default: all that the model reads)", None)
+    target_domains: str = option("modalities to generate, in this order, joined by '-'")
+    tokens_per_target: Any = option(
+        "tokens of each target; from here on: one value, or one per target joined by '-'", None
+    )
+    autoregression_schemes: Any = option("maskgit, roar (images) or autoregressive (sequences)", None)
+    decoding_steps: Any = option("steps of each image", None)
+    token_decoding_schedules: Any = option("linear or cosine", None)
+    temps: Any = option("temperatures; 0 = the likeliest token", None)
+    temp_schedules: Any = option("constant, linear or onex:MIN:POWER", None)
+    cfg_scales: Any = option("guidance; 1 = none", None)
+    cfg_schedules: Any = option("constant", None)
+    cfg_grow_conditioning: bool = option("finished targets guide those after them", True)
+    top_k: Any = option("only the likeliest tokens: a count, or a share of the vocabulary", 0.0)
+    top_p: float = option("only the likeliest tokens that have this probability together", 0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerationOptions(StageOptions):
+    """The first stage, what it is given, and where the results go."""
+
+    cond_domains: str = option("modalities that are given, joined by '-'")
+    data: Any = option(
+        "folder with a folder per modality, folder of pictures, one picture, or prompts: a list or a .txt"
+    )
+    output_dir: str = option("where the results go")
+    class_names: list[str] = option("of the class ids of segmentations", [])
+    model_config: str | None = option("YAML file with further keys of the models", None)
+    data_config: str | None = option("YAML file with further keys of the data", None)
+    sr_config: str | None = option("YAML file with further keys of the second stage, without their 'sr_'", None)
+    num_samples: int | None = option("the first so many samples of the data (default: all)", None)
+    num_variations: int = option("results per sample, with other seeds", 1)
+    seed: int = option("of the first result", 0)
+    batch_size: int = option("results at once", 8)
+    sheet_samples: int = option("rows of the contact sheet", 12)
+    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("precision", "float32")
+    sr: StageOptions | None = option_group(
+        "second stage: a super-resolution model goes on from what is given and the tokens of the first; tokenizers and "
+        "vocabulary are those of the first where it has no others",
+        StageOptions,
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("num_samples", "num_variations", "batch_size", "sheet_samples"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UserError(f"'{name}' must be at least 1, not {value}")
+
+    def stages(self) -> dict[str, StageOptions]:
+        """The stages in their order, by what their keys begin with."""
+        return {"": self} if self.sr is None else {"": self, "sr_": self.sr}
+
+    def flat(self) -> dict[str, Any]:
+        """All keys as they are written."""
+        values = dataclasses.asdict(self)
+        second = values.pop("sr") or {}
+        return {**values, **{f"sr_{key}": value for key, value in second.items()}}
+
+
+def parse(argv: list[str] | None = None) -> GenerationOptions:
+    """Files that a configuration names < the configuration < the command line.
+
+    Raises:
+        UserError: an unknown key, a value of the wrong type, or a required key that is missing.
+    """
+    overrides = parse_overrides(GenerationOptions, argv, "Generate with a 4M model.", config_file=True)
+    path = overrides.pop("config", None)
+    where = path or "command line"
+    content = (load_yaml(path) if path else {}) | overrides
+    for key in ("data_config", "model_config", "sr_config"):
+        if content.get(key):
+            prefix = "sr_" if key == "sr_config" else ""
+            content = {f"{prefix}{name}": value for name, value in load_yaml(content[key]).items()} | content
+    check_keys(content, flat_options(GenerationOptions), where)
+    second = {name: content.pop(f"sr_{name}") for name in flat_options(StageOptions) if f"sr_{name}" in content}
+    if second:
+        content["sr"] = build(StageOptions, second, f"{where}: second stage, keys with sr_")
+    return build(GenerationOptions, content, where)
