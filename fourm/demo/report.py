@@ -22,7 +22,9 @@ from fourm.utils.config import load_yaml
 from fourm.utils.files import atomic_path
 
 MUST_LEARN = ("tok_depth", "tok_normal", "tok_semseg", "caption", "det")
-CLEAR = 0.95  # a loss at most this share of the entropy is clearly below it: a tenth of a nat or more, on over 1 000 targets
+CLEAR = (
+    0.9  # a loss at most this share of the entropy is clearly below it: a tenth of a nat or more, on over 1 000 targets
+)
 
 
 @dataclass(frozen=True)

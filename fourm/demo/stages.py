@@ -215,20 +215,22 @@ def summarize(demo: Demo) -> int:
     seconds, scores = demo.record["seconds"], generated.read_scores(demo.generation)
     facts = {"steps": trained[-1]["step"], "stopped_at": demo.record["stopped_at"], "seconds": seconds}
     facts["generated"] = [dataclasses.asdict(score) for score in scores]
-    ok = report.passed(lines)
-    verdict = "PASSED: " if ok else "FAILED: not everything is "
+    ok = report.passed(lines) and generated.passed(scores)
+    verdict = "PASSED" if ok else "FAILED"
     text = f"""
 {report.markdown(lines)}
 
 Loss and entropy in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The entropy is
 the best that a model could do which only knows how often each token occurs.
-{verdict}clearly below it (loss / entropy at most {report.CLEAR}) for depth, normals, segmentation, captions and boxes.
 
 {generated.markdown(scores)}
 
 What the model generates from the RGB of {demo.generated_scenes} validation scenes, against the truth. Depth is compared after fitting scale
 and shift. Tokens of the truth: what the codebooks can show at best. Guess: of every pixel the mean, or commonest, of 250
 training scenes; boxes and caption of another scene.
+
+{verdict}. To pass, depth, normals, segmentation, captions and boxes must have a loss clearly below the entropy (at most {report.CLEAR} of
+it), and what is generated of depth, normals, segmentation and objects in captions must be better than the guess.
 Trained for {facts["steps"]} steps; stopped on purpose at step {facts["stopped_at"]} and resumed. Seconds: {_listed(seconds)}.
 """
     report.write(demo.out, lines, facts, text)
