@@ -124,6 +124,11 @@ class TrainConfig:
     dist_url: str = option("rendezvous of the process group", "env://")
     rlimit: int = option("open files a process may have", 4096)
     log_interval: int = option("optimizer steps between two log lines", 10)
+    peak_tflops: float | None = option(
+        "10^12 operations per second a device could do, of which MFU is the share (default: by the name of the GPU)",
+        None,
+    )
+    profile: bool = option("write a Chrome trace of three steps to profile/trace.json in the run folder", False)
     print_all: bool = option("let every rank print", False)
     show_user_warnings: bool = option("show Python warnings of the UserWarning kind", False)
     log_wandb: bool = option("log to Weights & Biases", False)
@@ -165,7 +170,7 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if (config.epochs >= 0) == (config.total_tokens >= 0) and not config.eval:

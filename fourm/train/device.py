@@ -1,12 +1,56 @@
-"""Precision, and the way of a batch to the device."""
+"""Precision, the way of a batch to the device, and what a device can do."""
 
 from __future__ import annotations
+
+import re
+import resource
+import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from fourm.models import TokenPlan
 from fourm.train.config import TrainConfig
+
+
+class Gpu(NamedTuple):
+    """Figures of the manufacturer.
+
+    Attributes:
+        tflops: 10¹² operations per second of dense matrix products in bfloat16.
+        memory: GB.
+    """
+
+    tflops: float
+    memory: float
+
+
+# Where one name is part of another, the longer one comes first.
+GPUS = {
+    "H100 PCIe": Gpu(756, 80), "H100 NVL": Gpu(835, 94), "H100": Gpu(989, 80), "H200": Gpu(989, 141),
+    "GH200": Gpu(989, 96), "B200": Gpu(2250, 180), "A100": Gpu(312, 80), "A10": Gpu(125, 24), "A10G": Gpu(70, 24),
+    "L40S": Gpu(362, 48), "L4": Gpu(121, 24), "MI300X": Gpu(1307, 192), "MI250X": Gpu(383, 128),
+}  # fmt: skip
+
+
+def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
+    """10¹² operations per second that the device could do at best; None if that is not known."""
+    if config.peak_tflops is not None:
+        return config.peak_tflops
+    if device.type != "cuda" or config.autocast_dtype == "float32":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((gpu.tflops for known, gpu in GPUS.items() if re.search(rf"\b{known}\b", name)), None)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that was allocated on a GPU since the last call, else the most this process ever had resident."""
+    if device.type == "cuda":
+        most = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return most
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

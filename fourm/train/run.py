@@ -25,6 +25,7 @@ from fourm.train.journal import Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
+from fourm.train.profiling import profiler
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
 from fourm.train.signals import StopSignals
@@ -154,13 +155,15 @@ class Run:
         if parallel.is_main:
             with atomic_path(self.folder / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        with StopSignals() as signals:
+        traced = self.folder if config.profile and parallel.is_main else None
+        with StopSignals() as signals, profiler(traced) as step_is_done:
             if self._evaluation_is_due() and not parallel.from_main(lambda: journal.evaluated):
                 self._evaluate(journal)  # the run was stopped between a checkpoint and its evaluation
             batches = self._batches()
             saved_at = time.monotonic()
             while trainer.step < self.total_steps:
                 self._step(batches)
+                step_is_done()
                 if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
                     self._log(journal)
                 minutes = (time.monotonic() - saved_at) / 60
@@ -203,9 +206,8 @@ class Run:
         )  # fmt: skip
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        start = time.perf_counter()
-        micro_batches = list(itertools.islice(batches, self.config.accum_iter))
-        self.trainer.interval.add_wait(time.perf_counter() - start)
+        with self.trainer.interval.host_phase("data_wait"):
+            micro_batches = list(itertools.islice(batches, self.config.accum_iter))
         self.trainer.train_step(micro_batches)
 
     @property
@@ -236,7 +238,7 @@ class Run:
     def _save(self) -> None:
         """A checkpoint of the step done last; all processes must call this."""
         trainer = self.trainer
-        with trainer.interval.paused():
+        with trainer.interval.host_phase("save", paused=True):
             state = state_of(trainer)
             if self.parallel.is_main:
                 save_checkpoint(
@@ -246,7 +248,7 @@ class Run:
 
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer
-        with trainer.interval.paused():
+        with trainer.interval.host_phase("evaluation", paused=True):
             results: dict[str, dict[str, Any]] = {evaluation.dataset: {} for evaluation in self.evaluations}
             for evaluation in self.evaluations:
                 result = evaluate(trainer.model, evaluation, self.config, self.parallel)
