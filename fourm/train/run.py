@@ -25,6 +25,7 @@ from fourm.train.journal import Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
+from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
@@ -48,6 +49,12 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
     Raises:
         UserError: a configuration, file or sample that cannot work.
     """
+    if config.plan:
+        data = load_data(config)
+        with torch.device("meta"):
+            model = build_model(config, data)
+        print(describe(config, plan_run(config, data, model, load_text_tokenizer(config.text_tokenizer_path))))
+        return 0
     parallel = strategy(config)
     _set_up_process(config)
     try:
@@ -81,14 +88,7 @@ class Run:
     def _build_trainer(self, resumed: bool) -> Trainer:
         config, data, world_size = self.config, self.data, self.parallel.world_size
         torch.manual_seed(config.seed)
-        options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
-        model = FM(
-            model_config(
-                config.model, data.in_domains, data.out_domains, image_size=config.input_size,
-                patch_size=config.patch_size, modalities=data.declarations, share_embedding=True,
-                **options | config.model_kwargs,
-            )
-        )  # fmt: skip
+        model = build_model(config, data)
         if config.finetune and not resumed:
             load_weights(model, config.finetune)
         model.to(self.parallel.device)
@@ -254,6 +254,17 @@ class Run:
                 result = evaluate(trainer.model, evaluation, self.config, self.parallel)
                 results[evaluation.dataset][evaluation.kind] = result
             journal.evaluation(trainer.step, self._epoch, results)
+
+
+def build_model(config: TrainConfig, data: DataConfig) -> FM:
+    """The model of the run, with the modalities of its training sets."""
+    options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
+    return FM(
+        model_config(
+            config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
+            modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
+        )
+    )  # fmt: skip
 
 
 def _set_up_process(config: TrainConfig) -> None:
