@@ -5,11 +5,13 @@ from __future__ import annotations
 import re
 import resource
 import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from fourm.data.unified_datasets import Batch
 from fourm.models import TokenPlan
 from fourm.train.config import TrainConfig
 
@@ -59,10 +61,23 @@ def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-def to_device(
-    mod_dict: dict[str, dict[str, Tensor]], plan: TokenPlan, device: torch.device
-) -> tuple[dict[str, dict[str, Tensor]], TokenPlan]:
-    """Values and plan of a batch on ``device``, from page-locked memory without waiting. The masks stay behind: the plan
-    says all that the model needs of them."""
-    values = {name: {"tensor": entry["tensor"].to(device, non_blocking=True)} for name, entry in mod_dict.items()}
+def to_device(batch: Batch, plan: TokenPlan, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], TokenPlan]:
+    """Values and plan of a batch on ``device``, from page-locked memory without waiting.
+
+    The masks stay behind: the plan says all that the model needs of them. Pictures travel in 8 bits and are normalised
+    there.
+    """
+    values = {}
+    for name, entry in batch.mod_dict.items():
+        tensor = entry["tensor"].to(device, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            tensor = normalised(tensor, *batch.scaling[name])
+        values[name] = {"tensor": tensor}
     return values, plan.to(device, non_blocking=True)
+
+
+def normalised(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
+    """(B, C, H, W) of 8 bits → float32, bit for bit as the loader would have done it."""
+    # Numbers, not tensors, for scale and bias: these would have to be copied to the device first.
+    channels = zip(pixels.unbind(1), scale, bias, strict=True)
+    return torch.stack([channel.float() * s + b for channel, s, b in channels], dim=1)

@@ -63,7 +63,7 @@ class Trainer:
             seed_of_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
             with phase("select_and_copy"):
                 host_plan = self.model.plan(batch.mod_dict, *slots)
-                mod_dict, plan = to_device(batch.mod_dict, host_plan, parallel.device)
+                mod_dict, plan = to_device(batch, host_plan, parallel.device)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else parallel.accumulate(wrapped):
                 with phase("forward"), autocast(config, parallel.device):

@@ -202,6 +202,7 @@ class Run:
                 batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
                 world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
                 positions=self.draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
+                raw_pixels=True,
             )
         )  # fmt: skip
 
