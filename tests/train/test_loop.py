@@ -84,6 +84,7 @@ def test_masks_are_made_once_a_step_and_never_for_each_head(trainer_and_batches)
         trainer.train_step(batches[:1])
     # 2 encoder blocks, 3 decoder blocks of self- and cross-attention
     assert [tuple(mask.shape) for mask in masks.found] == [(4, 1, 1, 16)] * 2 + [(4, 1, 12, 12), (4, 1, 1, 16)] * 3
+    assert all(mask.is_floating_point() for mask in masks.found), "a bool mask is converted in every block"
     assert len({mask.data_ptr() for mask in masks.found[2:]}) == 2, "all decoder blocks share theirs"
 
 
