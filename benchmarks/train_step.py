@@ -30,7 +30,7 @@ from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
 from fourm.train.config import load_config, run_length
-from fourm.train.device import autocast, normalised
+from fourm.train.device import autocast, normalised, peak_tflops
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
@@ -132,8 +132,7 @@ def measure(options: argparse.Namespace, model_name: str, modalities: int, batch
     trainer = build_trainer(options, model_name, modalities, batch_size)
     model, parallel, config = trainer.model, trainer.parallel, trainer.config
     batch = synthetic(model, batch_size, options.tokens)
-    ours = Batch(batch.mod_dict, batch.position, batch.scaling)
-    ours = ours.pin_memory() if parallel.device.type == "cuda" else ours
+    ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
     result: dict[str, Any] = {}
     if options.baseline and not parallel.distributed:
@@ -149,10 +148,11 @@ def measure(options: argparse.Namespace, model_name: str, modalities: int, batch
     line = trainer.interval.means(parallel)
     plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
     flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
+    parallel.close()
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12
-    if "mfu" in line:
-        result["mfu"] = tflops * line["mfu"] / line["tflops"]
+    if peak := peak_tflops(config, parallel.device):
+        result["mfu"] = tflops / peak
     if "baseline" in variants:
         for clock in ("seconds", "cpu_seconds"):
             pairs = zip(times["baseline"][clock], times["ours"][clock], strict=True)
