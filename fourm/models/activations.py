@@ -13,6 +13,7 @@ With recomputed activations a block keeps its input alone, and one block at a ti
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,11 +41,10 @@ def activation_bytes(
     per_context, per_slot, context_per_context = _block_bytes(model.decoder[0], dim, half)
     encoder_block = contexts * per_context
     decoder_block = slots * per_slot + contexts * context_per_context
-    if model.use_act_checkpoint:
-        inputs = 4 * dim * (encoder * contexts + decoder * slots)
-        blocks = inputs + max(encoder_block, decoder_block)
-    else:
-        blocks = encoder * encoder_block + decoder * decoder_block
+    every = int(model.use_act_checkpoint)  # how many blocks there are to one that is recomputed; 0 = none is
+    again = [math.ceil(depth / every) if every else 0 for depth in (encoder, decoder)]
+    blocks = (encoder - again[0]) * encoder_block + (decoder - again[1]) * decoder_block
+    blocks += 4 * dim * (again[0] * contexts + again[1] * slots) + (max(encoder_block, decoder_block) if every else 0)
     c = 2 if half else 4
     logits = sum(count * model.decoder_embeddings[name].vocab_size for name, count in targets.items()) * (4 + c)
     rest = contexts * (4 + 4 + c) * dim + slots * (4 + c) * dim
