@@ -75,7 +75,7 @@ def embed_all_loss(
 
     order = order or [name for name in batch if name in model.decoder_embeddings]
     y, ids, modality, attention = _decoder_tokens(model, batch, num_decoder_tokens, order)
-    column = torch.arange(y.shape[1])
+    column = torch.arange(y.shape[1], device=y.device)
     hidden = column >= (column + 1 if model.decoder_causal_mask else attention.cumsum(1)).unsqueeze(-1)
     hidden = hidden.expand(len(y), -1, -1)
     if model.decoder_sep_mask:

@@ -146,12 +146,14 @@ def timed(owner: Any, method: str, stage: str) -> None:
     setattr(owner, method, wrapper)
 
 
-def measure(data: Path, tokenizer: Path, samples: int, batch_size: int, num_workers: int) -> dict[str, float]:
-    """Samples/s, milliseconds per sample of each stage, and growth of the resident memory in MB."""
+def measure(
+    data: Path, tokenizer: Path, samples: int, batch_size: int, num_workers: int, raw_pixels: bool
+) -> dict[str, float]:
+    """Samples/s, milliseconds per sample of each stage, MB of a batch, and growth of the resident memory in MB."""
     loader = iter(
         build_train_loader(
             load_data_config(data, num_input_tokens=128, num_target_tokens=128), tokenizer, batch_size=batch_size,
-            batches_per_epoch=10**9, num_workers=num_workers, rank=0, world_size=1, seed=0,
+            batches_per_epoch=10**9, num_workers=num_workers, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels,
         )
     )  # fmt: skip
     count = samples // batch_size
@@ -160,13 +162,14 @@ def measure(data: Path, tokenizer: Path, samples: int, batch_size: int, num_work
     TIMES.clear()
     memory, start, start_cpu = _resident_mb(), time.perf_counter(), time.process_time()
     for _ in range(count):
-        next(loader)
+        batch = next(loader)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     milliseconds = {f"{stage}_ms": round(1000 * t / (count * batch_size), 3) for stage, t in TIMES.items()}
     return {
         "samples_per_s": round(count * batch_size / seconds, 1),
         **({} if num_workers else {"samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1)}),
         **milliseconds,
+        "batch_mb": round(sum(t.nbytes for entry in batch.mod_dict.values() for t in entry.values()) / 1e6, 2),
         "memory_growth_mb": round(_resident_mb() - memory, 1),
     }
 
@@ -182,6 +185,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="0: all in this process, with times per stage")
+    parser.add_argument("--float_pixels", action="store_true", help="normalise in the loader instead of on the device")
     parser.add_argument("--text_tokenizer_path", type=Path, default=TOKENIZER)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -193,7 +197,7 @@ def main() -> None:
         for repeats in options.repeats:
             result = measure(
                 config(root, data_path, repeats), options.text_tokenizer_path, options.samples, options.batch_size,
-                options.num_workers,
+                options.num_workers, not options.float_pixels,
             )  # fmt: skip
             print(json.dumps({"repeats": repeats, "num_workers": options.num_workers, **result}), flush=True)
 

@@ -1,70 +1,250 @@
-"""Training step: selecting the kept tokens before embedding them against embedding everything first.
+"""The training step: samples/s, TFLOP/s, MFU and memory over a matrix of settings, beside a plainly written step.
 
-``python benchmarks/train_step.py`` prints JSON. Both variants share one model and take turns in one process.
+    python benchmarks/train_step.py                                       # a step at width 384, and how much faster it is
+    python benchmarks/train_step.py --model tiny small base large --modalities 7 21 --batch_size 1 --no_baseline --fit
+    python benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
+    torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
+
+Prints a JSON object per setting. What is measured is ``Trainer.train_step`` itself, on one synthetic batch. The baseline
+takes turns with it in the same process, on the same model: all tokens are embedded before any is selected, attention is
+softmax(QK^T)V, a boolean index picks each modality's targets, losses are read one by one, and AdamW is not fused. Beside
+the time on the clock stands that of the processor (``cpu_seconds``, of all threads), which other work disturbs less.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
+import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
+from typing import Any
 
+import numpy as np
 import torch
 from embed_all import embed_all_loss, saved_bytes, synthetic_batch
-from torch import Tensor
 
-from fourm.models import FM, model_config
+from fourm.data.modality_transforms import RGBTransform
+from fourm.data.unified_datasets import Batch
+from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
+from fourm.train.config import load_config, run_length
+from fourm.train.device import autocast, normalised, peak_tflops
+from fourm.train.loop import Trainer
+from fourm.train.optimizer import build_optimizer
+from fourm.train.parallel import DDP
+from fourm.train.schedules import build_schedule
+from fourm.utils.errors import run_cli
 
-PIXELS = ["rgb@224"]
-TARGETS = ["tok_rgb@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "tok_clip@224", "caption", "det"]
-TOKENS = 128
+PIXELS = "rgb@224"
+TARGETS = [
+    "tok_rgb@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "tok_clip@224", "caption", "det",
+    "tok_canny_edge@224", "tok_sam_edge@224", "tok_dinov2@224", "tok_imagebind@224", "metadata", "color_palette",
+    "tok_dinov2_global", "tok_imagebind_global", "human_poses", "sam_instance",
+]  # fmt: skip
+DOMAINS = {  # inputs and targets; 7 and 21 are the published mixtures
+    7: ([PIXELS, *TARGETS[:7]], TARGETS[:7]),
+    14: ([PIXELS, *TARGETS[:13]], TARGETS[:13]),
+    21: ([PIXELS, "t5_caption", *TARGETS], TARGETS),
+}
+
+
+def full_name(model: str) -> str:
+    """``tiny`` → ``fm_tiny_6e_6d_swiglu_nobias``."""
+    return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
+
+
+def build_trainer(options: argparse.Namespace, model_name: str, modalities: int, batch_size: int) -> Trainer:
+    config = load_config(None, {
+        "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
+        "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
+        "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
+        "opt": options.opt, "momentum": 0.0,
+    })  # fmt: skip
+    parallel = DDP(config)
+    torch.manual_seed(0)
+    model = FM(
+        model_config(model_name, *DOMAINS[modalities], share_embedding=True, use_act_checkpoint=options.act_checkpoint)
+    ).to(parallel.device)
+    if options.compile:
+        for block in (*model.encoder, *model.decoder):
+            block.compile()
+    length = run_length(config, parallel.world_size)
+    schedule = build_schedule(config, length, parallel.world_size)
+    return Trainer(config, parallel, model, build_optimizer(model, config), schedule, options.tokens, options.tokens)
+
+
+def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
+    """A batch in which all modalities have equally many tokens; the pictures are in 8 bits."""
+    shares = tokens // len(model.encoder_embeddings), tokens // len(model.decoder_embeddings)
+    modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
+    mod_dict = synthetic_batch(modalities, batch_size, *shares)
+    mod_dict[PIXELS]["tensor"] = torch.randint(0, 256, mod_dict[PIXELS]["tensor"].shape, dtype=torch.uint8)
+    position = {"stream": 0, "epoch": 0, "draws": 0, "skipped": {}}
+    return Batch(mod_dict, position, {PIXELS: RGBTransform(raw=True).scaling})
+
+
+def plain_step(trainer: Trainer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
+    """The baseline: a step as one writes it at first."""
+    device, tokens = trainer.parallel.device, trainer.num_input_tokens
+    mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in batch.mod_dict.items()}
+    with autocast(trainer.config, device):
+        loss, losses = embed_all_loss(trainer.model, mod_dict, tokens, tokens)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), float("inf")).item()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    for modality_loss in losses.values():
+        modality_loss.item()
+    return loss.item()
+
+
+def alternate(variants: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
+    """Seconds per step of each variant, in turns; the first round warms up."""
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in variants}
+    for turn in range(options.rounds + 1):
+        for name, step in variants.items():
+            start, start_cpu = time.perf_counter(), time.process_time()
+            for _ in range(options.steps):
+                step()
+            if options.device.startswith("cuda"):
+                torch.cuda.synchronize()
+            if turn:
+                found[name]["seconds"].append((time.perf_counter() - start) / options.steps)
+                found[name]["cpu_seconds"].append((time.process_time() - start_cpu) / options.steps)
+    return found
+
+
+def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], trainer: Trainer) -> int:
+    """Bytes that a step takes for a while: on a GPU at its peak; on the CPU what is kept for the backward pass."""
+    device = trainer.parallel.device
+    if device.type != "cuda":
+        return saved_bytes(forward, trainer.model)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    step()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def measure(options: argparse.Namespace, model_name: str, modalities: int, batch_size: int) -> dict[str, Any]:
+    """One setting."""
+    trainer = build_trainer(options, model_name, modalities, batch_size)
+    model, parallel, config = trainer.model, trainer.parallel, trainer.config
+    batch = synthetic(model, batch_size, options.tokens)
+    ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
+    variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
+    result: dict[str, Any] = {}
+    if options.baseline and not parallel.distributed:
+        pixels = {"tensor": normalised(batch.mod_dict[PIXELS]["tensor"], *batch.scaling[PIXELS])}
+        plain = Batch(batch.mod_dict | {PIXELS: batch.mod_dict[PIXELS] | pixels}, batch.position)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
+        variants["baseline"] = lambda: plain_step(trainer, plain, optimizer)
+        result = compare(trainer, plain, variants)
+    times = alternate(variants, options)
+    trainer.interval.means(parallel)
+    for _ in range(options.steps):
+        variants["ours"]()
+    line = trainer.interval.means(parallel)
+    plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
+    flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
+    parallel.close()
+    seconds = median(times["ours"]["seconds"])
+    tflops = flops / seconds / 1e12
+    if peak := peak_tflops(config, parallel.device):
+        result["mfu"] = tflops / peak
+    if "baseline" in variants:
+        for clock in ("seconds", "cpu_seconds"):
+            pairs = zip(times["baseline"][clock], times["ours"][clock], strict=True)
+            result[f"baseline_{clock}_per_step"] = median(times["baseline"][clock])
+            result[f"speed_up_in_{clock}"] = median(theirs / own for theirs, own in pairs)
+    return {
+        "model": model_name, "modalities": modalities, "batch_size": batch_size, "tokens": options.tokens,
+        "compile": options.compile, "strategy": "ddp" if parallel.distributed else "single",
+        "world_size": parallel.world_size, "device": describe_device(parallel.device), "dtype": config.autocast_dtype,
+        "torch_threads": torch.get_num_threads(), "parameters": count_parameters(model),
+        "seconds_per_step": seconds, "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
+        "samples_per_second": batch_size * parallel.world_size / seconds, "flops_per_step": flops, "tflops": tflops,
+        "peak_memory": line["peak_memory"], "seconds_in_phases": line["seconds"], **result,
+    }  # fmt: skip
+
+
+def compare(trainer: Trainer, plain: Batch, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Losses, which must be equal, and memory of both."""
+    model, config, tokens = trainer.model, trainer.config, trainer.num_input_tokens
+    device = trainer.parallel.device
+    mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in plain.mod_dict.items()}
+
+    def loss(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
+        def forward() -> torch.Tensor:
+            with autocast(config, device):
+                return function(mod_dict, tokens, tokens)[0]
+
+        return forward
+
+    forwards = {"ours": loss(model), "baseline": loss(lambda *arguments: embed_all_loss(model, *arguments))}
+    losses = {name: forward().item() for name, forward in forwards.items()}
+    tolerance = 1e-5 if config.autocast_dtype == "float32" else 0.02
+    assert abs(losses["ours"] / losses["baseline"] - 1) < tolerance, losses
+    memory = {name: step_memory(variants[name], forward, trainer) for name, forward in forwards.items()}
+    return {"loss": losses, "step_memory": memory, "memory_ratio": memory["baseline"] / memory["ours"]}
+
+
+def describe_device(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def fitted(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:
+    """Exponents of the time of a step over the size of the trunk and over the operations, by least squares of logarithms."""
+    exponents = {}
+    for name, size in {
+        "parameters of the trunk": lambda row: row["parameters"]["trunk"],
+        "flops per step": lambda row: row["flops_per_step"],
+        "modalities": lambda row: row["modalities"],
+    }.items():
+        # Of the other settings only what is common to a group counts.
+        groups: dict[Any, list[tuple[float, float]]] = {}
+        for row in rows:
+            rest = row["model"] if name == "modalities" else row["modalities"]
+            groups.setdefault((rest, row["batch_size"]), []).append((np.log(size(row)), np.log(row[clock])))
+        centred = [np.array(points) - np.mean(points, axis=0) for points in groups.values()]
+        x, y = np.concatenate(centred).T
+        if x.any():
+            exponents[name] = float(x @ y / (x @ x))
+    return exponents
+
+
+def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
+    return itertools.product(map(full_name, options.model), options.modalities, options.batch_size)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=5)
-    arguments = parser.parse_args()
-
-    torch.manual_seed(0)
-    config = model_config("fm_tiny_6e_6d_swiglu_nobias", [*PIXELS, *TARGETS], TARGETS, share_embedding=True)
-    model = FM(config)
-    modalities = {name: model.modality_info[name] for name in [*PIXELS, *TARGETS]}
-    inputs, targets = TOKENS // len(modalities), TOKENS // len(TARGETS)
-    batch = synthetic_batch(modalities, arguments.batch_size, inputs, targets)
-    variants: dict[str, Callable[[], Tensor]] = {
-        "select_first": lambda: model(batch, TOKENS, TOKENS)[0],
-        "embed_all": lambda: embed_all_loss(model, batch, TOKENS, TOKENS)[0],
-    }
-
-    losses = {name: loss().item() for name, loss in variants.items()}
-    assert abs(losses["select_first"] / losses["embed_all"] - 1) < 1e-5, losses
-    memory = {name: saved_bytes(loss, model) for name, loss in variants.items()}
-    seconds: dict[str, list[float]] = {name: [] for name in variants}
-    for step in range(arguments.steps + 1):
-        for name, loss in variants.items():
-            start = time.perf_counter()
-            loss().backward()
-            model.zero_grad(set_to_none=True)
-            if step:  # the first one warms up
-                seconds[name].append(time.perf_counter() - start)
-    times = {name: median(values) for name, values in seconds.items()}
-    result = {
-        "benchmark": "train_step",
-        "batch_size": arguments.batch_size,
-        "tokens": [TOKENS, TOKENS],
-        "tokens_in_a_sample": sum(entry["input_mask"].shape[1] for entry in batch.values()),
-        "loss": losses,
-        "seconds_per_step": times,
-        "speed_up": times["embed_all"] / times["select_first"],
-        "saved_activation_bytes": memory,
-        "memory_ratio": memory["embed_all"] / memory["select_first"],
-        "torch_threads": torch.get_num_threads(),
-    }
-    print(json.dumps(result, indent=2))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", default=["tiny"], help="sizes (tiny … xlarge), or names of models")
+    parser.add_argument("--modalities", nargs="+", type=int, choices=DOMAINS, default=[7])
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[8], help="of each process")
+    parser.add_argument("--tokens", type=int, default=128, help="slots of the encoder, and of the decoder")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--act_checkpoint", action="store_true")
+    parser.add_argument("--peak_tflops", type=float, help="for the MFU, where the GPU's name does not tell it")
+    parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="sgd (plain) takes half of the memory")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count")
+    parser.add_argument("--steps", type=int, default=1, help="in each turn; on a GPU rather 10")
+    parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="only the step itself")
+    parser.add_argument("--fit", action="store_true", help="in the end, exponents of time over size")
+    options = parser.parse_args()
+    main_process = os.environ.get("RANK", "0") == "0"
+    rows: list[dict[str, Any]] = []
+    for setting in settings(options):
+        rows.append(measure(options, *setting))
+        if main_process:
+            print(json.dumps({"benchmark": "train_step", **rows[-1]}), flush=True)
+    if options.fit and main_process:
+        clock = "cpu_seconds_per_step" if options.device == "cpu" else "seconds_per_step"
+        print(json.dumps({f"exponents of {clock}": fitted(rows, clock)}))
 
 
 if __name__ == "__main__":
-    main()
+    run_cli(main)

@@ -27,7 +27,8 @@ def collate(samples: Sequence[MaskedSample], modality_info: Mapping[str, Modalit
     """
     batch = {}
     for name, modality in modality_info.items():
-        absent = None if all(name in sample for sample in samples) else _masked_row(modality)
+        present = next((sample[name]["tensor"].dtype for sample in samples if name in sample), None)
+        absent = None if all(name in sample for sample in samples) else _masked_row(modality, present)
         rows: list[Any] = [sample.get(name, absent) for sample in samples]
         batch[name] = {field: torch.from_numpy(np.stack([row[field] for row in rows])) for field in rows[0]}
         if modality.type == "img" and not modality.is_pixels:
@@ -35,8 +36,8 @@ def collate(samples: Sequence[MaskedSample], modality_info: Mapping[str, Modalit
     return batch
 
 
-def _masked_row(modality: Modality) -> dict[str, np.ndarray]:
-    """What stands for a modality that a sample does not have."""
+def _masked_row(modality: Modality, dtype: np.dtype | None) -> dict[str, np.ndarray]:
+    """What stands for a modality that a sample does not have; ``dtype`` is that of the samples that have it, if any do."""
     assert modality.max_tokens is not None
     length = modality.max_tokens if modality.type == "img" else (modality.max_tokens + 1) * 2
     shape: tuple[int, ...] = (length,)
@@ -46,7 +47,7 @@ def _masked_row(modality: Modality) -> dict[str, np.ndarray]:
     elif modality.type == "seq_emb":
         shape = (length, modality.embedding_options["orig_emb_dim"])
     return {
-        "tensor": np.zeros(shape, np.float32 if modality.vocab_size is None else np.int64),
+        "tensor": np.zeros(shape, dtype or (np.float32 if modality.vocab_size is None else np.int64)),
         "input_mask": np.ones(length, bool),
         "target_mask": np.ones(length, bool),
         "decoder_attention_mask": np.zeros(length, np.int32),

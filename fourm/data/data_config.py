@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from fourm.data.modality_info import MODALITY_INFO, Modality, resolve_modalities
 from fourm.data.modality_transforms import (
     MODALITY_TRANSFORMS,
     CaptionTransform,
+    PixelTransform,
     UnifiedDataTransform,
     transforms_for,
 )
@@ -182,14 +183,19 @@ def load_data_config(
     return DataConfig(resolve("train", train_sets), weights, resolve("val", inherited), declarations, path)
 
 
-def build_sample_transform(dataset: DatasetConfig, training: bool) -> UnifiedDataTransform:
+def build_sample_transform(dataset: DatasetConfig, training: bool, raw_pixels: bool = False) -> UnifiedDataTransform:
     """The aligned transform of a data set: random crops for training, stored crop 0 or the centre for evaluation.
+
+    Args:
+        raw_pixels: leave pictures in 8 bits, see :class:`PixelTransform`.
 
     Raises:
         UserError: a modality whose files cannot be read yet, or a transform that does not fit.
     """
     captions = CaptionTransform(aligned_captions=dataset.aligned_captions)
     transforms = transforms_for(dataset.modalities, {**MODALITY_TRANSFORMS, "caption": captions})
+    if raw_pixels:
+        transforms = {k: replace(t, raw=True) if isinstance(t, PixelTransform) else t for k, t in transforms.items()}
     return UnifiedDataTransform(transforms, _augmenter(dataset, training))
 
 

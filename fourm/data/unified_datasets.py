@@ -38,7 +38,7 @@ from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
 from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import UnifiedDataTransform, UnreadableValue
+from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, UnreadableValue
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.shards import Shards
 from fourm.utils.errors import DataError, UserError
@@ -53,10 +53,12 @@ class Batch:
         mod_dict: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}, each (B, …).
         position: ``stream``, ``epoch``, ``draws`` of the stream in this epoch, and ``skipped``: how many bad samples there
             were since the stream's previous batch, by data set and reason.
+        scaling: scale and bias per channel of the modalities whose pictures are still in 8 bits; see ``raw_pixels``.
     """
 
     mod_dict: dict[str, dict[str, Tensor]]
     position: dict[str, Any]
+    scaling: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
         """Called by the ``DataLoader``."""
@@ -103,6 +105,12 @@ class SampleDataset:
         if self.repeats > 1:
             samples = itertools.chain.from_iterable(itertools.repeat(sample, self.repeats) for sample in samples)
         return _shuffled(samples, self.repeat_buffer, rng)
+
+    @property
+    def scaling(self) -> dict[str, tuple[list[float], list[float]]]:
+        """:attr:`Batch.scaling`"""
+        transforms = self.transform.transforms_dict.items()
+        return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
     def masked(self, sample: RawSample, rng: np.random.Generator) -> MaskedSample:
         """Read, transform and mask a sample.
@@ -214,6 +222,7 @@ class TrainBatches(IterableDataset):
         k = self.start_batch + worker
         stream = (k % num_workers) * self.world_size + self.rank
         ledgers = [BadSampleLedger(dataset.name, dataset.max_bad_fraction) for dataset in self.datasets]
+        scaling = {name: pair for dataset in self.datasets for name, pair in dataset.scaling.items()}
         for epoch, batches in itertools.groupby(itertools.count(k, num_workers), self._epoch):
             samples = Stream(
                 self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_workers * self.world_size,
@@ -223,7 +232,7 @@ class TrainBatches(IterableDataset):
                 rows = [next(samples) for _ in range(self.batch_size)]
                 skipped = sum((Counter(ledger.collect()) for ledger in ledgers), Counter())
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws, "skipped": dict(skipped)}
-                yield Batch(collate(rows, self.modalities), position)
+                yield Batch(collate(rows, self.modalities), position, scaling)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
@@ -255,7 +264,7 @@ class EvalBatches(IterableDataset):
             skipped += Counter(ledger.collect())
             if kept := [row for row in rows if row is not None]:
                 position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1, "skipped": dict(skipped)}
-                yield Batch(collate(kept, self.dataset.modalities), position)
+                yield Batch(collate(kept, self.dataset.modalities), position, self.dataset.scaling)
                 skipped = Counter()
 
 
@@ -339,6 +348,7 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
 def build_dataset(
     config: DatasetConfig, text_tokenizer: Any, *, training: bool,
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+    raw_pixels: bool = False,
 ) -> SampleDataset:  # fmt: skip
     """The data set of one entry of the data config; the ranges replace its own.
 
@@ -349,7 +359,7 @@ def build_dataset(
         config.name,
         open_source(config, BadSampleLedger(config.name, config.max_bad_fraction)),
         config.modalities,
-        build_sample_transform(config, training),
+        build_sample_transform(config, training, raw_pixels),
         UnifiedMasking(
             config.modalities,
             text_tokenizer,
@@ -367,6 +377,7 @@ def build_dataset(
 def build_train_loader(
     config: DataConfig, text_tokenizer: Any, *, batch_size: int, batches_per_epoch: int, num_workers: int, rank: int,
     world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None, pin_memory: bool = False,
+    raw_pixels: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
     """The endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
 
@@ -375,6 +386,7 @@ def build_train_loader(
         batches_per_epoch: of this rank.
         positions: stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every stream of
             all ranks (:func:`draws_in_epoch`). A stream that is not in it has made no draw in that epoch.
+        raw_pixels: leave pictures in 8 bits, a quarter of the bytes; :attr:`Batch.scaling` says how to normalise them.
 
     Raises:
         UserError: a data set that cannot be read. While iterating, :class:`DataError`: data that breaks its modality's
@@ -382,7 +394,10 @@ def build_train_loader(
     """
     if start_batch % batches_per_epoch and positions is None:
         raise ValueError(f"start_batch {start_batch} lies within an epoch: 'positions' are needed")
-    datasets = [build_dataset(dataset, text_tokenizer, training=True) for dataset in config.train.values()]
+    datasets = [
+        build_dataset(dataset, text_tokenizer, training=True, raw_pixels=raw_pixels)
+        for dataset in config.train.values()
+    ]
     batches = TrainBatches(
         datasets, [config.weights[name] for name in config.train], config.modalities, batch_size=batch_size,
         batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=seed, start_batch=start_batch,
@@ -399,6 +414,7 @@ def draws_in_epoch(positions: Iterable[Mapping[str, Any]], epoch: int) -> dict[i
 def build_eval_loader(
     dataset: DatasetConfig, text_tokenizer: Any, *, batch_size: int, num_workers: int, rank: int, world_size: int, seed: int,
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+    raw_pixels: bool = False,
 ) -> BatchLoader:  # fmt: skip
     """This rank's share of a data set, for evaluation: every sample once over all ranks, always the same crops and masks.
 
@@ -406,10 +422,11 @@ def build_eval_loader(
 
     Args:
         input_tokens_range, target_tokens_range: in place of the data set's own.
+        raw_pixels: see :func:`build_train_loader`.
     """
     samples = build_dataset(
         dataset, text_tokenizer, training=False, input_tokens_range=input_tokens_range,
-        target_tokens_range=target_tokens_range,
+        target_tokens_range=target_tokens_range, raw_pixels=raw_pixels,
     )  # fmt: skip
     return BatchLoader(
         EvalBatches(samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed), num_workers

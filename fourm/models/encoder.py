@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, attendable, init_weights
+from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, additive, attendable, init_weights
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Batch, Selection
 
@@ -78,7 +78,7 @@ class Encoder(nn.Module):
 
     def encode(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
         """(B, R + N, D) → (B, R + N, D)."""
-        mask = None if padding is None else attendable(padding)
+        mask = None if padding is None else additive(attendable(padding), x)
         return self.encoder_norm(self.run_blocks(self.encoder, x, mask))
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None) -> Tensor:

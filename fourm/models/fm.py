@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from fourm.data.modality_info import Modality, resolve_modalities
 from fourm.models import decoder_embeddings, encoder_embeddings
 from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
-from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, attendable
+from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Batch, Selection, TokenPlan, plan_tokens
@@ -183,7 +183,7 @@ class FourM(Encoder):
 
     def decode(self, y: Tensor, context: Tensor, context_padding: Tensor, target_mask: Tensor) -> Tensor:
         """(B, M, D), (B, R + N, D) → (B, M, D)."""
-        masks = attendable(target_mask), attendable(context_padding)
+        masks = (additive(attendable(mask), y) for mask in (target_mask, context_padding))
         return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:

@@ -70,6 +70,17 @@ def attendable(masked: Tensor) -> Tensor:
     return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
 
+def additive(mask: Tensor, x: Tensor) -> Tensor:
+    """A mask as from :func:`attendable` → 0 and −inf, to be added to the scores of attention over ``x``.
+
+    Attention would do the same with a bool mask, but in every block anew, and keep each for the backward pass.
+    """
+    device = x.device.type
+    lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if lower else x.dtype
+    return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
+
+
 class KeysValues(NamedTuple):
     """What queries attend to, ready for use: (B, H, K, C) each."""
 

@@ -33,6 +33,12 @@ class TrainConfig:
     seed: int = option("seed of initialisation, data order, augmentation and masking", 0)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
     dry_run: bool = option("build everything, print it, run one step, exit", False)
+    plan: bool = option(
+        "print memory, steps and days of the run on plan_world_size GPUs; needs no data or GPU; exit", False
+    )
+    plan_world_size: int = option("processes (GPUs) that --plan assumes", 8)
+    plan_gpu: str = option("GPU that --plan assumes", "H100")
+    plan_mfu: float = option("share of the GPU's peak that --plan assumes", 0.4)
     print_config: bool = option("print the resolved configuration and exit", False)
 
     # Model
@@ -124,6 +130,11 @@ class TrainConfig:
     dist_url: str = option("rendezvous of the process group", "env://")
     rlimit: int = option("open files a process may have", 4096)
     log_interval: int = option("optimizer steps between two log lines", 10)
+    peak_tflops: float | None = option(
+        "10^12 operations per second a device could do, of which MFU is the share (default: by the name of the GPU)",
+        None,
+    )
+    profile: bool = option("write a Chrome trace of three steps to profile/trace.json in the run folder", False)
     print_all: bool = option("let every rank print", False)
     show_user_warnings: bool = option("show Python warnings of the UserWarning kind", False)
     log_wandb: bool = option("log to Weights & Biases", False)
@@ -149,7 +160,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 
 _AT_LEAST = {
     1: (
-        "batch_size", "accum_iter", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
+        "batch_size", "accum_iter", "plan_world_size", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
         "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
     ),
     0: (
@@ -165,9 +176,11 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
+    if not 0 < config.plan_mfu <= 1:
+        raise UserError(f"'plan_mfu' must lie above 0 and up to 1, not {config.plan_mfu}")
     if (config.epochs >= 0) == (config.total_tokens >= 0) and not config.eval:
         both = config.epochs >= 0
         raise UserError(

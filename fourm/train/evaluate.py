@@ -52,6 +52,7 @@ def build_evaluations(
             loader = build_eval_loader(
                 dataset, text_tokenizer, batch_size=batch_size, num_workers=config.num_workers, rank=rank,
                 world_size=world_size, seed=config.seed, input_tokens_range=inputs, target_tokens_range=targets,
+                raw_pixels=True,
             )  # fmt: skip
             evaluations.append(Evaluation(name, kind, loader, inputs[1], targets[1]))
     return evaluations
@@ -78,7 +79,7 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: P
     for batch in evaluation.loader:
         plan = model.plan(batch.mod_dict, inputs, targets, generator=order)
         with autocast(config, parallel.device):
-            mod_dict, plan_there = to_device(batch.mod_dict, plan, parallel.device)
+            mod_dict, plan_there = to_device(batch, plan, parallel.device)
             _, losses = model(mod_dict, inputs, targets, config.loss_type, plan=plan_there)
         means = torch.stack([losses[name].double() for name in losses]).tolist()
         counts.update(plan.decoder.counts)

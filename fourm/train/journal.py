@@ -87,7 +87,9 @@ class Journal:
             return
         self._write(line)
         speed = f"{line['samples_per_second']:.4g} samples/s, {line['tokens_per_second']:.4g} tokens/s"
-        facts = f"loss {line['loss']:.4f}, lr {line['lr']:.3g}, {speed}, waiting for data {line['data_wait']:.0%}"
+        speed += f", MFU {line['mfu']:.1%}" if "mfu" in line else f", {line['tflops']:.3g} TFLOP/s"
+        facts = f"loss {line['loss']:.4f}, lr {line['lr']:.3g}, {speed}, waiting for data {line['data_wait']:.0%}, "
+        facts += f"peak memory {line['peak_memory'] / 1e9:.3g} GB"
         if self._bar is not None:
             self._bar.update(line["step"] - self._bar.n)
             self._bar.set_postfix_str(facts)

@@ -7,12 +7,12 @@ import dataclasses
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourm.data.unified_datasets import Batch
-from fourm.models import FM
+from fourm.models import FM, StepFlops, TokenPlan
 from fourm.train.config import TrainConfig
-from fourm.train.device import autocast, to_device
+from fourm.train.device import autocast, peak_tflops, to_device
 from fourm.train.metrics import Interval
 from fourm.train.optimizer import GradientStep, set_hyperparameters
 from fourm.train.parallel import DDP
@@ -42,7 +42,9 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.gradient_step = GradientStep(self.optimizer, self.config, self.parallel)
-        self.interval = Interval(list(self.model.decoder_embeddings), self.parallel.device)
+        device = self.parallel.device
+        self.interval = Interval(list(self.model.decoder_embeddings), device, peak_tflops(self.config, device))
+        self._flops = StepFlops(self.model)
         self._wrapped: nn.Module | None = None
         self._frozen: bool | None = None
 
@@ -52,28 +54,38 @@ class Trainer:
         Args:
             batches: the micro-batches of this rank for one optimizer step.
         """
-        config, parallel = self.config, self.parallel
+        config, parallel, phase = self.config, self.parallel, self.interval.phase
+        slots = self.num_input_tokens, self.num_target_tokens
         first = self.step * config.accum_iter
         set_hyperparameters(self.optimizer, self.schedule.lr(first), self.schedule.weight_decay(first))
         wrapped = self._model_of_phase(self.schedule.frozen(first))
         for index, batch in enumerate(batches):
             seed_of_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
-            host_plan = self.model.plan(batch.mod_dict, self.num_input_tokens, self.num_target_tokens)
-            mod_dict, plan = to_device(batch.mod_dict, host_plan, parallel.device)
+            with phase("select_and_copy"):
+                host_plan = self.model.plan(batch.mod_dict, *slots)
+                mod_dict, plan = to_device(batch, host_plan, parallel.device)
             last = index == len(batches) - 1
             with contextlib.nullcontext() if last else parallel.accumulate(wrapped):
-                with autocast(config, parallel.device):
-                    loss, losses = wrapped(
-                        mod_dict, self.num_input_tokens, self.num_target_tokens, config.loss_type, plan=plan
-                    )
-                (loss * (self.gradient_step.scale / len(batches))).backward()
-            self.interval.add_batch(
-                loss, losses, host_plan.decoder.counts, batch.position["skipped"], samples=len(plan.encoder.modality),
-                tokens=sum(host_plan.encoder.counts.values()) + sum(host_plan.decoder.counts.values()),
-            )  # fmt: skip
-            self.positions[batch.position["stream"]] = batch.position
-        self.interval.add_step(*self.gradient_step(list(self.model.parameters())))
+                with phase("forward"), autocast(config, parallel.device):
+                    loss, losses = wrapped(mod_dict, *slots, config.loss_type, plan=plan)
+                with phase("backward"):
+                    (loss * (self.gradient_step.scale / len(batches))).backward()
+            self._count(batch, host_plan, loss, losses)
+        with phase("optimizer"):
+            norm, skipped = self.gradient_step(list(self.model.parameters()))
+        self.interval.add_step(norm, skipped)
         self.step += 1
+
+    def _count(self, batch: Batch, plan: TokenPlan, loss: Tensor, losses: dict[str, Tensor]) -> None:
+        """Remember a micro-batch for the log, and where its stream of data stands."""
+        inputs, targets = plan.encoder.counts, plan.decoder.counts
+        samples = len(plan.encoder.modality)
+        self.interval.add_batch(
+            loss, losses, targets, batch.position["skipped"], samples=samples,
+            tokens=sum(inputs.values()) + sum(targets.values()),
+            flops=self._flops(samples, self.num_input_tokens, self.num_target_tokens, inputs, targets),
+        )  # fmt: skip
+        self.positions[batch.position["stream"]] = batch.position
 
     def _model_of_phase(self, frozen: bool) -> nn.Module:
         """The wrapped model; wrapped anew when the frozen phase begins or ends."""

@@ -10,7 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
+from fourm.train.device import peak_memory
 from fourm.train.parallel import Processes
 
 
@@ -19,14 +21,17 @@ class Interval:
 
     Args:
         modalities: that the model predicts.
+        peak_tflops: 10¹² operations per second that the device could do; None if that is not known.
     """
 
-    def __init__(self, modalities: Sequence[str], device: torch.device):
+    def __init__(self, modalities: Sequence[str], device: torch.device, peak_tflops: float | None = None):
+        self._device, self._peak_tflops = device, peak_tflops
         self._names = ["loss", "grad_norm", "skipped_steps", *(f"loss {name}" for name in modalities)]
         self._modalities = list(modalities)
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
         self._counts: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.perf_counter()
 
     def add_batch(
@@ -38,7 +43,7 @@ class Interval:
             loss, losses: of the batch, and its mean cross-entropy per modality.
             targets: target tokens per modality.
             bad: samples that were skipped, by data set and reason.
-            amounts: ``samples`` and ``tokens``.
+            amounts: ``samples``, ``tokens`` and ``flops``.
         """
         sums = torch.stack([loss, *(losses[name] * targets[name] for name in self._modalities)]).detach()
         self._sums[0] += sums[0]
@@ -53,33 +58,67 @@ class Interval:
         self._sums[2] += skipped
         self._counts["steps"] += 1
 
-    def add_wait(self, seconds: float) -> None:
-        """Count time spent waiting for data."""
-        self._counts["wait"] += seconds  # type: ignore[assignment]
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time within under ``name``, and show it so in a profile.
+
+        On a GPU it is the time between two marks in its queue, which is read when it is logged.
+        """
+        if self._device.type != "cuda":
+            with self.host_phase(name):
+                yield
+            return
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        with record_function(name):
+            yield
+        end.record()
+        self._events.append((name, begin, end))
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens within takes no time of the interval."""
-        before = time.perf_counter()
-        yield
-        self._start += time.perf_counter() - before
+    def host_phase(self, name: str, paused: bool = False) -> Iterator[None]:
+        """The same for what the host does alone.
+
+        Args:
+            paused: it takes no time of the interval, whose samples per second are those of training.
+        """
+        start = time.perf_counter()
+        with record_function(name):
+            yield
+        seconds = time.perf_counter() - start
+        self._counts[f"seconds {name}"] += seconds  # type: ignore[assignment]
+        self._start += seconds * paused
+
+    def _read_events(self) -> None:
+        """Add the times between the events; waits for the last of them."""
+        for name, begin, end in self._events:
+            end.synchronize()
+            self._counts[f"seconds {name}"] += begin.elapsed_time(end) / 1000  # type: ignore[assignment]
+        self._events.clear()
 
     def means(self, parallel: Processes) -> dict[str, Any]:
         """The line for the log, over all processes; begins a new interval.
 
         Returns:
             ``loss``, ``losses`` per modality (over its target tokens), ``grad_norm``, ``skipped_steps``,
-            ``samples_per_second``, ``tokens_per_second``, ``data_wait`` (share of the time spent waiting for data) and
-            ``bad_samples`` by data set and reason.
+            ``samples_per_second``, ``tokens_per_second``, ``tflops`` (10¹² operations of the model per second and
+            process), ``mfu`` (their share of what the device could do, if that is known), ``data_wait`` (share of the
+            time spent waiting for data), ``seconds`` per phase (mean over processes), ``peak_memory`` (bytes, of the
+            process with most) and ``bad_samples`` by data set and reason.
         """
-        total, bad = Counter[str](), Counter[str]()
-        for sums, counts, skipped in parallel.gather((self._sums.tolist(), self._counts, self._bad)):
+        total, bad, memory = Counter[str](), Counter[str](), 0
+        self._read_events()
+        shares = parallel.gather((self._sums.tolist(), self._counts, self._bad, peak_memory(self._device)))
+        for sums, counts, skipped, peak in shares:
             total.update(dict(zip(self._names, sums, strict=True)))
             total.update(counts)
             bad.update(skipped)
+            memory = max(memory, peak)
         seconds = time.perf_counter() - self._start
         self._sums.zero_()
         self._counts, self._bad, self._start = Counter(), Counter(), time.perf_counter()
+        phases = {name.split()[1]: total[name] / parallel.world_size for name in total if name.startswith("seconds ")}
+        tflops = total["flops"] / seconds / parallel.world_size / 1e12
         per_modality = {name: (total[f"loss {name}"], total[f"targets {name}"]) for name in self._modalities}
         return {
             "loss": total["loss"] / total["batches"],
@@ -88,12 +127,17 @@ class Interval:
             "skipped_steps": round(total["skipped_steps"] / parallel.world_size),
             "samples_per_second": total["samples"] / seconds,
             "tokens_per_second": total["tokens"] / seconds,
-            "data_wait": total["wait"] / parallel.world_size / seconds,
+            "tflops": tflops,
+            **({"mfu": tflops / self._peak_tflops} if self._peak_tflops else {}),
+            "data_wait": phases.get("data_wait", 0) / seconds,
+            "seconds": phases,
+            "peak_memory": memory,
             "bad_samples": dict(bad),
         }
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint within the interval: a resumed run logs the same means."""
+        self._read_events()
         seconds = time.perf_counter() - self._start
         return {"sums": self._sums.tolist(), "counts": self._counts, "bad": self._bad, "seconds": seconds}
 

@@ -25,6 +25,8 @@ from fourm.train.journal import Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
+from fourm.train.plan import describe, plan_run
+from fourm.train.profiling import profiler
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
 from fourm.train.signals import StopSignals
@@ -47,6 +49,12 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
     Raises:
         UserError: a configuration, file or sample that cannot work.
     """
+    if config.plan:
+        data = load_data(config)
+        with torch.device("meta"):
+            model = build_model(config, data)
+        print(describe(config, plan_run(config, data, model, load_text_tokenizer(config.text_tokenizer_path))))
+        return 0
     parallel = strategy(config)
     _set_up_process(config)
     try:
@@ -80,14 +88,7 @@ class Run:
     def _build_trainer(self, resumed: bool) -> Trainer:
         config, data, world_size = self.config, self.data, self.parallel.world_size
         torch.manual_seed(config.seed)
-        options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
-        model = FM(
-            model_config(
-                config.model, data.in_domains, data.out_domains, image_size=config.input_size,
-                patch_size=config.patch_size, modalities=data.declarations, share_embedding=True,
-                **options | config.model_kwargs,
-            )
-        )  # fmt: skip
+        model = build_model(config, data)
         if config.finetune and not resumed:
             load_weights(model, config.finetune)
         model.to(self.parallel.device)
@@ -154,13 +155,15 @@ class Run:
         if parallel.is_main:
             with atomic_path(self.folder / "config.yaml") as path:
                 path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
-        with StopSignals() as signals:
+        traced = self.folder if config.profile and parallel.is_main else None
+        with StopSignals() as signals, profiler(traced) as step_is_done:
             if self._evaluation_is_due() and not parallel.from_main(lambda: journal.evaluated):
                 self._evaluate(journal)  # the run was stopped between a checkpoint and its evaluation
             batches = self._batches()
             saved_at = time.monotonic()
             while trainer.step < self.total_steps:
                 self._step(batches)
+                step_is_done()
                 if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
                     self._log(journal)
                 minutes = (time.monotonic() - saved_at) / 60
@@ -199,13 +202,13 @@ class Run:
                 batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
                 world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
                 positions=self.draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
+                raw_pixels=True,
             )
         )  # fmt: skip
 
     def _step(self, batches: Iterator[Batch]) -> None:
-        start = time.perf_counter()
-        micro_batches = list(itertools.islice(batches, self.config.accum_iter))
-        self.trainer.interval.add_wait(time.perf_counter() - start)
+        with self.trainer.interval.host_phase("data_wait"):
+            micro_batches = list(itertools.islice(batches, self.config.accum_iter))
         self.trainer.train_step(micro_batches)
 
     @property
@@ -236,7 +239,7 @@ class Run:
     def _save(self) -> None:
         """A checkpoint of the step done last; all processes must call this."""
         trainer = self.trainer
-        with trainer.interval.paused():
+        with trainer.interval.host_phase("save", paused=True):
             state = state_of(trainer)
             if self.parallel.is_main:
                 save_checkpoint(
@@ -246,12 +249,23 @@ class Run:
 
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer
-        with trainer.interval.paused():
+        with trainer.interval.host_phase("evaluation", paused=True):
             results: dict[str, dict[str, Any]] = {evaluation.dataset: {} for evaluation in self.evaluations}
             for evaluation in self.evaluations:
                 result = evaluate(trainer.model, evaluation, self.config, self.parallel)
                 results[evaluation.dataset][evaluation.kind] = result
             journal.evaluation(trainer.step, self._epoch, results)
+
+
+def build_model(config: TrainConfig, data: DataConfig) -> FM:
+    """The model of the run, with the modalities of its training sets."""
+    options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
+    return FM(
+        model_config(
+            config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
+            modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
+        )
+    )  # fmt: skip
 
 
 def _set_up_process(config: TrainConfig) -> None:

@@ -146,7 +146,13 @@ class ImageTransform(AbstractTransform):
 
 @dataclass(frozen=True)
 class PixelTransform(ImageTransform):
-    """8-bit channels in [0, 1], normalised by mean and std: float32 (C, H, W)."""
+    """8-bit channels in [0, 1], normalised by mean and std: float32 (C, H, W).
+
+    Attributes:
+        raw: leave the result in 8 bits; whoever reads it multiplies by the scale and adds the bias of :attr:`scaling`.
+    """
+
+    raw: bool = field(default=False, kw_only=True)
 
     resample: ClassVar[str] = "bicubic"
     mode: ClassVar[str | None] = "L"
@@ -161,6 +167,12 @@ class PixelTransform(ImageTransform):
         mean, std = (np.array(s)[:, None, None] for s in self.statistics)
         return (1 / (255 * std)).astype(np.float32), (-mean / std).astype(np.float32)
 
+    @property
+    def scaling(self) -> tuple[list[float], list[float]]:
+        """Scale and bias of each channel, which normalise 8 bits."""
+        scale, bias = self._scale_and_bias
+        return scale.ravel().tolist(), bias.ravel().tolist()
+
     def as_array(self, image: np.ndarray) -> np.ndarray:
         channels = image.shape[2] if image.ndim == 3 else 1
         if image.dtype != np.uint8 or channels != self.channels:
@@ -169,11 +181,16 @@ class PixelTransform(ImageTransform):
 
     def postprocess(self, value: Picture) -> np.ndarray:
         image = self.pixels(value)
-        image = image.reshape(*image.shape[:2], self.channels)
+        image = image.reshape(*image.shape[:2], self.channels).transpose(2, 0, 1)
+        if self.raw:
+            return np.ascontiguousarray(image)
         scale, bias = self._scale_and_bias
-        out = np.empty((self.channels, *image.shape[:2]), np.float32)
-        np.multiply(image.transpose(2, 0, 1), scale, out=out)
+        out = np.empty(image.shape, np.float32)
+        np.multiply(image, scale, out=out)
         return np.add(out, bias, out=out)
+
+    def empty(self, target_size: tuple[int, int]) -> np.ndarray:
+        return super().empty(target_size).astype(np.uint8 if self.raw else np.float32, copy=False)
 
     def bind(self, modality: Mapping[str, Any]) -> ImageTransform:
         if modality["num_channels"] != self.channels:

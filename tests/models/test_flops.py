@@ -1,0 +1,65 @@
+"""The analytic count against what PyTorch counts while a step runs."""
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+from fourm.models import FM, StepFlops
+from tests.models.toy_models import SWIGLU, toy_batch, toy_config, toy_model
+
+BOTTLENECK = {"orig_emb_dim": 10, "max_length": 6, "use_bottleneck": True, "bottleneck_dim": 8}
+VARIANTS = {
+    "gelu": {},
+    "swiglu": SWIGLU,
+    "swiglu, qk_norm": {**SWIGLU, "qk_norm": True},
+    "registers": {"num_register_tokens": 3},
+    "tied, deeper decoder": {"share_embedding": True, "decoder_depth": 3},
+    "recomputed activations": {"use_act_checkpoint": True},
+}
+
+
+def counted(model, batch, plan, tokens) -> int:
+    """Operations of a step as PyTorch counts them; it does not know the CPU's fused attention."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(batch, *tokens, plan=plan)[0].backward()
+    return counter.get_total_flops()
+
+
+def analytic(model, size, plan, tokens) -> float:
+    return StepFlops(model)(size, *tokens, plan.encoder.counts, plan.decoder.counts)
+
+
+@pytest.mark.parametrize("tokens", [(20, 16), (9, 5)], ids=["with padding", "full"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_count_is_exactly_that_of_the_step(variant, tokens):
+    model = toy_model(**VARIANTS[variant])
+    batch = toy_batch(model)
+    plan = model.plan(batch, *tokens)
+    found = counted(model, batch, plan, tokens)
+    if variant == "recomputed activations":  # are not the model's
+        assert found > 1.2 * analytic(model, 3, plan, tokens)
+        model.use_act_checkpoint = False
+        found = counted(model, batch, plan, tokens)
+    assert analytic(model, 3, plan, tokens) == found
+
+
+def test_vectors_through_a_bottleneck():
+    config = toy_config()
+    config["modalities"] = config["modalities"] | {
+        "vectors": {"type": "seq_emb", "max_tokens": 6, "embedding_options": BOTTLENECK}
+    }
+    model = FM(config)
+    batch = toy_batch(model)
+    plan = model.plan(batch, 20, 16)
+    assert plan.encoder.counts["vectors"] and analytic(model, 3, plan, (20, 16)) == counted(
+        model, batch, plan, (20, 16)
+    )
+
+
+def test_a_model_without_memory_is_counted_alike():
+    with torch.device("meta"):
+        ghost = FM(toy_config())
+    model = toy_model()
+    arguments = (8, 20, 16, {"pixels": 30, "text": 50}, {"grid": 60, "codes": 7})
+    assert StepFlops(ghost)(*arguments) == StepFlops(model)(*arguments) > 0

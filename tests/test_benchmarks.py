@@ -1,0 +1,41 @@
+"""The benchmark of the training step says what the documentation takes from it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SMALL = ["--batch_size", "1", "--tokens", "32", "--rounds", "1"]
+
+
+def lines(*command: str) -> list[dict]:
+    process = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr
+    return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.mark.slow
+def test_the_step_beats_the_plainly_written_one_with_the_same_loss_and_less_memory():
+    (line,) = lines("benchmarks/train_step.py", *SMALL, "--peak_tflops", "1")
+    assert line["loss"]["ours"] == pytest.approx(line["loss"]["baseline"], rel=1e-5)
+    assert line["memory_ratio"] > 1.1 and line["speed_up_in_cpu_seconds"] > 1
+    assert line["mfu"] == pytest.approx(line["tflops"]) and line["peak_memory"] > 10**8
+    assert line["samples_per_second"] == pytest.approx(1 / line["seconds_per_step"])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_matrix_runs_under_torchrun_and_fits_exponents():
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    *rows, fit = lines(
+        *launcher, "benchmarks/train_step.py", *SMALL, "--model", "tiny", "--modalities", "7", "14", "--fit", "--opt", "sgd",
+    )  # fmt: skip
+    assert [(row["modalities"], row["strategy"], row["world_size"]) for row in rows] == [(7, "ddp", 2), (14, "ddp", 2)]
+    assert set(fit["exponents of cpu_seconds_per_step"]) == {"modalities"}, "one size of model says nothing of sizes"

@@ -1,0 +1,98 @@
+"""A step asks nothing of the device: what its work depends on is decided on the host before (token_selection)."""
+
+import sys
+
+import pytest
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fourm.train.config import parse_args
+from fourm.train.parallel import DDP
+from fourm.train.run import Run
+from tests.train.toy_run import write_run
+
+WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
+BY_MASK = {"index", "index_put", "index_put_", "_unsafe_index"}
+
+
+def within(name: str) -> bool:
+    """Whether a function of this name is being called."""
+    frame = sys._getframe()
+    while frame is not None and frame.f_code.co_name != name:
+        frame = frame.f_back
+    return frame is not None
+
+
+class Waits(TorchDispatchMode):
+    """Collects the operations whose result, or its shape, a GPU would be waited for; those of the plan run on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        by_mask = name in BY_MASK and any(t is not None and t.dtype == torch.bool for t in args[1])
+        if (name in WAITS or by_mask) and not within("plan"):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+class Masks(TorchFunctionMode):
+    """Collects the masks that attention is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[Tensor] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            self.found.append(kwargs["attn_mask"])
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def trainer_and_batches(tmp_path):
+    model = {"dim": 32, "encoder_depth": 2, "decoder_depth": 3, "num_heads": 2}
+    path = write_run(
+        tmp_path / "toys", num_workers=0, accum_iter=2, skip_grad=100.0, skip_nan_grad=True, model_kwargs=model
+    )
+    config = parse_args(["--config", str(path)])
+    run = Run(config, DDP(config))
+    batches = run._batches()
+    return run.trainer, [next(batches), next(batches)]
+
+
+@pytest.mark.parametrize("loss_type", ["mod", "token"])
+def test_nothing_of_a_step_waits_for_the_device(trainer_and_batches, loss_type):
+    trainer, batches = trainer_and_batches
+    object.__setattr__(trainer.config, "loss_type", loss_type)
+    with Waits() as waits:
+        trainer.train_step(batches)
+    assert waits.found == []
+    with Waits() as waits:  # it does see what it is to see
+        mask = torch.tensor([True, False])
+        assert (mask.float()[mask].sum() > 0).item()
+    assert waits.found == ["index", "_local_scalar_dense"]
+
+
+def test_masks_are_made_once_a_step_and_never_for_each_head(trainer_and_batches):
+    trainer, batches = trainer_and_batches
+    with Masks() as masks:
+        trainer.train_step(batches[:1])
+    # 2 encoder blocks, 3 decoder blocks of self- and cross-attention
+    assert [tuple(mask.shape) for mask in masks.found] == [(4, 1, 1, 16)] * 2 + [(4, 1, 12, 12), (4, 1, 1, 16)] * 3
+    assert all(mask.is_floating_point() for mask in masks.found), "a bool mask is converted in every block"
+    assert len({mask.data_ptr() for mask in masks.found[2:]}) == 2, "all decoder blocks share theirs"
+
+
+def test_logits_are_computed_for_targets_only(trainer_and_batches):
+    trainer, batches = trainer_and_batches
+    rows = {}
+    for name, embedding in trainer.model.decoder_embeddings.items():
+        embedding.to_logits.register_forward_hook(lambda _, inputs, out, name=name: rows.update({name: len(out)}))
+    trainer.train_step(batches[:1])
+    line = trainer.interval.state()["counts"]
+    assert rows == {name: line[f"targets {name}"] for name in rows} and 0 < sum(rows.values()) <= 4 * 12

@@ -1,0 +1,80 @@
+"""``--plan``: every published configuration on paper, without its data."""
+
+import pytest
+import torch
+
+from fourm.train.config import load_config, parse_args
+from fourm.train.parallel import DDP
+from fourm.train.plan import STRATEGIES, plan_run
+from fourm.train.run import Run, build_model, load_data
+from fourm.utils.errors import UserError
+from fourm.utils.tokenizer import load_text_tokenizer
+from tests.train.toy_run import ROOT, run_here, write_run
+
+PUBLISHED = sorted((ROOT / "cfgs/default/4m/models").rglob("*.yaml"))
+TRUNK = {"4m-b": 198e6, "4m-l": 705e6, "4m-xl": 2.8e9}  # parameters, as published
+
+
+def planned(path, **overrides):
+    config = load_config(path, overrides)
+    data = load_data(config)
+    with torch.device("meta"):
+        model = build_model(config, data)
+    return plan_run(config, data, model, load_text_tokenizer(config.text_tokenizer_path)), model
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_any_published_configuration_can_be_planned_without_data(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    plan, model = planned(path.relative_to(ROOT), plan_world_size=128)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert plan["parameters"]["trunk"] == pytest.approx(TRUNK[path.stem.split("_")[0]], rel=0.01)
+    together = [sum(plan["memory"][name].values()) for name in STRATEGIES]
+    assert together == sorted(together, reverse=True) and together[2] > 1e9
+    # Six operations per parameter and token: each token meets one half of the trunk; attention and logits come on top.
+    least = 6 * plan["parameters"]["trunk"] / 2 * plan["total_tokens"]
+    assert 0.95 * least < plan["total_flops"] < 2 * least
+    assert plan["total_flops"] == pytest.approx(plan["days"] * 86400 * 128 * 0.4 * 989e12)
+
+
+def test_states_take_what_they_take_in_a_run(tmp_path):
+    path = write_run(tmp_path / "toys", num_workers=0)
+    config = parse_args(["--config", str(path), "--plan_world_size", "1"])
+    plan, _ = planned(path, plan_world_size=1)
+    run = Run(config, DDP(config))
+    found = {}
+    parameters = list(run.trainer.model.parameters())
+    optimizer = run.trainer.optimizer
+    optimizer.register_step_pre_hook(lambda *_: found.update(gradients=sum(p.grad.nbytes for p in parameters)))
+    run.trainer.train_step([next(run._batches())])
+    found["parameters"] = sum(p.nbytes for p in parameters)
+    found["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+    expected = plan["memory"]["DDP"]
+    assert found == {part: expected[part] for part in found}
+    assert plan["steps"] == run.total_steps and plan["samples"] == 4
+
+
+def test_shards_shrink_with_the_number_of_gpus(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "cfgs/default/4m/models/main/4m-xl_mod7_500b.yaml"
+    (few, _), (many, _) = (planned(path, plan_world_size=size) for size in (16, 128))
+    for strategy in STRATEGIES[1:]:
+        assert few["memory"][strategy]["optimizer"] == 8 * many["memory"][strategy]["optimizer"]
+    assert few["memory"]["DDP"] == many["memory"]["DDP"]
+    assert few["flops"] == many["flops"], "of a step on one GPU"
+    assert few["days"] == pytest.approx(8 * many["days"], rel=0.01)
+
+
+def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
+    config = write_run(tmp_path / "toys")
+    for path in (tmp_path / "toys" / "train").rglob("*.tar"):
+        path.unlink()
+    output = run_here(config, "--plan", "--plan_gpu", "A100", "--plan_world_size", "4", "--dtype", "bf16")
+    for fact in ("on 4 x A100, bf16", "16 samples (4 x batch_size 4 x accum_iter 1)", "6 steps", "days at 40%",
+                 "FSDP, ZeRO-3", "fits 80 GB"):  # fmt: skip
+        assert fact in output, output
+    assert not (tmp_path / "toys" / "out").exists()
+    with pytest.raises(UserError, match="'plan_gpu': unknown 'H10'.*H100"):
+        run_here(config, "--plan", "--plan_gpu", "H10")
+    with pytest.raises(UserError, match="plan_mfu"):
+        parse_args(["--config", str(config), "--plan_mfu", "40"])
