@@ -59,6 +59,7 @@ class GenerationOptions(StageOptions):
     sheet_samples: int = option("rows of the contact sheet", 12)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
     dtype: Literal["float32", "bfloat16", "float16"] = option("precision", "float32")
+    compile: bool = option("torch.compile the blocks", False)
     sr: StageOptions | None = option_group(
         "second stage: a super-resolution model goes on from what is given and the tokens of the first; tokenizers and "
         "vocabulary are those of the first where it has no others",

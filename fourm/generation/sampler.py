@@ -64,6 +64,7 @@ class Sampler:
         device: str = "auto",
         dtype: torch.dtype | None = None,
         like: Sampler | None = None,
+        compile: bool = False,
     ) -> Sampler:
         """Everything from files.
 
@@ -75,6 +76,7 @@ class Sampler:
             device: ``auto`` = cuda where there is one, else cpu.
             like: a sampler whose tokenizers, vocabulary and class names serve where none are named here, such as that of
                 the model whose results this one is to upsample.
+            compile: ``torch.compile`` the blocks, once for all lengths; pays where many batches are generated on a GPU.
 
         Raises:
             UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
@@ -88,7 +90,10 @@ class Sampler:
             if words and like.text_tokenizer and words.get_vocab() != like.text_tokenizer.get_vocab():
                 raise UserError(f"{model}: its text vocabulary is {path}, not that of the model before it")
             words = words or like.text_tokenizer
-        return cls(_load_model(model).to(where), images, words, class_names, dtype)
+        loaded = _load_model(model).to(where)
+        if compile:
+            loaded.compile_blocks(dynamic=True)
+        return cls(loaded, images, words, class_names, dtype)
 
     def __call__(
         self,

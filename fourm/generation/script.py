@@ -37,7 +37,7 @@ _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 # What a folder of results may be continued with: everything else changes them.
 _FREE = {
-    "output_dir", "batch_size", "sheet_samples", "device", "num_samples", "model_config", "data_config", "sr_config"
+    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config", "sr_config"
 }  # fmt: skip
 
 
@@ -88,7 +88,7 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
     for prefix, part in options.stages().items():
         sampler = Sampler.load(
             part.model, part.tokenizers, part.text_tokenizer, options.class_names, options.device, dtype,
-            like=stages[-1].sampler if stages else None,
+            like=stages[-1].sampler if stages else None, compile=options.compile,
         )  # fmt: skip
         readable = {
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs

@@ -111,6 +111,11 @@ class FourM(Encoder):
         super().init_weights()
         nn.init.normal_(self.mask_token, std=self.init_std)
 
+    def compile_blocks(self, **options: Any) -> None:
+        """``torch.compile`` every block, in place and with the same parameter names; ``options`` are of that function."""
+        for block in (*self.encoder, *self.decoder):
+            block.compile(**options)
+
     def forward(
         self,
         mod_dict: Batch,

@@ -93,8 +93,7 @@ class Run:
             load_weights(model, config.finetune)
         model.to(self.parallel.device)
         if config.compile:
-            for block in (*model.encoder, *model.decoder):
-                block.compile()
+            model.compile_blocks()
         sets = data.train.values()
         return Trainer(
             config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),

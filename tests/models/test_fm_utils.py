@@ -76,8 +76,7 @@ def test_blocks_compile_without_graph_breaks(changes):
 def test_a_model_of_compiled_blocks_trains_and_keeps_its_names():
     torch._dynamo.reset()
     model, twin = toy_model(), toy_model()
-    for block in (*twin.encoder, *twin.decoder):
-        block.compile(fullgraph=True, backend="aot_eager")
+    twin.compile_blocks(fullgraph=True, backend="aot_eager")
     batch = toy_batch(model)
     plan = model.plan(batch, 10, 9)
     losses = [m(batch, 10, 9, plan=plan)[0] for m in (model, twin)]

@@ -5,6 +5,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from fourm.models.generate import (
     GenerationSampler,
@@ -368,3 +369,17 @@ def test_dense_answers_become_one_sequence(model):
     rows = {key: value.repeat(3, 1) for key, value in batch["text"].items()}
     chunks = sampler.generate_sam_dense({**batch, "text": rows}, plan, TOKENIZER, batch_size=2, key="text", seed=5)
     assert same(dense, chunks)
+
+
+def test_compiled_blocks_generate_the_same_whatever_the_lengths():
+    torch._dynamo.reset()
+    model, twin = (toy_model(4, **SWIGLU, modalities=MODALITIES).eval() for _ in range(2))
+    compiled = CompileCounterWithBackend("aot_eager")
+    twin.compile_blocks(dynamic=True, backend=compiled)
+    for size in (2, 3):
+        batch = inputs(model, size)
+        steps = schedule(model, ["grid", "text"], ["roar", "autoregressive"], [16, ROOM], [3, 1], 2.0)
+        expected, found = (generate(m, batch, steps, seed=0) for m in (model, twin))
+        for target in ("grid", "text"):
+            assert torch.equal(found[target]["tensor"], expected[target]["tensor"])
+    assert 0 < compiled.frame_count < 30  # not once for every length
