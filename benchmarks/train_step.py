@@ -30,7 +30,7 @@ from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
 from fourm.train.config import load_config, run_length
-from fourm.train.device import autocast, normalised, peak_tflops
+from fourm.train.device import autocast, keep_freed_memory, normalised, peak_tflops
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
@@ -232,9 +232,12 @@ def main() -> None:
     parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="sgd (plain) takes half of the memory")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count")
     parser.add_argument("--steps", type=int, default=1, help="in each turn; on a GPU rather 10")
+    parser.add_argument("--free", action="store_true", help="return freed memory to the system, as training does not")
     parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="only the step itself")
     parser.add_argument("--fit", action="store_true", help="in the end, exponents of time over size")
     options = parser.parse_args()
+    if options.device == "cpu" and not options.free:
+        keep_freed_memory()
     main_process = os.environ.get("RANK", "0") == "0"
     rows: list[dict[str, Any]] = []
     for setting in settings(options):

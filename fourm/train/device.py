@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import resource
 import sys
@@ -28,6 +29,8 @@ class Gpu(NamedTuple):
     memory: float
 
 
+_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
 # Where one name is part of another, the longer one comes first.
 GPUS = {
     "H100 PCIe": Gpu(756, 80), "H100 NVL": Gpu(835, 94), "H100": Gpu(989, 80), "H200": Gpu(989, 141),
@@ -53,6 +56,17 @@ def peak_memory(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return most
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the rest of this process; elsewhere than with glibc nothing happens.
+
+    Else it returns every large tensor to the system, which clears its pages again when the next step asks for them.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_MMAP_MAX, 0)
+        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:

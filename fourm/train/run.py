@@ -19,6 +19,7 @@ from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.train.checkpoint import export_model, remove_unfinished, save_checkpoint
 from fourm.train.config import TrainConfig, run_length, to_dict
+from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import build_evaluations, evaluate
 from fourm.train.finetune import load_weights
 from fourm.train.journal import Journal, logging_of
@@ -57,6 +58,8 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
         return 0
     parallel = strategy(config)
     _set_up_process(config)
+    if parallel.device.type == "cpu":
+        keep_freed_memory()
     try:
         with logging_of(config, parallel.is_main):
             run = Run(config, parallel)

@@ -1,6 +1,9 @@
 """Pictures travel in 8 bits; what the model gets of them is what the loader's own normalisation gives."""
 
 import dataclasses
+import platform
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -12,9 +15,29 @@ from fourm.train.config import parse_args
 from fourm.train.device import normalised, to_device
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
-from tests.train.toy_run import write_run
+from tests.train.toy_run import ROOT, write_run
 
 CPU = torch.device("cpu")
+FAULTS = """
+import resource, torch
+from fourm.train.device import keep_freed_memory
+if {keep}:
+    keep_freed_memory()
+torch.ones(32_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(32_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
+def test_memory_of_large_tensors_is_used_again_without_asking_the_system():
+    kept, freed = (
+        int(subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT).stdout)
+        for keep in (True, False)
+    )  # fmt: skip
+    assert kept < freed / 2
 
 
 @pytest.mark.parametrize(
