@@ -68,8 +68,7 @@ def build_trainer(options: argparse.Namespace, model_name: str, modalities: int,
         model_config(model_name, *DOMAINS[modalities], share_embedding=True, use_act_checkpoint=options.act_checkpoint)
     ).to(parallel.device)
     if options.compile:
-        for block in (*model.encoder, *model.decoder):
-            block.compile()
+        model.compile_blocks()
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
     return Trainer(config, parallel, model, build_optimizer(model, config), schedule, options.tokens, options.tokens)
