@@ -14,7 +14,7 @@ FSDP, ZeRO-3   4 P/W + c (embeddings + 2 B)           4 P/W + (4 + c) B         
 =============  =====================================  ==========================  ====================
 
 (DDP's c: autocast's copies. FSDP gathers in c bytes: with ZeRO-3 the embeddings, a block and the next one; a block's
-gradients wait to be reduced.) Not in it: what the allocator cannot use, communication buffers, CUDA itself: 2 to 5 GB.
+gradients wait to be reduced.) Not in it: what the allocator cannot use, communication buffers, CUDA itself.
 """
 
 from __future__ import annotations

@@ -8,12 +8,11 @@ from tests.train.toy_run import losses, run_here, write_run
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_compiled_run_has_the_losses_of_an_eager_one_and_compiles_once(tmp_path, dtype):
+def test_a_compiled_run_has_the_losses_of_an_eager_one_and_compiles_once(tmp_path):
     model = {"dim": 32, "encoder_depth": 3, "decoder_depth": 3, "num_heads": 2}
     configs = [
         write_run(
-            tmp_path / name, model_kwargs=model, epochs=1, warmup_epochs=0, eval_freq=0, dtype=dtype, num_workers=0
+            tmp_path / name, model_kwargs=model, epochs=1, warmup_epochs=0, eval_freq=0, dtype="float32", num_workers=0
         )
         for name in ("eager", "compiled")
     ]
@@ -25,4 +24,4 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one_and_compiles_once(tmp_pat
     assert not counters["graph_break"]
     expected, found = (losses(tmp_path / name / "out") for name in ("eager", "compiled"))
     assert list(found) == list(range(1, 13))
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4 if dtype == "float32" else 0.01)
+    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
