@@ -1,13 +1,9 @@
-"""Train a 4M model with fully sharded data parallelism."""
+"""Train a 4M model with fully sharded data parallelism: torchrun … run_training_4m_fsdp.py --config cfgs/….yaml"""
 
 from fourm.train.config import parse_args
-from fourm.utils.errors import UserError, run_cli
-
-
-def main() -> None:
-    parse_args()
-    raise UserError("FSDP is not available yet: run the same config with run_training_4m.py (DDP)")
-
+from fourm.train.fsdp import FSDP
+from fourm.train.run import train
+from fourm.utils.errors import run_cli
 
 if __name__ == "__main__":
-    run_cli(main)
+    run_cli(lambda: train(parse_args(), FSDP))

@@ -16,6 +16,7 @@ from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
 from fourm.models.generate import GenerationSampler
+from fourm.models.sharded import load_model, newest_checkpoint
 from fourm.models.token_sampling import Seed
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
@@ -184,10 +185,7 @@ class Sampler:
 def _load_model(model: str | Path) -> FM:
     folder = Path(model)
     if folder.is_dir() and not (folder / CONFIG).exists():
-        checkpoints = sorted(folder.glob("checkpoints/step-*"))
-        if not checkpoints:
-            raise UserError(f"{folder} holds no model ({CONFIG} and model.safetensors) and no checkpoints")
-        folder = checkpoints[-1]
+        return load_model(newest_checkpoint(folder))
     try:
         return FM.from_pretrained(str(folder if folder.is_dir() else model))
     except UserError:

@@ -34,7 +34,7 @@ class Encoder(nn.Module):
         options: BlockOptions,
         drop_path_rates: list[float],
         num_register_tokens: int,
-        use_act_checkpoint: bool,
+        use_act_checkpoint: bool | int,
         init_std: float = INIT_STD,
         pos_temperature: float = POS_TEMPERATURE,
     ):
@@ -83,8 +83,9 @@ class Encoder(nn.Module):
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None) -> Tensor:
         """``x`` through a stack of blocks that all get the same ``context``."""
-        recompute = self.use_act_checkpoint and torch.is_grad_enabled()
-        for block in blocks:
+        every = int(self.use_act_checkpoint) if torch.is_grad_enabled() else 0
+        for i, block in enumerate(blocks):
+            recompute = every and i % every == 0
             x = checkpoint(block, x, *context, use_reentrant=False) if recompute else block(x, *context)
         return x
 

@@ -42,7 +42,8 @@ class FourM(Encoder):
         decoder_causal_mask: a target sees those before it, whatever the batch's ``decoder_attention_mask`` says.
         decoder_sep_mask: a target sees only targets of its own modality.
         num_register_tokens: learned tokens in front of the encoder's.
-        use_act_checkpoint: recompute each block in the backward pass instead of keeping its activations.
+        use_act_checkpoint: recompute each block in the backward pass instead of keeping its activations; a number k =
+            only every k-th block.
         share_modality_embeddings: a modality that is input and target has one modality vector.
         init_std: of the embedding vectors at first. Published models have 0.02, which is small beside the position vectors,
             whose entries are about 0.7; with 0.5 a short run learns much sooner to read its tokens.
@@ -74,7 +75,7 @@ class FourM(Encoder):
         decoder_causal_mask: bool = False,
         decoder_sep_mask: bool = True,
         num_register_tokens: int = 0,
-        use_act_checkpoint: bool = False,
+        use_act_checkpoint: bool | int = False,
         share_modality_embeddings: bool = True,
         init_std: float = INIT_STD,
         pos_temperature: float = POS_TEMPERATURE,

@@ -30,6 +30,11 @@ class LayerNorm(nn.LayerNorm):
             del self.bias
             self.register_buffer("bias", torch.zeros(dim))
 
+    def forward(self, x: Tensor) -> Tensor:
+        # FSDP may hold the weight in less precision than x or the bias, which not every device can mix.
+        dtype = torch.promote_types(x.dtype, self.weight.dtype)
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+
 
 @dataclass(frozen=True)
 class BlockOptions:

@@ -34,8 +34,8 @@ class HubModel(PyTorchModelHubMixin):
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
         save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
-        config = {key: value for key, value in self.config.items() if key != "share_embedding"}
-        (save_directory / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True))
+        config = json.dumps(published_config(self.config), indent=2, sort_keys=True)
+        (save_directory / "config.json").write_text(config)
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
@@ -44,6 +44,11 @@ class HubModel(PyTorchModelHubMixin):
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         return _load(model, torch.load(model_file, map_location=map_location, weights_only=True), model_file)
+
+
+def published_config(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration beside published weights, which stand under each of their names whether tied or not."""
+    return {key: value for key, value in config.items() if key != "share_embedding"}
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

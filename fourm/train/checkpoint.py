@@ -1,86 +1,131 @@
 """Checkpoints: folders that are there completely or not at all, in formats that run no code when they are read.
 
-``checkpoints/step-00001234/`` holds
+``checkpoints/step-00001234/`` is the same whatever the strategy and the number of processes. It holds
 
-* ``model.safetensors`` and ``config.json``: the model, as ``FM.from_pretrained`` reads it
-* ``optimizer.safetensors``: ``PARAMETER/STATE`` → tensor
-* ``state.json``: the step, the position in the data of every rank, the state of the log, the sizes of the other files
+* ``shard-*.safetensors``: from every process the tensors, or parts of them, that it had to write: ``model/PARAMETER``,
+  ``ema/PARAMETER`` and ``optimizer/PARAMETER/STATE``
+* ``config.json``: of the model
+* ``state.json``: the step, the position in the data of every rank, the state of the log, the configuration of the run
+* ``checksums.json``: of all of these
 
 Nothing of a random generator is kept: all randomness of a step derives from the seed and the number of its batch.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fourm.models import FM
+from fourm.models.sharded import CHECKSUMS, CONFIG, EMA, MODEL, checksum
+from fourm.train import ema
+from fourm.train.parallel import Processes
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path
 
 log = logging.getLogger("fourm")
-STATE = "state.json"
+STATE, OPTIMIZER = "state.json", "optimizer/"
+_KINDS = (MODEL, EMA, OPTIMIZER)  # each has files of its own, so that weights are read without optimizer states
+_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
 
 
-def save_checkpoint(
-    folder: Path, step: int, model: FM, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep_last: int
-) -> Path:
-    """Write ``folder/step-…``; of it and those before keep the newest ``keep_last``, 0 = all."""
-    target = folder / f"step-{step:08d}"
-    with atomic_path(target) as path:
-        path.mkdir()
-        model._save_pretrained(path)  # save_pretrained would add a model card
-        save_file(_optimizer_tensors(model, optimizer), path / "optimizer.safetensors")
-        sizes = {file.name: file.stat().st_size for file in sorted(path.iterdir())}
-        (path / STATE).write_text(json.dumps({"step": step, "files": sizes, **state}))
-    before = [path for path in sorted(folder.glob("step-*"), reverse=True) if path.name <= target.name]
-    for old in before[keep_last:] if keep_last else ():
-        shutil.rmtree(old)
-    return target
+class CheckpointWriter:
+    """Writes the checkpoints of a run into ``folder``. All processes make the same calls.
 
+    Args:
+        keep_last: checkpoints that are kept; 0 = all.
+        background: write while the training goes on.
+    """
 
-def export_model(checkpoint: Path, folder: Path) -> None:
-    """Put the model of a checkpoint into ``folder``, where ``FM.from_pretrained`` looks for it."""
-    for name in ("config.json", "model.safetensors"):
-        with atomic_path(folder / name) as path:
-            shutil.copyfile(checkpoint / name, path)
+    def __init__(self, folder: Path, parallel: Processes, keep_last: int, background: bool):
+        self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
+        # What the writers have to tell one another must not mix with what the training says meanwhile.
+        self._group: Any = dist.new_group(backend="gloo") if parallel.distributed else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future | None = None
+
+    def save(self, step: int, config: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+        """Begin to write ``step-…``; the tensors may change as soon as this returns. One at a time: waits for the previous.
+
+        Args:
+            config: of the model.
+            tensors: name → tensor or, under FSDP, its shard.
+            state: of this run, for JSON; the main process's counts.
+
+        Raises:
+            UserError: of this checkpoint or the one before: it could not be written.
+        """
+        self.wait()
+        options = StagingOptions(
+            use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
+        )
+        copy = DefaultStager(options).stage(tensors)
+        self._pending = self._thread.submit(self._write, self._folder / f"step-{step:08d}", config, copy, state)
+        if not self._background:
+            self.wait()
+
+    def wait(self) -> None:
+        """Return when no checkpoint is being written any more.
+
+        Raises:
+            UserError: it could not be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _write(self, target: Path, config: dict[str, Any], tensors: Any, state: dict[str, Any]) -> None:
+        parallel, group = self._parallel, self._group
+        with contextlib.ExitStack() as stack:
+
+            def begin() -> Path:
+                path = stack.enter_context(atomic_path(target))
+                path.mkdir()
+                (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
+                (path / STATE).write_text(json.dumps(state))
+                return path
+
+            def write_shards() -> dict[str, list[int]]:
+                kinds = {name: _KINDS.index(name[: name.index("/") + 1]) + 1 for name in tensors}
+                writer = dcp.HuggingFaceStorageWriter(str(path), kinds, save_distributed=True)
+                try:
+                    dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.distributed)
+                except dcp.CheckpointException as error:  # the first error of any process, in all of them
+                    raise next(iter(error.failures.values()))[0] from error
+                return {file.name: checksum(file) for file in path.glob(f"shard-{parallel.rank + 1:05d}-*")}
+
+            def finish() -> None:
+                files = {name: entry for share in shards for name, entry in share.items()}
+                files |= {name: checksum(path / name) for name in (CONFIG, STATE)}
+                assert set(files) == {file.name for file in path.iterdir()}
+                (path / CHECKSUMS).write_text(json.dumps(files))
+                stack.close()
+                before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
+                for old in before[self._keep_last :] if self._keep_last else ():
+                    shutil.rmtree(old)
+
+            try:
+                path = parallel.from_main(begin, group)
+                shards = parallel.together(write_shards, group)
+                parallel.from_main(finish, group)
+            except UserError as error:
+                raise UserError(f"checkpoint {target} could not be written: {error}") from error
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint whose files are all there and complete.
-
-    Raises:
-        UserError: they are not.
-    """
-    try:
-        state = json.loads((path / STATE).read_text())
-        for name, size in state["files"].items():
-            found = (path / name).stat().st_size
-            if found != size:
-                raise UserError(f"checkpoint {path} is damaged: {name} has {found} bytes, not {size}")
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"checkpoint {path} is damaged or none at all: {error}") from error
-    return state
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder`` but the damaged ones, which are named in warnings; newest first."""
-    complete = []
-    for path in sorted(folder.glob("step-*"), reverse=True):
-        try:
-            read_state(path)
-            complete.append(path)
-        except UserError as error:
-            log.warning("%s; passed over", error)
-    return complete
+    """The ``state.json`` of a checkpoint."""
+    return json.loads((path / STATE).read_text())
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -89,33 +134,53 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
-
-
-def load_checkpoint(path: Path, model: FM, optimizer: torch.optim.Optimizer) -> None:
-    """Load weights and optimizer state in place.
-
-    Raises:
-        UserError: the files are damaged, or belong to another model.
-    """
-    try:
-        model.load_state_dict(load_file(path / "model.safetensors"))
-        tensors = load_file(path / "optimizer.safetensors")
-    except (OSError, SafetensorError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise UserError(f"checkpoint {path} does not fit this configuration: {reason}") from error
-    for name, parameter in model.named_parameters():
-        found = {
-            key: tensor.to(parameter.device) for key in _STATES if (tensor := tensors.get(f"{name}/{key}")) is not None
-        }
-        if found:
-            optimizer.state[parameter] = found
-
-
-def _optimizer_tensors(model: FM, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    return {
-        f"{name}/{key}": value.contiguous()
+def tensors_to_save(model: FM, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> dict[str, Tensor]:
+    """All tensors of a checkpoint by their names in it; a tied parameter is there once."""
+    states = {
+        f"{OPTIMIZER}{name}/{key}": value
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state.get(parameter, {}).items()
         if value is not None
     }
+    averages = {EMA + name: value for name, value in average.average.items()} if average else {}
+    return _model_tensors(model) | averages | states
+
+
+def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> None:
+    """Load weights, their moving average and the optimizer state in place; all processes must call this.
+
+    A checkpoint without a moving average lets it start from the weights.
+
+    Raises:
+        UserError: the checkpoint is of another model.
+    """
+    reader = dcp.HuggingFaceStorageReader(str(path))
+    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    tensors = _model_tensors(model)
+    if average and any(name.startswith(EMA) for name in known):
+        tensors |= {EMA + name: value for name, value in average.average.items()}
+    for name, parameter in model.named_parameters():
+        for key in _STATES:
+            if (full := f"{OPTIMIZER}{name}/{key}") in known:
+                state = torch.zeros_like(parameter, requires_grad=False)
+                tensors[full] = torch.zeros((), device=parameter.device) if key == "step" else state
+                optimizer.state[parameter][key] = tensors[full]
+    expected = {name for name in known if not name.startswith((OPTIMIZER, EMA))}
+    own = {name for name in tensors if name.startswith(MODEL)}
+    different = [f"it has no {name}" for name in sorted(own - expected)]
+    different += [f"the model has no {name}" for name in sorted(expected - own)]
+    different += [
+        f"{name} has shape {tuple(known[name].size)}, not {tuple(tensor.shape)}"
+        for name, tensor in tensors.items() if name in known and known[name].size != tensor.shape
+    ]  # fmt: skip
+    if different:
+        raise UserError(f"checkpoint {path} does not fit this configuration: {'; '.join(different[:3])}")
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    if average and not any(name.startswith(EMA) for name in known):
+        for name, parameter in model.named_parameters():
+            average.average[name].copy_(parameter.detach())
+
+
+def _model_tensors(model: FM) -> dict[str, Tensor]:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {MODEL + name: tensor.detach() for name, tensor in tensors.items()}

@@ -50,7 +50,8 @@ class TrainConfig:
     dtype: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] = option(
         "autocast precision; parameters stay float32", "bfloat16"
     )
-    use_act_checkpoint: bool = option("recompute every block's activations in the backward pass", False)
+    use_act_checkpoint: bool = option("recompute the blocks' activations in the backward pass", False)
+    act_checkpoint_every: int = option("with use_act_checkpoint: those of every so many-th block", 1)
     compile: bool = option("torch.compile every block", False)
     finetune: str = option("start from these weights: a run folder, .safetensors, .pth or a hub id", "")
 
@@ -71,6 +72,8 @@ class TrainConfig:
     opt_eps: float = option("AdamW epsilon", 1e-8)
     opt_betas: tuple[float, float] = option("AdamW betas", (0.9, 0.95))
     momentum: float = option("SGD momentum", 0.9)
+    model_ema: bool = option("keep, evaluate and save a moving average of the weights too", False)
+    model_ema_decay: float = option("of model_ema: the share of the average that each step keeps", 0.9999)
     compute_grad_norm: bool = option("log the gradient norm", True)
     clip_grad: float | None = option("clip the global gradient norm to this", None)
     skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None)
@@ -113,6 +116,7 @@ class TrainConfig:
     save_ckpt_freq: int = option("save every so many epochs; 0 = only at the end", 1)
     save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0)
     keep_last: int = option("checkpoints that are kept; 0 = all", 2)
+    async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
     resume: str = option("continue from this checkpoint folder", "")
     auto_resume: bool = option("continue from the newest complete checkpoint in output_dir", True)
     start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
@@ -126,6 +130,21 @@ class TrainConfig:
     s3_save_dir: str = option("copy checkpoints here", "")
 
     # Processes and logging
+    fsdp_param_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "FSDP: precision of gathered parameters and of their gradients; auto = dtype", "auto"
+    )
+    fsdp_reduce_dtype: Literal["bfloat16", "float32"] = option(
+        "FSDP: precision in which gradients are averaged", "float32"
+    )
+    fsdp_reshard_after_forward: bool = option(
+        "FSDP: free a block's gathered parameters after its forward pass too (ZeRO-3); else they stay until its backward "
+        "pass, and from one of accum_iter micro-batches to the next (ZeRO-2)",
+        True,
+    )
+    fsdp_shard_size: int = option(
+        "FSDP: neighbouring processes that hold the model together, e.g. the GPUs of a node; others replicate it; 0 = all",
+        0,
+    )
     find_unused_params: bool = option("DDP's search for unused parameters; none are unused", False)
     dist_url: str = option("rendezvous of the process group", "env://")
     rlimit: int = option("open files a process may have", 4096)
@@ -161,11 +180,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _AT_LEAST = {
     1: (
         "batch_size", "accum_iter", "plan_world_size", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
+        "act_checkpoint_every",
         "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
     ),
     0: (
         "num_workers", "eval_freq", "save_ckpt_freq", "save_every_minutes", "keep_last", "start_epoch",
-        "num_register_tokens",
+        "num_register_tokens", "fsdp_shard_size",
     ),
 }  # fmt: skip
 
@@ -197,6 +217,8 @@ def _check(config: TrainConfig) -> None:
         if low is not None and not 0 <= low <= high:
             raise UserError(f"'min_{kind}_tokens' must lie between 0 and num_{kind}_tokens ({high}), not {low}")
     inverse_sqrt_timescale(config.scheduler)
+    if not 0 <= config.model_ema_decay < 1:
+        raise UserError(f"'model_ema_decay' must be at least 0 and below 1, not {config.model_ema_decay}")
     if len(config.opt_betas) != 2:
         raise UserError(f"'opt_betas' must be two numbers, not {list(config.opt_betas)}")
     for key in ("s3_save_dir", "s3_endpoint", "s3_data_endpoint"):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fourm.data.data_config import DataConfig
-from fourm.data.unified_datasets import BatchLoader, build_eval_loader
+from fourm.data.unified_datasets import Batch, BatchLoader, build_eval_loader
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, to_device
-from fourm.train.parallel import Processes
+from fourm.train.parallel import Processes, Strategy
 from fourm.utils.errors import DataError, UserError
 
 
@@ -58,8 +58,14 @@ def build_evaluations(
     return evaluations
 
 
+# A batch of one sample without any tokens.
+_NO_MASK = torch.zeros(1, 0, dtype=torch.bool)
+_NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attention_mask": _NO_MASK.long()}
+_NOTHING = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
+
+
 @torch.no_grad()
-def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: Processes) -> dict[str, Any]:
+def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: Strategy) -> dict[str, Any]:
     """Go through a validation set once.
 
     Every target token counts the same, so that neither the batch size nor the number of processes matters.
@@ -76,11 +82,13 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: P
     inputs, targets = evaluation.num_input_tokens, evaluation.num_target_tokens
     order = torch.Generator().manual_seed(config.seed)
     sums, counts, bad = Counter[str](), Counter[str](), Counter[str]()
-    for batch in evaluation.loader:
-        plan = model.plan(batch.mod_dict, inputs, targets, generator=order)
+    for batch in parallel.in_step(evaluation.loader, model):
+        plan = model.plan((batch or _NOTHING).mod_dict, inputs, targets, generator=order)
         with autocast(config, parallel.device):
-            mod_dict, plan_there = to_device(batch, plan, parallel.device)
+            mod_dict, plan_there = to_device(batch or _NOTHING, plan, parallel.device)
             _, losses = model(mod_dict, inputs, targets, config.loss_type, plan=plan_there)
+        if batch is None:
+            continue
         means = torch.stack([losses[name].double() for name in losses]).tolist()
         counts.update(plan.decoder.counts)
         counts["samples"] += len(plan.decoder.modality)

@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fourm.models import FM
-from fourm.train.checkpoint import complete_checkpoints
+from fourm.models import FM, sharded
+from fourm.train.fsdp import set_shard
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
@@ -28,9 +28,10 @@ def read_weights(source: str) -> dict[str, Tensor]:
         UserError: it is not there, or not readable as weights.
     """
     path = Path(source)
+    if path.is_dir() and not (path / "model.safetensors").exists():
+        return dict(sharded.read_weights(sharded.newest_checkpoint(path))[1])
     if path.is_dir():
-        finished = (path / "model.safetensors").exists()
-        path = next(iter([] if finished else complete_checkpoints(path / "checkpoints")), path) / "model.safetensors"
+        path = path / "model.safetensors"
     try:
         if not path.exists() and path.suffix not in (".safetensors", ".pth") and not source.startswith((".", "/", "~")):
             path = Path(hf_hub_download(source, "model.safetensors"))
@@ -66,7 +67,8 @@ def load_weights(model: FM, source: str) -> None:
         raise UserError(
             f"'finetune': {source} holds none of the model's weights, but e.g. {next(iter(weights), 'nothing')}"
         )
-    model.load_state_dict(common, strict=False)
+    for name, tensor in common.items():
+        set_shard(own[name], tensor)
     log.info("finetune: %d of %d tensors from %s", len(common), len(own), source)
     for what, names in (("new in the model", own.keys() - common), ("not in the model", weights.keys() - common)):
         if names:

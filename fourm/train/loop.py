@@ -13,9 +13,10 @@ from fourm.data.unified_datasets import Batch
 from fourm.models import FM, StepFlops, TokenPlan
 from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, peak_tflops, to_device
+from fourm.train.ema import EMA
 from fourm.train.metrics import Interval
 from fourm.train.optimizer import GradientStep, set_hyperparameters
-from fourm.train.parallel import DDP
+from fourm.train.parallel import Strategy
 from fourm.train.schedules import Schedule
 from fourm.utils.seeds import generator
 
@@ -31,7 +32,7 @@ class Trainer:
     """
 
     config: TrainConfig
-    parallel: DDP
+    parallel: Strategy
     model: FM
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -42,6 +43,7 @@ class Trainer:
 
     def __post_init__(self) -> None:
         self.gradient_step = GradientStep(self.optimizer, self.config, self.parallel)
+        self.ema = EMA(self.model, self.config.model_ema_decay) if self.config.model_ema else None
         device = self.parallel.device
         self.interval = Interval(list(self.model.decoder_embeddings), device, peak_tflops(self.config, device))
         self._flops = StepFlops(self.model)
@@ -73,6 +75,8 @@ class Trainer:
             self._count(batch, host_plan, loss, losses)
         with phase("optimizer"):
             norm, skipped = self.gradient_step(list(self.model.parameters()))
+            if self.ema is not None:
+                self.ema.update(self.step + 1)
         self.interval.add_step(norm, skipped)
         self.step += 1
 

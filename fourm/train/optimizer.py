@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fourm.train.config import TrainConfig
-from fourm.train.parallel import DDP
+from fourm.train.parallel import Strategy
 
 _INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 
@@ -52,7 +52,7 @@ class GradientStep:
             2000 steps in a row without an overflow and is halved by one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, parallel: DDP):
+    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, parallel: Strategy):
         self._optimizer, self._parallel = optimizer, parallel
         self._half = config.autocast_dtype == "float16"
         self._clip, self._max_norm = config.clip_grad, config.skip_grad

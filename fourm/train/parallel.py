@@ -1,13 +1,14 @@
-"""How several processes train one model: all that differs between one process, DDP and other strategies.
+"""How several processes train one model: all that differs between one process, DDP and FSDP (:mod:`fourm.train.fsdp`).
 
-The model knows nothing of this, and the training loop only what :class:`Processes` offers.
+The model knows nothing of this, and the training loop only what :class:`Strategy` offers.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
 
@@ -54,26 +56,30 @@ class Processes:
         dist.all_reduce(votes, dist.ReduceOp.MAX)
         return votes.bool().tolist()
 
-    def gather(self, value: Any) -> list[Any]:
-        """``value`` of every process, by rank."""
+    def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+        """``value`` of every process, by rank; ``group`` is of all processes, but not disturbed by what others gather."""
         if not self.distributed:
             return [value]
         values = [None] * self.world_size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group)
         return values
 
-    def from_main(self, function: Callable[[], T]) -> T:
-        """What ``function`` returns in the main process; its :class:`UserError` is raised in all of them."""
+    def together(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
+        """What ``function`` returns in every process; a :class:`UserError` or ``OSError`` of any is raised in all."""
         value, error = None, None
-        if self.is_main:
-            try:
-                value = function()
-            except UserError as found:
-                error = str(found)
-        value, error = self.gather((value, error))[0]
-        if error is not None:
-            raise UserError(error)
-        return value  # type: ignore[return-value]
+        try:
+            value = function()
+        except (UserError, OSError) as found:
+            error = str(found)
+        results = self.gather((value, error), group)
+        for _, error in results:
+            if error is not None:
+                raise UserError(error)
+        return [value for value, _ in results]
+
+    def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+        """What ``function`` returns in the main process; its errors are raised in all, as by :meth:`together`."""
+        return self.together(lambda: function() if self.is_main else None, group)[0]  # type: ignore[return-value]
 
     def barrier(self) -> None:
         if self.distributed:
@@ -84,15 +90,45 @@ class Processes:
             dist.destroy_process_group()
 
 
-class DDP(Processes):
+class Strategy(Processes, ABC):
+    """A way to train one model in all processes."""
+
+    @abstractmethod
+    def place(self, model: FM) -> None:
+        """Give a model that was built on the meta device its memory here and its initial values.
+
+        These come from torch's global generator on the CPU, so that they are the same for all strategies and devices.
+        """
+
+    @abstractmethod
+    def wrap(self, model: FM) -> nn.Module:
+        """What the training loop calls. To be called anew when other parameters are to be trained."""
+
+    @abstractmethod
+    def accumulate(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
+        """Within it a backward pass only adds to this process's gradients; the next one outside averages them all."""
+
+    @abstractmethod
+    def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The global 2-norm, alike in all processes, without waiting for the device."""
+
+    @abstractmethod
+    def in_step(self, batches: Iterable[T], model: FM) -> Iterable[T | None]:
+        """``batches``, for forward passes without training. None = the others still need this process to take part."""
+
+
+class DDP(Strategy):
     """Every process holds the whole model and trains it on its own samples; gradients are averaged."""
 
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         self._find_unused = config.find_unused_params
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """What the training loop calls. To be called anew when other parameters are to be trained."""
+    def place(self, model: FM) -> None:
+        model.to_empty(device="cpu").init_weights()
+        model.to(self.device)
+
+    def wrap(self, model: FM) -> nn.Module:
         if not self.distributed:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
@@ -102,12 +138,13 @@ class DDP(Processes):
         )  # fmt: skip
 
     def accumulate(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
-        """Within it a backward pass only adds to this process's gradients; the next one outside averages them all."""
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()
 
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The global 2-norm, alike in all processes."""
         return nn.utils.get_total_norm(gradients)
+
+    def in_step(self, batches: Iterable[T], model: FM) -> Iterable[T | None]:
+        return batches
 
 
 def _device(name: str, local_rank: int) -> torch.device:

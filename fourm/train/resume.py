@@ -7,36 +7,55 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
-from fourm.train.checkpoint import STATE, complete_checkpoints, load_checkpoint, read_state
-from fourm.train.config import TrainConfig
+from fourm.models.sharded import CHECKSUMS, complete_checkpoints, verify
+from fourm.train.checkpoint import load_tensors, read_state
+from fourm.train.config import TrainConfig, to_dict
 from fourm.train.loop import Trainer
+from fourm.train.parallel import Processes
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
 
 
-def find_checkpoint(config: TrainConfig, folder: Path) -> Path | None:
-    """With ``auto_resume`` the newest checkpoint of this run, else the one that ``resume`` names (itself, or a run folder).
+def find_checkpoint(config: TrainConfig, folder: Path, parallel: Processes) -> Path | None:
+    """With ``auto_resume`` the newest intact checkpoint of this run, else that of ``resume`` (itself, or a run folder).
 
     Raises:
-        UserError: ``resume`` names none, or a new run would mix with the checkpoints of an old one in ``folder``.
+        UserError: ``resume`` names none, all are damaged, or a new run would mix with the checkpoints of an old one.
     """
+    candidates = parallel.from_main(lambda: _candidates(config, folder))
+    for path in candidates:
+        try:
+            # The checksums are the work of all processes.
+            parallel.together(lambda path=path: verify(path, slice(parallel.rank, None, parallel.world_size)))  # type: ignore[misc]
+            return path
+        except UserError as error:
+            if parallel.is_main:
+                log.warning("%s; passed over", error)
+    if candidates:
+        raise UserError(f"{candidates[0].parent} has only damaged checkpoints; to start anew choose another output_dir")
+    return None
+
+
+def _candidates(config: TrainConfig, folder: Path) -> list[Path]:
     if config.eval and config.finetune:
-        return None  # these are the weights to evaluate
+        return []  # these are the weights to evaluate
     own = complete_checkpoints(folder)
     if own and config.auto_resume:
-        return own[0]
+        return own
     if own and not (config.eval or config.dry_run):
         raise UserError(
             f"{folder} holds {own[0].name} of an earlier run: use --auto_resume to go on with it, or another output_dir"
         )
     if not config.resume:
-        return None
+        if not own and any(folder.glob("step-*")):
+            raise UserError(f"{folder} has only damaged checkpoints; to start anew choose another output_dir")
+        return []
     named = Path(config.resume)
-    found = [named] if (named / STATE).exists() else complete_checkpoints(named / "checkpoints")
+    found = [named] if (named / CHECKSUMS).exists() else complete_checkpoints(named / "checkpoints")
     if not found:
         raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
-    return found[0]
+    return found
 
 
 def restore(trainer: Trainer, path: Path) -> dict[int, int]:
@@ -46,7 +65,7 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
         Draws of every stream in the epoch of the next batch, for ``build_train_loader``.
 
     Raises:
-        UserError: it is damaged, or of another model or global batch size.
+        UserError: it is of another model or global batch size.
     """
     config, parallel = trainer.config, trainer.parallel
     state = read_state(path)
@@ -56,26 +75,34 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
             f"checkpoint {path} was made with {state['global_batch']} samples per optimizer step, not {global_batch}: "
             "choose batch_size x accum_iter x processes accordingly"
         )
-    load_checkpoint(path, trainer.model, trainer.optimizer)
+    load_tensors(path, trainer.model, trainer.optimizer, trainer.ema)
     trainer.step = state["step"]
     trainer.gradient_step.load_state(state["loss_scale"])
-    layout = layout_of(trainer)
+    layout, ranks = layout_of(trainer), state["ranks"]
     if state["layout"] != layout:
-        log.warning("checkpoint %s: made with %s, now %s: this epoch's data begin anew", path, state["layout"], layout)
+        if trainer.step * config.accum_iter % trainer.schedule.length.batches_per_epoch == 0:
+            kept = "the epochs to come have the same samples in another order"
+        else:
+            kept = (
+                "this epoch's data begin anew: it repeats some of its samples, and does without others; the seed of every "
+                "step is kept, and so are the epochs that are done"
+            )
+        log.warning("checkpoint %s: made with %s, now %s: %s", path, state["layout"], layout, kept)
         return {}
-    ranks = state["ranks"]
-    own = ranks[parallel.rank]
-    trainer.interval.load_state(own["interval"])
-    trainer.positions = {position["stream"]: position for position in own["positions"]}
+    if len(ranks) == parallel.world_size:
+        trainer.interval.load_state(ranks[parallel.rank]["interval"])
+    positions = [position for rank in ranks for position in rank["positions"]]
+    # Rank r reads the streams r, r + world_size, ...
+    trainer.positions = {p["stream"]: p for p in positions if p["stream"] % parallel.world_size == parallel.rank}
     epoch = trainer.step * config.accum_iter // trainer.schedule.length.batches_per_epoch
-    return draws_in_epoch((position for rank in ranks for position in rank["positions"]), epoch)
+    return draws_in_epoch(positions, epoch)
 
 
 def layout_of(trainer: Trainer) -> dict[str, int]:
     """What the positions in the data depend on."""
     config = trainer.config
-    workers = max(1, config.num_workers)
-    return {"processes": trainer.parallel.world_size, "num_workers": workers, "batch_size": config.batch_size}
+    streams = trainer.parallel.world_size * max(1, config.num_workers)
+    return {"processes x num_workers": streams, "batch_size": config.batch_size}
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:
@@ -83,6 +110,8 @@ def state_of(trainer: Trainer) -> dict[str, Any]:
     config, parallel = trainer.config, trainer.parallel
     own = {"positions": list(trainer.positions.values()), "interval": trainer.interval.state()}
     return {
+        "step": trainer.step,
+        "config": to_dict(config),
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": layout_of(trainer),
         "loss_scale": trainer.gradient_step.state(),

@@ -17,7 +17,8 @@ import yaml
 from fourm.data.data_config import DataConfig, load_data_config
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
-from fourm.train.checkpoint import export_model, remove_unfinished, save_checkpoint
+from fourm.models.sharded import export_model
+from fourm.train.checkpoint import CheckpointWriter, remove_unfinished, tensors_to_save
 from fourm.train.config import TrainConfig, run_length, to_dict
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import build_evaluations, evaluate
@@ -25,7 +26,7 @@ from fourm.train.finetune import load_weights
 from fourm.train.journal import Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
-from fourm.train.parallel import DDP
+from fourm.train.parallel import Strategy
 from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
 from fourm.train.resume import find_checkpoint, restore, state_of
@@ -38,7 +39,7 @@ from fourm.utils.tokenizer import load_text_tokenizer
 log = logging.getLogger("fourm")
 
 
-def train(config: TrainConfig, strategy: type[DDP]) -> int:
+def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     """Train, evaluate or try out, as ``config`` says.
 
     Args:
@@ -52,9 +53,8 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
     """
     if config.plan:
         data = load_data(config)
-        with torch.device("meta"):
-            model = build_model(config, data)
-        print(describe(config, plan_run(config, data, model, load_text_tokenizer(config.text_tokenizer_path))))
+        text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
+        print(describe(config, plan_run(config, data, build_model(config, data), text_tokenizer)))
         return 0
     parallel = strategy(config)
     _set_up_process(config)
@@ -73,7 +73,7 @@ def train(config: TrainConfig, strategy: type[DDP]) -> int:
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, parallel: DDP):
+    def __init__(self, config: TrainConfig, parallel: Strategy):
         self.config, self.parallel = config, parallel
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
@@ -83,20 +83,20 @@ class Run:
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
         self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
-        checkpoint = parallel.from_main(lambda: find_checkpoint(config, self.checkpoints))
+        checkpoint = find_checkpoint(config, self.checkpoints, parallel)
         self.trainer = self._build_trainer(resumed=checkpoint is not None)
         self.draws = restore(self.trainer, checkpoint) if checkpoint else None
         self._describe(f"resumed from {checkpoint}" if checkpoint else config.finetune or "new weights")
 
     def _build_trainer(self, resumed: bool) -> Trainer:
         config, data, world_size = self.config, self.data, self.parallel.world_size
-        torch.manual_seed(config.seed)
         model = build_model(config, data)
-        if config.finetune and not resumed:
-            load_weights(model, config.finetune)
-        model.to(self.parallel.device)
         if config.compile:
             model.compile_blocks()
+        torch.manual_seed(config.seed)
+        self.parallel.place(model)
+        if config.finetune and not resumed:
+            load_weights(model, config.finetune)
         sets = data.train.values()
         return Trainer(
             config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),
@@ -153,6 +153,7 @@ class Run:
                 f"nothing to train: the run has {self.total_steps} steps and begins with step {trainer.step}"
             )
         parallel.from_main(self._take_folder)
+        self._writer = CheckpointWriter(self.checkpoints, parallel, config.keep_last, config.async_save)
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         if parallel.is_main:
             with atomic_path(self.folder / "config.yaml") as path:
@@ -180,14 +181,15 @@ class Run:
                 if self._evaluation_is_due():
                     self._evaluate(journal)
         journal.close()
+        self._writer.wait()
         if trainer.step < self.total_steps:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
             return 128 + (signals.received or 0)
         last = self.checkpoints / f"step-{trainer.step:08d}"
         if not parallel.from_main(last.exists):
             self._save()  # resumed from the last checkpoint of another run
-        if parallel.is_main:
-            export_model(last, self.folder)
+            self._writer.wait()
+        parallel.from_main(lambda: self._export(last))
         log.info("finished: FM.from_pretrained('%s')", self.folder)
         return 0
 
@@ -242,12 +244,13 @@ class Run:
         """A checkpoint of the step done last; all processes must call this."""
         trainer = self.trainer
         with trainer.interval.host_phase("save", paused=True):
-            state = state_of(trainer)
-            if self.parallel.is_main:
-                save_checkpoint(
-                    self.checkpoints, trainer.step, trainer.model, trainer.optimizer, state, self.config.keep_last
-                )
-            self.parallel.barrier()
+            tensors = tensors_to_save(trainer.model, trainer.optimizer, trainer.ema)
+            self._writer.save(trainer.step, trainer.model.config, tensors, state_of(trainer))
+
+    def _export(self, checkpoint: Path) -> None:
+        export_model(checkpoint, self.folder)
+        if self.config.model_ema:
+            export_model(checkpoint, self.folder / "ema", ema=True)
 
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer
@@ -256,18 +259,26 @@ class Run:
             for evaluation in self.evaluations:
                 result = evaluate(trainer.model, evaluation, self.config, self.parallel)
                 results[evaluation.dataset][evaluation.kind] = result
+                if trainer.ema is not None:
+                    with trainer.ema.in_place():
+                        result = evaluate(trainer.model, evaluation, self.config, self.parallel)
+                    results[evaluation.dataset][f"{evaluation.kind}_ema"] = result
             journal.evaluation(trainer.step, self._epoch, results)
 
 
 def build_model(config: TrainConfig, data: DataConfig) -> FM:
-    """The model of the run, with the modalities of its training sets."""
-    options = {"num_register_tokens": config.num_register_tokens, "use_act_checkpoint": config.use_act_checkpoint}
-    return FM(
-        model_config(
-            config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
-            modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
-        )
-    )  # fmt: skip
+    """The model of the run, with the modalities of its training sets, on the meta device: without memory for weights."""
+    options = {
+        "num_register_tokens": config.num_register_tokens,
+        "use_act_checkpoint": config.use_act_checkpoint and config.act_checkpoint_every,
+    }
+    with torch.device("meta"):
+        return FM(
+            model_config(
+                config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
+                modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
+            )
+        )  # fmt: skip
 
 
 def _set_up_process(config: TrainConfig) -> None:

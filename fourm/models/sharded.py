@@ -1,0 +1,178 @@
+"""A model out of the checkpoint of a training run, whatever the number of processes that wrote it, without training code.
+
+A checkpoint is a folder of
+
+* shards, which ``torch.distributed.checkpoint`` writes as safetensors files; tensors are called ``model/PARAMETER`` and
+  ``ema/PARAMETER`` (more in :mod:`fourm.train.checkpoint`). A parameter that has several names is there under its first
+* ``config.json``: of the model
+* ``checksums.json``: name → [bytes, CRC-32] of every other file. It is the last to be written
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import zlib
+from collections.abc import Iterable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+
+from fourm.models.fm import FM
+from fourm.models.hub import published_config
+from fourm.utils.errors import UserError
+from fourm.utils.files import atomic_path
+
+log = logging.getLogger("fourm")
+CHECKSUMS, CONFIG = "checksums.json", "config.json"
+MODEL, EMA = "model/", "ema/"
+_AT_ONCE = 2**30  # bytes of tensors that are in memory together
+_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+
+
+def checksum(file: Path) -> list[int]:
+    """[bytes, CRC-32] of a file."""
+    size = crc = 0
+    with file.open("rb") as stream:
+        while part := stream.read(2**22):
+            size, crc = size + len(part), zlib.crc32(part, crc)
+    return [size, crc]
+
+
+def files_of(checkpoint: Path) -> dict[str, list[int]]:
+    """The content of ``checksums.json``.
+
+    Raises:
+        UserError: a file is missing or has another size.
+    """
+    try:
+        files = json.loads((checkpoint / CHECKSUMS).read_bytes())
+        for name, (size, _) in files.items():
+            found = (checkpoint / name).stat().st_size
+            if found != size:
+                raise UserError(f"checkpoint {checkpoint} is damaged: {name} has {found} bytes, not {size}")
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"checkpoint {checkpoint} is damaged, or of an earlier version: {error}") from error
+    return files
+
+
+def verify(checkpoint: Path, share: slice = slice(None)) -> None:
+    """Compare the files, or a ``share`` of them, with their checksums.
+
+    Raises:
+        UserError: one is damaged.
+    """
+    for name, expected in sorted(files_of(checkpoint).items())[share]:
+        if checksum(checkpoint / name) != expected:
+            raise UserError(f"checkpoint {checkpoint} is damaged: {name} has changed since it was written")
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints in ``folder`` whose files all have their sizes, newest first; others are named in warnings."""
+    complete = []
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        try:
+            files_of(path)
+            complete.append(path)
+        except UserError as error:
+            log.warning("%s; passed over", error)
+    return complete
+
+
+def newest_checkpoint(place: Path) -> Path:
+    """``place`` itself if it is a checkpoint, else the newest one of the run in that folder.
+
+    Raises:
+        UserError: there is none.
+    """
+    if (place / CHECKSUMS).exists():
+        return place
+    found = complete_checkpoints(place / "checkpoints")
+    if not found:
+        raise UserError(f"{place} holds no model ({CONFIG} and model.safetensors) and no complete checkpoint")
+    return found[0]
+
+
+def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+    """The model's configuration and its state dict, which comes piece by piece: at most 1 GiB is in memory.
+
+    Args:
+        ema: the moving average of the parameters instead of the parameters.
+
+    Raises:
+        UserError: the checkpoint is damaged, or has no moving average.
+    """
+    verify(checkpoint)
+    config = json.loads((checkpoint / CONFIG).read_text())
+    known = _reader(checkpoint).read_metadata().state_dict_metadata
+    if ema and not any(name.startswith(EMA) for name in known):
+        raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
+    sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in _names(config)}
+    return config, _read(checkpoint, sources, known)
+
+
+def load_model(checkpoint: Path, ema: bool = False) -> FM:
+    """The model of a checkpoint, as :meth:`FM.from_pretrained` gives that of a run's end; raises like :func:`read_weights`."""
+    config, weights = read_weights(checkpoint, ema)
+    with torch.device("meta"):
+        model = FM(published_config(config))
+    tensors = model.to_empty(device="cpu").state_dict()
+    for name, tensor in weights:
+        tensors[name].copy_(tensor)
+    return model.eval()
+
+
+def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
+    """Write ``model.safetensors`` and ``config.json`` for :meth:`FM.from_pretrained`; raises like :func:`read_weights`."""
+    config, weights = read_weights(checkpoint, ema)
+    with torch.device("meta"):
+        layout = FM(config).state_dict()
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in layout.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {
+            "dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
+        }  # fmt: skip
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with atomic_path(folder / "model.safetensors") as path, path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in weights:
+            file.write(tensor.to(layout[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+    with atomic_path(folder / CONFIG) as path:
+        path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True))
+
+
+def _names(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+    """Every name of the model's state dict, with the first name of the same tensor."""
+    with torch.device("meta"):
+        tensors = FM(config).state_dict(keep_vars=True)
+    first: dict[int, str] = {}
+    return [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors.items()]
+
+
+def _reader(checkpoint: Path) -> dcp.HuggingFaceStorageReader:
+    return dcp.HuggingFaceStorageReader(str(checkpoint))
+
+
+def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order of ``sources``, {name: name in the checkpoint}."""
+    end, part = 0, {}
+    for name, source in sources.items():
+        end += known[source].size.numel() * known[source].properties.dtype.itemsize
+        part[name] = end // _AT_ONCE
+    for _, group in groupby(sources, key=part.__getitem__):
+        names = list(group)
+        tensors = {
+            source: torch.empty(known[source].size, dtype=known[source].properties.dtype)
+            for source in {sources[name] for name in names}
+        }
+        dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
+        yield from ((name, tensors[sources[name]]) for name in names)
