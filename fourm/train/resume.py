@@ -81,12 +81,9 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
     layout, ranks = layout_of(trainer), state["ranks"]
     if state["layout"] != layout:
         if trainer.step * config.accum_iter % trainer.schedule.length.batches_per_epoch == 0:
-            kept = "the epochs to come have the same samples in another order"
+            kept = "the epochs to come draw their samples in another order"
         else:
-            kept = (
-                "this epoch's data begin anew: it repeats some of its samples, and does without others; the seed of every "
-                "step is kept, and so are the epochs that are done"
-            )
+            kept = "this epoch's data begin anew: some of its samples come twice, and others not at all"
         log.warning("checkpoint %s: made with %s, now %s: %s", path, state["layout"], layout, kept)
         return {}
     if len(ranks) == parallel.world_size:

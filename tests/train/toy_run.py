@@ -5,16 +5,21 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 import yaml
 
 from fourm.train.config import parse_args
-from fourm.train.parallel import DDP
+from fourm.train.fsdp import FSDP
+from fourm.train.parallel import DDP, Strategy
 from fourm.train.run import train
+from fourm.utils.errors import run_cli
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
 
 ROOT = Path(__file__).parents[2]
@@ -31,7 +36,7 @@ def write_run(folder: Path, **overrides) -> Path:
     }  # fmt: skip
     data_path = write_shards(folder / "train", num_shards=4, per_shard=8)
     data = {
-        "modalities": MODALITIES,
+        "modalities": MODALITIES | {name: MODALITIES[name] | {"vocab_size": 4500} for name in ("caption", "det")},
         "train": {
             "datasets": {
                 "toys": {
@@ -55,24 +60,33 @@ def write_run(folder: Path, **overrides) -> Path:
     return folder / "main.yaml"
 
 
-def command(config: Path, *args: object, processes: int = 1) -> list[str]:
-    script = ["run_training_4m.py", "--config", str(config), *map(str, args)]
+def command(config: Path, *args: object, processes: int = 1, script: str = "run_training_4m.py") -> list[str]:
+    script = [script, "--config", str(config), *map(str, args)]
     if processes == 1:
         return [sys.executable, *script]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, *script]
 
 
-def start(config: Path, *args: object, processes: int = 1, **environment: str) -> subprocess.Popen:
+def start(
+    config: Path, *args: object, processes: int = 1, script: str = "run_training_4m.py", **environment: str
+) -> subprocess.Popen:
     return subprocess.Popen(
-        command(config, *args, processes=processes), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command(config, *args, processes=processes, script=script), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, start_new_session=True,
     )  # fmt: skip
 
 
-def run(config: Path, *args: object, processes: int = 1, status: int = 0, **environment: str) -> str:
+def run(
+    config: Path,
+    *args: object,
+    processes: int = 1,
+    status: int = 0,
+    script: str = "run_training_4m.py",
+    **environment: str,
+) -> str:
     """Run to the end; returns what it printed."""
-    process = start(config, *args, processes=processes, **environment)
+    process = start(config, *args, processes=processes, script=script, **environment)
     output, errors = process.communicate(timeout=240)
     assert process.returncode == status, output + errors
     return output + errors
@@ -84,6 +98,40 @@ def run_here(config: Path, *args: object) -> str:
     with contextlib.redirect_stdout(output):
         assert train(parse_args(["--config", str(config), *map(str, args)]), DDP) == 0
     return output.getvalue()
+
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
+
+
+def start_ranks(
+    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2
+) -> list[ForkServerProcess]:
+    """Processes that train together, forked off one that has imported everything: starting them takes no time."""
+    meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
+    argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
+    ranks = [_CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes)) for rank in range(processes)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: int) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # of loaders; a child of a fork server would use one too
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
+    os.setpgid(0, 0)  # to be killed with its loaders
+    run_cli(lambda: train(parse_args(argv), strategy))
+
+
+def run_ranks(
+    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, status: int = 0
+) -> None:
+    """Train to the end; what the main process logged is in ``log.txt``."""
+    ranks = start_ranks(config, *args, strategy=strategy, processes=processes)
+    for rank in ranks:
+        rank.join(120)
+    found = [rank.exitcode for rank in ranks]
+    assert found == [status] * processes, found
 
 
 def log_lines(folder: Path) -> list[dict]:
