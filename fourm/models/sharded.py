@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -174,5 +175,7 @@ def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> I
             source: torch.empty(known[source].size, dtype=known[source].properties.dtype)
             for source in {sources[name] for name in names}
         }
-        dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # that this is a single process
+            dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
         yield from ((name, tensors[sources[name]]) for name in names)

@@ -113,7 +113,7 @@ class CheckpointWriter:
                 stack.close()
                 before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
                 for old in before[self._keep_last :] if self._keep_last else ():
-                    shutil.rmtree(old)
+                    shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))  # never half a checkpoint
 
             try:
                 path = parallel.from_main(begin, group)
@@ -129,7 +129,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process has left of a checkpoint that it was writing."""
+    """Remove what a killed process has left of a checkpoint that it was writing or removing."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 

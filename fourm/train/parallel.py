@@ -81,9 +81,12 @@ class Processes:
         """What ``function`` returns in the main process; its errors are raised in all, as by :meth:`together`."""
         return self.together(lambda: function() if self.is_main else None, group)[0]  # type: ignore[return-value]
 
-    def barrier(self) -> None:
-        if self.distributed:
-            self.any(False)
+    def is_loss_of_contact(self, error: Exception) -> bool:
+        """Whether a collective has failed, as it does when one of the processes dies.
+
+        Every step votes through gloo (:meth:`any`), whose connections break at once, so that nobody waits for long.
+        """
+        return self.distributed and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
     def close(self) -> None:
         if self.distributed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import logging
 import resource
@@ -31,7 +32,7 @@ from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
-from fourm.train.signals import StopSignals
+from fourm.train.signals import STOP_SIGNALS, StopSignals
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.tokenizer import load_text_tokenizer
@@ -46,7 +47,8 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
         strategy: how several processes share the work.
 
     Returns:
-        The exit status: 0, or 128 + the number of the signal that stopped the run, after a checkpoint.
+        The exit status: 0; 128 + the number of the signal that stopped the run, after a checkpoint; 1 if another process of
+        the run has died.
 
     Raises:
         UserError: a configuration, file or sample that cannot work.
@@ -60,14 +62,24 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     _set_up_process(config)
     if parallel.device.type == "cpu":
         keep_freed_memory()
-    try:
-        with logging_of(config, parallel.is_main):
+    with logging_of(config, parallel.is_main):
+        try:
             run = Run(config, parallel)
             if config.dry_run:
-                return run.try_out()
-            return run.evaluate_only() if config.eval else run.train()
-    finally:
-        parallel.close()
+                status = run.try_out()
+            else:
+                status = run.evaluate_only() if config.eval else run.train()
+        except (OSError, RuntimeError) as error:
+            if getattr(error, "errno", None) == errno.ENOSPC:
+                raise UserError(f"{config.output_dir}: no space left on the disk; make room and start again") from error
+            if not parallel.is_loss_of_contact(error):
+                raise
+            reason = " ".join(str(error).split())[:200]
+            log.error("rank %d ends, for another process has: %s; start again to go on from the newest checkpoint",
+                      parallel.rank, reason)  # fmt: skip
+            return 1  # without closing, which would wait for the others
+    parallel.close()
+    return status
 
 
 class Run:
@@ -169,10 +181,9 @@ class Run:
                 step_is_done()
                 if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
                     self._log(journal)
-                minutes = (time.monotonic() - saved_at) / 60
-                stop, late = parallel.any(
-                    signals.received is not None, 0 < config.save_every_minutes <= minutes and parallel.is_main
-                )
+                late = 0 < config.save_every_minutes <= (time.monotonic() - saved_at) / 60 and parallel.is_main
+                late, *stops = parallel.any(late, *(signals.received == number for number in STOP_SIGNALS))
+                stop = max(itertools.compress(STOP_SIGNALS, stops), default=0)
                 if stop or late or self._checkpoint_is_due():
                     self._save()
                     saved_at = time.monotonic()
@@ -184,7 +195,7 @@ class Run:
         self._writer.wait()
         if trainer.step < self.total_steps:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
-            return 128 + (signals.received or 0)
+            return 128 + stop
         last = self.checkpoints / f"step-{trainer.step:08d}"
         if not parallel.from_main(last.exists):
             self._save()  # resumed from the last checkpoint of another run

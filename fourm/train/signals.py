@@ -5,6 +5,8 @@ from __future__ import annotations
 import signal
 from types import FrameType
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
 
 class StopSignals:
     """While entered, SIGTERM and SIGINT (Ctrl-C) are noted instead of obeyed.
@@ -20,7 +22,7 @@ class StopSignals:
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:

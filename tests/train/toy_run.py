@@ -7,9 +7,11 @@ import io
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -121,6 +123,27 @@ def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: in
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     os.setpgid(0, 0)  # to be killed with its loaders
     run_cli(lambda: train(parse_args(argv), strategy))
+
+
+def kill(ranks: list[ForkServerProcess]) -> None:
+    """SIGKILL for the processes and their loaders."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(rank.pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.join()
+
+
+def wait_for_step(config: Path, step: int, ranks: list[ForkServerProcess]) -> None:
+    """Return when there is a checkpoint of ``step`` or a later one."""
+    deadline = time.monotonic() + 120
+    while newest_step(config.parent / "out") < step:
+        assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def newest_step(folder: Path) -> int:
+    return max([0, *(int(path.name[5:]) for path in folder.glob("checkpoints/step-*"))])
 
 
 def run_ranks(
