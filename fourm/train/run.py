@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
+import os
 import resource
 import time
 import warnings
@@ -64,6 +65,8 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
         keep_freed_memory()
     with logging_of(config, parallel.is_main):
         try:
+            if parallel.is_main:
+                _warn_of_restarts()
             run = Run(config, parallel)
             if config.dry_run:
                 status = run.try_out()
@@ -290,6 +293,15 @@ def build_model(config: TrainConfig, data: DataConfig) -> FM:
                 modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
             )
         )  # fmt: skip
+
+
+def _warn_of_restarts() -> None:
+    """torchrun's processes meet at a store in which those of an earlier attempt have left their addresses."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        log.warning(
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: processes that it starts again may fail to meet without"
+        )
 
 
 def _set_up_process(config: TrainConfig) -> None:
