@@ -102,8 +102,8 @@ def run_here(config: Path, *args: object) -> str:
     return output.getvalue()
 
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
 
 
 def start_ranks(
@@ -112,7 +112,7 @@ def start_ranks(
     """Processes that train together, forked off one that has imported everything: starting them takes no time."""
     meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
     argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
-    ranks = [_CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes)) for rank in range(processes)]
+    ranks = [CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes)) for rank in range(processes)]
     for rank in ranks:
         rank.start()
     return ranks

@@ -1,0 +1,52 @@
+"""What each process holds of a sharded model."""
+
+import os
+
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+from fourm.models import FM
+from fourm.train.config import TrainConfig
+from fourm.train.fsdp import FSDP
+from tests.models.toy_models import SWIGLU, toy_config
+from tests.train.toy_run import CONTEXT
+
+CONFIG = toy_config(**SWIGLU, share_embedding=True, num_register_tokens=2)
+
+
+def _check_shards(rank: int, meeting_point: str) -> None:
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2")
+    strategy = FSDP(TrainConfig(epochs=1, device="cpu", dtype="float32", dist_url=meeting_point))
+    with torch.device("meta"):
+        model = FM(CONFIG)
+        expected = FM(CONFIG)
+    torch.manual_seed(3)
+    expected.to_empty(device="cpu").init_weights()
+    torch.manual_seed(3)
+    strategy.place(model)
+    parameters, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
+    assert parameters.keys() == wanted.keys(), "ties are kept"
+    for name, parameter in parameters.items():
+        assert isinstance(parameter, DTensor), name
+        assert torch.equal(parameter.full_tensor(), wanted[name]), name
+    for name, buffer in expected.named_buffers():
+        assert torch.equal(model.get_buffer(name), buffer), name
+    held, total = (
+        sum(map(torch.Tensor.numel, ts)) for ts in ([p.to_local() for p in parameters.values()], wanted.values())
+    )
+    assert 0.45 * total < held < 0.55 * total
+    assert model.decoder_embeddings["text"].to_logits.weight is model.decoder_embeddings["text"].token_emb.weight
+    assert model.decoder_embeddings["grid"].mod_emb is model.encoder_embeddings["grid"].mod_emb
+    strategy.close()
+
+
+@pytest.mark.dist
+def test_every_process_holds_its_half_of_the_unsharded_initialisation(tmp_path):
+    meeting_point = f"file://{tmp_path}/meeting_point"
+    ranks = [CONTEXT.Process(target=_check_shards, args=(rank, meeting_point)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join(60)
+    assert [rank.exitcode for rank in ranks] == [0, 0]
