@@ -18,9 +18,9 @@ from tests.train.toy_run import log_lines, losses, run, run_here, start, write_r
 OPTIONS = {"accum_iter": 2, "epoch_size": 96, "num_workers": 2, "log_interval": 3, "save_every_minutes": 1e-9}
 
 
-def _interrupt(config: Path, at: int, number: int, processes: int = 1) -> str:
+def _interrupt(config: Path, at: int, number: int) -> str:
     """Send a signal as soon as there is a checkpoint of step ``at``: a few steps later, in the middle of an epoch."""
-    process = start(config, processes=processes)
+    process = start(config)
     out = config.parent / "out"
     deadline = time.monotonic() + 120
     while not any(int(path.name[5:]) >= at for path in out.glob("checkpoints/step-*")):
@@ -73,17 +73,6 @@ def test_killed_in_the_middle_of_an_epoch(uninterrupted, tmp_path):
     _interrupt(config, at=14, number=signal.SIGKILL)
     assert "resumed from" in run(config)
     _assert_same(config.parent / "out", uninterrupted)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_two_processes_killed(tmp_path):
-    config = write_run(tmp_path / "whole", **OPTIONS | {"num_workers": 1})
-    run(config, processes=2)
-    killed = write_run(tmp_path / "killed", **OPTIONS | {"num_workers": 1})
-    _interrupt(killed, at=5, number=signal.SIGKILL, processes=2)
-    run(killed, processes=2)
-    _assert_same(killed.parent / "out", config.parent / "out")
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
