@@ -27,8 +27,8 @@ def _interrupt(config: Path, at: int, number: int) -> str:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.002)
     assert not (out / "model.safetensors").exists(), "too late: the run has ended"
-    times = 2 if number == signal.SIGTERM else 1  # a scheduler's, and the one that torchrun hands on
-    for child in _descendants(process.pid)[::-1] * times:  # torchrun, ranks, loader processes
+    times = 2 if number == signal.SIGTERM else 1  # as schedulers do
+    for child in _descendants(process.pid)[::-1] * times:  # the run and its loader processes
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
     output, errors = process.communicate(timeout=60)
