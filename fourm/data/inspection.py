@@ -122,10 +122,10 @@ class Report(_Sum):
 
 
 class Part(NamedTuple):
-    """A shard, or every ``slices``-th key of folders from the ``index``-th on; ``most``: samples to read of it, at random."""
+    """A shard, or every ``slices``-th key of folders from the ``start``-th on; ``most``: samples to read of it, at random."""
 
     data_path: str
-    index: int = 0
+    start: int = 0
     slices: int = 1
     most: int | None = None
 
@@ -219,7 +219,7 @@ class Inspector:
         keys = dict.fromkeys(key for index in indexes.values() for key in index)
         complete = [key for key in keys if all(key in index for index in indexes.values())]
         report = Report()
-        if part.index == 0:
+        if part.start == 0:
             report = Report(1, len(keys), len(complete), Counter({name: len(index) for name, index in indexes.items()}))
             for name, message in troubles:
                 report.problem(name, SHARD, "", message)
@@ -228,9 +228,9 @@ class Inspector:
                 if absent:
                     where = f"{part.data_path}: no {self._wanted[name]} for key '{absent[0]}'"
                     report.problem(name, MISSING, "", where, len(absent))
-        chosen = complete[part.index :: part.slices]
+        chosen = complete[part.start :: part.slices]
         if part.most is not None and part.most < len(chosen):
-            rng = generator("check", part.data_path, part.index)
+            rng = generator("check", part.data_path, part.start)
             chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: part.most])]
         for key in chosen:
             self._read(RawSample(key, {name: index[key] for name, index in indexes.items()}), report)
