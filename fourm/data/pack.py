@@ -12,7 +12,6 @@ is: if it is not what would be written, that is an error.
 from __future__ import annotations
 
 import io
-import os
 import tarfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -75,6 +74,8 @@ def pack(options: PackOptions) -> int:
         raise UserError(f"{output}: there are no shards to add to")
     output.mkdir(parents=True, exist_ok=True)
     lock_folder(output)
+    for leftover in (path for name in names for path in (output / name).rglob(".tmp-*")):
+        leftover.unlink()  # of a process that was killed: this one has the folder for itself
     if options.action == "folders":
         return _unpack(source, output, names)
     files = {name: _files(source, name) for name in names}
@@ -161,7 +162,6 @@ def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Mem
             if path.exists():
                 _verify(path, contents)
             else:
-                _remove_leftovers(path)
                 with atomic_path(path) as temporary:
                     _write_tar(temporary, contents)
                 written += 1
@@ -181,14 +181,13 @@ def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
 
 def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
     """Raise a :class:`UserError` unless a tar holds just these files."""
-    files, found = OpenFiles(1), iter(_members(path))
-    for name, member in contents:
-        entry = next(found, None)
-        same = entry is not None and entry[0] == name and entry[2] == os.path.getsize(member.path)
-        if not same or files.read(Member(str(path), "", *entry[1:])) != Path(member.path).read_bytes():
+    files, found = OpenFiles(1), {name: Member(str(path), "", *place) for name, *place in _members(path)}
+    expected = dict(contents)
+    for name, member in expected.items():
+        if name not in found or files.read(found[name]) != Path(member.path).read_bytes():
             raise UserError(f"{path} is there and differs from {member.path}; choose another output, or remove it")
-    if (entry := next(found, None)) is not None:
-        raise UserError(f"{path} is there and has {entry[0]} too; choose another output, or remove it")
+    if list(found) != list(expected):
+        raise UserError(f"{path} is there with other keys, or in another order; choose another output, or remove it")
 
 
 def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
@@ -211,7 +210,6 @@ def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
                     raise UserError(f"{shard}: member {member} would be written outside its folder")
                 path, content = output / name / member, files.read(Member(str(shard), "", offset, size))
                 if not path.exists():
-                    _remove_leftovers(path)
                     with atomic_path(path) as temporary:
                         temporary.write_bytes(content)
                     written += 1
@@ -219,12 +217,6 @@ def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
                     raise UserError(f"{path} is there and differs from {member} of {shard}; choose another output")
                 bar.update()
     return written
-
-
-def _remove_leftovers(path: Path) -> None:
-    """What a process that was killed left of ``path``; this process has the folder for itself."""
-    for leftover in path.parent.glob(f".tmp-*-{path.name}"):
-        leftover.unlink()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -179,7 +179,7 @@ class _SequenceReader:
 
     def word(self, index: int, modality: Modality) -> str:
         if modality.type == "seq":
-            return self._tokenizer.id_to_token(index)
+            return self._tokenizer.id_to_token(index) or "?"
         return EOS if index == EOS_ID < modality.vocab_offset else str(index - modality.vocab_offset)
 
 

@@ -162,7 +162,7 @@ def _histogram(
             continue
         none, shares = bins(budgets, limit)
         step = (width - 14) // len(shares)
-        pale = tuple(round(255 - (255 - int(color[k : k + 2], 16)) * 0.3) for k in (1, 3, 5))
+        pale = "#" + "".join(f"{round(255 - (255 - int(color[k : k + 2], 16)) * 0.3):02x}" for k in (1, 3, 5))
         bars = [
             (left, 10, none, pale),
             *((left + 14 + k * step, step - 1, share, color) for k, share in enumerate(shares)),
