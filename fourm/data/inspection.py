@@ -6,13 +6,12 @@ it; here it is counted, and what remains of the sample is looked at all the same
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -130,6 +129,10 @@ class Part(NamedTuple):
     most: int | None = None
 
 
+_Join: TypeAlias = tuple[dict[str, dict[str, Member]], list[tuple[str, str]]]
+"""Modality → key → member; and what could not be read, as (modality, message)."""
+
+
 class _Warnings(BadSampleLedger):
     """Keeps the warnings, and is content with any number of bad samples."""
 
@@ -168,29 +171,6 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
     return [Part(dataset.data_path, index, slices, share) for index in range(slices)], 1
 
 
-@functools.lru_cache(maxsize=1)
-def _join(
-    data_path: str, use_wds: bool, wanted: tuple[tuple[str, str], ...], name_map: tuple[tuple[str, str], ...]
-) -> tuple[dict[str, dict[str, Member]], list[tuple[str, str]]]:
-    """Modality → key → member of one shard or of folders; and what could not be read, as (modality, message).
-
-    Each modality is opened on its own, so that what one lacks does not hide what another has.
-    """
-    indexes: dict[str, dict[str, Member]] = {}
-    troubles = []
-    for name, folder in wanted:
-        ledger = _Warnings()
-        indexes[name] = {}
-        try:
-            place = (data_path, {name: folder}, dict(name_map))
-            source: Source = Shards(*place) if use_wds else Folders(*place, ledger)
-            indexes[name] = {sample.key: sample.members[name] for sample in source.all(ledger)}
-        except UserError as error:
-            ledger.messages = ledger.messages or [str(error)]  # the error follows from what was warned about
-        troubles += [(name, message) for message in ledger.messages]
-    return indexes, troubles
-
-
 class Inspector:
     """Reads parts of a data set.
 
@@ -211,11 +191,13 @@ class Inspector:
             sampling_weights=dataset.sampling_weights,
         )  # fmt: skip
         self._files = OpenFiles()
+        self._joined: tuple[str, _Join] = "", ({}, [])  # the latest part: slices of folders follow each other
 
     def inspect(self, part: Part) -> Report:
         """Join a part by key and read its samples."""
-        name_map = tuple(self._dataset.modality_name_map.items())
-        indexes, troubles = _join(part.data_path, self._dataset.use_wds, tuple(self._wanted.items()), name_map)
+        if self._joined[0] != part.data_path:
+            self._joined = part.data_path, self._join(part.data_path)
+        indexes, troubles = self._joined[1]
         keys = dict.fromkeys(key for index in indexes.values() for key in index)
         complete = [key for key in keys if all(key in index for index in indexes.values())]
         report = Report()
@@ -235,6 +217,22 @@ class Inspector:
         for key in chosen:
             self._read(RawSample(key, {name: index[key] for name, index in indexes.items()}), report)
         return report
+
+    def _join(self, data_path: str) -> _Join:
+        """Each modality is opened on its own, so that what one lacks does not hide what another has."""
+        indexes: dict[str, dict[str, Member]] = {}
+        troubles = []
+        for name, folder in self._wanted.items():
+            ledger = _Warnings()
+            indexes[name] = {}
+            try:
+                place = (data_path, {name: folder}, self._dataset.modality_name_map)
+                source: Source = Shards(*place) if self._dataset.use_wds else Folders(*place, ledger)
+                indexes[name] = {sample.key: sample.members[name] for sample in source.all(ledger)}
+            except UserError as error:
+                ledger.messages = ledger.messages or [str(error)]  # the error follows from what was warned about
+            troubles += [(name, message) for message in ledger.messages]
+        return indexes, troubles
 
     def _read(self, sample: RawSample, report: Report) -> None:
         before = sum(problem.count for problem in report.problems.values())

@@ -23,16 +23,16 @@ body {{ margin: 0 auto; padding: 40px 32px 64px; max-width: 1480px; color: var(-
 h1 {{ font-size: 26px; font-weight: 650; letter-spacing: -0.02em; margin: 0 0 4px; }}
 h2 {{ font-size: 19px; font-weight: 600; letter-spacing: -0.01em; margin: 44px 0 2px; }}
 h3 {{ font-size: 15px; font-weight: 600; margin: 32px 0 10px; }}
-h3 small, .soft {{ color: var(--soft); font-weight: 400; font-size: 13px; }}
+.soft {{ overflow-wrap: anywhere; }} h3 small, .soft {{ color: var(--soft); font-weight: 400; font-size: 13px; }}
 .legend {{ display: flex; flex-wrap: wrap; gap: 6px 22px; margin: 14px 0 0; padding: 0; list-style: none; font-size: 13px; }}
 .legend i {{ display: inline-block; width: 14px; height: 14px; border-radius: 3px; vertical-align: -2px; margin-right: 7px; }}
 .card {{ background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 16px; margin: 0 0 12px; }}
 .card > header {{ display: flex; justify-content: space-between; gap: 16px; font-size: 12.5px; color: var(--soft); margin-bottom: 10px; }}
 .card > header b {{ color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(122px, 1fr)); gap: 14px 12px; align-items: start; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 14px 12px; align-items: start; }}
 .text {{ grid-column: span 2; }}
 figure {{ margin: 0; min-width: 0; }}
-figcaption {{ display: flex; justify-content: space-between; gap: 6px; font-size: 12px; line-height: 18px; margin-bottom: 4px; white-space: nowrap; }}
+figcaption {{ display: flex; justify-content: space-between; gap: 5px; font-size: 11.5px; line-height: 18px; margin-bottom: 4px; white-space: nowrap; }}
 figcaption span:first-child {{ overflow: hidden; text-overflow: ellipsis; font-weight: 500; }}
 .in {{ color: var(--input); }} .out {{ color: var(--target); }}
 .n {{ font-variant-numeric: tabular-nums; }}
