@@ -153,8 +153,10 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
     Raises:
         UserError: the data set cannot be read at all.
     """
+    if dataset.type != "multimodal":
+        raise UserError(f"data set {dataset.name}: type '{dataset.type}' cannot be checked, only 'multimodal'")
     if dataset.use_wds:
-        source: Source = Shards(dataset.data_path, wanted_names(dataset.modalities), dataset.modality_name_map)
+        _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
         pattern, folders = split_data_path(dataset.data_path)
         bracket = "" if folders is None else f"[{','.join(folders)}]"
         paths = [path.replace("\0", bracket) for path in expand(pattern, "\0")]
@@ -162,13 +164,17 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
         chosen = [paths[i * len(paths) // count] for i in range(count)]
         share = None if most_samples is None else math.ceil(most_samples / count)
         return [Part(path, most=share) for path in chosen], len(paths)
-    if dataset.type != "multimodal":
-        raise UserError(f"data set {dataset.name}: type '{dataset.type}' cannot be checked, only 'multimodal'")
-    source = Folders(dataset.data_path, wanted_names(dataset.modalities), dataset.modality_name_map, _Warnings())
-    total = len(source.all(_Warnings()))
+    ledger = _Warnings()
+    total = len(_open(dataset, dataset.data_path, wanted_names(dataset.modalities), ledger).all(ledger))
     slices = math.ceil(min(total, most_samples or total) / _SLICE)
     share = None if most_samples is None else math.ceil(min(total, most_samples) / slices)
     return [Part(dataset.data_path, index, slices, share) for index in range(slices)], 1
+
+
+def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
+    """The ``wanted`` modalities (and their usual folders) of one part of a data set."""
+    place = (data_path, wanted, dataset.modality_name_map)
+    return Shards(*place) if dataset.use_wds else Folders(*place, ledger)
 
 
 class Inspector:
@@ -226,9 +232,8 @@ class Inspector:
             ledger = _Warnings()
             indexes[name] = {}
             try:
-                place = (data_path, {name: folder}, self._dataset.modality_name_map)
-                source: Source = Shards(*place) if self._dataset.use_wds else Folders(*place, ledger)
-                indexes[name] = {sample.key: sample.members[name] for sample in source.all(ledger)}
+                samples = _open(self._dataset, data_path, {name: folder}, ledger).all(ledger)
+                indexes[name] = {sample.key: sample.members[name] for sample in samples}
             except UserError as error:
                 ledger.messages = ledger.messages or [str(error)]  # the error follows from what was warned about
             troubles += [(name, message) for message in ledger.messages]

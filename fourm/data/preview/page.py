@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from html import escape
 
 import numpy as np
@@ -193,13 +193,14 @@ def budget_limits(preview: Preview) -> dict[str, int]:
 
 def bins(budgets: np.ndarray, limit: int) -> tuple[float, np.ndarray]:
     """The share of draws without any token, and those of the bins above."""
-    counts, _ = np.histogram(budgets[budgets > 0], BINS, (0.5, limit + 0.5))
+    wide = -(-limit // BINS)  # whole tokens
+    count = -(-limit // wide)
+    counts, _ = np.histogram(budgets[budgets > 0], count, (0.5, wide * count + 0.5))
     return float(np.mean(budgets == 0)), counts / len(budgets)
 
 
 def _histogram(component: Component, name: str, limit: int) -> str:
-    step, half, wide = 12, 24, 16
-    width, drawn, notes = wide + 4 + BINS * step, [], []
+    width, half, drawn, notes = 308, 24, [], []
     for budgets, color, sign, label in (
         (component.input_budgets.get(name), INPUT, -1, "in"),
         (component.target_budgets.get(name), TARGET, 1, "out"),
@@ -207,12 +208,17 @@ def _histogram(component: Component, name: str, limit: int) -> str:
         if budgets is None:
             continue
         none, shares = bins(budgets, limit)
-        for x, w, share, opacity in _bars(none, shares, step, wide):
+        step = (width - 20) / len(shares)
+        bars = [
+            (0.0, 16.0, none, 0.3),
+            *((20 + i * step, step - 1, share, 1.0) for i, share in enumerate(shares.tolist())),
+        ]
+        for x, wide, share, opacity in bars:
             length = half * share**0.5
             if share:
                 y = half + 1 - length if sign < 0 else half + 2
                 drawn.append(
-                    f'<rect x="{x}" y="{y:.1f}" width="{w}" height="{length:.1f}" fill="{color}" opacity="{opacity}"/>'
+                    f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{length:.1f}" fill="{color}" opacity="{opacity}"/>'
                 )
         mean = budgets.mean()
         notes.append(
@@ -223,10 +229,3 @@ def _histogram(component: Component, name: str, limit: int) -> str:
         f'<svg width="{width}" height="{2 * half + 3}">{"".join(drawn)}{axis}</svg>'
         f'<div class="n">{" · ".join(notes)}</div>'
     )
-
-
-def _bars(none: float, shares: np.ndarray, step: int, wide: int) -> Iterator[tuple[int, int, float, float]]:
-    """x, width, share and opacity."""
-    yield 0, wide, none, 0.3
-    for i, share in enumerate(shares.tolist()):
-        yield wide + 4 + i * step, step - 1, share, 1.0
