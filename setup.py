@@ -22,7 +22,7 @@ setup(
         "safetensors>=0.4",
         "huggingface_hub>=0.23",
         "tqdm",
-        "pillow>=10.0",
+        "pillow>=10.1",
         "braceexpand",
     ],
     extras_require={

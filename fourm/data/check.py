@@ -1,24 +1,32 @@
-"""Read every sample of the data sets of a data YAML once, and name each file with which a run would have trouble.
+"""Say what the data sets of a data YAML hold, and everything in them with which a run would have trouble.
 
-What a run skips and what stops it are both counted and passed over. All pixels are decoded, and the tokens of all stored
-crops are checked; crop, flip and the like are drawn once per sample.
+    python -m fourm.data.check CONFIG [--full] [--json]
+
+Some samples of some shards are read unless --full is given: all of their pixels are decoded, the tokens of all stored crops
+are checked, and they are masked. Exit status: 0 all good, 1 problems found, 2 it cannot be checked (one line says why).
 """
 
 from __future__ import annotations
 
-import logging
+import functools
+import json
+import os
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 from tqdm import tqdm
 
-from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.data_config import DatasetConfig, build_sample_transform, load_data_config
-from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.data.unified_datasets import errors_name_the_file, open_source
-from fourm.utils.errors import DataError
+from fourm.data.data_config import DatasetConfig, load_data_config
+from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
+from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
-from fourm.utils.seeds import generator
+
+_MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
+_WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True)
@@ -26,42 +34,221 @@ class CheckOptions:
     """What to check."""
 
     data_config: str = option("data YAML")
-    max_samples: int | None = option("samples per data set, from its first on (default: all)", None)
+    max_samples: int = option("samples that are read per data set, spread over at most 32 of its shards", 1000)
+    full: bool = option("read every sample of every shard", False)
+    num_workers: int = option("processes that read; 0 = none but this one", _WORKERS)
+    json: bool = option("print JSON rather than a table", False)
+    text_tokenizer_path: str = option(
+        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
+    )
+    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
+    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
+
+    def __post_init__(self) -> None:
+        for name, least in {"max_samples": 1, "num_workers": 0}.items():
+            if getattr(self, name) < least:
+                raise UserError(f"'{name}' must be at least {least}, not {getattr(self, name)}")
 
 
-def check(dataset: DatasetConfig, max_samples: int | None = None) -> tuple[int, Counter[str]]:
-    """Read the samples of a data set; what is wrong is logged as warnings.
+def check(
+    dataset: DatasetConfig, text_tokenizer: str, max_samples: int | None = None, num_workers: int = 0
+) -> dict[str, Any]:
+    """Read samples of a data set.
+
+    Args:
+        text_tokenizer: path of the vocabulary.
+        max_samples: None = all.
 
     Returns:
-        The number of samples that were read, and of samples with each kind of problem.
+        What :func:`summary` makes of the report.
 
     Raises:
         UserError: it cannot be read at all.
     """
-    ledger, files = BadSampleLedger(dataset.name, max_bad_fraction=1.0), OpenFiles()
-    samples = open_source(dataset, ledger).all(ledger)[:max_samples]
-    problems = Counter({key.removeprefix(f"{dataset.name}: "): count for key, count in ledger.collect().items()})
-    transform = build_sample_transform(dataset, training=True)
-    for sample in tqdm(samples, desc=dataset.name, leave=False, disable=None):
-        try:
-            with errors_name_the_file(sample):
-                transform(sample.values(files, keep_pixels=False), generator("check", sample.key))
-        except (BadSample, DataError) as error:
-            problems[error.reason if isinstance(error, BadSample) else "broken contract"] += 1
-            ledger.warn(f"read {sample.key}", str(error))
-    return len(samples), problems
+    parts, shards = plan_parts(dataset, max_samples)
+    inspector = functools.partial(Inspector, dataset, text_tokenizer)
+    inspector()  # a setting that does not fit is an error here, not in a worker
+    total = Report()
+    with tqdm(total=len(parts), desc=dataset.name, unit=" parts", leave=False, disable=None) as bar:
+        for report in _reports(inspector, parts, min(num_workers, len(parts) // 2)):
+            total.add(report)
+            bar.set_postfix(samples=total.samples, bad=total.bad, refresh=False)
+            bar.update()
+    return summary(dataset, total, shards)
+
+
+_inspector: Inspector  # of a worker process
+
+
+def _start(inspector: functools.partial[Inspector]) -> None:
+    global _inspector
+    torch.set_num_threads(1)
+    _inspector = inspector()
+
+
+def _inspect(part: Part) -> Report:
+    return _inspector.inspect(part)
+
+
+def _reports(inspector: functools.partial[Inspector], parts: Sequence[Part], num_workers: int) -> Iterator[Report]:
+    if num_workers < 1:
+        yield from map(inspector().inspect, parts)
+        return
+    with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector,)) as pool:
+        for future in as_completed([pool.submit(_inspect, part) for part in parts]):
+            yield future.result()
+
+
+def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, Any]:
+    """A report as plain values, for JSON and for the table.
+
+    Args:
+        shards: of the data set, of which ``report`` may have seen a part.
+    """
+    for name, content in report.content.items():
+        tokens = sum(length * count for length, count in content.lengths.items())
+        if content.unknown > _MOST_UNKNOWN * tokens:
+            what = f"{content.unknown / tokens:.1%} of its tokens are not in the vocabulary"
+            report.problem(name, UNKNOWN, what, dataset.name, content.unknown)
+    samples = round(report.complete * shards / max(report.parts, 1))
+    per_sample = {role: report.tokens[role] / max(report.samples - report.bad, 1) for role in ("input", "target")}
+    names = report.present
+    return {
+        "dataset": dataset.name,
+        "shards": {"looked_at": report.parts, "all": shards},
+        "keys": report.keys,
+        "complete_keys": report.complete,
+        "samples_read": report.samples,
+        "bad_samples": report.bad,
+        "modalities": {
+            name: {"keys": report.present[name], "missing": report.keys - report.present[name]}
+            | _content(report.content.get(name, Content()), dataset, name)
+            for name in names
+        },
+        "epoch": {
+            "samples": samples,
+            "estimated": report.parts < shards,
+            "input_tokens_per_sample": round(per_sample["input"], 1),
+            "target_tokens_per_sample": round(per_sample["target"], 1),
+            "tokens": round(samples * sum(per_sample.values())),
+        },
+        "problems": [
+            {"modality": modality, "kind": kind, "problem": what, "count": p.count, "examples": p.examples}
+            for (modality, kind, what), p in sorted(report.problems.items())
+        ],
+    }
+
+
+def _content(content: Content, dataset: DatasetConfig, name: str) -> dict[str, Any]:
+    """What the files of a modality hold; only what they can hold."""
+    found: dict[str, Any] = {"files": dict(content.files)}
+    modality = dataset.modalities.get(name)
+    if content.dtypes:
+        found["dtypes"] = dict(content.dtypes)
+    if content.crops:
+        found["crops"] = _spread(content.crops)
+    if content.ids and modality is not None:
+        assert modality.vocab_size
+        limit = modality.vocab_size - modality.vocab_offset
+        used = sum(0 <= index < limit for index in content.ids) / limit
+        found["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
+    if content.sizes:
+        small = sum(n for size, n in content.sizes.items() if modality and min(size) < (modality.input_size or 0))
+        found["height"] = _spread(_project(content.sizes, 0))
+        found["width"] = _spread(_project(content.sizes, 1))
+        found["smaller_than_input"] = round(small / content.sizes.total(), 4)
+    if content.lengths and modality is not None:
+        tokens = sum(length * count for length, count in content.lengths.items())
+        cut = sum(count for length, count in content.lengths.items() if length >= (modality.max_tokens or 0))
+        found["tokens"] = _spread(content.lengths) | {"limit": modality.max_tokens}
+        found["cut"] = round(cut / content.lengths.total(), 4)
+        found["unknown"] = round(content.unknown / max(tokens, 1), 4)
+    return found
+
+
+def _project(sizes: Counter[tuple[int, int]], axis: int) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for size, count in sizes.items():
+        counts[size[axis]] += count
+    return counts
+
+
+def _spread(counts: Counter[int]) -> dict[str, int]:
+    """Least, median and greatest of numbers that were counted."""
+    rest = counts.total() / 2
+    for value in sorted(counts):
+        rest -= counts[value]
+        if rest <= 0:
+            return {"min": min(counts), "median": value, "max": max(counts)}
+    raise AssertionError("nothing was counted")
+
+
+def table(split: str, found: dict[str, Any]) -> str:
+    """A summary for people."""
+    verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
+    lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
+    rows = [("modality", "keys", "missing", "files", "content")]
+    for name, entry in found["modalities"].items():
+        files = " ".join(entry["files"])
+        rows.append((name, f"{entry['keys']:,}", f"{entry['missing']:,}", files, _words(entry)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = (row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3].ljust(widths[3]))
+        lines.append("  " + "  ".join((*cells, row[4])).rstrip())
+    epoch, seen = found["epoch"], found["shards"]
+    about = f"about, from {seen['looked_at']} of {seen['all']} shards, " if epoch["estimated"] else ""
+    lines.append(
+        f"  an epoch: {about}{epoch['samples']:,} samples of {epoch['input_tokens_per_sample']:g} input and "
+        f"{epoch['target_tokens_per_sample']:g} target tokens, {epoch['tokens']:,} tokens"
+    )
+    for problem in found["problems"]:
+        what = f" ({problem['problem']})" if problem["problem"] else ""
+        lines.append(f"  {problem['count']:,} {problem['kind']}{what}: {problem['modality']}")
+        lines += [f"    {example}" for example in problem["examples"]]
+    return "\n".join(lines)
+
+
+def _words(entry: dict[str, Any]) -> str:
+    parts = []
+    if "dtypes" in entry:
+        parts.append(" ".join(entry["dtypes"]))
+    if "crops" in entry:
+        parts.append(f"{_range(entry['crops'])} crops")
+    if ids := entry.get("ids"):
+        parts.append(f"ids {ids['min']} to {ids['max']}, {ids['used']:.0%} of {ids['vocabulary']:,} used")
+    if "height" in entry:
+        parts.append(f"{_range(entry['height'])} x {_range(entry['width'])} px")
+        if entry["smaller_than_input"]:
+            parts.append(f"{entry['smaller_than_input']:.1%} smaller than the input")
+    if tokens := entry.get("tokens"):
+        parts.append(f"{_range(tokens)} tokens (median {tokens['median']}, limit {tokens['limit']})")
+        parts.append(f"{entry['cut']:.1%} cut, {entry['unknown']:.1%} unknown")
+    return ", ".join(parts)
+
+
+def _range(spread: dict[str, int]) -> str:
+    low, high = spread["min"], spread["max"]
+    return f"{low}" if low == high else f"{low}–{high}"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Check all data sets; 1 if anything is wrong."""
-    options = parse_options(CheckOptions, argv, __doc__ or "")
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    config = load_data_config(options.data_config, num_input_tokens=1, num_target_tokens=1)
-    bad = 0
-    for split, datasets in (("train", config.train), ("val", config.val)):
-        for dataset in datasets.values():
-            total, problems = check(dataset, options.max_samples)
-            bad += problems.total()
-            found = ", ".join(f"{count} {reason}" for reason, count in problems.items())
-            print(f"{split} {dataset.name}: {total} samples read; {found or 'all good'}")
-    return int(bad > 0)
+    options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
+    config = load_data_config(
+        options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens
+    )
+    most = None if options.full else options.max_samples
+    found = [
+        {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers)
+        for split, datasets in (("train", config.train), ("val", config.val))
+        for dataset in datasets.values()
+    ]
+    if options.json:
+        print(json.dumps(found, indent=2))
+    else:
+        print("\n".join(table(entry["split"], entry) for entry in found))
+    return int(any(entry["problems"] for entry in found))
+
+
+if __name__ == "__main__":
+    run_cli(main)

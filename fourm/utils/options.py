@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
@@ -48,13 +50,21 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"command line: {message}")
 
 
-def parse_options(cls: type[T], argv: list[str] | None, description: str) -> T:
+def parse_options(cls: type[T], argv: list[str] | None, description: str, positional: Sequence[str] = ()) -> T:
     """The options that ``--key value`` arguments give; see :func:`parse_overrides`.
+
+    Args:
+        positional: keys that the first arguments stand for, where these come without a ``--key``.
 
     Raises:
         UserError: also for a missing key, or a bad value.
     """
-    return build(cls, parse_overrides(cls, argv, description), "command line")
+    argv = sys.argv[1:] if argv is None else argv
+    bare = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    if len(bare) > len(positional):
+        raise UserError(f"command line: '{bare[len(positional)]}' follows no key")
+    named = [part for key, value in zip(positional, bare, strict=False) for part in (f"--{key}", value)]
+    return build(cls, parse_overrides(cls, [*named, *argv[len(bare) :]], description), "command line")
 
 
 def parse_overrides(

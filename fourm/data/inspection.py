@@ -1,0 +1,315 @@
+"""What a data set holds and what is wrong with it: parts are read on their own, and their reports add up.
+
+A *part* is one shard with all its modalities, or a slice of the keys of folders. A run would skip a bad sample or stop at
+it; here it is counted, and what remains of the sample is looked at all the same.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.data_config import DatasetConfig, build_sample_transform
+from fourm.data.decoding import EncodedImage
+from fourm.data.folders import Folders
+from fourm.data.layout import CROP_SETTINGS, expand, split_data_path, wanted_names
+from fourm.data.masking import UnifiedMasking
+from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import UnreadableValue
+from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample
+from fourm.data.shards import Shards
+from fourm.data.unified_datasets import Source
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.seeds import generator
+from fourm.utils.tokenizer import TextEncoder
+from fourm.utils.tokenizer.special_tokens import UNK_ID
+
+MISSING, SHARD, CONTRACT, SHAPES, UNKNOWN = (
+    "missing", "unreadable shard", "broken contract", "different shapes", "unknown words",
+)  # fmt: skip
+"""Kinds of problems, beside the reasons of :class:`BadSample`."""
+
+_EXAMPLES = 3
+_SLICE = 64  # keys of folders that are one part
+_SAME_SHAPE = 0.02  # aspect ratios that differ by less do so because sides are whole pixels
+
+
+class _Sum:
+    """Adds up field by field."""
+
+    def add(self, other: Any) -> None:
+        for item in fields(self):  # type: ignore[arg-type]
+            mine, theirs = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(mine, Counter):
+                mine.update(theirs)
+            elif isinstance(mine, set):
+                mine |= theirs
+            elif isinstance(mine, dict):
+                for key, value in theirs.items():
+                    mine[key].add(value) if key in mine else mine.update({key: value})
+            elif isinstance(mine, list):
+                mine += theirs[: _EXAMPLES - len(mine)]
+            else:
+                setattr(self, item.name, mine + theirs)
+
+
+@dataclass
+class Problem(_Sum):
+    """How often something is wrong, and where for example."""
+
+    count: int = 0
+    examples: list[str] = field(default_factory=list)
+
+
+@dataclass
+class Content(_Sum):
+    """What the files of one modality hold.
+
+    Attributes:
+        files: extension → number.
+        dtypes: of arrays.
+        crops: number of stored crops → number of files.
+        ids: token ids that occur.
+        sizes: (height, width) → number of pictures.
+        lengths: tokens of a text, as it is before it is cut → number.
+        unknown: words of texts that the vocabulary lacks, in tokens.
+    """
+
+    files: Counter[str] = field(default_factory=Counter)
+    dtypes: Counter[str] = field(default_factory=Counter)
+    crops: Counter[int] = field(default_factory=Counter)
+    ids: set[int] = field(default_factory=set)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    unknown: int = 0
+
+
+@dataclass
+class Report(_Sum):
+    """What was found.
+
+    Attributes:
+        parts: looked at; slices of one folder count as one.
+        keys: in any modality. ``complete``: in all of them.
+        present: modality → keys that it has.
+        samples: read. ``bad``: of these, with problems.
+        problems: (modality, kind, what is wrong, without its numbers) → where.
+        content: by modality.
+        tokens: ``input`` and ``target``, that the samples gave with drawn budgets.
+    """
+
+    parts: int = 0
+    keys: int = 0
+    complete: int = 0
+    present: Counter[str] = field(default_factory=Counter)
+    samples: int = 0
+    bad: int = 0
+    problems: dict[tuple[str, str, str], Problem] = field(default_factory=dict)
+    content: dict[str, Content] = field(default_factory=dict)
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    def problem(self, modality: str, kind: str, what: str, where: str, count: int = 1) -> None:
+        problem = Problem(count, [f"{where}: {what}" if what else where])
+        self.add(Report(problems={(modality, kind, re.sub(r"\d[\d.]*", "N", what)): problem}))
+
+
+class Part(NamedTuple):
+    """A shard, or every ``slices``-th key of folders from the ``start``-th on; ``most``: samples to read of it, at random."""
+
+    data_path: str
+    start: int = 0
+    slices: int = 1
+    most: int | None = None
+
+
+_Join: TypeAlias = tuple[dict[str, dict[str, Member]], list[tuple[str, str]]]
+"""Modality → key → member; and what could not be read, as (modality, message)."""
+
+
+class _Warnings(BadSampleLedger):
+    """Keeps the warnings, and is content with any number of bad samples."""
+
+    def __init__(self) -> None:
+        super().__init__("", 1.0)
+        self.messages: list[str] = []
+
+    def warn(self, subject: str, message: str) -> None:
+        self.messages.append(message)
+
+
+def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: int = 32) -> tuple[list[Part], int]:
+    """The parts to look at, and the number of shards that there are (of folders: 1).
+
+    Args:
+        most_samples: to read; None = all samples of all shards, else of shards spread evenly over all, and at random.
+
+    Raises:
+        UserError: the data set cannot be read at all.
+    """
+    if dataset.type != "multimodal":
+        raise UserError(f"data set {dataset.name}: type '{dataset.type}' cannot be checked, only 'multimodal'")
+    if dataset.use_wds:
+        _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
+        pattern, folders = split_data_path(dataset.data_path)
+        bracket = "" if folders is None else f"[{','.join(folders)}]"
+        paths = [path.replace("\0", bracket) for path in expand(pattern, "\0")]
+        count = len(paths) if most_samples is None else max(min(most_shards, most_samples, len(paths)), 1)
+        chosen = [paths[i * len(paths) // count] for i in range(count)]
+        share = None if most_samples is None else math.ceil(most_samples / count)
+        return [Part(path, most=share) for path in chosen], len(paths)
+    ledger = _Warnings()
+    total = len(_open(dataset, dataset.data_path, wanted_names(dataset.modalities), ledger).all(ledger))
+    slices = math.ceil(min(total, most_samples or total) / _SLICE)
+    share = None if most_samples is None else math.ceil(min(total, most_samples) / slices)
+    return [Part(dataset.data_path, index, slices, share) for index in range(slices)], 1
+
+
+def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
+    """The ``wanted`` modalities (and their usual folders) of one part of a data set."""
+    place = (data_path, wanted, dataset.modality_name_map)
+    return Shards(*place) if dataset.use_wds else Folders(*place, ledger)
+
+
+class Inspector:
+    """Reads parts of a data set.
+
+    Args:
+        text_tokenizer: the vocabulary or its path.
+
+    Raises:
+        UserError: settings of the data set that do not fit together.
+    """
+
+    def __init__(self, dataset: DatasetConfig, text_tokenizer: Any):
+        self._dataset = dataset
+        self._wanted = wanted_names(dataset.modalities)
+        self._encode = TextEncoder(text_tokenizer)
+        self._transform = build_sample_transform(dataset, training=True)
+        self._masking = UnifiedMasking(
+            dataset.modalities, text_tokenizer, dataset.input_tokens_range, dataset.target_tokens_range,
+            sampling_weights=dataset.sampling_weights,
+        )  # fmt: skip
+        self._files = OpenFiles()
+        self._joined: tuple[str, _Join] = "", ({}, [])  # the latest part: slices of folders follow each other
+
+    def inspect(self, part: Part) -> Report:
+        """Join a part by key and read its samples."""
+        if self._joined[0] != part.data_path:
+            self._joined = part.data_path, self._join(part.data_path)
+        indexes, troubles = self._joined[1]
+        keys = dict.fromkeys(key for index in indexes.values() for key in index)
+        complete = [key for key in keys if all(key in index for index in indexes.values())]
+        report = Report()
+        if part.start == 0:
+            report = Report(1, len(keys), len(complete), Counter({name: len(index) for name, index in indexes.items()}))
+            for name, message in troubles:
+                report.problem(name, SHARD, "", message)
+            for name, index in indexes.items():
+                absent = [key for key in keys if key not in index]
+                if absent:
+                    where = f"{part.data_path}: no {self._wanted[name]} for key '{absent[0]}'"
+                    report.problem(name, MISSING, "", where, len(absent))
+        chosen = complete[part.start :: part.slices]
+        if part.most is not None and part.most < len(chosen):
+            rng = generator("check", part.data_path, part.start)
+            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: part.most])]
+        for key in chosen:
+            self._read(RawSample(key, {name: index[key] for name, index in indexes.items()}), report)
+        return report
+
+    def _join(self, data_path: str) -> _Join:
+        """Each modality is opened on its own, so that what one lacks does not hide what another has."""
+        indexes: dict[str, dict[str, Member]] = {}
+        troubles = []
+        for name, folder in self._wanted.items():
+            ledger = _Warnings()
+            indexes[name] = {}
+            try:
+                samples = _open(self._dataset, data_path, {name: folder}, ledger).all(ledger)
+                indexes[name] = {sample.key: sample.members[name] for sample in samples}
+            except UserError as error:
+                ledger.messages = ledger.messages or [str(error)]  # the error follows from what was warned about
+            troubles += [(name, message) for message in ledger.messages]
+        return indexes, troubles
+
+    def _read(self, sample: RawSample, report: Report) -> None:
+        before = sum(problem.count for problem in report.problems.values())
+        raw = {}
+        for name, member in sample.members.items():
+            report.content.setdefault(name, Content()).files[member.extension] += 1
+            try:
+                raw[name] = RawSample(sample.key, {name: member}).values(self._files, keep_pixels=False)[name]
+            except BadSample as error:
+                report.problem(name, error.reason, "", str(error).removeprefix(f"{error.reason}: "))
+            except DataError as error:
+                report.problem(name, CONTRACT, "", str(error))
+            else:
+                _measure(raw[name], self._dataset.modalities.get(name), report.content[name])
+        self._compare_shapes(sample, raw, report)
+        self._use(sample, raw, report)
+        report.samples += 1
+        report.bad += sum(problem.count for problem in report.problems.values()) > before
+
+    def _compare_shapes(self, sample: RawSample, raw: Mapping[str, Any], report: Report) -> None:
+        """One crop for all is right only if all pictures show the same frame."""
+        main = raw.get(self._dataset.main_augment_domain or "")
+        if isinstance(main, EncodedImage):
+            for name, value in raw.items():
+                height, width = value.shape[:2] if isinstance(value, EncodedImage) else main.shape
+                if abs(math.log(height * main.shape[1] / (width * main.shape[0]))) > _SAME_SHAPE:
+                    what = f"{height}x{width} pixels beside {main.shape[0]}x{main.shape[1]} of the main modality"
+                    report.problem(name, SHAPES, what, sample.where(name))
+
+    def _use(self, sample: RawSample, raw: dict[str, Any], report: Report) -> None:
+        """What a run does with a sample; at each problem once more without the modality that has it.
+
+        Without the picture that gives the crop its frame only tokens can be looked at, and without crops nothing.
+        """
+        modalities, main = self._dataset.modalities, self._dataset.main_augment_domain
+        while CROP_SETTINGS in raw or CROP_SETTINGS not in self._wanted:
+            if main is not None and main not in raw:
+                raw = {name: raw[name] for name in raw if name == CROP_SETTINGS or modalities[name].pretokenized}
+            if raw.keys() <= {CROP_SETTINGS}:
+                return
+            rng = generator("check", sample.key)
+            try:
+                values = self._transform(raw, rng)
+                masked = self._masking(values, rng)
+            except (DataError, UnreadableValue) as error:
+                # Both begin with "modality NAME:", or with what draws the crop.
+                source, _, what = str(error).partition(": ")
+                name = source.removeprefix("modality ")
+                kind = CONTRACT if isinstance(error, DataError) else "corrupt value"
+                report.problem(name if name in raw else CROP_SETTINGS, kind, what, sample.where(name))
+                if name not in raw or name == CROP_SETTINGS:
+                    return
+                del raw[name]
+                continue
+            for entry in masked.values():
+                report.tokens["input"] += int((~entry["input_mask"]).sum())
+                report.tokens["target"] += int((~entry["target_mask"]).sum())
+            for name, value in values.items():
+                if modalities[name].type == "seq":
+                    ids = self._encode(value if isinstance(value, str) else " ".join(value))
+                    report.content[name].lengths[len(ids)] += 1
+                    report.content[name].unknown += ids.count(UNK_ID)
+            return
+
+
+def _measure(value: Any, modality: Modality | None, content: Content) -> None:
+    """Add what a file holds; ``modality`` is None for the stored crops."""
+    if isinstance(value, EncodedImage):
+        content.sizes[value.shape] += 1
+    elif isinstance(value, np.ndarray):
+        content.dtypes[str(value.dtype)] += 1
+        if modality is None or modality.pretokenized:
+            content.crops[len(value) if value.ndim else 0] += 1
+        if modality is not None and modality.vocab_size and value.dtype.kind in "iu":
+            content.ids.update(np.unique(value).tolist())

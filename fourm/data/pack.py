@@ -1,0 +1,231 @@
+"""Folders of files → tar shards, and back; and one more modality for shards that are there.
+
+    python -m fourm.data.pack shards FOLDERS SHARDS --shard_size 1000
+    python -m fourm.data.pack add    FOLDERS SHARDS --modalities depth
+    python -m fourm.data.pack folders SHARDS FOLDERS
+
+Samples are matched by key, and nothing is written before every key is known to be in every modality. Files take their
+names when they are complete; the same command goes on where an interrupted one stopped. What is there already stays as it
+is: if it is not what would be written, that is an error.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from tqdm import tqdm
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.folders import Folders
+from fourm.data.layout import existing_folders, split_name
+from fourm.data.raw_sample import Member, OpenFiles
+from fourm.data.shards import tar_members
+from fourm.utils.errors import UserError, did_you_mean, run_cli
+from fourm.utils.files import atomic_path, lock_folder
+from fourm.utils.options import option, parse_options
+
+Plan = dict[str, list[str]]
+"""Shard → the keys of its samples, in their order."""
+
+
+@dataclass(frozen=True)
+class PackOptions:
+    """What to pack or unpack."""
+
+    action: Literal["shards", "add", "folders"] = option("what to make: shards, folders, or a modality of shards (add)")
+    source: str = option("folder with a folder per modality")
+    output: str = option("folder for a folder per modality; of 'add' the shards that are there")
+    modalities: tuple[str, ...] = option("names of the folders (default: all; 'add' needs them)", ())
+    shard_size: int = option("samples of a shard", 1000)
+    skip_incomplete: bool = option("leave out keys that a modality lacks, rather than stop", False)
+
+    def __post_init__(self) -> None:
+        if self.shard_size < 1:
+            raise UserError(f"'shard_size' must be at least 1, not {self.shard_size}")
+        if self.action == "add" and not self.modalities:
+            raise UserError("'add' needs 'modalities': the folders to add to the shards")
+
+
+def pack(options: PackOptions) -> int:
+    """Do what ``options`` say.
+
+    Returns:
+        The number of files (tars, or unpacked files) that this call wrote.
+
+    Raises:
+        UserError: keys do not match, or something else is already there.
+    """
+    source, output = Path(options.source), Path(options.output)
+    there = existing_folders(source)
+    for name in options.modalities:
+        if name not in there:
+            raise UserError(f"{source}: no folder '{name}'{did_you_mean(name, there)}; there are {', '.join(there)}")
+    names = list(options.modalities or there)
+    if not names:
+        raise UserError(f"{source}: there is no folder in it; each modality is one")
+    if source.resolve() == output.resolve():
+        raise UserError(f"'source' and 'output' are the same folder, {source}")
+    if options.action == "add" and not output.is_dir():
+        raise UserError(f"{output}: there are no shards to add to")
+    output.mkdir(parents=True, exist_ok=True)
+    lock_folder(output)
+    for leftover in (path for name in names for path in (output / name).rglob(".tmp-*")):
+        leftover.unlink()  # of a process that was killed: this one has the folder for itself
+    if options.action == "folders":
+        return _unpack(source, output, names)
+    files = {name: _files(source, name) for name in names}
+    if options.action == "add":
+        plan = _plan_of(output, exclude=names)
+        _require(files, [key for keys in plan.values() for key in keys], f"the shards in {output}")
+    else:
+        plan = _new_plan(files, options.shard_size, options.skip_incomplete)
+    return _write_shards(output, plan, files)
+
+
+def _files(source: Path, name: str) -> dict[str, Member]:
+    """Key → file of one modality."""
+    if any((source / name).glob("*.tar")):
+        raise UserError(f"{source / name}: there are shards in it, not files; 'folders' unpacks them")
+    samples = Folders(str(source), {name: name}, {}, BadSampleLedger(name, 1.0)).all(BadSampleLedger(name, 1.0))
+    return {sample.key: sample.members[name] for sample in samples}
+
+
+def _new_plan(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> Plan:
+    keys = sorted(set().union(*files.values()))
+    if skip_incomplete:
+        keys = [key for key in keys if all(key in members for members in files.values())]
+        if not keys:
+            raise UserError(f"no key is in all of {', '.join(files)}")
+    else:
+        _require(files, keys, "the other modalities", "; 'skip_incomplete' leaves such keys out")
+    starts = range(0, len(keys), shard_size)
+    return {f"shard-{i:05d}.tar": keys[start : start + shard_size] for i, start in enumerate(starts)}
+
+
+def _require(files: Mapping[str, Mapping[str, Member]], keys: Sequence[str], where: str, advice: str = "") -> None:
+    for name, members in files.items():
+        missing = [key for key in keys if key not in members]
+        if missing:
+            raise UserError(
+                f"modality {name} has no file for key '{missing[0]}' of {where}, nor for {len(missing) - 1} more{advice}"
+            )
+
+
+def _plan_of(root: Path, exclude: Sequence[str]) -> Plan:
+    """The keys of the shards that are there, in the order of the first modality; all modalities must agree."""
+    plans = {name: _keys(root / name) for name in existing_folders(root) if name not in exclude}
+    plans = {name: plan for name, plan in plans.items() if plan}
+    if not plans:
+        raise UserError(f"{root}: there are no shards to add to")
+    first, plan = next(iter(plans.items()))
+    for name, other in plans.items():
+        for shard in sorted(plan.keys() | other.keys()):
+            differing = sorted(set(plan.get(shard, ())) ^ set(other.get(shard, ())))
+            if differing:
+                raise UserError(f"{root}: {first}/{shard} and {name}/{shard} differ in key '{differing[0]}'")
+    return plan
+
+
+def _keys(folder: Path) -> Plan:
+    return {path.name: [split_name(name)[0] for name, _, _ in _members(path)] for path in sorted(folder.glob("*.tar"))}
+
+
+def _members(path: Path) -> list[tuple[str, int, int]]:
+    try:
+        return list(tar_members(str(path)))
+    except tarfile.ReadError as error:
+        raise UserError(f"{path}: {error}") from error
+
+
+def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Member]]) -> int:
+    """All shards of all modalities; those that are there must be the same, to the byte.
+
+    Raises:
+        UserError: another file is there.
+    """
+    pending = []
+    for name in files:
+        for path in sorted((output / name).glob("*.tar")) if (output / name).is_dir() else ():
+            if path.name not in plan:
+                raise UserError(f"{path} is there and would not be written; choose another output, or remove it")
+        pending += [(name, shard) for shard in plan]
+    written = 0
+    with tqdm(total=len(pending), desc=str(output), unit=" shards", disable=None) as bar:
+        for name, shard in pending:
+            path = output / name / shard
+            contents = ((f"{key}.{files[name][key].extension}", files[name][key]) for key in plan[shard])
+            if path.exists():
+                _verify(path, contents)
+            else:
+                with atomic_path(path) as temporary:
+                    _write_tar(temporary, contents)
+                written += 1
+            bar.update()
+    return written
+
+
+def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
+    """The bytes depend on nothing but names and contents of the files."""
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, member in contents:
+            content = Path(member.path).read_bytes()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+
+
+def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
+    """Raise a :class:`UserError` unless a tar holds just these files."""
+    files, found = OpenFiles(1), {name: Member(str(path), "", *place) for name, *place in _members(path)}
+    expected = dict(contents)
+    for name, member in expected.items():
+        if name not in found or files.read(found[name]) != Path(member.path).read_bytes():
+            raise UserError(f"{path} is there and differs from {member.path}; choose another output, or remove it")
+    if list(found) != list(expected):
+        raise UserError(f"{path} is there with other keys, or in another order; choose another output, or remove it")
+
+
+def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
+    """Every member of every shard as a file."""
+    shards = [(name, path) for name in names for path in sorted((source / name).glob("*.tar"))]
+    if empty := sorted(set(names) - {name for name, _ in shards}):
+        raise UserError(f"{source / empty[0]}: there are no shards in it")
+    members = {path: _members(path) for _, path in shards}
+    plans = {
+        name: {p.name: {split_name(m[0])[0] for m in members[p]} for n, p in shards if n == name} for name in names
+    }
+    for name, plan in plans.items():
+        if plan != plans[names[0]]:
+            raise UserError(f"{source}: the shards of {names[0]} and {name} do not have the same keys")
+    written, files = 0, OpenFiles(1)
+    with tqdm(total=sum(map(len, members.values())), desc=str(output), unit=" files", disable=None) as bar:
+        for name, shard in shards:
+            for member, offset, size in members[shard]:
+                if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute():
+                    raise UserError(f"{shard}: member {member} would be written outside its folder")
+                path, content = output / name / member, files.read(Member(str(shard), "", offset, size))
+                if not path.exists():
+                    with atomic_path(path) as temporary:
+                        temporary.write_bytes(content)
+                    written += 1
+                elif path.read_bytes() != content:
+                    raise UserError(f"{path} is there and differs from {member} of {shard}; choose another output")
+                bar.update()
+    return written
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Pack or unpack."""
+    options = parse_options(PackOptions, argv, __doc__ or "", positional=("action", "source", "output"))
+    written = pack(options)
+    print(f"{options.output}: {written} files written")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,114 @@
+"""A page with samples of a data YAML as training sees them, and with the token budgets that its alphas give.
+
+    python -m fourm.data.preview CONFIG --out page.html
+
+Beside the page, which needs nothing else and has no scripts, a PNG of the same name is written.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from fourm.data.data_config import load_data_config
+from fourm.data.modality_info import Modality
+from fourm.data.preview.page import page
+from fourm.data.preview.samples import Painter, preview
+from fourm.data.preview.sheet import sheet
+from fourm.generation.decoding import Tokenizers, decode_modality
+from fourm.generation.plotting import as_image
+from fourm.utils.errors import UserError, run_cli
+from fourm.utils.files import atomic_path
+from fourm.utils.options import option, parse_options
+from fourm.utils.tokenizer import load_text_tokenizer
+from fourm.vq import load_tokenizer
+
+
+@dataclass(frozen=True)
+class PreviewOptions:
+    """What to show, and where."""
+
+    data_config: str = option("data YAML")
+    out: str = option("the page to write, .html; a .png of the same name is written too", "preview.html")
+    split: Literal["train", "val"] = option("train or val", "train")
+    datasets: tuple[str, ...] = option("names of the data sets (default: all of the split)", ())
+    samples: int = option("samples per data set; each is shown under every component of its mixture", 3)
+    draws: int = option("draws of budgets per component", 2000)
+    seed: int = option("of samples, crops, masks and budgets", 0)
+    tokenizers: str | None = option("folder of image tokenizers, one per modality (default: a colour per id)", None)
+    text_tokenizer_path: str = option(
+        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
+    )
+    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
+    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
+    min_input_tokens: int | None = option("fewest input tokens (default: always num_input_tokens)", None)
+    min_target_tokens: int | None = option("fewest target tokens (default: always num_target_tokens)", None)
+
+    def __post_init__(self) -> None:
+        if Path(self.out).suffix != ".html":
+            raise UserError(f"'out' must end with .html, not {self.out}")
+        for name in ("samples", "draws"):
+            if getattr(self, name) < 1:
+                raise UserError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+
+
+def _painter(tokenizers: Tokenizers) -> Painter:
+    """Pictures as generation shows them."""
+
+    def paint(modality: Modality, tensor: torch.Tensor) -> np.ndarray | None:
+        known = torch.zeros(modality.max_tokens or 0, dtype=torch.bool)
+        return as_image(decode_modality(tensor, known, modality, tokenizers, None))
+
+    return paint
+
+
+def _load_tokenizers(folder: str | None) -> Tokenizers:
+    if folder is None:
+        return {}
+    found = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
+    if not found:
+        raise UserError(f"tokenizers {folder}: there is no tokenizer in its folders")
+    return {tokenizer.config.modality: tokenizer for tokenizer in found}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write page and PNG."""
+    options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    config = load_data_config(
+        options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens,
+        min_input_tokens=options.min_input_tokens, min_target_tokens=options.min_target_tokens,
+    )  # fmt: skip
+    known = config.train if options.split == "train" else config.val
+    for name in options.datasets:
+        if name not in known:
+            raise UserError(f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(known)}")
+    paint, text_tokenizer = (
+        _painter(_load_tokenizers(options.tokenizers)),
+        load_text_tokenizer(options.text_tokenizer_path),
+    )
+    previews = [
+        preview(
+            dataset, text_tokenizer, paint, training=options.split == "train", samples=options.samples,
+            draws=options.draws, seed=options.seed,
+        )
+        for name, dataset in known.items()
+        if name in options.datasets or not options.datasets
+    ]  # fmt: skip
+    title = Path(options.data_config).name
+    out = Path(options.out)
+    with atomic_path(out) as path:
+        path.write_text(page(title, previews), encoding="utf-8")
+    with atomic_path(out.with_suffix(".png")) as path:
+        sheet(title, previews).save(path, optimize=True)
+    print(f"{out} and {out.with_suffix('.png')}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

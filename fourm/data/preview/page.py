@@ -1,0 +1,231 @@
+"""A preview as one HTML file: pictures are embedded, drawings are SVG, and there are no scripts."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from html import escape
+
+import numpy as np
+from PIL import Image
+
+from fourm.data.preview.samples import Component, Example, Piece, Preview, Shown
+
+INPUT, TARGET, UNUSED = "#2563eb", "#ea580c", "#ffffff"
+BINS = 24
+
+_STYLE = f"""
+:root {{ --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --input: {INPUT}; --target: {TARGET}; }}
+* {{ box-sizing: border-box; }}
+body {{ margin: 0 auto; padding: 40px 32px 64px; max-width: 1480px; color: var(--ink); background: #f8fafc;
+  font: 14px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif; }}
+h1 {{ font-size: 26px; font-weight: 650; letter-spacing: -0.02em; margin: 0 0 4px; }}
+h2 {{ font-size: 19px; font-weight: 600; letter-spacing: -0.01em; margin: 44px 0 2px; }}
+h3 {{ font-size: 15px; font-weight: 600; margin: 32px 0 10px; }}
+.soft {{ overflow-wrap: anywhere; }} h3 small, .soft {{ color: var(--soft); font-weight: 400; font-size: 13px; }}
+.legend {{ display: flex; flex-wrap: wrap; gap: 6px 22px; margin: 14px 0 0; padding: 0; list-style: none; font-size: 13px; }}
+.legend i {{ display: inline-block; width: 14px; height: 14px; border-radius: 3px; vertical-align: -2px; margin-right: 7px; }}
+.card {{ background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 16px; margin: 0 0 12px; }}
+.card > header {{ display: flex; justify-content: space-between; gap: 16px; font-size: 12.5px; color: var(--soft); margin-bottom: 10px; }}
+.card > header b {{ color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 14px 12px; align-items: start; }}
+.text {{ grid-column: span 2; }}
+figure {{ margin: 0; min-width: 0; }}
+figcaption {{ display: flex; justify-content: space-between; gap: 5px; font-size: 11.5px; line-height: 18px; margin-bottom: 4px; white-space: nowrap; }}
+figcaption span:first-child {{ overflow: hidden; text-overflow: ellipsis; font-weight: 500; }}
+.in {{ color: var(--input); }} .out {{ color: var(--target); }}
+.n {{ font-variant-numeric: tabular-nums; }}
+.picture {{ aspect-ratio: 1; background-size: 100% 100%; border-radius: 5px; overflow: hidden; box-shadow: 0 0 0 1px var(--line); }}
+.picture svg {{ display: block; width: 100%; height: 100%; }}
+.picture:hover svg {{ opacity: 0; }}
+.words {{ line-height: 1.75; font-size: 12.5px; overflow-wrap: anywhere; }}
+.words span {{ border-radius: 3px; padding: 1px 2px; }}
+.words .input {{ background: #dbeafe; color: #1e40af; }} .words .target {{ background: #ffedd5; color: #9a3412; }}
+.words .mark {{ color: #9ca3af; font-size: 10.5px; padding: 0 1px; }} .words .unused {{ color: #9ca3af; }}
+.none {{ color: #9ca3af; font-size: 12.5px; }}
+.scroll {{ overflow-x: auto; padding-bottom: 6px; }}
+table {{ border-collapse: collapse; font-size: 12.5px; }}
+th {{ text-align: left; font-weight: 500; padding: 6px 20px 6px 0; vertical-align: middle; }}
+table {{ width: 100%; }} thead th {{ color: var(--soft); font-weight: 400; white-space: nowrap; }} thead b {{ color: var(--ink); font-weight: 600; }}
+td {{ padding: 7px 20px 7px 0; vertical-align: top; }} tbody tr {{ border-top: 1px solid var(--line); }}
+td svg {{ display: block; }} td .n {{ font-size: 11.5px; line-height: 16px; white-space: nowrap; }}
+footer {{ margin-top: 40px; color: var(--soft); font-size: 12.5px; }}
+"""
+
+
+def page(title: str, previews: Sequence[Preview]) -> str:
+    """The whole file."""
+    styles, bodies = [_STYLE], []
+    for number, preview in enumerate(previews):
+        for i, example in enumerate(preview.examples):
+            for j, picture in enumerate(example.pictures.values()):
+                # Every component shows the same pictures: they are in the file once.
+                styles.append(f".p{number}-{i}-{j} {{ background-image: url({data_uri(picture)}); {_sharp(picture)}}}")
+        bodies.append(_dataset(preview, number))
+    legend = "".join(
+        f'<li><i style="{style}"></i>{text}</li>'
+        for style, text in (
+            (f"background: #dbeafe; box-shadow: inset 0 0 0 2px {INPUT}", "input: the model sees it"),
+            (f"background: {TARGET}99", "target: the model predicts it"),
+            ("background: #f3f4f6; box-shadow: inset 0 0 0 1px #d1d5db", "neither in this sample"),
+        )
+    )
+    return (
+        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview of {escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{"".join(styles)}</style>'
+        f"<body><h1>{escape(title)}</h1>"
+        '<div class="soft">What training sees: samples after cropping, flipping and masking. '
+        "Point at a picture to see it without its mask.</div>"
+        f'<ul class="legend">{legend}</ul>{"".join(bodies)}</body></html>\n'
+    )
+
+
+def data_uri(picture: np.ndarray) -> str:
+    """Small pictures without loss, larger ones as JPEG."""
+    kind, options = ("PNG", {}) if min(picture.shape[:2]) <= 64 else ("JPEG", {"quality": 90})
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, kind, **options)
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _sharp(picture: np.ndarray) -> str:
+    return "image-rendering: pixelated; " if min(picture.shape[:2]) < 100 else ""
+
+
+def _dataset(preview: Preview, number: int) -> str:
+    dataset = preview.dataset
+    ranges = " and ".join(
+        f"{low}–{high} {role}" if low < high else f"{high} {role}"
+        for (low, high), role in ((dataset.input_tokens_range, "input"), (dataset.target_tokens_range, "target"))
+    )
+    parts = [
+        f"<h2>{escape(dataset.name)}</h2>"
+        f'<div class="soft">{escape(dataset.data_path)}<br>at most {ranges} tokens a sample; '
+        f"{len(preview.components)} component{'s' * (len(preview.components) > 1)} in its mixture</div>",
+        _budgets(preview),
+    ]
+    for component in preview.components:
+        parts.append(
+            f"<h3>Component {component.index + 1} <small>{component.share:.0%} of the samples; the same samples and "
+            "crops under each component</small></h3>"
+        )
+        for i, (example, shown) in enumerate(zip(preview.examples, component.shown, strict=True)):
+            parts.append(_sample(example, shown, f"p{number}-{i}"))
+    return "".join(parts)
+
+
+def _sample(example: Example, shown: dict[str, Shown], picture: str) -> str:
+    inputs, targets = sum(s.inputs for s in shown.values()), sum(s.targets for s in shown.values())
+    classes = {name: f"{picture}-{j}" for j, name in enumerate(example.pictures)}
+    # Pictures first: sequences are wider.
+    tiles = [
+        _tile(name, entry, classes.get(name))
+        for name, entry in sorted(shown.items(), key=lambda item: item[1].grid is None)
+    ]
+    return (
+        f'<section class="card"><header><b>{escape(example.key)}</b><span class="n"><span class="in">{inputs} input</span>'
+        f' · <span class="out">{targets} target</span></span></header><div class="tiles">{"".join(tiles)}</div></section>'
+    )
+
+
+def _tile(name: str, shown: Shown, picture: str | None) -> str:
+    counts = [f'<span class="in">{shown.inputs}</span>'] * (shown.inputs > 0)
+    counts += [f'<span class="out">{shown.targets}</span>'] * (shown.targets > 0)
+    caption = f'<figcaption title="{escape(name)}"><span>{escape(name)}</span><span class="n">{" ".join(counts)}</span></figcaption>'
+    if shown.grid is not None:
+        content = (
+            f'<div class="picture {picture or ""}" role="img" aria-label="{escape(name)}">{overlay(shown.grid)}</div>'
+        )
+        return f"<figure>{caption}{content}</figure>"
+    content = _words(shown.pieces) if shown.pieces else '<span class="none">–</span>'
+    return f'<figure class="text">{caption}<div class="words">{content}</div></figure>'
+
+
+def overlay(grid: np.ndarray) -> str:
+    """Input outlined, target tinted, the rest faded; a unit square for each token."""
+    height, width = grid.shape
+    squares = {role: "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere(grid == role)) for role in range(3)}
+    line = max(height, width) / 110
+    styles = {
+        0: f'fill="{UNUSED}" fill-opacity=".82"',
+        2: f'fill="{TARGET}" fill-opacity=".42" stroke="{TARGET}" stroke-width="{line:.3f}"',
+        1: f'fill="none" stroke="{INPUT}" stroke-width="{line:.3f}"',
+    }
+    paths = "".join(f'<path d="{squares[role]}" {style}/>' for role, style in styles.items() if squares[role])
+    return f'<svg viewBox="0 0 {width} {height}" preserveAspectRatio="none">{paths}</svg>'
+
+
+def _words(pieces: Sequence[Piece]) -> str:
+    """Neighbours of one role are one span, and the parts of a word stand together."""
+    html, role = [], ""
+    for piece in pieces:
+        text, glued = piece.text.removeprefix("##"), piece.text.startswith("##")
+        if piece.role != role:
+            html.append(f'{"</span>" if role else ""}{"" if glued else " "}<span class="{piece.role}">{escape(text)}')
+        else:
+            html.append(f"{'' if glued else ' '}{escape(text)}")
+        role = piece.role
+    return "".join(html) + "</span>"
+
+
+def _budgets(preview: Preview) -> str:
+    """A row per modality, a column per component."""
+    draws = len(next(iter((preview.components[0].input_budgets | preview.components[0].target_budgets).values())))
+    head = "".join(f"<th><b>Component {c.index + 1}</b> {c.share:.0%} of the samples</th>" for c in preview.components)
+    rows = []
+    for name, limit in budget_limits(preview).items():
+        cells = "".join(f"<td>{_histogram(component, name, limit)}</td>" for component in preview.components)
+        rows.append(f'<tr><th>{escape(name)}<div class="soft n">0 to {limit} tokens</div></th>{cells}</tr>')
+    return (
+        "<h3>Token budgets <small>how many tokens a sample may use, from "
+        f'{draws:,} draws; <span class="in">input</span> upwards, <span class="out">target</span> downwards; '
+        "pale: none at all; heights are square roots of the share of samples</small></h3>"
+        f'<div class="card scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def budget_limits(preview: Preview) -> dict[str, int]:
+    """modality → the most tokens that it can get."""
+    most = max(preview.dataset.input_tokens_range[1], preview.dataset.target_tokens_range[1])
+    return {name: min(m.max_tokens or most, most) for name, m in preview.dataset.modalities.items()}
+
+
+def bins(budgets: np.ndarray, limit: int) -> tuple[float, np.ndarray]:
+    """The share of draws without any token, and those of the bins above."""
+    wide = -(-limit // BINS)  # whole tokens
+    count = -(-limit // wide)
+    counts, _ = np.histogram(budgets[budgets > 0], count, (0.5, wide * count + 0.5))
+    return float(np.mean(budgets == 0)), counts / len(budgets)
+
+
+def _histogram(component: Component, name: str, limit: int) -> str:
+    width, half, drawn, notes = 308, 24, [], []
+    for budgets, color, sign, label in (
+        (component.input_budgets.get(name), INPUT, -1, "in"),
+        (component.target_budgets.get(name), TARGET, 1, "out"),
+    ):
+        if budgets is None:
+            continue
+        none, shares = bins(budgets, limit)
+        step = (width - 20) / len(shares)
+        bars = [
+            (0.0, 16.0, none, 0.3),
+            *((20 + i * step, step - 1, share, 1.0) for i, share in enumerate(shares.tolist())),
+        ]
+        for x, wide, share, opacity in bars:
+            length = half * share**0.5
+            if share:
+                y = half + 1 - length if sign < 0 else half + 2
+                drawn.append(
+                    f'<rect x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{length:.1f}" fill="{color}" opacity="{opacity}"/>'
+                )
+        mean = budgets.mean()
+        notes.append(
+            f'<span class="{label}">{"in" if label == "in" else "target"} mean {mean:.1f}, {none:.0%} none</span>'
+        )
+    axis = f'<rect x="0" y="{half + 1}" width="{width}" height="1" fill="#d1d5db"/>'
+    return (
+        f'<svg width="{width}" height="{2 * half + 3}">{"".join(drawn)}{axis}</svg>'
+        f'<div class="n">{" · ".join(notes)}</div>'
+    )

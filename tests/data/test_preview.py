@@ -1,0 +1,183 @@
+"""The preview shows what masking does, in one file that needs nothing else, and as a picture."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from fourm.data.data_config import load_data_config
+from fourm.data.modality_info import Modality
+from fourm.data.preview.__main__ import main
+from fourm.data.preview.page import bins
+from fourm.data.preview.samples import preview
+from fourm.utils.errors import UserError
+from fourm.vq import PatchCodebook, PatchCodebookConfig
+from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+
+REPOSITORY = Path(__file__).parents[2]
+ALPHAS = {
+    "rgb@32": {"input_alphas": [1000.0, 1.0, 1.0]},
+    "tok_rgb@32": {"input_alphas": [0.0, 1.0, 1.0], "target_alphas": [1.0, 1.0, 1.0]},
+    "caption": {"input_alphas": [0.0, 1.0, 1.0], "target_alphas": [1.0, 1.0, 1.0], "keep": ["random", "random", "all"]},
+    "det": {"input_alphas": [0.0, 1.0, 1.0], "target_alphas": [1.0, 1.0, 1.0]},
+    "station": {"input_alphas": [0.0, 1.0, 1.0], "target_alphas": [1.0, 1.0, 1.0]},
+}
+
+
+STATION = {"type": "seq_token", "vocab_size": 40, "vocab_offset": 12, "max_tokens": 5}
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Path of a data YAML of six samples with sequences of all kinds, three components, one of which never comes up."""
+    path = Path(write_folders(tmp_path / "f", 6))
+    for index in range(6):
+        target = path / "station" / f"part{index % 2}" / f"{index:05d}.npy"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        np.save(target, np.arange(3) + index)
+    content = {
+        "modalities": {**MODALITIES, "station": STATION},
+        "train": {
+            "datasets": {
+                "toy<&>": {
+                    "in_domains": "-".join(ALPHAS), "out_domains": "-".join([*ALPHAS][1:]), "data_path": str(path),
+                    "alphas_config": f"{tmp_path}/alphas.yaml", "num_input_tokens": 12, "num_target_tokens": 16,
+                },
+            },
+        },
+    }  # fmt: skip
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    alphas = {"sampling_weights": [3, 1, 0], "alphas_mixture": ALPHAS}
+    (tmp_path / "alphas.yaml").write_text(yaml.safe_dump(alphas))
+    text_tokenizer().save(str(tmp_path / "words.json"))
+    return tmp_path / "data.yaml"
+
+
+def paint(modality: Modality, tensor: torch.Tensor) -> np.ndarray:
+    return np.full((8, 8, 3), 7, np.uint8)
+
+
+def drawn(config, **options):
+    dataset = load_data_config(config, num_input_tokens=12, num_target_tokens=16).train["toy<&>"]
+    defaults = {"training": True, "samples": 4, "draws": 300, "seed": 0}
+    return preview(dataset, text_tokenizer(), paint, **(defaults | options))
+
+
+def test_every_component_shows_the_same_samples_under_its_own_budgets(config):
+    result = drawn(config)
+    assert [component.index for component in result.components] == [0, 1], "the third has no weight"
+    assert [component.share for component in result.components] == [0.75, 0.25]
+    assert len({example.key for example in result.examples}) == 4 == len(result.components[0].shown)
+    first, second = result.components
+    for shown in first.shown:
+        assert shown["rgb@32"].inputs == 4 and sum(entry.inputs for entry in shown.values()) == 4
+    assert any(shown["tok_rgb@32"].inputs for shown in second.shown)
+    assert (first.input_budgets["rgb@32"] == 4).all() and not first.input_budgets["caption"].any()
+    assert len(second.target_budgets["det"]) == 300 and "rgb@32" not in second.target_budgets
+
+
+def test_what_is_shown_is_what_the_masks_say(config):
+    for component in drawn(config, samples=6).components:
+        for shown in component.shown:
+            for entry in shown.values():
+                if entry.grid is not None:
+                    assert entry.grid.shape == (2, 2)
+                    assert ((entry.grid == 1).sum(), (entry.grid == 2).sum()) == (entry.inputs, entry.targets)
+                else:
+                    roles = [piece.role for piece in entry.pieces]
+                    marks, shared = roles.count("mark"), roles.count("input") + roles.count("target")
+                    # A sentinel with its span counts on both sides, but is shown once.
+                    assert shared + marks <= entry.inputs + entry.targets <= shared + 2 * marks
+
+
+def test_a_sequence_is_put_together_again(config):
+    whole = []
+    for component in drawn(config, samples=6).components:
+        for example, shown in zip(drawn(config, samples=6).examples, component.shown, strict=True):
+            pieces, index = shown["caption"].pieces, int(example.key[-5:])
+            words = [piece.text for piece in pieces if piece.role in ("input", "target")]
+            expected = ["sample", f"s{index}", "crop"]
+            assert [word for word in words if word in expected] == [word for word in expected if word in words]
+            whole += [words[:3] == expected]
+            codes = [
+                int(p.text) for p in shown["station"].pieces if p.role in ("input", "target") and p.text != "[EOS]"
+            ]
+            assert set(codes) <= {index, index + 1, index + 2}
+    assert any(whole)
+
+
+def test_the_bins_of_a_histogram():
+    none, shares = bins(np.array([0, 0, 1, 24, 24, 24]), 24)
+    assert none == pytest.approx(1 / 3) and shares.sum() == pytest.approx(2 / 3)
+    assert shares[0] == pytest.approx(1 / 6) and shares[-1] == pytest.approx(1 / 2)
+
+
+def test_the_page_needs_nothing_else(config, tmp_path, capsys):
+    out = tmp_path / "out" / "page.html"
+    words = ["--text_tokenizer_path", f"{tmp_path}/words.json"]
+    assert main([str(config), "--out", str(out), *words, "--samples", "2", "--draws", "50"]) == 0
+    page = out.read_text()
+    assert not re.search(r"<script|<link|<img|@import|src=|https?://", page)
+    assert set(re.findall(r"url\((.{10})", page)) == {"data:image"}
+    assert "toy&lt;&amp;&gt;" in page and "toy<&>" not in page
+    assert page.count('class="card"') == 2 * 2 and "Component 2" in page and "Component 3" not in page
+    for name in ("rgb@32", "tok_rgb@32", "caption", "det", "station"):
+        assert page.count(f'title="{name}"') == 2 * 2
+    assert page.count("background-image") == 2 * 2, "every picture once"
+    with Image.open(out.with_suffix(".png")) as sheet:
+        assert sheet.width == 1400 and sheet.height > 900 and len(set(sheet.resize((70, 90)).getdata())) > 20
+    again = tmp_path / "again.html"
+    main([str(config), "--out", str(again), *words, "--samples", "2", "--draws", "50"])
+    assert again.read_text() == page, "a function of its seed"
+
+
+def test_tokens_with_a_tokenizer_are_pictures(config, tmp_path):
+    codebook = PatchCodebook(PatchCodebookConfig("rgb", 256, 16, 3, 32))
+    codebook.codebook.normal_(generator=torch.Generator().manual_seed(0))
+    codebook.save(tmp_path / "codebooks" / "rgb")
+    words = ["--text_tokenizer_path", f"{tmp_path}/words.json", "--samples", "1", "--draws", "10"]
+    pages = []
+    for number, more in enumerate(([], ["--tokenizers", f"{tmp_path}/codebooks"])):
+        main([str(config), "--out", f"{tmp_path}/{number}.html", *words, *more])
+        pages.append(Path(f"{tmp_path}/{number}.html").read_text())
+    uris = [re.findall(r"url\((data:[^)]*)\)", page) for page in pages]
+    assert len(uris[0]) == len(uris[1]) == 2 and len(set(uris[0]) & set(uris[1])) == 1, "rgb itself is the same"
+
+
+def test_shards_and_validation(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    toy = content["train"]["datasets"].pop("toy<&>")
+    names = "rgb@32-tok_rgb@32-caption-det"
+    shards = write_shards(tmp_path / "s", 2, 3)
+    content["train"]["datasets"]["toy"] = toy | {
+        "in_domains": names, "out_domains": names[7:], "data_path": shards, "use_wds": True, "wds_n_repeats": 4,
+    }  # fmt: skip
+    content["val"] = {"datasets": {"toy": {"data_path": f"{tmp_path}/f", "use_wds": False}}}
+    config.write_text(yaml.safe_dump(content))
+    for split in ("train", "val"):
+        out = tmp_path / f"{split}.html"
+        words = ["--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"]
+        main([str(config), "--out", str(out), "--split", split, *words, "--samples", "50"])
+        assert out.read_text().count('class="card"') == 2 * 6, "a data set may have fewer than asked for"
+
+
+def test_the_command(config, tmp_path):
+    command = [sys.executable, "-m", "fourm.data.preview", str(config), "--out", f"{tmp_path}/page.txt"]
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 2 and run.stderr == f"error: 'out' must end with .html, not {tmp_path}/page.txt\n"
+
+
+def test_bad_options_are_one_line(config, tmp_path):
+    for options, message in (
+        (["--datasets", "other"], r"no data set 'other' in train, only toy<&>"),
+        (["--tokenizers", f"{tmp_path}/none"], "there is no tokenizer in its folders"),
+        (["--samples", "0"], "'samples' must be at least 1"),
+    ):
+        with pytest.raises(UserError, match=message):
+            main([str(config), "--out", f"{tmp_path}/page.html", *options])
