@@ -28,6 +28,7 @@ from fourm.data.modality_transforms import (
     UnifiedDataTransform,
     transforms_for,
 )
+from fourm.data.remote import RemoteOptions
 from fourm.utils.config import build, check_keys, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
 
@@ -91,6 +92,7 @@ class DatasetConfig(_Options):
         modalities: the union of both, inputs first, with ``input_alphas``, ``target_alphas`` and ``keep`` of its mixture.
         sampling_weights: of the components of the mixture; None = equal.
         input_tokens_range, target_tokens_range: fewest and most tokens of a sample, both included.
+        remote: how to read shards from stores.
     """
 
     name: str
@@ -100,6 +102,7 @@ class DatasetConfig(_Options):
     sampling_weights: tuple[float, ...] | None
     input_tokens_range: tuple[int, int]
     target_tokens_range: tuple[int, int]
+    remote: RemoteOptions | None = None
 
 
 @dataclass(frozen=True)
@@ -144,12 +147,14 @@ def load_data_config(
     min_input_tokens: int | None = None,
     min_target_tokens: int | None = None,
     max_bad_fraction: float = 0.01,
+    remote: RemoteOptions | None = None,
 ) -> DataConfig:
     """Read the data YAML at ``path``, and the alphas files that it refers to.
 
     Args:
         num_input_tokens, num_target_tokens, min_input_tokens, min_target_tokens, max_bad_fraction: for data sets that
             set no own value; a minimum of None is the maximum.
+        remote: how to read shards from stores.
 
     Raises:
         UserError: anything that cannot work, with file, data set, key and the nearest name.
@@ -175,7 +180,9 @@ def load_data_config(
 
     def resolve(split: str, sets: Mapping[str, Any]) -> dict[str, DatasetConfig]:
         return {
-            name: _dataset(name, defaults | fields, declarations, path, f"{path}: {split}.datasets.{name}")
+            name: replace(
+                _dataset(name, defaults | fields, declarations, path, f"{path}: {split}.datasets.{name}"), remote=remote
+            )
             for name, fields in sets.items()
         }
 

@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import assign_folders, existing_folders, expand, split_data_path, split_name
+from fourm.data.layout import assign_folders, existing_folders, expand, is_remote, split_data_path, split_name
 from fourm.data.raw_sample import Member, RawSample
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
+from fourm.utils.transfer import shown
 
 
 class Folders:
@@ -34,6 +35,10 @@ class Folders:
         name_map: Mapping[str, str] | None,
         ledger: BadSampleLedger,
     ):
+        if is_remote(data_path):
+            raise UserError(
+                f"data_path {shown(data_path)}: folders must be local; pack them into shards, with use_wds: true"
+            )
         pattern, folders = split_data_path(data_path)
         if folders is None:
             pattern, folders = f"{pattern}/\0", existing_folders(pattern)

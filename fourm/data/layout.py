@@ -10,23 +10,31 @@ import braceexpand
 
 from fourm.data.modality_info import Modality
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.transfer import shown
 
 CROP_SETTINGS = "crop_settings"
+
+
+def is_remote(path: str) -> bool:
+    """Whether a path is the URL of something in an object store or on a web server."""
+    return path.startswith(("s3://", "https://", "http://"))
 
 
 def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
     """The path with ``{}`` in place of its ``[a,b]``, and the folder names in the brackets (None without brackets).
 
     Raises:
-        UserError: a path that is not local, or has several pairs of brackets.
+        UserError: a path that cannot be read, or has several pairs of brackets.
     """
-    if re.match(r"\w+:", data_path):
-        raise UserError(f"data_path {data_path}: only local files can be read so far, not yet s3:// or http(s)://")
+    if re.match(r"\w+:", data_path) and not is_remote(data_path):
+        raise UserError(f"data_path {data_path}: only local files, s3:// and http(s):// can be read")
     parts = re.split(r"\[(.*?)\]", data_path)
     if len(parts) == 1:
         return data_path, None
     if len(parts) != 3:
-        raise UserError(f"data_path {data_path}: there must be one pair of brackets, around the modality folders")
+        raise UserError(
+            f"data_path {shown(data_path)}: there must be one pair of brackets, around the modality folders"
+        )
     return f"{parts[0]}\0{parts[2]}", [name.strip() for name in parts[1].split(",") if name.strip()]
 
 

@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fourm.data.decoding import EncodedImage, decode_value
+from fourm.data.remote import ShardCache
 from fourm.utils.errors import DataError
+from fourm.utils.transfer import shown
 
 
 class Member(NamedTuple):
@@ -24,6 +26,7 @@ class Member(NamedTuple):
     extension: str  # all that follows the first dot: "jpg", "json.gz"
     offset: int = 0
     size: int | None = None  # None: up to the end of the file
+    cache: ShardCache | None = None  # of a file in a store, whose URL is the path
 
 
 class BadSample(Exception):
@@ -46,7 +49,11 @@ class OpenFiles:
 
         Raises:
             OSError: the file cannot be read, or ends before the member does.
+            UserError: the store cannot be read.
         """
+        if member.cache:
+            assert member.size is not None
+            return member.cache.read(member.path, member.offset, member.size)
         if member.size is None:
             return Path(member.path).read_bytes()
         file = self._open.pop(member.path, None) or io.FileIO(member.path)
@@ -105,4 +112,4 @@ class RawSample:
     def where(self, name: str) -> str:
         """File and key of modality ``name``, or of the sample's first one, for messages."""
         path = self.members.get(name, next(iter(self.members.values()))).path
-        return f"{path}: key '{self.key}'"
+        return f"{shown(path)}: key '{self.key}'"

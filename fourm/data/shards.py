@@ -5,32 +5,39 @@ A *shard* is one tar with every modality (``KEY.MODALITY.EXT``) or one tar per m
 
 from __future__ import annotations
 
+import itertools
 import os
 import tarfile
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import assign_folders, expand, split_data_path, split_name
+from fourm.data.layout import assign_folders, expand, is_remote, split_data_path, split_name
 from fourm.data.raw_sample import Member, RawSample
+from fourm.data.remote import RemoteOptions, ShardCache
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
+from fourm.utils.transfer import shown
 
 _BLOCK = 512
 _WINDOW = 8 * _BLOCK  # read at once: a header, and what often stands around it (extended header, the next small member)
 
 
-def tar_members(path: str) -> Iterator[tuple[str, int, int]]:
+def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the regular files in a tar (ustar, GNU and pax names), in their order.
 
     Several times as fast as ``tarfile``, which builds an object with all metadata for each member.
 
+    Args:
+        cache: of a tar in a store.
+
     Raises:
         OSError: the file cannot be read.
+        UserError: the store cannot be read.
         tarfile.ReadError: it is not a tar, or it is cut off (after everything before has been given).
     """
-    with open(path, "rb", buffering=0) as file:
+    with cache.open(path) if cache else open(path, "rb", buffering=0) as file:
         descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
         window, window_start, position = b"", 0, 0
         long_name, pax = None, dict[str, str]()
@@ -96,23 +103,30 @@ class Shards:
         data_path: ``root/[rgb,caption]/shard-{00000..00099}.tar``, or without brackets for tars with every modality.
         wanted: the modalities to read and their usual folder names.
         name_map: folder → modality where the names differ.
+        remote: how to read from stores.
 
     Raises:
         UserError: nothing lies at ``data_path``, or a modality is not there.
     """
 
-    def __init__(self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None):
+    def __init__(
+        self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None,
+        remote: RemoteOptions | None = None,
+    ):  # fmt: skip
         pattern, folders = split_data_path(data_path)
+        self._cache = ShardCache(remote or RemoteOptions()) if is_remote(data_path) else None
         shards: list[dict[str | None, str]]
         if folders is None:
             shards = [{None: path} for path in expand(pattern, None)]
-            self._folders = assign_folders(wanted, self._folders_inside(shards), name_map, data_path)
+            self._folders = assign_folders(wanted, self._folders_inside(shards), name_map, shown(data_path))
         else:
-            self._folders = assign_folders(wanted, folders, name_map, data_path)
+            self._folders = assign_folders(wanted, folders, name_map, shown(data_path))
             columns = {folder: expand(pattern, folder) for folder in self._folders.values()}
             shards = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
             for paths in columns.values():
-                if not any(Path(path).exists() for path in paths):
+                if self._cache:
+                    self._cache.describe(paths[0])
+                elif not any(Path(path).exists() for path in paths):
                     raise UserError(f"data_path {data_path}: there is no {paths[0]}")
         self._shards = shards
 
@@ -123,23 +137,26 @@ class Shards:
             key: what the order depends on beside the stream: (seed, epoch, …).
         """
         rng = generator(*key, "shards", stream)
-        while True:
-            yield from self._join(self._shards[rng.integers(len(self._shards))], ledger)
+        for shard in self._fetched(self._shards[rng.integers(len(self._shards))] for _ in itertools.count()):
+            yield from self._join(shard, ledger)
 
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
         """Every sample once, in the order of the shards."""
-        samples = [sample for shard in self._shards for sample in self._join(shard, ledger)]
+        samples = [sample for shard in self._fetched(self._shards) for sample in self._join(shard, ledger)]
         ledger.joined(0, 0, final=True)
         return samples
+
+    def _fetched(self, shards: Iterable[dict[str | None, str]]) -> Iterable[dict[str | None, str]]:
+        return self._cache.ahead(shards) if self._cache else shards
 
     def _join(self, shard: Mapping[str | None, str], ledger: BadSampleLedger) -> list[RawSample]:
         """The samples of a shard that have every wanted modality, in their order in the tars."""
         indexes: dict[str, dict[str, Member]] = {}
         for folder, path in shard.items():
-            index, problem = _index(path, folder)
+            index, problem = self._index(path, folder)
             indexes.update(index)
             if problem:
-                ledger.warn(path, f"{path}: {problem}")
+                ledger.warn(path, f"{shown(path)}: {problem}")
         columns = [(folder, indexes.get(folder, {})) for folder in self._folders.values()]
         keys = dict.fromkeys(key for _, index in columns for key in index)
         incomplete = [key for key in keys if any(key not in index for _, index in columns)]
@@ -147,7 +164,7 @@ class Shards:
             folder = next(folder for folder, index in columns if incomplete[0] not in index)
             path = shard.get(folder) or shard[None]
             more = f" and {len(incomplete) - 1} more keys are" if len(incomplete) > 1 else " is"
-            ledger.warn(f"join {path}", f"{path}: no {folder} for key '{incomplete[0]}', which{more} skipped")
+            ledger.warn(f"join {path}", f"{shown(path)}: no {folder} for key '{incomplete[0]}', which{more} skipped")
         ledger.joined(max(len(keys), 1), len(incomplete) if keys else 1)
         for key in incomplete:
             del keys[key]
@@ -159,30 +176,30 @@ class Shards:
     def _folders_inside(self, shards: list[dict[str | None, str]]) -> list[str]:
         """The modalities in the first tar that can be read."""
         for shard in shards:
-            index, _ = _index(shard[None], None)
+            index, _ = self._index(shard[None], None)
             if index:
                 return list(index)
-        raise UserError(f"data_path {shards[0][None]}: {_index(shards[0][None], None)[1] or 'the tar is empty'}")
+        problem = self._index(shards[0][None], None)[1]
+        raise UserError(f"data_path {shown(shards[0][None])}: {problem or 'the tar is empty'}")
 
+    def _index(self, path: str, folder: str | None) -> tuple[dict[str, dict[str, Member]], str | None]:
+        """What a tar holds as folder → key → member, and what is wrong with it.
 
-def _index(path: str, folder: str | None) -> tuple[dict[str, dict[str, Member]], str | None]:
-    """What a tar holds as folder → key → member, and what is wrong with it.
-
-    Args:
-        folder: the one folder that all members belong to; None if each names its own, ``KEY.FOLDER.EXT``.
-    """
-    index: defaultdict[str, dict[str, Member]] = defaultdict(dict)
-    problem = None
-    try:
-        for name, offset, size in tar_members(path):
-            key, extension = split_name(name)
-            own_folder = folder
-            if own_folder is None:
-                own_folder, _, rest = extension.partition(".")
-                extension = rest or own_folder
-            first = index[own_folder].setdefault(key, Member(path, extension, offset, size))
-            if first.offset != offset:
-                problem = f"key '{key}' has two members, .{first.extension} and .{extension}; the first is used"
-    except (OSError, tarfile.ReadError) as error:
-        problem = f"{getattr(error, 'strerror', None) or error}; what it should hold is skipped"
-    return index, problem
+        Args:
+            folder: the one folder that all members belong to; None if each names its own, ``KEY.FOLDER.EXT``.
+        """
+        index: defaultdict[str, dict[str, Member]] = defaultdict(dict)
+        problem = None
+        try:
+            for name, offset, size in tar_members(path, self._cache):
+                key, extension = split_name(name)
+                own_folder = folder
+                if own_folder is None:
+                    own_folder, _, rest = extension.partition(".")
+                    extension = rest or own_folder
+                first = index[own_folder].setdefault(key, Member(path, extension, offset, size, self._cache))
+                if first.offset != offset:
+                    problem = f"key '{key}' has two members, .{first.extension} and .{extension}; the first is used"
+        except (OSError, tarfile.ReadError) as error:
+            problem = f"{getattr(error, 'strerror', None) or error}; what it should hold is skipped"
+        return index, problem

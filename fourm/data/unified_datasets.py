@@ -342,7 +342,7 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
     if config.type != "multimodal":
         raise UserError(f"data set {config.name}: type '{config.type}' is not supported yet, only 'multimodal'")
     place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    return Shards(*place) if config.use_wds else Folders(*place, ledger)
+    return Shards(*place, config.remote) if config.use_wds else Folders(*place, ledger)
 
 
 def build_dataset(

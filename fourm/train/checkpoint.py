@@ -17,6 +17,7 @@ import contextlib
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -46,10 +47,15 @@ class CheckpointWriter:
     Args:
         keep_last: checkpoints that are kept; 0 = all.
         background: write while the training goes on.
+        saved: called in the main process with each checkpoint that is complete, before the next one begins.
     """
 
-    def __init__(self, folder: Path, parallel: Processes, keep_last: int, background: bool):
+    def __init__(
+        self, folder: Path, parallel: Processes, keep_last: int, background: bool,
+        saved: Callable[[Path], None] | None = None,
+    ):  # fmt: skip
         self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
+        self._saved = saved
         # What the writers have to tell one another must not mix with what the training says meanwhile.
         self._group: Any = dist.new_group(backend="gloo") if parallel.distributed else None
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -114,6 +120,8 @@ class CheckpointWriter:
                 before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
                 for old in before[self._keep_last :] if self._keep_last else ():
                     shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))  # never half a checkpoint
+                if self._saved:
+                    self._saved(target)
 
             try:
                 path = parallel.from_main(begin, group)

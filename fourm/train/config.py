@@ -122,12 +122,14 @@ class TrainConfig:
     start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
 
     # Remote storage
-    s3_endpoint: str = option("endpoint of the object store", "")
-    s3_data_endpoint: str = option("endpoint for data, where it differs", "")
+    s3_endpoint: str = option("URL of the object store (default: as boto3 is configured, else AWS)", "")
+    s3_data_endpoint: str = option("the same for data, where it differs", "")
     s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512)
     s3_multipart_threshold_mb: int = option("transfers above this are split", 512)
-    s3_max_io_queue: int = option("requests in flight", 100)
-    s3_save_dir: str = option("copy checkpoints here", "")
+    s3_max_io_queue: int = option("requests that a process may have in flight", 100)
+    s3_save_dir: str = option("copy checkpoints and the final model to s3://bucket/folder, below the run_name", "")
+    data_cache_dir: str = option("local copies of remote shards, shared by all processes", "~/.cache/fourm/shards")
+    data_cache_gb: float = option("most that these copies may take, in 10^9 bytes", 50.0)
 
     # Processes and logging
     fsdp_param_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
@@ -180,12 +182,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _AT_LEAST = {
     1: (
         "batch_size", "accum_iter", "plan_world_size", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
-        "act_checkpoint_every",
+        "act_checkpoint_every", "s3_multipart_chunksize_mb", "s3_max_io_queue",
         "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
     ),
     0: (
         "num_workers", "eval_freq", "save_ckpt_freq", "save_every_minutes", "keep_last", "start_epoch",
-        "num_register_tokens", "fsdp_shard_size",
+        "num_register_tokens", "fsdp_shard_size", "s3_multipart_threshold_mb",
     ),
 }  # fmt: skip
 
@@ -196,7 +198,7 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad", "peak_tflops"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if not 0 < config.plan_mfu <= 1:
@@ -221,9 +223,11 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"'model_ema_decay' must be at least 0 and below 1, not {config.model_ema_decay}")
     if len(config.opt_betas) != 2:
         raise UserError(f"'opt_betas' must be two numbers, not {list(config.opt_betas)}")
-    for key in ("s3_save_dir", "s3_endpoint", "s3_data_endpoint"):
-        if getattr(config, key):
-            raise UserError(f"'{key}': object stores are not supported yet; use mounted paths for data and output_dir")
+    for key in ("s3_endpoint", "s3_data_endpoint"):
+        if getattr(config, key) and not getattr(config, key).startswith(("http://", "https://")):
+            raise UserError(f"'{key}' must be a URL, https://HOST, not {getattr(config, key)!r}")
+    if config.s3_save_dir and not config.s3_save_dir.startswith("s3://"):
+        raise UserError(f"'s3_save_dir' must be s3://BUCKET or s3://BUCKET/FOLDER, not {config.s3_save_dir!r}")
 
 
 def _lengths(phase: str) -> list[str]:

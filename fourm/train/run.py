@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from fourm.data.data_config import DataConfig, load_data_config
+from fourm.data.remote import RemoteOptions
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.models.sharded import export_model
@@ -36,7 +37,9 @@ from fourm.train.schedules import build_schedule
 from fourm.train.signals import STOP_SIGNALS, StopSignals
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
+from fourm.utils.s3 import S3Store, upload
 from fourm.utils.tokenizer import load_text_tokenizer
+from fourm.utils.transfer import shown
 
 log = logging.getLogger("fourm")
 
@@ -124,7 +127,7 @@ class Run:
         """Tell what is going to happen."""
         config, length, schedule = self.config, self.length, self.trainer.schedule
         for name, dataset in self.data.train.items():
-            log.info("data set %s, weight %g: %s", name, self.data.weights[name], dataset.data_path)
+            log.info("data set %s, weight %g: %s", name, self.data.weights[name], shown(dataset.data_path))
             log.info("  inputs %s of %d-%d tokens", ", ".join(dataset.in_domains), *dataset.input_tokens_range)
             log.info("  targets %s of %d-%d tokens", ", ".join(dataset.out_domains), *dataset.target_tokens_range)
         counts = count_parameters(self.trainer.model)
@@ -168,11 +171,11 @@ class Run:
                 f"nothing to train: the run has {self.total_steps} steps and begins with step {trainer.step}"
             )
         parallel.from_main(self._take_folder)
-        self._writer = CheckpointWriter(self.checkpoints, parallel, config.keep_last, config.async_save)
+        self._writer = CheckpointWriter(
+            self.checkpoints, parallel, config.keep_last, config.async_save, self._copy_checkpoint
+        )
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
-        if parallel.is_main:
-            with atomic_path(self.folder / "config.yaml") as path:
-                path.write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+        parallel.from_main(self._write_config)
         traced = self.folder if config.profile and parallel.is_main else None
         with StopSignals() as signals, profiler(traced) as step_is_done:
             if self._evaluation_is_due() and not parallel.from_main(lambda: journal.evaluated):
@@ -211,6 +214,22 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.folder)
         remove_unfinished(self.checkpoints)
+
+    def _write_config(self) -> None:
+        with atomic_path(self.folder / "config.yaml") as path:
+            path.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+        self._copy_to_store("config.yaml")  # a store that cannot be written to is found out now
+
+    def _copy_to_store(self, *names: str) -> None:
+        """Copy files or folders of the run folder to ``s3_save_dir``, if there is one."""
+        config = self.config
+        store = S3Store(
+            config.s3_endpoint, config.s3_multipart_chunksize_mb * 2**20, config.s3_multipart_threshold_mb * 2**20,
+            config.s3_max_io_queue,
+        )  # fmt: skip
+        for name in names if config.s3_save_dir else ():
+            url = f"{config.s3_save_dir.rstrip('/')}/{config.run_name}/{name}"
+            upload(self.folder / name, url, store)
 
     def _batches(self) -> Iterator[Batch]:
         config, parallel = self.config, self.parallel
@@ -265,6 +284,13 @@ class Run:
         export_model(checkpoint, self.folder)
         if self.config.model_ema:
             export_model(checkpoint, self.folder / "ema", ema=True)
+        self._copy_to_store("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []))
+
+    def _copy_checkpoint(self, checkpoint: Path) -> None:
+        try:
+            self._copy_to_store(f"checkpoints/{checkpoint.name}")
+        except UserError as error:  # the checkpoint is safe here, and the training worth more than its copy
+            log.error("%s; the checkpoint is not copied", error)
 
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer
@@ -321,4 +347,12 @@ def load_data(config: TrainConfig) -> DataConfig:
         min_input_tokens=config.min_input_tokens,
         min_target_tokens=config.min_target_tokens,
         max_bad_fraction=config.max_bad_fraction,
+        remote=RemoteOptions(
+            endpoint=config.s3_data_endpoint or config.s3_endpoint,
+            cache_dir=config.data_cache_dir,
+            cache_bytes=int(config.data_cache_gb * 1e9),
+            part_bytes=config.s3_multipart_chunksize_mb * 2**20,
+            split_above_bytes=config.s3_multipart_threshold_mb * 2**20,
+            requests=config.s3_max_io_queue,
+        ),
     )

@@ -1,0 +1,194 @@
+"""Objects of S3, or of any store that speaks its protocol: describe them, read ranges of them, upload.
+
+Credentials come from the usual places: environment, ``~/.aws``, role of the container or machine; requests are anonymous if
+there are none.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import functools
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.transfer import (
+    CHUNK,
+    MissingObject,
+    RemoteObject,
+    Retries,
+    Transient,
+    raise_for_status,
+    shown,
+)
+
+_DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
+
+
+@dataclass(frozen=True)
+class S3Store:
+    """One endpoint.
+
+    Attributes:
+        endpoint: URL; empty: that of ``AWS_ENDPOINT_URL_S3`` or ``~/.aws/config``, else AWS.
+        part_bytes, split_above_bytes: uploads larger than the latter go in parts.
+        requests: connections at once.
+    """
+
+    endpoint: str = ""
+    part_bytes: int = 512 * 2**20
+    split_above_bytes: int = 512 * 2**20
+    requests: int = 100
+    retries: Retries = Retries()
+
+    def describe(self, url: str) -> RemoteObject:
+        """Size, ETag and checksum of ``s3://bucket/key``.
+
+        Raises:
+            MissingObject: there is no such key.
+            UserError: no such bucket, access denied, or the store stays down.
+        """
+        bucket, key = split_url(url)
+        client = self._client()
+
+        def head() -> dict[str, Any]:
+            with self._errors(url):
+                return client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+
+        try:
+            answer = self.retries(head, url)
+        except MissingObject:
+            self.retries(lambda: self._check_bucket(bucket), url)
+            raise
+        return RemoteObject(url, answer["ContentLength"], answer.get("ETag", ""), _digest(answer))
+
+    def chunks(self, item: RemoteObject, start: int, end: int) -> Iterator[bytes]:
+        """The bytes from ``start`` up to ``end``, by one request.
+
+        Raises:
+            Transient: the transfer broke.
+            UserError: the object has changed, or may not be read.
+        """
+        bucket, key = split_url(item.url)
+        unchanged = {"IfMatch": item.etag} if item.etag else {}
+        with self._errors(item.url):
+            answer = self._client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **unchanged)
+            with contextlib.closing(answer["Body"]) as body:
+                if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
+                    raise UserError(f"{item.url}: the store does not answer requests for a range of bytes")
+                while data := body.read(CHUNK):
+                    yield data
+
+    def upload(self, path: str | Path, url: str) -> None:
+        """Copy a file to ``s3://bucket/key``, in parts if it is large.
+
+        Raises:
+            UserError: no such bucket, access denied, or the store stays down.
+        """
+        from boto3.s3.transfer import TransferConfig
+
+        bucket, key = split_url(url)
+        transfer = TransferConfig(
+            multipart_threshold=self.split_above_bytes, multipart_chunksize=self.part_bytes, max_io_queue=self.requests
+        )
+
+        def put() -> None:
+            with open(path, "rb") as file, self._errors(url):
+                self._client(self.retries.attempts).upload_fileobj(file, bucket, key, Config=transfer)
+
+        replace(self.retries, attempts=1)(put, url)  # botocore has repeated its parts
+
+    def _check_bucket(self, bucket: str) -> None:
+        url = f"s3://{bucket}"
+        try:
+            with self._errors(url):
+                self._client().head_bucket(Bucket=bucket)
+        except MissingObject:
+            raise UserError(f"{url}: there is no such bucket at {self._place}") from None
+
+    @property
+    def _place(self) -> str:
+        return shown(
+            self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "AWS")
+        )
+
+    def _client(self, attempts: int = 1) -> Any:
+        # Connections must not be shared with the process that this one was forked from.
+        return _client(os.getpid(), self.endpoint, self.requests, self.retries.timeout, attempts)
+
+    @contextlib.contextmanager
+    def _errors(self, url: str) -> Iterator[None]:
+        """Turn botocore's errors into ours. Their texts are left out: they may tell whose credentials were used."""
+        from botocore import exceptions
+        from botocore.parsers import ResponseParserError
+
+        broken = exceptions.HTTPClientError, exceptions.ResponseStreamingError, exceptions.IncompleteReadError
+        try:
+            yield
+        except exceptions.ClientError as error:
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+            code = error.response.get("Error", {}).get("Code", "")
+            if code == "NoSuchBucket":
+                raise UserError(f"{url}: there is no such bucket at {self._place}") from None
+            raise_for_status(status, "" if code.isdigit() else code, url)
+        except (*broken, ResponseParserError, OSError) as error:
+            raise Transient(f"no complete answer from {self._place} ({type(error).__name__})") from error
+        except exceptions.BotoCoreError as error:
+            raise UserError(f"{url}: {error}") from error
+
+
+def upload(path: Path, s3_url: str, store: S3Store) -> None:
+    """Copy a file, or all files of a folder to the same names below ``s3_url``.
+
+    Raises:
+        UserError: no such bucket, access denied, or the store stays down.
+    """
+    if path.is_file():
+        store.upload(path, s3_url)
+    for file in sorted(path.rglob("*")):
+        if file.is_file():
+            store.upload(file, f"{s3_url}/{file.relative_to(path).as_posix()}")
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Bucket and key of ``s3://bucket/key``."""
+    bucket, _, key = url.removeprefix("s3://").partition("/")
+    if not bucket or not key:
+        raise UserError(f"{url}: an object is named s3://bucket/key")
+    return bucket, key
+
+
+def _digest(answer: dict[str, Any]) -> tuple[str, str] | None:
+    """The checksum of a whole object: those of its parts, which ``-`` tells, cannot be computed without knowing the parts."""
+    for field, algorithm in _DIGESTS.items():
+        if (value := answer.get(field)) and "-" not in value and answer.get("ChecksumType") != "COMPOSITE":
+            return algorithm, base64.b64decode(value).hex()
+    etag = answer.get("ETag", "").strip('"')
+    encrypted = "kms" in answer.get("ServerSideEncryption", "") or "SSECustomerAlgorithm" in answer
+    return ("md5", etag) if re.fullmatch("[0-9a-f]{32}", etag) and not encrypted else None
+
+
+@functools.lru_cache
+def _client(process: int, endpoint: str, connections: int, timeout: float, attempts: int) -> Any:
+    try:
+        import boto3
+        from botocore import UNSIGNED
+        from botocore.config import Config
+    except ImportError:
+        raise MissingDependency("boto3", "s3://") from None
+    session = boto3.session.Session()
+    options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+    config = Config(
+        connect_timeout=timeout, read_timeout=timeout, max_pool_connections=connections,
+        retries={"total_max_attempts": attempts, "mode": "standard"},
+        # Checksums of answers are verified over whole objects, here; those of requests not all stores understand.
+        response_checksum_validation="when_required",
+        request_checksum_calculation="when_required" if endpoint else "when_supported",
+        **options,
+    )  # fmt: skip
+    return session.client("s3", endpoint_url=endpoint or None, config=config)

@@ -1,0 +1,313 @@
+"""Shards in an S3 store and on a web server: the stream is the local one, whatever goes wrong on the way."""
+
+import contextlib
+import functools
+import hashlib
+import http.server
+import itertools
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.raw_sample import OpenFiles
+from fourm.data.remote import RemoteOptions, ShardCache
+from fourm.data.shards import Shards
+from fourm.utils.errors import UserError
+from tests.data.dataset_files import write_shards
+from tests.data.object_store import BUCKET, RETRIES, SECRET, ObjectStore, client, faulty, options
+
+WANTED = {"rgb@224": "rgb", "caption": "caption", "tok_rgb@224": "tok_rgb", "crop_settings": "crop_settings"}
+NAMES = {"tok_rgb": "tok_rgb@224"}
+ROOT = Path(__file__).parents[2]
+DRAWS = 60
+
+
+@pytest.fixture(autouse=True)
+def credentials(monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The data path of local shards: 6 of 4 samples."""
+    with pytest.MonkeyPatch.context():
+        return write_shards(tmp_path_factory.mktemp("shards"), 6, 4)
+
+
+@pytest.fixture(scope="module")
+def store(local):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ACCESS_KEY_ID", "toy-key")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+        store = ObjectStore(Path(local.partition("[")[0]))
+    yield store
+    store.kill()
+
+
+def stream(data_path: str, remote: RemoteOptions | None = None, draws: int = DRAWS) -> list[tuple[str, str]]:
+    """Key and digest of all members of the first samples; those of one shard are read after the next has begun."""
+    shards = Shards(data_path, WANTED, NAMES, remote)
+    samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
+    files, found = OpenFiles(), []
+    for sample in itertools.islice(samples, draws):
+        digest = hashlib.sha256()
+        for member in sample.members.values():
+            digest.update(files.read(member))
+        found.append((sample.key, digest.hexdigest()))
+    return found
+
+
+def on_s3(local: str) -> str:
+    return f"s3://{BUCKET}/[{local.partition('[')[2]}"
+
+
+def sizes(cache: Path) -> list[int]:
+    return [path.stat().st_size for path in cache.iterdir()]
+
+
+def test_the_stream_is_the_local_one_and_every_tar_is_fetched_once(local, store, tmp_path):
+    with faulty(store) as proxy:
+        remote = options(proxy.endpoint, tmp_path)
+        assert stream(on_s3(local), remote) == stream(local)
+        fetched = {path: count for (method, path), count in proxy.counts.items() if method == "GET"}
+        assert len(fetched) > 12 and set(fetched.values()) == {1} and "/toys/det/shard-00000.tar" not in fetched
+        before = proxy.counts.total()
+        assert stream(on_s3(local), remote) == stream(local)
+        asked = {method for method, _ in (proxy.counts - dict.fromkeys((), 1)).keys()}
+        assert asked == {"HEAD", "GET"} and set(fetched.values()) == {1} and proxy.counts.total() > before
+
+
+@pytest.mark.parametrize(
+    "fault", ["500 InternalError", "503 SlowDown", "truncate", "shorten", "reset", "refuse", "damage"]
+)
+def test_what_fails_for_a_while_changes_nothing(local, store, tmp_path, fault):
+    def sometimes(method, path, before):
+        if fault == "damage":
+            return fault if method == "GET" and not before else None
+        return fault if before % 3 < 2 and (method == "GET" or fault[0] in "5r") else None
+
+    with faulty(store, sometimes) as proxy:
+        small_parts = options(proxy.endpoint, tmp_path, part_bytes=20_000, split_above_bytes=20_000)
+        assert stream(on_s3(local), small_parts, draws=24) == stream(local, draws=24)
+        assert any(not text.startswith("bytes=0-") for text in proxy.ranges)
+
+
+def test_parts_are_fetched_side_by_side(local, store, tmp_path):
+    with faulty(store) as proxy:
+        remote = options(proxy.endpoint, tmp_path, part_bytes=4_000, split_above_bytes=4_000)
+        with ShardCache(remote).open(f"s3://{BUCKET}/rgb/shard-00000.tar") as file:
+            content = file.readall()
+        assert content == Path(local.partition("[")[0], "rgb/shard-00000.tar").read_bytes()
+        firsts = sorted(int(text[6:].split("-")[0]) for text in proxy.ranges)
+        assert firsts == list(range(0, len(content), 4_000)) and len(firsts) > 2
+
+
+def test_a_store_that_is_slower_than_the_timeout_is_asked_again(local, store, tmp_path):
+    with faulty(store, lambda method, path, before: "slow" if not before and "rgb" in path else None) as proxy:
+        impatient = options(proxy.endpoint, tmp_path, retries=type(RETRIES)(6, 0.01, 0.05, timeout=1.0))
+        assert stream(on_s3(local), impatient, draws=8) == stream(local, draws=8)
+        assert proxy.counts["HEAD", "/toys/rgb/shard-00000.tar"] > 1
+
+
+@pytest.mark.slow
+def test_a_store_that_is_restarted_amid_a_shard_changes_nothing(local, tmp_path):
+    store, restarted = ObjectStore(Path(local.partition("[")[0])), threading.Event()
+
+    def restart():
+        store.kill()
+        time.sleep(0.5)
+        store.start()
+
+    def amid(method, path, before):
+        if method == "GET" and len(proxy.ranges) > 10 and not restarted.is_set():
+            restarted.set()
+            threading.Thread(target=restart, daemon=True).start()
+            return "truncate"
+        return None
+
+    try:
+        with faulty(store, amid) as proxy:
+            patient = options(
+                proxy.endpoint, tmp_path, part_bytes=9_000, split_above_bytes=9_000,
+                retries=type(RETRIES)(30, 0.1, 2.0, timeout=5),
+            )  # fmt: skip
+            assert stream(on_s3(local), patient) == stream(local)
+            assert restarted.is_set()
+    finally:
+        store.kill()
+
+
+@pytest.mark.parametrize(
+    "fault, where, message, requests",
+    [
+        ("500 InternalError", "HEAD", "the store answers 500, 6 times in a row", 6),
+        ("503 SlowDown", "GET", "the store answers 503 SlowDown, 6 times in a row", 6),
+        ("refuse", "HEAD", r"no complete answer from http://127.0.0.1:\d+ \(\w+\), 6 times in a row", 6),
+        ("truncate", "GET", "6 times in a row", 6),
+        ("damage", "GET", "arrives damaged, 3 times in a row: its md5", 3),
+        ("403 AccessDenied", "GET", r"access denied \(403 AccessDenied\); check the credentials", 1),
+        ("403 ", "HEAD", r"access denied \(403\)", 1),
+        ("400 ExpiredToken", "GET", "refuses the request .400 ExpiredToken", 1),
+        ("412 PreconditionFailed", "GET", "has changed since the run began", 1),
+    ],
+)
+def test_what_stays_broken_is_one_error_after_a_bounded_number_of_requests(
+    local, store, tmp_path, fault, where, message, requests
+):
+    with faulty(store, lambda method, path, before: fault if method == where and "rgb" in path else None) as proxy:
+        with pytest.raises(UserError, match=message) as failure:
+            stream(on_s3(local), options(proxy.endpoint, tmp_path))
+        assert str(failure.value).startswith("s3://toys/") and "\n" not in str(failure.value)
+        assert not {SECRET, "toy-key"} & set(str(failure.value).split()) and SECRET not in str(failure.value)
+        counts = [count for (method, path), count in proxy.counts.items() if method == where and "rgb" in path]
+        assert max(counts) == requests
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize(
+    "data_path, message",
+    [
+        (
+            "s3://nowhere/[rgb,caption,tok_rgb,crop_settings]/shard-00000.tar",
+            "s3://nowhere: there is no such bucket at http",
+        ),
+        (
+            f"s3://{BUCKET}/[rgb,caption,tok_rgb,crop_settings]/shard-{{7..9}}.tar",
+            "shard-7.tar: there is no such object",
+        ),
+        (f"s3://{BUCKET}/nothing.tar", "nothing.tar: there is no such object"),
+        (f"s3://{BUCKET}", "an object is named s3://bucket/key"),
+        (f"s3://{BUCKET}/[rgb,caption]/shard-00000.tar", "no folder for modality tok_rgb@224"),
+    ],
+)
+def test_what_is_not_there_is_named(store, tmp_path, data_path, message):
+    with pytest.raises(UserError, match=message):
+        Shards(data_path, WANTED, NAMES, options(store.endpoint, tmp_path))
+
+
+def test_a_shard_that_is_missing_ends_the_run(store, local, tmp_path):
+    missing = on_s3(local).replace("00005", "00009")
+    with pytest.raises(UserError, match=r"shard-0000\d.tar: there is no such object"):
+        stream(missing, options(store.endpoint, tmp_path), draws=200)
+
+
+def test_validation_goes_through_all_of_it(local, store, tmp_path):
+    shards = Shards(on_s3(local), WANTED, NAMES, options(store.endpoint, tmp_path))
+    assert sorted(int(sample.key) for sample in shards.all(BadSampleLedger("toy", 0.0))) == list(range(24))
+
+
+def test_a_cache_that_is_too_small_is_obeyed_and_changes_nothing(local, store, tmp_path, caplog):
+    limit, most, done = 40_000, [0], threading.Event()
+
+    def watch():
+        while not done.is_set():
+            with contextlib.suppress(FileNotFoundError):
+                most[0] = max(most[0], sum(sizes(tmp_path)))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        assert stream(on_s3(local), options(store.endpoint, tmp_path, cache_bytes=limit)) == stream(local)
+    finally:
+        done.set()
+        watcher.join()
+    assert limit / 2 < most[0] <= limit
+    assert caplog.text.count("raise data_cache_gb") == 1
+
+
+def test_a_tar_larger_than_the_cache_is_an_error(local, store, tmp_path):
+    with pytest.raises(UserError, match="more than data_cache_gb=5e-06; raise it"):
+        stream(on_s3(local), options(store.endpoint, tmp_path, cache_bytes=5_000))
+
+
+def test_what_was_used_longest_ago_makes_room(local, store, tmp_path):
+    urls = [f"s3://{BUCKET}/rgb/shard-0000{i}.tar" for i in range(4)]
+    sizes = [Path(local.partition("[")[0], url.removeprefix(f"s3://{BUCKET}/")).stat().st_size for url in urls]
+    cache = ShardCache(options(store.endpoint, tmp_path, cache_bytes=max(sizes) * 3))
+    stranger = tmp_path / "my-thesis.tex"
+    stranger.write_bytes(b"x" * 10**6)
+    (tmp_path / f"{'0' * 24}.part").write_bytes(b"x" * 10**6)  # of a process that was killed
+    for url in urls[:3]:
+        cache.open(url).close()
+    held = cache.open(urls[1])
+    cache.read(urls[0], 0, 10)
+    held_at, first_at, third_at = (cache._locate(urls[i])[1] for i in (1, 0, 2))
+    os.utime(third_at, (1, 1))
+    cache.open(urls[3]).close()
+    assert first_at.exists() and held_at.exists() and not third_at.exists()
+    os.utime(held_at, (1, 1))
+    cache.open(urls[2]).close()
+    assert not held_at.exists() and len(held.readall()) == sizes[1], "what is open stays readable"
+    assert stranger.exists() and not list(tmp_path.glob("*.part"))
+
+
+def test_a_new_version_of_an_object_is_fetched(local, store, tmp_path):
+    url, bucket = f"s3://{BUCKET}/changing.tar", client(store.endpoint)
+    for content in (b"one", b"two"):
+        bucket.put_object(Bucket=BUCKET, Key="changing.tar", Body=content, ChecksumAlgorithm="CRC32")
+        cache = ShardCache(options(store.endpoint, tmp_path))
+        assert cache.open(url).readall() == content and cache.describe(url).digest[0] == "crc32"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_processes_share_a_cache(local, store, tmp_path):
+    program = (
+        "import json, sys; from tests.data.test_remote import *\n"
+        "endpoint, path, folder, limit = sys.argv[1:]\n"
+        "print(json.dumps(stream(path, options(endpoint, Path(folder), cache_bytes=int(limit)))))"
+    )
+    expected = [list(pair) for pair in stream(local)]
+    for limit, folder in ((10**9, "large"), (60_000, "small")):
+        with faulty(store) as proxy:
+            command = [sys.executable, "-c", program, proxy.endpoint, on_s3(local), tmp_path / folder, str(limit)]
+            processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+            for process in processes:
+                assert json.loads(process.communicate(timeout=120)[0]) == expected
+            fetched = {count for (method, _), count in proxy.counts.items() if method == "GET"}
+            assert fetched == {1} if folder == "large" else max(fetched) > 1
+        assert sum(sizes(tmp_path / folder)) <= limit
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_shards_on_a_web_server(local, store, tmp_path, ranges):
+    if ranges:
+        with faulty(store, lambda method, path, before: "truncate" if before == 1 else None) as proxy:
+            url = f"{proxy.endpoint}/{on_s3(local)[5:]}?token={SECRET}"
+            assert stream(url, options("", tmp_path, part_bytes=9_000, split_above_bytes=9_000)) == stream(local)
+        return
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=local.partition("[")[0])
+    handler.log_message = lambda *_: None
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}/[{local.partition('[')[2]}"
+        assert stream(url, options("", tmp_path, cache_bytes=60_000)) == stream(local)
+        server.shutdown()
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("404", "there is no such object"),
+        ("403", "access denied"),
+        ("502", "answers 502, 6 times"),
+        ("refuse", "6 times"),
+    ],
+)
+def test_a_web_server_that_fails_is_named_without_the_signature(local, store, tmp_path, fault, message):
+    with faulty(store, lambda *_: fault) as proxy:
+        url = f"{proxy.endpoint}/{on_s3(local)[5:]}?token={SECRET}".replace("http://", f"http://me:{SECRET}@")
+        with pytest.raises(UserError, match=message) as failure:
+            stream(url, options("", tmp_path))
+        assert SECRET not in str(failure.value) and f"{proxy.server_port}/toys/rgb/shard-00000.tar" in str(
+            failure.value
+        )
