@@ -14,7 +14,7 @@ setup(
         "numpy>=1.26",
         "pyyaml",
         "webdataset>=0.2.86",
-        "boto3",
+        "boto3>=1.36",
         "einops",
         "timm>=1.0",
         "wandb",
@@ -30,6 +30,7 @@ setup(
         "dev": [
             "pytest>=8",
             "pytest-xdist",
+            "moto[server]>=5",
             "hypothesis",
             "ruff",
             "mypy",

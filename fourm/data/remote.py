@@ -120,9 +120,11 @@ class ShardCache:
 
     def ahead(self, shards: Iterable[Shard]) -> Iterator[Shard]:
         """The same shards in the same order, each once its tars are here, while the next ones are being fetched."""
-        upcoming: deque[tuple[Shard, list[Future]]] = deque()
+        upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
         for shard in shards:
-            upcoming.append((shard, [_in_background(self._prefetch, url) for url in shard.values()]))
+            under_way = {url: tar for _, tars in upcoming for url, tar in tars.items()}
+            tars = {url: under_way.get(url) or _in_background(self._prefetch, url) for url in shard.values()}
+            upcoming.append((shard, tars))
             if len(upcoming) > AHEAD:
                 yield _arrived(*upcoming.popleft())
         for shard, tars in upcoming:
@@ -158,6 +160,7 @@ class ShardCache:
                 part.unlink(missing_ok=True)
                 raise
             fcntl.flock(file, fcntl.LOCK_UN)
+            file.seek(0)
             return file
         except BaseException:
             file.close()
@@ -269,8 +272,8 @@ def _locked(path: Path) -> Iterator[None]:
         yield
 
 
-def _arrived(shard: Shard, tars: Iterable[Future]) -> Shard:
-    for tar in tars:
+def _arrived(shard: Shard, tars: Mapping[str, Future]) -> Shard:
+    for tar in tars.values():
         tar.result()
     return shard
 

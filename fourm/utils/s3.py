@@ -127,7 +127,12 @@ class S3Store:
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
 
-        broken = exceptions.HTTPClientError, exceptions.ResponseStreamingError, exceptions.IncompleteReadError
+        broken = (
+            exceptions.HTTPClientError,
+            exceptions.ConnectionError,
+            exceptions.ResponseStreamingError,
+            exceptions.IncompleteReadError,
+        )
         try:
             yield
         except exceptions.ClientError as error:

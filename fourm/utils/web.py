@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 from fourm.utils.errors import UserError
 from fourm.utils.transfer import CHUNK, RemoteObject, Retries, Transient, raise_for_status, shown
@@ -29,6 +29,9 @@ class WebStore:
             MissingObject: there is no such file.
             UserError: access denied, no size, or the server stays down.
         """
+
+        if "@" in urlsplit(url).netloc:
+            raise UserError(f"{shown(url)}: a URL with a user and password in it cannot be read; a signed query can")
 
         def ask() -> RemoteObject:
             with self._get(url, 0, 1) as answer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import json
 import socket
 import subprocess
 import sys
@@ -19,6 +20,12 @@ from fourm.utils.s3 import S3Store, _client, upload
 from fourm.utils.transfer import Retries
 
 BUCKET = "toys"
+POLICY = {  # everybody may read, as from a web server
+    "Version": "2012-10-17",
+    "Statement": [
+        {"Effect": "Allow", "Principal": "*", "Action": "s3:GetObject", "Resource": f"arn:aws:s3:::{BUCKET}/*"}
+    ],
+}
 SECRET = "do-not-tell-anybody"
 RETRIES = Retries(attempts=6, first_delay=0.01, longest_delay=0.05, timeout=5)
 Fault = Callable[
@@ -48,6 +55,7 @@ class ObjectStore:
                 break
             time.sleep(0.1)
         client(self.endpoint).create_bucket(Bucket=BUCKET)
+        client(self.endpoint).put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(POLICY))
         upload(self.content, f"s3://{BUCKET}", S3Store(self.endpoint))
 
     def kill(self) -> None:

@@ -17,7 +17,7 @@ import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import OpenFiles
-from fourm.data.remote import RemoteOptions, ShardCache
+from fourm.data.remote import RemoteOptions, ShardCache, _locked
 from fourm.data.shards import Shards
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import write_shards
@@ -71,7 +71,12 @@ def on_s3(local: str) -> str:
 
 
 def sizes(cache: Path) -> list[int]:
-    return [path.stat().st_size for path in cache.iterdir()]
+    """Of the files in a cache, each once: one may get its name while this looks."""
+    found = {}
+    for path in cache.iterdir():
+        with contextlib.suppress(FileNotFoundError):
+            found[path.stat().st_ino] = path.stat().st_size
+    return list(found.values())
 
 
 def test_the_stream_is_the_local_one_and_every_tar_is_fetched_once(local, store, tmp_path):
@@ -79,11 +84,9 @@ def test_the_stream_is_the_local_one_and_every_tar_is_fetched_once(local, store,
         remote = options(proxy.endpoint, tmp_path)
         assert stream(on_s3(local), remote) == stream(local)
         fetched = {path: count for (method, path), count in proxy.counts.items() if method == "GET"}
-        assert len(fetched) > 12 and set(fetched.values()) == {1} and "/toys/det/shard-00000.tar" not in fetched
-        before = proxy.counts.total()
+        assert len(fetched) > 12 and set(fetched.values()) == {1} and not any("/det/" in path for path in fetched)
         assert stream(on_s3(local), remote) == stream(local)
-        asked = {method for method, _ in (proxy.counts - dict.fromkeys((), 1)).keys()}
-        assert asked == {"HEAD", "GET"} and set(fetched.values()) == {1} and proxy.counts.total() > before
+        assert sum(count for (method, _), count in proxy.counts.items() if method == "GET") == len(fetched)
 
 
 @pytest.mark.parametrize(
@@ -120,28 +123,28 @@ def test_a_store_that_is_slower_than_the_timeout_is_asked_again(local, store, tm
 
 @pytest.mark.slow
 def test_a_store_that_is_restarted_amid_a_shard_changes_nothing(local, tmp_path):
-    store, restarted = ObjectStore(Path(local.partition("[")[0])), threading.Event()
+    store, down, up = ObjectStore(Path(local.partition("[")[0])), threading.Event(), threading.Event()
 
     def restart():
         store.kill()
-        time.sleep(0.5)
-        store.start()
+        store.start()  # this one forgets what it had, so it serves again once it has been given that
+        up.set()
 
     def amid(method, path, before):
-        if method == "GET" and len(proxy.ranges) > 10 and not restarted.is_set():
-            restarted.set()
+        if method == "GET" and len(proxy.ranges) > 10 and not down.is_set():
+            down.set()
             threading.Thread(target=restart, daemon=True).start()
             return "truncate"
-        return None
+        return "refuse" if down.is_set() and not up.is_set() else None
 
     try:
         with faulty(store, amid) as proxy:
             patient = options(
                 proxy.endpoint, tmp_path, part_bytes=9_000, split_above_bytes=9_000,
-                retries=type(RETRIES)(30, 0.1, 2.0, timeout=5),
+                retries=type(RETRIES)(40, 0.1, 2.0, timeout=5),
             )  # fmt: skip
             assert stream(on_s3(local), patient) == stream(local)
-            assert restarted.is_set()
+            assert up.is_set()
     finally:
         store.kill()
 
@@ -170,7 +173,11 @@ def test_what_stays_broken_is_one_error_after_a_bounded_number_of_requests(
         assert not {SECRET, "toy-key"} & set(str(failure.value).split()) and SECRET not in str(failure.value)
         counts = [count for (method, path), count in proxy.counts.items() if method == where and "rgb" in path]
         assert max(counts) == requests
-    assert not list(tmp_path.glob("*.part"))
+    for _ in range(100):  # the other tars are still under way
+        if not (left := list(tmp_path.glob("*.part"))):
+            break
+        time.sleep(0.1)
+    assert not left
 
 
 @pytest.mark.parametrize(
@@ -210,7 +217,7 @@ def test_a_cache_that_is_too_small_is_obeyed_and_changes_nothing(local, store, t
 
     def watch():
         while not done.is_set():
-            with contextlib.suppress(FileNotFoundError):
+            with _locked(tmp_path / ".lock"):  # room is made and taken at once
                 most[0] = max(most[0], sum(sizes(tmp_path)))
 
     watcher = threading.Thread(target=watch)
@@ -264,13 +271,13 @@ def test_processes_share_a_cache(local, store, tmp_path):
     program = (
         "import json, sys; from tests.data.test_remote import *\n"
         "endpoint, path, folder, limit = sys.argv[1:]\n"
-        "print(json.dumps(stream(path, options(endpoint, Path(folder), cache_bytes=int(limit)))))"
+        "print(json.dumps(stream(path, options(endpoint, Path(folder), cache_bytes=int(limit)), draws=24)))"
     )
-    expected = [list(pair) for pair in stream(local)]
+    expected = [list(pair) for pair in stream(local, draws=24)]
     for limit, folder in ((10**9, "large"), (60_000, "small")):
         with faulty(store) as proxy:
             command = [sys.executable, "-c", program, proxy.endpoint, on_s3(local), tmp_path / folder, str(limit)]
-            processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+            processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
             for process in processes:
                 assert json.loads(process.communicate(timeout=120)[0]) == expected
             fetched = {count for (method, _), count in proxy.counts.items() if method == "GET"}
@@ -305,9 +312,15 @@ def test_shards_on_a_web_server(local, store, tmp_path, ranges):
 )
 def test_a_web_server_that_fails_is_named_without_the_signature(local, store, tmp_path, fault, message):
     with faulty(store, lambda *_: fault) as proxy:
-        url = f"{proxy.endpoint}/{on_s3(local)[5:]}?token={SECRET}".replace("http://", f"http://me:{SECRET}@")
+        url = f"{proxy.endpoint}/{on_s3(local)[5:]}?token={SECRET}"
         with pytest.raises(UserError, match=message) as failure:
             stream(url, options("", tmp_path))
         assert SECRET not in str(failure.value) and f"{proxy.server_port}/toys/rgb/shard-00000.tar" in str(
             failure.value
         )
+
+
+def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
+    with pytest.raises(UserError, match="^https://host/rgb/a.tar: a URL with a user and password") as failure:
+        Shards(f"https://me:{SECRET}@host/[rgb]/a.tar", {"rgb@224": "rgb"}, None, options("", tmp_path))
+    assert SECRET not in str(failure.value)

@@ -68,8 +68,9 @@ def test_the_resolved_config_builds_itself_again(main_yaml, tmp_path):
         (["--epochs", "1", "--min_input_tokens", "300"], "'min_input_tokens' must lie between 0 and"),
         (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine or inverse_sqrt-T"),
         (["--epochs", "1", "--dtype", "float8"], "'dtype' must be one of"),
-        (["--epochs", "1", "--s3_save_dir", "s3://bucket"], "'s3_save_dir': object stores are not supported yet"),
-        (["--epochs", "1", "--s3_data_endpoint", "https://store"], "'s3_data_endpoint'"),
+        (["--epochs", "1", "--s3_save_dir", "/bucket"], "'s3_save_dir' must be s3://BUCKET"),
+        (["--epochs", "1", "--s3_data_endpoint", "store:9000"], "'s3_data_endpoint' must be a URL"),
+        (["--epochs", "1", "--data_cache_gb", "0"], "'data_cache_gb' must be above 0"),
     ],
 )
 def test_a_bad_command_line_says_what_to_mend(arguments, message):
