@@ -20,8 +20,9 @@ import time
 from pathlib import Path
 
 import torch
-from loader import TOKENIZER, config, write_shards
+from loader import TIMES, TOKENIZER, config, timed, write_shards
 
+from fourm.data import remote as remote_module
 from fourm.data.data_config import load_data_config
 from fourm.data.remote import RemoteOptions
 from fourm.data.unified_datasets import build_train_loader
@@ -39,20 +40,28 @@ proxy.serve_forever()
 """
 
 
-def measure(data: Path, remote: RemoteOptions, batches: int, batch_size: int, warm_up: int) -> tuple[float, int]:
-    """Samples/s, and the number of tars that were fetched meanwhile."""
+def measure(data: Path, remote: RemoteOptions, batches: int, batch_size: int, warm_up: int) -> dict[str, float]:
+    """Samples/s, also per second of this process's CPU time; the share of time spent waiting for tars; how many came."""
     loader = iter(
         build_train_loader(
             load_data_config(data, num_input_tokens=128, num_target_tokens=128, remote=remote), TOKENIZER,
-            batch_size=batch_size, batches_per_epoch=10**9, num_workers=1, rank=0, world_size=1, seed=0, raw_pixels=True,
+            batch_size=batch_size, batches_per_epoch=10**9, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=True,
         )
     )  # fmt: skip
     for _ in range(warm_up):
         next(loader)
-    start, before = time.perf_counter(), _fetched(remote)
+    before = _fetched(remote)
+    TIMES.clear()
+    start, start_cpu = time.perf_counter(), time.process_time()
     for _ in range(batches):
         next(loader)
-    return batches * batch_size / (time.perf_counter() - start), _fetched(remote) - before
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    return {
+        "samples_per_s": round(batches * batch_size / seconds, 1),
+        "samples_per_cpu_s": round(batches * batch_size / cpu_seconds, 1),
+        "waiting": round(TIMES["waiting"] / seconds, 4),
+        "tars": _fetched(remote) - before,
+    }
 
 
 def _fetched(remote: RemoteOptions) -> int:
@@ -73,6 +82,7 @@ def main() -> None:
     parser.add_argument("--per_shard", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
+    timed(remote_module, "_arrived", "waiting")
     os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
     with tempfile.TemporaryDirectory() as folder:
         shards, local, remote = (Path(folder) / name for name in ("shards", "local", "remote"))
@@ -95,15 +105,18 @@ def main() -> None:
                 speeds = {}
                 for name, data in (("local", on_disk), ("remote", in_store)):
                     stores = RemoteOptions(endpoint, cache_dir=f"{folder}/cache-{number}")
-                    speeds[name], fetched = measure(data, stores, options.batches, options.batch_size, options.warm_up)
+                    speeds[name] = measure(data, stores, options.batches, options.batch_size, options.warm_up)
                 rounds.append(speeds)
-                print(json.dumps({**{k: round(v, 1) for k, v in speeds.items()}, "tars_fetched": fetched}), flush=True)
+                print(json.dumps(speeds), flush=True)
         finally:
             proxy.kill()
             store.kill()
-    ratios = [speeds["remote"] / speeds["local"] for speeds in rounds]
-    medians = {name: round(statistics.median(speeds[name] for speeds in rounds), 1) for name in ("local", "remote")}
-    print(json.dumps({"delay_ms": 1000 * options.delay, **medians, "ratio": round(statistics.median(ratios), 3)}))
+    ratios = {
+        key: round(statistics.median(speeds["remote"][key] / speeds["local"][key] for speeds in rounds), 3)
+        for key in ("samples_per_s", "samples_per_cpu_s")
+    }
+    waiting = statistics.median(speeds["remote"]["waiting"] for speeds in rounds)
+    print(json.dumps({"delay_ms": 1000 * options.delay, "remote / local": ratios, "waiting": waiting}))
 
 
 if __name__ == "__main__":
