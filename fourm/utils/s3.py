@@ -184,16 +184,22 @@ def _client(process: int, endpoint: str, connections: int, timeout: float, attem
         import boto3
         from botocore import UNSIGNED
         from botocore.config import Config
+        from botocore.exceptions import BotoCoreError
     except ImportError:
         raise MissingDependency("boto3", "s3://") from None
-    session = boto3.session.Session()
-    options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
-    config = Config(
-        connect_timeout=timeout, read_timeout=timeout, max_pool_connections=connections,
-        retries={"total_max_attempts": attempts, "mode": "standard"},
-        # Checksums of answers are verified over whole objects, here; those of requests not all stores understand.
-        response_checksum_validation="when_required",
-        request_checksum_calculation="when_required" if endpoint else "when_supported",
-        **options,
-    )  # fmt: skip
-    return session.client("s3", endpoint_url=endpoint or None, config=config)
+    try:
+        session = boto3.session.Session()
+        options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
+        config = Config(
+            connect_timeout=timeout, read_timeout=timeout, max_pool_connections=connections,
+            retries={"total_max_attempts": attempts, "mode": "standard"},
+            # Checksums of answers are verified over whole objects, here; those of requests not all stores understand.
+            response_checksum_validation="when_required",
+            request_checksum_calculation="when_required" if endpoint else "when_supported",
+            **options,
+        )  # fmt: skip
+        return session.client("s3", endpoint_url=endpoint or None, config=config)
+    except BotoCoreError as error:  # in ~/.aws, most likely
+        raise UserError(f"S3 store {shown(endpoint) or 'as boto3 is configured'}: {error}") from error
+    except ValueError:
+        raise UserError(f"S3 store {shown(endpoint)}: this is not a valid URL") from None

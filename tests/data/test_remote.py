@@ -324,3 +324,25 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(UserError, match="^https://host/rgb/a.tar: a URL with a user and password") as failure:
         Shards(f"https://me:{SECRET}@host/[rgb]/a.tar", {"rgb@224": "rgb"}, None, options("", tmp_path))
     assert SECRET not in str(failure.value)
+
+
+@pytest.mark.slow
+def test_the_delay_of_a_store_is_hidden_behind_the_use_of_the_shards_before(local, store, tmp_path):
+    with faulty(store, lambda *_: time.sleep(0.02)) as proxy:
+        shards = Shards(on_s3(local), WANTED, NAMES, options(proxy.endpoint, tmp_path))
+        samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
+        next(samples)
+        start, waited = time.perf_counter(), 0.0
+        for _ in range(24):
+            time.sleep(0.1)  # a sample's use
+            before = time.perf_counter()
+            next(samples)
+            waited += time.perf_counter() - before
+        assert waited < 0.1 * (time.perf_counter() - start)
+        assert sum(count for (method, _), count in proxy.counts.items() if method == "GET") > 12
+
+
+def test_a_wrong_profile_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(UserError, match="S3 store http://127.0.0.1:9: .*profile.*nobody"):
+        Shards(f"s3://{BUCKET}/a.tar", WANTED, NAMES, options("http://127.0.0.1:9", tmp_path))
