@@ -181,7 +181,8 @@ def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
 
 def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
     """Raise a :class:`UserError` unless a tar holds just these files."""
-    files, found = OpenFiles(1), {name: Member(str(path), "", *place) for name, *place in _members(path)}
+    files = OpenFiles(1)
+    found = {name: Member(str(path), "", offset, size) for name, offset, size in _members(path)}
     expected = dict(contents)
     for name, member in expected.items():
         if name not in found or files.read(found[name]) != Path(member.path).read_bytes():
