@@ -42,7 +42,8 @@ class _Dtype(_Stated):
     """``dtype("f8", …)``; the state begins (version, byte order, …)."""
 
     def value(self) -> np.dtype:
-        name, order = self.arguments[0], self.state[1] if self.state else "="
+        name = self.arguments[0]
+        order: Any = self.state[1] if self.state else "="
         if not isinstance(name, str) or not _DTYPE.fullmatch(name) or order not in ("<", ">", "=", "|"):
             raise pickle.UnpicklingError(f"a type of values that is not read: {name!r:.40}")
         return np.dtype(name).newbyteorder(order)
@@ -53,6 +54,7 @@ class _Array(_Stated):
 
     def value(self, resolve: Any) -> np.ndarray:
         _, shape, dtype, fortran, content = self.state
+        content = resolve(content)
         kind, order = dtype.value(), _ORDERS[bool(fortran)]
         if kind.hasobject != isinstance(content, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise pickle.UnpicklingError("an array whose content is not of its type")
@@ -60,21 +62,21 @@ class _Array(_Stated):
             return np.frombuffer(content, kind, math.prod(shape)).reshape(shape, order=order)
         array = np.empty(len(content), object)
         for index, item in enumerate(content):
-            array[index] = resolve(item)
-        return array.reshape(shape, order=order)
+            array[index] = item
+        return array.reshape(shape)  # objects are listed row by row in any case
 
 
 class _Scalar(_Record):
     """``scalar(dtype, bytes)``"""
 
-    def value(self) -> Any:
-        return np.frombuffer(self.arguments[1], self.arguments[0].value(), 1)[0]
+    def value(self, resolve: Any) -> Any:
+        return np.frombuffer(resolve(self.arguments[1]), self.arguments[0].value(), 1)[0]
 
 
 class _Bytes(_Record):
     """``encode(text, "latin1")``, how bytes were written before version 3 of pickles."""
 
-    def value(self) -> bytes:
+    def value(self, resolve: Any) -> bytes:
         return self.arguments[0].encode("latin1")
 
 
@@ -95,7 +97,7 @@ class _Reader(pickle.Unpickler):
 
 
 def read_object_array(content: bytes) -> np.ndarray:
-    """The array that a pickle holds: of numbers, strings, None, lists, tuples, dicts, sets and arrays of these.
+    """The array that a pickle holds: of numbers, strings, None, lists, tuples, dicts and arrays of these.
 
     Raises:
         pickle.UnpicklingError: it holds anything else.
@@ -108,15 +110,13 @@ def read_object_array(content: bytes) -> np.ndarray:
         return known[id(value)]
 
     def _resolved(value: Any) -> Any:
-        if isinstance(value, _Array):
+        if isinstance(value, (_Array, _Scalar, _Bytes)):
             return value.value(resolve)
-        if isinstance(value, (_Scalar, _Bytes)):
-            return value.value()
         if isinstance(value, (_Record, type)):
             raise pickle.UnpicklingError("a name that is not a value")
         if isinstance(value, dict):
             return {resolve(key): resolve(item) for key, item in value.items()}
-        return type(value)(map(resolve, value)) if isinstance(value, (list, tuple, set, frozenset)) else value
+        return type(value)(map(resolve, value)) if isinstance(value, (list, tuple)) else value
 
     array = resolve(_Reader(io.BytesIO(content)).load())
     if not isinstance(array, np.ndarray):

@@ -99,11 +99,11 @@ def decode_modality(
         return replace(decode_pixels(kind, tensor[None], statistics), tensor=tensor)
     if modality.type == "seq_emb":
         return Decoded("vectors", tensor[~masked].numpy(), tensor=tensor[~masked])
-    if isinstance(transform := transforms_for({modality.name: modality})[modality.name], ScalarTransform):
-        known = not bool(masked.any())
-        return Decoded(
-            "scalar", transform.decode(int(tensor)) if known else None, int(not known), tensor=tensor.flatten()
-        )
+    if modality.transform == "scalar":
+        transform, known = transforms_for({modality.name: modality})[modality.name], not bool(masked.any())
+        assert isinstance(transform, ScalarTransform)
+        value = transform.decode(int(tensor)) if known else None
+        return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
     if modality.type == "img":
         return _image(tensor.flatten(), masked, kind, tokenizers.get(kind))
     ids = tensor[~masked]
