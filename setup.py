@@ -26,6 +26,7 @@ setup(
         "braceexpand",
     ],
     extras_require={
+        "hub": ["datasets"],
         "demo": ["pybullet", "scikit-image", "matplotlib"],
         "dev": [
             "pytest>=8",

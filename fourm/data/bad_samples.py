@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Collection, Iterable
 
 from fourm.utils.errors import DataError
 
@@ -32,23 +33,44 @@ class BadSampleLedger:
         self._joins = 0
         self._joined = Counter[str]()
         self._read = Counter[str]()
+        self._complete = Counter[str]()  # per modality, the samples that have it
+        self._lacking = Counter[str]()
 
-    def joined(self, total: int, bad: int, final: bool = False) -> None:
-        """Count the keys of one shard or folder, of which ``bad`` were dropped; ``final``: there are no more to come."""
+    def joined(self, total: int, bad: int, final: bool = False, tolerated: bool = False) -> None:
+        """Count the keys of one shard or folder.
+
+        Args:
+            bad: how many were dropped.
+            final: there are no more to come.
+            tolerated: dropping them is what the data set asks for; only dropping all of them is an error.
+        """
         self._joins += 1
         self._joined.update(total=total, bad=bad)
-        self._recent["missing member"] += bad
+        if not tolerated:
+            self._recent["missing member"] += bad
         if final or self._joins >= MIN_JOINS:
-            self._judge(self._joined["bad"], self._joined["total"], "cannot be joined by key")
+            most = 1.0 if tolerated else self._max_bad_fraction
+            self._judge(self._joined["bad"], self._joined["total"], "cannot be joined by key", most)
 
-    def read(self, reason: str | None = None) -> None:
-        """Count one sample that was drawn and, with a ``reason``, skipped."""
+    def read(self, reason: str | None = None, tolerated: bool = False) -> None:
+        """Count one sample that was drawn and, with a ``reason``, skipped.
+
+        Args:
+            tolerated: as of :meth:`joined`.
+        """
         self._read["total"] += 1
         if reason:
-            self._read["bad"] += 1
-            self._recent[reason] += 1
+            kind = "left out" if tolerated else "bad"
+            self._read[kind] += 1
+            self._recent[reason] += not tolerated
             if self._size is not None or self._read["total"] >= MIN_READS:
-                self._judge(self._read["bad"], self._size or self._read["total"], "cannot be read")
+                total = self._size or self._read["total"]
+                self._judge(self._read[kind], total, "cannot be read", 1.0 if tolerated else self._max_bad_fraction)
+
+    def has(self, found: Collection[str], modalities: Iterable[str]) -> None:
+        """Count which of its ``modalities`` a sample has."""
+        for name in modalities:
+            (self._complete if name in found else self._lacking)[name] += 1
 
     def warn(self, subject: str, message: str) -> None:
         """Log a warning, the first time that it is about ``subject``."""
@@ -62,8 +84,16 @@ class BadSampleLedger:
         self._recent.clear()
         return recent
 
-    def _judge(self, bad: int, total: int, what: str) -> None:
-        if bad > self._max_bad_fraction * total or bad == total > 0:  # the latter would be an endless search
+    def collect_missing(self) -> dict[str, tuple[int, int]]:
+        """Per modality, the number of samples without it and of all samples, since the last call."""
+        names = {**self._complete, **self._lacking}
+        counts = {name: (self._lacking[name], self._lacking[name] + self._complete[name]) for name in names}
+        self._complete.clear()
+        self._lacking.clear()
+        return counts
+
+    def _judge(self, bad: int, total: int, what: str, most: float) -> None:
+        if bad > most * total or bad == total > 0:  # the latter would be an endless search
             raise DataError(
                 f"data set {self._dataset}: {bad} of {total} samples {what}, with "
                 f"max_bad_fraction={self._max_bad_fraction:g}; the warnings above name the files"

@@ -6,9 +6,10 @@ The totals are uniform in their ranges; a Dirichlet distribution, drawn from a m
 from __future__ import annotations
 
 from bisect import bisect
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import ge
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,6 +27,23 @@ class Budgets:
     input: dict[str, int]
     target: dict[str, int]
     component: int
+
+
+class _Mixture(NamedTuple):
+    """The mixture over the modalities that a sample has.
+
+    Attributes:
+        alphas: of inputs and of targets, an array per component; None: it gives nothing to any of the modalities.
+        cumulative: weights of the components, but for the last.
+        most, least: tokens of each modality.
+    """
+
+    names: list[str]
+    alphas: list[list[np.ndarray | None]]
+    cumulative: list[float]
+    most: list[int]
+    least: list[int]
+    is_image: list[bool]
 
 
 class BudgetSampler:
@@ -48,7 +66,7 @@ class BudgetSampler:
         self, modalities: Mapping[str, Modality], input_tokens_range: TokensRange, target_tokens_range: TokensRange,
         max_tries: int = 100, sampling_weights: Sequence[float] | None = None,
     ):  # fmt: skip
-        self._names = list(modalities)
+        self._modalities = modalities
         self._ranges = [
             _range(input_tokens_range, "input_tokens_range"), _range(target_tokens_range, "target_tokens_range")
         ]  # fmt: skip
@@ -61,25 +79,70 @@ class BudgetSampler:
                 f"sampling_weights must be {components} numbers of at least 0, one per component of the mixture, "
                 f"not {sampling_weights}"
             )
-        self._cumulative = (weights.cumsum() / weights.sum())[:-1].tolist()
-        self._max_tokens = [int(modality["max_tokens"]) for modality in modalities.values()]
-        self._min_tokens = [modality.min_tokens or 0 for modality in modalities.values()]
-        self._is_image = [modality.type == "img" for modality in modalities.values()]
+        self._weights = weights
+        self._all = frozenset(modalities)
+        self._mixtures: dict[frozenset[str], _Mixture] = {}
 
-    def draw(self, generator: np.random.Generator) -> Budgets:
-        """Budgets of one sample."""
-        component = bisect(self._cumulative, generator.random())
+    def draw(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
+        """Budgets of one sample.
+
+        Args:
+            present: the modalities that the sample has; None = all. They share what the others would have got, in a
+                component that gives them something, and a role that none of them has gets nothing.
+        """
+        mixture = self._mixture(self._all if present is None else self._all.intersection(present))
+        component = bisect(mixture.cumulative, generator.random())
         totals = [int(generator.integers(low, high + 1)) for low, high in self._ranges]
-        inputs = self._divide(totals[0], self._alphas[0][component], self._max_tokens, generator)
+        inputs = self._divide(totals[0], mixture.alphas[0][component], mixture.most, mixture.least, generator)
         # A patch is input or target, not both; a sequence is split by its sentinels, whatever the budgets.
-        left = [most - used * image for most, used, image in zip(self._max_tokens, inputs, self._is_image, strict=True)]
-        targets = self._divide(totals[1], self._alphas[1][component], left, generator)
+        left = [most - used * image for most, used, image in zip(mixture.most, inputs, mixture.is_image, strict=True)]
+        targets = self._divide(totals[1], mixture.alphas[1][component], left, mixture.least, generator)
+        nothing = dict.fromkeys(self._modalities, 0)
         return Budgets(
-            dict(zip(self._names, inputs, strict=True)), dict(zip(self._names, targets, strict=True)), component
+            nothing | dict(zip(mixture.names, inputs, strict=True)),
+            nothing | dict(zip(mixture.names, targets, strict=True)),
+            component,
         )
 
-    def _divide(self, total: int, alphas: np.ndarray, most: Sequence[int], generator: np.random.Generator) -> list[int]:
+    def _mixture(self, present: frozenset[str]) -> _Mixture:
+        if present not in self._mixtures:
+            self._mixtures[present] = self._restricted(present)
+        return self._mixtures[present]
+
+    def _restricted(self, present: frozenset[str]) -> _Mixture:
+        """The mixture over some modalities."""
+        names = [name for name in self._modalities if name in present]
+        columns = [index for index, name in enumerate(self._modalities) if name in present]
+        sides: list[list[np.ndarray | None]] = [list(side[:, columns]) for side in self._alphas]
+        weights = self._weights
+        if present != self._all:
+            gives: list[np.ndarray] = [
+                (side[:, columns] > _SMALLEST_ALPHA).max(1, initial=False) for side in self._alphas
+            ]
+            for useful in (gives[0] & gives[1], gives[1], gives[0]):
+                if (weights * useful).any():
+                    weights = weights * useful
+                    break
+            sides = [
+                [alphas if some else None for alphas, some in zip(side, gives_some, strict=True)]
+                for side, gives_some in zip(sides, gives, strict=True)
+            ]
+        modalities = [self._modalities[name] for name in names]
+        return _Mixture(
+            names,
+            sides,
+            (weights.cumsum() / weights.sum())[:-1].tolist(),
+            [int(modality["max_tokens"]) for modality in modalities],
+            [modality.min_tokens or 0 for modality in modalities],
+            [modality.type == "img" for modality in modalities],
+        )
+
+    def _divide(
+        self, total: int, alphas: np.ndarray | None, most: Sequence[int], least: Sequence[int], generator: np.random.Generator
+    ) -> list[int]:  # fmt: skip
         """Tokens of each modality, at most ``total`` together. Plain lists: for so few numbers they beat arrays."""
+        if alphas is None:
+            return [0] * len(most)
         for _ in range(self._max_tries):
             budget = [int(share * total) for share in generator.dirichlet(alphas).tolist()]
             if left := total - sum(budget):
@@ -87,7 +150,7 @@ class BudgetSampler:
                 for winner in generator.dirichlet(alphas, left).argmax(1).tolist():
                     budget[winner] += 1
             budget = list(map(min, budget, most))
-            if all(map(ge, budget, self._min_tokens)):
+            if all(map(ge, budget, least)):
                 break
         return budget
 

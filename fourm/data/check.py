@@ -24,6 +24,7 @@ from fourm.data.data_config import DatasetConfig, load_data_config
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
+from fourm.utils.plugin import load_plugin
 
 _MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -41,6 +42,7 @@ class CheckOptions:
     text_tokenizer_path: str = option(
         "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
+    plugin: str = option("module of your own modalities, as of training", "")
     num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
     num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
 
@@ -234,6 +236,7 @@ def _range(spread: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check all data sets; 1 if anything is wrong."""
     options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
+    load_plugin(options.plugin)
     config = load_data_config(
         options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens
     )

@@ -23,11 +23,14 @@ from fourm.data.image_augmenter import (
 from fourm.data.modality_info import MODALITY_INFO, Modality, resolve_modalities
 from fourm.data.modality_transforms import (
     MODALITY_TRANSFORMS,
+    CaptionEmbTransform,
     CaptionTransform,
+    ImageTransform,
     PixelTransform,
     UnifiedDataTransform,
     transforms_for,
 )
+from fourm.data.presence import Missing
 from fourm.data.remote import RemoteOptions
 from fourm.utils.config import build, check_keys, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
@@ -38,8 +41,12 @@ class _Options:
     """What a data set may set and what is used as it is; ``None`` of a number of tokens: that of the main config.
 
     Attributes:
-        type: ``multimodal`` (shards or folders) or ``huggingface`` (text from a data set of the hub).
+        type: ``multimodal`` (shards or folders) or ``huggingface`` (records: JSON or text files, or a data set of the hub).
         data_path: where the data lies, e.g. ``root/[rgb,caption]/shard-{00000..00099}.tar``.
+        missing: a sample that lacks a modality is a bad one (``error``), is left out (``skip``), or is used with what it has
+            (``allow``).
+        masking: budgets from a Dirichlet ``mixture``; or ``transfer``, where all of in_domains is input and all of
+            out_domains is target.
         use_wds: it lies in tar shards; False: in folders.
         wds_n_repeats: how often a sample is used while it is in memory, with other crops and masks.
         wds_shuffle_buffer_tar, wds_shuffle_buffer_repeat: samples that are mixed before and after the repeats.
@@ -53,6 +60,8 @@ class _Options:
 
     type: Literal["multimodal", "huggingface"] = "multimodal"
     data_path: str
+    missing: Missing = "error"
+    masking: Literal["mixture", "transfer"] = "mixture"
     use_wds: bool = False
     wds_n_repeats: int = 1
     wds_shuffle_buffer_tar: int = 1000
@@ -197,10 +206,14 @@ def build_sample_transform(dataset: DatasetConfig, training: bool, raw_pixels: b
         raw_pixels: leave pictures in 8 bits, see :class:`PixelTransform`.
 
     Raises:
-        UserError: a modality whose files cannot be read yet, or a transform that does not fit.
+        UserError: a transform that does not exist or does not fit.
     """
-    captions = CaptionTransform(aligned_captions=dataset.aligned_captions)
-    transforms = transforms_for(dataset.modalities, {**MODALITY_TRANSFORMS, "caption": captions})
+    captions = {
+        name: replace(transform, aligned_captions=dataset.aligned_captions)
+        for name, transform in MODALITY_TRANSFORMS.items()
+        if isinstance(transform, (CaptionTransform, CaptionEmbTransform))
+    }
+    transforms = transforms_for(dataset.modalities, {**MODALITY_TRANSFORMS, **captions})
     if raw_pixels:
         transforms = {k: replace(t, raw=True) if isinstance(t, PixelTransform) else t for k, t in transforms.items()}
     return UnifiedDataTransform(transforms, _augmenter(dataset, training))
@@ -237,7 +250,10 @@ def _dataset(
         alphas_path = _find(declared.alphas_config, path, f"{where}: 'alphas_config'")
         mixture = alphas_from_file(alphas_path, modalities, inputs, targets)
     else:
-        mixture = alphas_from_values(declared.input_alphas, declared.target_alphas, inputs, targets, where)
+        unset = 1.0 if declared.masking == "transfer" else None
+        given = [unset if alphas is None else alphas for alphas in (declared.input_alphas, declared.target_alphas)]
+        mixture = alphas_from_values(given[0], given[1], inputs, targets, where)
+    _check_kind(declared, modalities, inputs, targets, where)
     check_keys(dict.fromkeys(declared.modality_name_map.values()), modalities, f"{where}: 'modality_name_map'")
     _check_numbers(declared, where)
     options = {f.name: getattr(declared, f.name) for f in dataclasses.fields(_Options)}
@@ -254,9 +270,22 @@ def _dataset(
     )
 
 
+def _check_kind(
+    declared: _Declared, modalities: Mapping[str, Modality], inputs: Sequence[str], targets: Sequence[str], where: str
+) -> None:
+    """Raise a :class:`UserError` for modalities that ``type`` or ``masking`` has no place for."""
+    if declared.type == "huggingface":
+        for name, modality in modalities.items():
+            if modality.pretokenized or modality.is_pixels:
+                raise UserError(f"{where}: modality {name} cannot be read from records; use type multimodal")
+    both = [name for name in inputs if name in targets]
+    if declared.masking == "transfer" and both:
+        raise UserError(f"{where}: 'masking' transfer: {both[0]} cannot be in in_domains and in out_domains")
+
+
 def _main_domain(name: str | None, modalities: Mapping[str, Modality], where: str) -> str | None:
     """The modality whose image gives the original size: ``name``, else the first one of pixels."""
-    pixels = [m.name for m in modalities.values() if m.is_pixels]
+    pixels = [m.name for m in modalities.values() if m.is_pixels and _is_picture(m)]
     boxes_follow_crops = any(m.transform == "det" for m in modalities.values()) and any(
         m.pretokenized for m in modalities.values()
     )
@@ -269,6 +298,10 @@ def _main_domain(name: str | None, modalities: Mapping[str, Modality], where: st
             f"not {name!r}{did_you_mean(str(name), pixels)}"
         )
     return name
+
+
+def _is_picture(modality: Modality) -> bool:
+    return isinstance(MODALITY_TRANSFORMS.get(modality.transform or ""), ImageTransform)
 
 
 def split_domains(value: str | Sequence[str], known: Iterable[str], where: str) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.layout import assign_folders, existing_folders, expand, is_remote, split_data_path, split_name
-from fourm.data.raw_sample import Member, RawSample
+from fourm.data.presence import Presence
+from fourm.data.raw_sample import Member, RawSample, join
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
 from fourm.utils.transfer import shown
@@ -21,11 +22,12 @@ class Folders:
         data_path: ``root`` or ``root/[rgb,caption]``.
         wanted: the modalities to read and their usual folder names.
         name_map: folder → modality where the names differ.
-        ledger: counts the keys that are not in every folder.
+        ledger: counts the keys of samples that cannot be used.
+        presence: which samples are used; unless given, those that have everything.
 
     Raises:
-        UserError: nothing lies at ``data_path``, a modality is not there, or no key is in all of them.
-        DataError: too many keys are not in every folder.
+        UserError: nothing lies at ``data_path``, a modality is not there, or no sample can be used.
+        DataError: too many samples cannot be used.
     """
 
     def __init__(
@@ -34,27 +36,29 @@ class Folders:
         wanted: Mapping[str, str],
         name_map: Mapping[str, str] | None,
         ledger: BadSampleLedger,
+        presence: Presence | None = None,
     ):
         if is_remote(data_path):
             raise UserError(
                 f"data_path {shown(data_path)}: folders must be local; pack them into shards, with use_wds: true"
             )
+        presence = presence or Presence()
         pattern, folders = split_data_path(data_path)
         if folders is None:
             pattern, folders = f"{pattern}/\0", existing_folders(pattern)
         found = assign_folders(wanted, folders, name_map, data_path)
         roots = {name: expand(pattern, folder)[0] for name, folder in found.items()}
         indexes = {name: _index(root) for name, root in roots.items()}
-        keys = sorted(set().union(*indexes.values()))
-        complete = [key for key in keys if all(key in index for index in indexes.values())]
-        if not complete:
+        samples, incomplete = join(indexes, presence)
+        if not samples:
             raise UserError(f"data_path {data_path}: no key is in all of {', '.join(roots.values())}")
-        for name, root in roots.items():
-            missing = [key for key in keys if key not in indexes[name]]
-            if missing:
-                ledger.warn(root, f"{root}: no file for key '{missing[0]}' (and {len(missing) - 1} more); skipped")
-        ledger.joined(len(keys), len(keys) - len(complete), final=True)
-        self._samples = [RawSample(key, {name: index[key] for name, index in indexes.items()}) for key in complete]
+        tolerated = presence.missing == "skip"
+        for name, root in roots.items() if not tolerated else ():
+            lacking = sorted(key for key in incomplete if key not in indexes[name])
+            if lacking:
+                ledger.warn(root, f"{root}: no file for key '{lacking[0]}' (and {len(lacking) - 1} more); skipped")
+        ledger.joined(len(samples) + len(incomplete), len(incomplete), final=True, tolerated=tolerated)
+        self._samples = sorted(samples, key=lambda sample: sample.key)
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
         """Endless samples of one stream: all streams take turns in one sequence of shuffled passes over the data.

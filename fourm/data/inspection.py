@@ -22,8 +22,9 @@ from fourm.data.folders import Folders
 from fourm.data.layout import CROP_SETTINGS, expand, split_data_path, wanted_names
 from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import UnreadableValue
-from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample
+from fourm.data.modality_transforms import UnreadableValue, transforms_for
+from fourm.data.presence import presence
+from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.shards import Shards
 from fourm.data.unified_datasets import Source
 from fourm.utils.errors import DataError, UserError
@@ -174,7 +175,7 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
 def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
     """The ``wanted`` modalities (and their usual folders) of one part of a data set."""
     place = (data_path, wanted, dataset.modality_name_map)
-    return Shards(*place) if dataset.use_wds else Folders(*place, ledger)
+    return Shards(*place, remote=dataset.remote) if dataset.use_wds else Folders(*place, ledger)
 
 
 class Inspector:
@@ -196,6 +197,8 @@ class Inspector:
             dataset.modalities, text_tokenizer, dataset.input_tokens_range, dataset.target_tokens_range,
             sampling_weights=dataset.sampling_weights,
         )  # fmt: skip
+        transforms = transforms_for(dataset.modalities)
+        self._presence = presence(dataset.missing, dataset.modalities, transforms, dataset.main_augment_domain)
         self._files = OpenFiles()
         self._joined: tuple[str, _Join] = "", ({}, [])  # the latest part: slices of folders follow each other
 
@@ -205,23 +208,23 @@ class Inspector:
             self._joined = part.data_path, self._join(part.data_path)
         indexes, troubles = self._joined[1]
         keys = dict.fromkeys(key for index in indexes.values() for key in index)
-        complete = [key for key in keys if all(key in index for index in indexes.values())]
+        samples, _ = join(indexes, self._presence)
         report = Report()
         if part.start == 0:
-            report = Report(1, len(keys), len(complete), Counter({name: len(index) for name, index in indexes.items()}))
+            report = Report(1, len(keys), len(samples), Counter({name: len(index) for name, index in indexes.items()}))
             for name, message in troubles:
                 report.problem(name, SHARD, "", message)
             for name, index in indexes.items():
                 absent = [key for key in keys if key not in index]
-                if absent:
+                if absent and self._dataset.missing == "error":
                     where = f"{part.data_path}: no {self._wanted[name]} for key '{absent[0]}'"
                     report.problem(name, MISSING, "", where, len(absent))
-        chosen = complete[part.start :: part.slices]
+        chosen = samples[part.start :: part.slices]
         if part.most is not None and part.most < len(chosen):
             rng = generator("check", part.data_path, part.start)
             chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: part.most])]
-        for key in chosen:
-            self._read(RawSample(key, {name: index[key] for name, index in indexes.items()}), report)
+        for sample in chosen:
+            self._read(sample, report)
         return report
 
     def _join(self, data_path: str) -> _Join:

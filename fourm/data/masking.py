@@ -6,7 +6,8 @@ Masks are True where a token is masked, as everywhere. Everything random comes f
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import TextEncoder, split_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
 
-__all__ = ["Budgets", "UnifiedMasking"]
+__all__ = ["Budgets", "TransferMasking", "UnifiedMasking"]
 
 _LOG = logging.getLogger(__name__)
 Masked = dict[str, np.ndarray]
@@ -66,11 +67,11 @@ class UnifiedMasking:
     def __call__(self, sample: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, Masked]:
         """Draw budgets and apply them; without a generator, the result is a new one each time."""
         generator = generator or np.random.default_rng()
-        return self.apply(sample, self.draw_budgets(generator), generator)
+        return self.apply(sample, self.draw_budgets(generator, sample), generator)
 
-    def draw_budgets(self, generator: np.random.Generator) -> Budgets:
-        """How many tokens each modality gets; they do not depend on the sample."""
-        return self._budgets.draw(generator)
+    def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
+        """How many tokens each modality gets, of those that are ``present`` (None: of all)."""
+        return self._budgets.draw(generator, present)
 
     def apply(self, sample: Mapping[str, Any], budgets: Budgets, generator: np.random.Generator) -> dict[str, Masked]:
         """Mask each modality of ``sample``; others than those of ``modality_info`` are left out.
@@ -176,6 +177,42 @@ class UnifiedMasking:
                 f"{len(self._text.sentinels)}; lower max_tokens"
             )
         return self._text.sentinels
+
+
+class TransferMasking(UnifiedMasking):
+    """For fine-tuning on a task: all tokens of some modalities are input, all of some others are targets.
+
+    Args:
+        modality_info, text_tokenizer: as of :class:`UnifiedMasking`; alphas are of no interest.
+        input_modalities, target_modalities: names; none is in both.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+
+    def __init__(
+        self, modality_info: Mapping[str, Mapping[str, Any]], text_tokenizer: Tokenizer | str | Path | None,
+        input_modalities: Sequence[str], target_modalities: Sequence[str],
+    ):  # fmt: skip
+        if both := sorted({*input_modalities} & {*target_modalities}):
+            raise UserError(f"modality {both[0]}: it is input and target, but a task's inputs and targets are fixed")
+        entries = {}
+        for name in (*input_modalities, *target_modalities):
+            entry = as_modality(name, modality_info[name])
+            keep = () if entry.type == "img" else ("all",)
+            entries[name] = replace(entry, input_alphas=(1.0,), target_alphas=(1.0,), keep=keep)
+        super().__init__(entries, text_tokenizer, 0, 0)
+        room = {name: (entry.max_tokens or 0) for name, entry in entries.items()}
+        # A text as target is between two sentinels.
+        wide = {name: most + 2 * (entries[name].type != "img") for name, most in room.items()}
+        self._fixed = Budgets(
+            {name: most * (name in input_modalities) for name, most in room.items()},
+            {name: most * (name in target_modalities) for name, most in wide.items()},
+            component=0,
+        )
+
+    def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
+        return self._fixed
 
 
 def _image(modality: Modality, value: Any) -> np.ndarray:

@@ -38,6 +38,7 @@ class Modality(Mapping[str, Any]):
         min_tokens: fewest tokens that a budget may give it.
         path: folder name where it differs from ``name``.
         transform: key in ``MODALITY_TRANSFORMS``; the part of the name before ``@`` unless given.
+        transform_options: fields of the transform that differ from their defaults.
         pretokenized: its files hold token ids computed for the stored crops (``crop_settings``).
         vocab_offset: added to the ids of a ``seq_token`` file.
         encoder_embedding, decoder_embedding: class names in ``fourm.models.{encoder,decoder}_embeddings``; None for a
@@ -56,6 +57,7 @@ class Modality(Mapping[str, Any]):
     min_tokens: int = 0
     path: str | None = None
     transform: str | None = None
+    transform_options: dict = field(default_factory=dict)
     pretokenized: bool = False
     vocab_offset: int = 0
     encoder_embedding: str | None = None
@@ -106,7 +108,7 @@ def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
     if isinstance(entry, Modality):
         return entry
     if "type" not in entry:
-        raise UserError(f"modality {name}: 'type' is required (img, seq, seq_token or seq_emb)")
+        raise UserError(f"modality {name}: 'type' is required ({KINDS})")
     fields = {key: value for key, value in entry.items() if key in _FIELDS and value is not None}
     return Modality(**{"name": name} | fields)
 
@@ -167,6 +169,9 @@ _BUILTIN = (
 
 MODALITY_INFO: dict[str, Modality] = {modality.name: modality for modality in _BUILTIN}
 
+REGISTERED: dict[str, dict[str, Any]] = {}
+"""What :func:`register_modality` was called with; a model of these modalities keeps it in its configuration."""
+
 _KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     "pixels": {"encoder_embedding": "ImageEncoderEmbedding"},
     "img": {
@@ -181,7 +186,17 @@ _KIND_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "seq_token": {"encoder_embedding": "SequenceEncoderEmbedding", "decoder_embedding": "SequenceDecoderEmbedding"},
     "seq_emb": {"encoder_embedding": "SequenceEmbEncoderEmbedding"},
+    # A number is a grid of one token: asked for by the mask token, without the sentinels of sequences.
+    "scalar": {
+        "input_size": 1,
+        "patch_size": 1,
+        "vocab_size": 1000,
+        "transform": "scalar",
+        "encoder_embedding": "ImageTokenEncoderEmbedding",
+        "decoder_embedding": "ImageTokenDecoderEmbedding",
+    },
 }
+KINDS = "img, seq, seq_token, seq_emb or scalar"
 
 
 def declare(name: str, fields: Mapping[str, Any], where: str = "modality declaration") -> Modality:
@@ -201,11 +216,11 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     else:
         kind = fields.get("type")
         if kind is None:
-            raise UserError(
-                f"{where}: 'type' is required (img, seq, seq_token or seq_emb){did_you_mean(name, MODALITY_INFO)}"
-            )
+            raise UserError(f"{where}: 'type' is required ({KINDS}){did_you_mean(name, MODALITY_INFO)}")
         pixels = kind == "img" and fields.get("vocab_size") is None
         merged = {"name": name} | _KIND_DEFAULTS.get("pixels" if pixels else str(kind), {}) | dict(fields)
+        if kind == "scalar":
+            merged["type"] = "img"
         if kind in ("seq", "seq_token", "seq_emb"):
             options = dict(merged.get("embedding_options") or {})
             options.setdefault("max_length", merged.get("max_tokens"))
@@ -223,6 +238,7 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
 def register_modality(name: str, **fields: Any) -> Modality:
     """Add a modality to the table, or override fields of one that is there. Fields as in :class:`Modality`."""
     MODALITY_INFO[name] = declare(name, fields, "register_modality")
+    REGISTERED[name] = REGISTERED.get(name, {}) | fields
     return MODALITY_INFO[name]
 
 

@@ -6,13 +6,15 @@ dict of transforms may be specific or general. :func:`transforms_for` makes the 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Set
 from typing import Any
 
 import numpy as np
 
 from fourm.data.image_augmenter import AbstractImageAugmenter, Augmentation
-from fourm.data.transforms.base import AbstractTransform, PendingTransform
+from fourm.data.transforms.arrays import CaptionEmbTransform, GridTransform, ScalarTransform
+from fourm.data.transforms.base import AbstractTransform
 from fourm.data.transforms.image import (
     DepthTransform,
     ImageTransform,
@@ -22,27 +24,27 @@ from fourm.data.transforms.image import (
     RGBTransform,
     SemsegTransform,
 )
+from fourm.data.transforms.instances import HumanPoseTransform, SAMInstanceTransform
 from fourm.data.transforms.sequence import (
     CaptionTransform,
     ColorPaletteTransform,
     DetectionTransform,
     MetadataTransform,
 )
-from fourm.data.transforms.tokens import TokTransform
+from fourm.data.transforms.tokens import CodebooksTransform, TokTransform
+from fourm.utils.config import convert_fields
 from fourm.utils.errors import DataError, UserError, did_you_mean
 
 __all__ = [
     "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "AbstractTransform",
-    "CaptionTransform", "ColorPaletteTransform", "DepthTransform", "DetectionTransform", "ImageTransform",
-    "MaskTransform", "MetadataTransform", "NormalTransform", "PixelTransform", "RGBTransform", "SemsegTransform",
+    "CaptionEmbTransform", "CaptionTransform", "CodebooksTransform", "ColorPaletteTransform", "DepthTransform",
+    "DetectionTransform", "GridTransform", "HumanPoseTransform", "ImageTransform", "MaskTransform", "MetadataTransform",
+    "NormalTransform", "PixelTransform", "RGBTransform", "SAMInstanceTransform", "ScalarTransform", "SemsegTransform",
     "TokTransform",
 ]  # fmt: skip
 
 _TOKENS = ("rgb", "depth", "normal", "clip", "semseg", "canny_edge", "sam_edge", "dinov2", "imagebind")
-_PENDING = (
-    "human_poses", "sam_instance", "t5_caption",
-    "CLIP-B16", "DINOv2-B14", "DINOv2-B14-global", "ImageBind-H14", "ImageBind-H14-global",
-)  # fmt: skip
+_FEATURES = ("CLIP-B16", "DINOv2-B14", "DINOv2-B14-global", "ImageBind-H14", "ImageBind-H14-global")
 
 MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
     "rgb": RGBTransform(),
@@ -60,7 +62,13 @@ MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
     "det": DetectionTransform(),
     "metadata": MetadataTransform(),
     "color_palette": ColorPaletteTransform(),
-    **{name: PendingTransform(name) for name in _PENDING},
+    "human_poses": HumanPoseTransform(),
+    "sam_instance": SAMInstanceTransform(),
+    "t5_caption": CaptionEmbTransform(),
+    "features": GridTransform(),
+    **{kind: GridTransform() for kind in _FEATURES},
+    "scalar": ScalarTransform(),
+    "codebooks": CodebooksTransform(),
 }
 """By the part of a modality's name before ``@``, or by its declared ``transform``."""
 
@@ -84,7 +92,8 @@ def transforms_for(
     for name, modality in modality_info.items():
         implied = name.split("@")[0]
         key = name if name in transforms else modality["transform"]
-        by_kind = {"img": "tok" if modality["vocab_size"] else None, "seq_token": "tok", "seq": "caption"}
+        tokens_or_none = "tok" if modality["vocab_size"] else None
+        by_kind = {"img": tokens_or_none, "seq_token": "tok", "seq": "caption", "seq_emb": "t5_caption"}
         if key not in transforms and key == implied:
             key = by_kind.get(modality["type"])
         if key not in transforms:
@@ -93,8 +102,19 @@ def transforms_for(
                 f"modality {name}: no transform '{wanted}'{did_you_mean(wanted, transforms)}; "
                 "set 'transform' in its declaration"
             )
-        bound[name] = transforms[key].bind(modality)
+        bound[name] = _with_options(transforms[key], modality).bind(modality)
     return bound
+
+
+def _with_options(transform: AbstractTransform, modality: Mapping[str, Any]) -> AbstractTransform:
+    """The transform with the ``transform_options`` of the declaration."""
+    options = modality["transform_options"]
+    if not options:
+        return transform
+    where = f"modality {modality['name']}: transform_options"
+    if not dataclasses.is_dataclass(transform):
+        raise UserError(f"{where}: the transform '{modality['transform']}' has none")
+    return dataclasses.replace(transform, **convert_fields(type(transform), options, where))
 
 
 class UnifiedDataTransform:
@@ -132,10 +152,13 @@ class UnifiedDataTransform:
         transforms = {name: self._transform(name) for name in names}
         values = {name: _named(f"modality {name}", transforms[name].preprocess, sample[name]) for name in names}
         source = "crop" if crop_settings is None else "crop_settings"
-        shared = _named(source, self.image_augmenter, values, crop_settings, generator)
+        shared = Augmentation()
+        if crop_settings is not None or any(transform.follows_crop for transform in transforms.values()):
+            shared = _named(source, self.image_augmenter, values, crop_settings, generator)
         for name in names:
             transform, target_size = transforms[name], _resolution(name) or shared.target_size
             if name in skip and isinstance(transform, ImageTransform):
+                assert target_size is not None  # an augmenter of images gives one
                 result[name] = transform.empty(target_size)
             else:
                 augmentation = shared._replace(target_size=target_size)

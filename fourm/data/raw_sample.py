@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fourm.data.decoding import EncodedImage, decode_value
+from fourm.data.presence import Presence
 from fourm.data.remote import ShardCache
 from fourm.utils.errors import DataError
 from fourm.utils.transfer import shown
@@ -30,11 +31,11 @@ class Member(NamedTuple):
 
 
 class BadSample(Exception):
-    """A sample that cannot be read; it is skipped and counted under ``reason``."""
+    """A sample that cannot be read; it is skipped and, unless it is ``tolerated``, counted under ``reason``."""
 
-    def __init__(self, reason: str, detail: str):
+    def __init__(self, reason: str, detail: str, tolerated: bool = False):
         super().__init__(f"{reason}: {detail}")
-        self.reason = reason
+        self.reason, self.tolerated = reason, tolerated
 
 
 class OpenFiles:
@@ -113,3 +114,19 @@ class RawSample:
         """File and key of modality ``name``, or of the sample's first one, for messages."""
         path = self.members.get(name, next(iter(self.members.values()))).path
         return f"{shown(path)}: key '{self.key}'"
+
+
+def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tuple[list[RawSample], list[str]]:
+    """The samples that can be used, and the keys of the others.
+
+    Args:
+        columns: modality → key → member.
+    """
+    samples, incomplete = [], []
+    for key in dict.fromkeys(key for index in columns.values() for key in index):
+        members = {name: index[key] for name, index in columns.items() if key in index}
+        if usable := presence.usable(members, columns):
+            samples.append(RawSample(key, {name: members[name] for name in usable}))
+        else:
+            incomplete.append(key)
+    return samples, incomplete

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.layout import assign_folders, expand, is_remote, split_data_path, split_name
-from fourm.data.raw_sample import Member, RawSample
+from fourm.data.presence import Presence
+from fourm.data.raw_sample import Member, RawSample, join
 from fourm.data.remote import RemoteOptions, ShardCache
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
@@ -103,6 +104,7 @@ class Shards:
         data_path: ``root/[rgb,caption]/shard-{00000..00099}.tar``, or without brackets for tars with every modality.
         wanted: the modalities to read and their usual folder names.
         name_map: folder → modality where the names differ.
+        presence: which samples are used; unless given, those that have everything.
         remote: how to read from stores.
 
     Raises:
@@ -111,8 +113,9 @@ class Shards:
 
     def __init__(
         self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None,
-        remote: RemoteOptions | None = None,
+        presence: Presence | None = None, remote: RemoteOptions | None = None,
     ):  # fmt: skip
+        self._presence = presence or Presence()
         pattern, folders = split_data_path(data_path)
         self._cache = ShardCache(remote or RemoteOptions()) if is_remote(data_path) else None
         shards: list[dict[str | None, str]]
@@ -143,35 +146,31 @@ class Shards:
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
         """Every sample once, in the order of the shards."""
         samples = [sample for shard in self._fetched(self._shards) for sample in self._join(shard, ledger)]
-        ledger.joined(0, 0, final=True)
+        ledger.joined(0, 0, final=True, tolerated=self._presence.missing == "skip")
         return samples
 
     def _fetched(self, shards: Iterable[dict[str | None, str]]) -> Iterable[dict[str | None, str]]:
         return self._cache.ahead(shards) if self._cache else shards
 
     def _join(self, shard: Mapping[str | None, str], ledger: BadSampleLedger) -> list[RawSample]:
-        """The samples of a shard that have every wanted modality, in their order in the tars."""
+        """The samples of a shard that can be used, in their order in the tars."""
         indexes: dict[str, dict[str, Member]] = {}
         for folder, path in shard.items():
             index, problem = self._index(path, folder)
             indexes.update(index)
             if problem:
                 ledger.warn(path, f"{shown(path)}: {problem}")
-        columns = [(folder, indexes.get(folder, {})) for folder in self._folders.values()]
-        keys = dict.fromkeys(key for _, index in columns for key in index)
-        incomplete = [key for key in keys if any(key not in index for _, index in columns)]
-        if incomplete:
-            folder = next(folder for folder, index in columns if incomplete[0] not in index)
+        columns = {name: indexes.get(folder, {}) for name, folder in self._folders.items()}
+        samples, incomplete = join(columns, self._presence)
+        tolerated = self._presence.missing == "skip"
+        if incomplete and not tolerated:
+            folder = next(self._folders[name] for name, index in columns.items() if incomplete[0] not in index)
             path = shard.get(folder) or shard[None]
             more = f" and {len(incomplete) - 1} more keys are" if len(incomplete) > 1 else " is"
             ledger.warn(f"join {path}", f"{shown(path)}: no {folder} for key '{incomplete[0]}', which{more} skipped")
-        ledger.joined(max(len(keys), 1), len(incomplete) if keys else 1)
-        for key in incomplete:
-            del keys[key]
-        names = list(self._folders)
-        return [
-            RawSample(key, {name: index[key] for name, (_, index) in zip(names, columns, strict=True)}) for key in keys
-        ]
+        total = len(samples) + len(incomplete)
+        ledger.joined(max(total, 1), len(incomplete) if total else 1, tolerated=tolerated)
+        return samples
 
     def _folders_inside(self, shards: list[dict[str | None, str]]) -> list[str]:
         """The modalities in the first tar that can be read."""

@@ -36,10 +36,12 @@ from fourm.data.collate import MaskedSample, collate
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
-from fourm.data.masking import UnifiedMasking
+from fourm.data.masking import TransferMasking, UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, UnreadableValue
+from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, UnreadableValue, transforms_for
+from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
+from fourm.data.records import Records
 from fourm.data.shards import Shards
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
@@ -51,8 +53,9 @@ class Batch:
 
     Attributes:
         mod_dict: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}, each (B, …).
-        position: ``stream``, ``epoch``, ``draws`` of the stream in this epoch, and ``skipped``: how many bad samples there
-            were since the stream's previous batch, by data set and reason.
+        position: ``stream``, ``epoch``, ``draws`` of the stream in this epoch, ``skipped``: how many bad samples there were
+            since the stream's previous batch, by data set and reason, and ``missing``: modality → the number of samples
+            without it and of all samples, of the data sets where samples may lack something.
         scaling: scale and bias per channel of the modalities whose pictures are still in 8 bits; see ``raw_pixels``.
     """
 
@@ -67,11 +70,11 @@ class Batch:
 
 
 class Source(Protocol):
-    """Where the samples of a data set come from: :class:`Shards` or :class:`Folders`."""
+    """Where the samples of a data set come from: :class:`Shards`, :class:`Folders` or :class:`Records`."""
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]: ...
 
-    def all(self, ledger: BadSampleLedger) -> list[RawSample]: ...
+    def all(self, ledger: BadSampleLedger) -> Sequence[RawSample]: ...
 
 
 @dataclass
@@ -82,6 +85,7 @@ class SampleDataset:
         shuffle_buffer: references mixed before the repeats, ``wds_shuffle_buffer_tar``.
         repeats: how often a sample is used while it is in memory, with different crops and masks.
         repeat_buffer: references mixed after the repeats, ``wds_shuffle_buffer_repeat``.
+        may_lack: samples may lack modalities, whose token budgets then go to the others (``missing: allow``).
     """
 
     name: str
@@ -93,6 +97,7 @@ class SampleDataset:
     repeats: int = 1
     repeat_buffer: int = 0
     max_bad_fraction: float = 0.01
+    may_lack: bool = False
     _files: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     def draw(
@@ -120,7 +125,7 @@ class SampleDataset:
             DataError: it breaks the contract of one of its modalities.
         """
         raw = sample.values(self._files, keep_pixels=self.repeats > 1)
-        budgets = self.masking.draw_budgets(rng)
+        budgets = self.masking.draw_budgets(rng, raw if self.may_lack else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
         with errors_name_the_file(sample):
             return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
@@ -197,10 +202,13 @@ def read_sample(
     try:
         masked = dataset.masked(sample, rng)
     except BadSample as error:
-        ledger.warn(sample.where(""), f"{error}; skipped")
-        ledger.read(error.reason)
+        if not error.tolerated:
+            ledger.warn(sample.where(""), f"{error}; skipped")
+        ledger.read(error.reason, error.tolerated)
         return None
     ledger.read()
+    if dataset.may_lack:
+        ledger.has(masked, dataset.modalities)
     return masked
 
 
@@ -230,12 +238,22 @@ class TrainBatches(IterableDataset):
             )  # fmt: skip
             for _ in batches:
                 rows = [next(samples) for _ in range(self.batch_size)]
-                skipped = sum((Counter(ledger.collect()) for ledger in ledgers), Counter())
-                position = {"stream": stream, "epoch": epoch, "draws": samples.draws, "skipped": dict(skipped)}
+                position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _reported(ledgers)
                 yield Batch(collate(rows, self.modalities), position, scaling)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
+
+
+def _reported(ledgers: Iterable[BadSampleLedger]) -> dict[str, Any]:
+    """What there is to report since the last time, for :attr:`Batch.position`."""
+    skipped, missing = Counter[str](), dict[str, tuple[int, int]]()
+    for ledger in ledgers:
+        skipped.update(ledger.collect())
+        for name, (lacking, total) in ledger.collect_missing().items():
+            before = missing.get(name, (0, 0))
+            missing[name] = (before[0] + lacking, before[1] + total)
+    return {"skipped": dict(skipped), "missing": missing}
 
 
 class EvalBatches(IterableDataset):
@@ -263,7 +281,8 @@ class EvalBatches(IterableDataset):
             ]
             skipped += Counter(ledger.collect())
             if kept := [row for row in rows if row is not None]:
-                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1, "skipped": dict(skipped)}
+                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1} | _reported([ledger])
+                position["skipped"] = dict(skipped)
                 yield Batch(collate(kept, self.dataset.modalities), position, self.dataset.scaling)
                 skipped = Counter()
 
@@ -331,7 +350,7 @@ def _worker() -> tuple[int, int]:
 
 
 def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
-    """The shards or folders of a data set.
+    """The shards, folders or records of a data set.
 
     Args:
         ledger: counts keys that are not in every folder; shards are joined later.
@@ -339,10 +358,12 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
     Raises:
         UserError: its files are not there, or of a type that cannot be read.
     """
-    if config.type != "multimodal":
-        raise UserError(f"data set {config.name}: type '{config.type}' is not supported yet, only 'multimodal'")
+    transforms = transforms_for(config.modalities)
+    used = presence(config.missing, config.modalities, transforms, config.main_augment_domain)
+    if config.type == "huggingface":
+        return Records(config.data_path, list(config.modalities), config.modality_name_map, used)
     place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    return Shards(*place, config.remote) if config.use_wds else Folders(*place, ledger)
+    return Shards(*place, used, config.remote) if config.use_wds else Folders(*place, ledger, used)
 
 
 def build_dataset(
@@ -355,22 +376,28 @@ def build_dataset(
     Raises:
         UserError: its files are not there, or of a type that cannot be read.
     """
-    return SampleDataset(
-        config.name,
-        open_source(config, BadSampleLedger(config.name, config.max_bad_fraction)),
-        config.modalities,
-        build_sample_transform(config, training, raw_pixels),
-        UnifiedMasking(
+    masking = (
+        TransferMasking(config.modalities, text_tokenizer, config.in_domains, config.out_domains)
+        if (config.masking == "transfer")
+        else UnifiedMasking(
             config.modalities,
             text_tokenizer,
             input_tokens_range or config.input_tokens_range,
             target_tokens_range or config.target_tokens_range,
             sampling_weights=config.sampling_weights,
-        ),
+        )
+    )
+    return SampleDataset(
+        config.name,
+        open_source(config, BadSampleLedger(config.name, config.max_bad_fraction)),
+        config.modalities,
+        build_sample_transform(config, training, raw_pixels),
+        masking,
         shuffle_buffer=config.wds_shuffle_buffer_tar,
         repeats=config.wds_n_repeats if training else 1,
         repeat_buffer=config.wds_shuffle_buffer_repeat,
         max_bad_fraction=config.max_bad_fraction,
+        may_lack=config.missing == "allow",
     )
 
 

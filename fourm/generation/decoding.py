@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
-from fourm.data.modality_transforms import MODALITY_TRANSFORMS
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, ScalarTransform, transforms_for
 from fourm.data.transforms.image import PixelTransform
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.models.token_selection import Batch
@@ -99,6 +99,11 @@ def decode_modality(
         return replace(decode_pixels(kind, tensor[None], statistics), tensor=tensor)
     if modality.type == "seq_emb":
         return Decoded("vectors", tensor[~masked].numpy(), tensor=tensor[~masked])
+    if modality.transform == "scalar":
+        transform, known = transforms_for({modality.name: modality})[modality.name], not bool(masked.any())
+        assert isinstance(transform, ScalarTransform)
+        value = transform.decode(int(tensor)) if known else None
+        return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
     if modality.type == "img":
         return _image(tensor.flatten(), masked, kind, tokenizers.get(kind))
     ids = tensor[~masked]

@@ -15,7 +15,7 @@ from torch import Tensor
 from fourm.data.decoding import EncodedImage, decode_value
 from fourm.data.image_augmenter import center_crop
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import MODALITY_TRANSFORMS, transforms_for
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, GridTransform, ScalarTransform, transforms_for
 from fourm.data.transforms.image import ImageTransform, image_size
 from fourm.generation.decoding import Decoded, Tokenizers, kind_of
 from fourm.models.generate import init_full_input_modality
@@ -107,8 +107,11 @@ def read_value(
     try:
         if isinstance(value, Decoded):
             return _again(value, modality)
+        transform = transforms_for({modality.name: modality})[modality.name]
+        if modality.type == "seq_token" or isinstance(transform, (ScalarTransform, GridTransform)):
+            return _numbers(value, modality, transform)
         if modality.is_pixels:
-            return read_pixels(value, transforms_for({modality.name: modality})[modality.name], modality.input_size)
+            return read_pixels(value, transform, modality.input_size)
         if modality.type == "img":
             return _tokens(value, modality, tokenizers)
         if modality.type == "seq_emb":
@@ -158,6 +161,16 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     pixels = read_pixels(value, transform, modality.input_size)
     pixels = pixels if pixels.ndim == 3 else pixels[None]
     return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()
+
+
+def _numbers(value: Any, modality: Modality, transform: Any) -> Tensor:
+    """What needs neither a crop nor a vocabulary, of stored crops the first: a scalar, a grid of numbers, codes and [EOS]."""
+    value = transform.preprocess(_load(value))
+    numbers = torch.from_numpy(transform.postprocess(transform.image_augment(value, None, False, None, None, 0)))
+    if modality.type == "seq_token":
+        end = [EOS_ID] * (modality.vocab_offset > EOS_ID)
+        return torch.cat([numbers + modality.vocab_offset, torch.tensor(end, dtype=torch.long)])[: modality.max_tokens]
+    return numbers
 
 
 def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None, frame: tuple[int, int] | None) -> Tensor:

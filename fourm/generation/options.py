@@ -57,6 +57,7 @@ class GenerationOptions(StageOptions):
     seed: int = option("of the first result", 0)
     batch_size: int = option("results at once", 8)
     sheet_samples: int = option("rows of the contact sheet", 12)
+    plugin: str = option("Python module of your own modalities: my_package.my_modalities", "")
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
     dtype: Literal["float32", "bfloat16", "float16"] = option("precision", "float32")
     compile: bool = option("torch.compile the blocks", False)

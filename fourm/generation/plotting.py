@@ -20,7 +20,7 @@ _INK, _FAINT, _EMPTY = "#222222", "#777777", "#f3f3f3"
 _CELL = 2.1  # side of a picture in inches
 _LETTERS = 42  # on a line of a cell of text
 _WIDE = 1.35  # columns of text are so much wider
-_TEXTS = ("caption", "metadata", "color_palette", "human_poses", "vectors")
+_TEXTS = ("caption", "metadata", "color_palette", "human_poses", "scalar", "vectors")
 
 
 def plot(
@@ -228,6 +228,7 @@ PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
     "color_palette": _palette,
     "metadata": _metadata,
     "human_poses": _json,
+    "scalar": _json,
     "vectors": _json,
 }
 """Kind → what draws it, for kinds that are no pictures (:data:`IMAGES`)."""

@@ -30,6 +30,7 @@ from fourm.generation.settings import COLUMNS
 from fourm.generation.stages import Stage, generate
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
+from fourm.utils.plugin import load_plugin
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -37,7 +38,8 @@ _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 
 # What a folder of results may be continued with: everything else changes them.
 _FREE = {
-    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config", "sr_config"
+    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config", "sr_config",
+    "plugin",
 }  # fmt: skip
 
 
@@ -199,4 +201,6 @@ def main(argv: list[str] | None = None) -> None:
     """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own."""
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
-    run(parse(argv), int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    options = parse(argv)
+    load_plugin(options.plugin)
+    run(options, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))

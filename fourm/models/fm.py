@@ -299,6 +299,16 @@ class FM(FourM, HubModel):
         self.config = copy.deepcopy(config)
 
 
+def own_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict[str, type[ModalityEmbedding]]:
+    """Name → class of the embeddings that modules outside of this package define, wherever they have been imported from."""
+    found = {}
+    for cls in base.__subclasses__():
+        if cls.__module__.split(".")[0] != __name__.split(".")[0]:
+            found[cls.__name__] = cls
+        found |= own_embeddings(cls)
+    return found
+
+
 def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:
     """The embedding module that the modality table names.
 
@@ -309,10 +319,11 @@ def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **o
     class_name = modality[f"{side}_embedding"]
     if class_name is None:
         raise UserError(f"modality {modality.name} cannot be {'an input' if side == 'encoder' else 'a target'}")
-    classes = vars({"encoder": encoder_embeddings, "decoder": decoder_embeddings}[side])
+    classes = vars({"encoder": encoder_embeddings, "decoder": decoder_embeddings}[side]) | own_embeddings()
     if class_name not in classes:
         raise UserError(
-            f"modality {modality.name}: no {side} embedding '{class_name}'{did_you_mean(class_name, classes)}"
+            f"modality {modality.name}: no {side} embedding '{class_name}'{did_you_mean(class_name, classes)}; "
+            "if it is your own, 'plugin' must name its module"
         )
     if modality.type == "img":
         options |= {"image_size": modality.input_size or sizes["image_size"]}

@@ -96,6 +96,9 @@ class TrainConfig:
 
     # Data
     data_config: str = option("path of the data YAML", "")
+    plugin: str = option(
+        "Python module of your own modalities, imported before anything else: my_package.my_modalities", ""
+    )
     text_tokenizer_path: str = option(
         "text vocabulary (also: tokenizer_path)", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )

@@ -100,6 +100,9 @@ class Journal:
         for key, what in (("skipped_steps", "steps skipped: gradient norm"), ("bad_samples", "bad samples")):
             if line[key]:
                 log.warning("step %d: %s: %s", line["step"], what, line[key])
+        if line["missing"]:
+            shares = ", ".join(f"{name} {share:.1%}" for name, share in line["missing"].items())
+            log.info("step %d: missing values: %s", line["step"], shares, extra={"in_bar": self._bar is not None})
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         """Report what an evaluation found, {data set: {kind of budgets: result}}: one line, all of it or nothing."""

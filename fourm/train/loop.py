@@ -85,7 +85,7 @@ class Trainer:
         inputs, targets = plan.encoder.counts, plan.decoder.counts
         samples = len(plan.encoder.modality)
         self.interval.add_batch(
-            loss, losses, targets, batch.position["skipped"], samples=samples,
+            loss, losses, targets, batch.position, samples=samples,
             tokens=sum(inputs.values()) + sum(targets.values()),
             flops=self._flops(samples, self.num_input_tokens, self.num_target_tokens, inputs, targets),
         )  # fmt: skip

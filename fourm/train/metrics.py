@@ -35,14 +35,15 @@ class Interval:
         self._start = time.perf_counter()
 
     def add_batch(
-        self, loss: Tensor, losses: Mapping[str, Tensor], targets: Mapping[str, int], bad: Mapping[str, int], **amounts: float
+        self, loss: Tensor, losses: Mapping[str, Tensor], targets: Mapping[str, int], position: Mapping[str, Any],
+        **amounts: float,
     ) -> None:  # fmt: skip
         """Count a micro-batch.
 
         Args:
             loss, losses: of the batch, and its mean cross-entropy per modality.
             targets: target tokens per modality.
-            bad: samples that were skipped, by data set and reason.
+            position: :attr:`Batch.position`, for the samples that were skipped and the modalities that were missing.
             amounts: ``samples``, ``tokens`` and ``flops``.
         """
         sums = torch.stack([loss, *(losses[name] * targets[name] for name in self._modalities)]).detach()
@@ -50,7 +51,9 @@ class Interval:
         self._sums[3:] += sums[1:]
         self._counts.update({f"targets {name}": count for name, count in targets.items()})
         self._counts.update(batches=1, **amounts)  # type: ignore[call-overload]
-        self._bad.update(bad)
+        self._bad.update(position["skipped"])
+        for name, (lacking, total) in position["missing"].items():
+            self._counts.update({f"without {name}": lacking, f"samples {name}": total})
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """Count an optimizer step; the norm of a skipped one does not enter the mean."""
@@ -104,7 +107,8 @@ class Interval:
             ``samples_per_second``, ``tokens_per_second``, ``tflops`` (10¹² operations of the model per second and
             process), ``mfu`` (their share of what the device could do, if that is known), ``data_wait`` (share of the
             time spent waiting for data), ``seconds`` per phase (mean over processes), ``peak_memory`` (bytes, of the
-            process with most) and ``bad_samples`` by data set and reason.
+            process with most), ``bad_samples`` by data set and reason, and ``missing``, the share of samples without a
+            modality, of the data sets where samples may lack something.
         """
         total, bad, memory = Counter[str](), Counter[str](), 0
         self._read_events()
@@ -133,6 +137,11 @@ class Interval:
             "seconds": phases,
             "peak_memory": memory,
             "bad_samples": dict(bad),
+            "missing": {
+                name.removeprefix("without "): count / total[name.replace("without ", "samples ", 1)]
+                for name, count in total.items()
+                if name.startswith("without ")
+            },
         }
 
     def state(self) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from fourm.data.data_config import DataConfig, load_data_config
+from fourm.data.modality_info import REGISTERED
 from fourm.data.remote import RemoteOptions
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
@@ -37,6 +38,7 @@ from fourm.train.schedules import build_schedule
 from fourm.train.signals import STOP_SIGNALS, StopSignals
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
+from fourm.utils.plugin import load_plugin
 from fourm.utils.s3 import S3Store, upload
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.transfer import shown
@@ -57,6 +59,7 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     Raises:
         UserError: a configuration, file or sample that cannot work.
     """
+    load_plugin(config.plugin)
     if config.plan:
         data = load_data(config)
         text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
@@ -316,7 +319,7 @@ def build_model(config: TrainConfig, data: DataConfig) -> FM:
         return FM(
             model_config(
                 config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
-                modalities=data.declarations, share_embedding=True, **options | config.model_kwargs,
+                modalities=_declarations(data), share_embedding=True, **options | config.model_kwargs,
             )
         )  # fmt: skip
 
@@ -328,6 +331,12 @@ def _warn_of_restarts() -> None:
         log.warning(
             "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: processes that it starts again may fail to meet without"
         )
+
+
+def _declarations(data: DataConfig) -> dict[str, dict[str, Any]]:
+    """What a model must know of its modalities beside the table: the data YAML's block, and what a plugin registered."""
+    registered = {name: REGISTERED[name] for name in data.modalities if name in REGISTERED}
+    return {**registered, **data.declarations}
 
 
 def _set_up_process(config: TrainConfig) -> None:

@@ -97,6 +97,16 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path, capsys):
     assert found["bad_samples"] == len(EXPECTED) - 1  # one is missing
 
 
+@pytest.mark.parametrize(("missing", "used", "status"), [("error", 8, 1), ("skip", 8, 0), ("allow", 10, 0)])
+def test_what_a_data_set_says_of_missing_values_holds(tmp_path, capsys, missing, used, status):
+    lacking = {("caption", 3), ("det", 6)}
+    path = write_shards(tmp_path / "s", 2, 5, lambda folder, i, _, content: None if (folder, i) in lacking else content)
+    code, (found,) = check(config(tmp_path, path, missing=missing), capsys)
+    assert (code, found["complete_keys"], found["samples_read"]) == (status, used, used)
+    assert found["modalities"]["caption"]["missing"] == 1 and found["modalities"]["det"]["missing"] == 1
+    assert bool(found["problems"]) == (missing == "error")
+
+
 def test_a_sample_with_several_problems_shows_them_all(tmp_path, capsys):
     bad = {"rgb": b"x", "tok_rgb": npy([[0, 1, 2, 256]] * 3), "det": b"{"}
     path = write_shards(tmp_path / "s", 1, 2, lambda folder, i, _, content: bad.get(folder, content) if i else content)

@@ -282,7 +282,20 @@ def test_captions_are_aligned_unless_the_data_set_says_no(dataset):
         assert {transform(sample, np.random.default_rng(seed))["caption"] for seed in range(20)} == expected
 
 
-def test_a_modality_that_cannot_be_read_yet_is_named_when_data_is_built(dataset):
-    config = dataset({"in_domains": "t5_caption-rgb@224"})
-    with pytest.raises(UserError, match="t5_caption.*not supported yet"):
-        build_sample_transform(config, training=True)
+def test_kinds_of_data_sets_and_of_masking_have_their_modalities(dataset):
+    with pytest.raises(UserError, match="cc: modality rgb@224 cannot be read from records"):
+        dataset({"type": "huggingface"})
+    with pytest.raises(UserError, match="'masking' transfer: caption cannot be in in_domains and in out_domains"):
+        dataset({"masking": "transfer"})
+    transfer = {"masking": "transfer", "out_domains": "tok_rgb@224", "input_alphas": None, "target_alphas": None}
+    assert dataset(transfer).masking == "transfer"
+
+
+def test_the_main_domain_is_a_picture(load):
+    block = {
+        "sound@64": {"type": "img", "num_channels": 1, "input_size": 64, "patch_size": 16, "transform": "features"}
+    }
+    fields = {**DATASET, "in_domains": "sound@64-rgb@224", "out_domains": "caption", "target_alphas": 1}
+    assert (
+        load({"train": {"datasets": {"cc": fields}}, "modalities": block}).train["cc"].main_augment_domain == "rgb@224"
+    )

@@ -55,7 +55,7 @@ def store(local):
 
 def stream(data_path: str, remote: RemoteOptions | None = None, draws: int = DRAWS) -> list[tuple[str, str]]:
     """Key and digest of all members of the first samples; those of one shard are read after the next has begun."""
-    shards = Shards(data_path, WANTED, NAMES, remote)
+    shards = Shards(data_path, WANTED, NAMES, remote=remote)
     samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
     files, found = OpenFiles(), []
     for sample in itertools.islice(samples, draws):
@@ -198,7 +198,7 @@ def test_what_stays_broken_is_one_error_after_a_bounded_number_of_requests(
 )
 def test_what_is_not_there_is_named(store, tmp_path, data_path, message):
     with pytest.raises(UserError, match=message):
-        Shards(data_path, WANTED, NAMES, options(store.endpoint, tmp_path))
+        Shards(data_path, WANTED, NAMES, remote=options(store.endpoint, tmp_path))
 
 
 def test_a_shard_that_is_missing_ends_the_run(store, local, tmp_path):
@@ -208,7 +208,7 @@ def test_a_shard_that_is_missing_ends_the_run(store, local, tmp_path):
 
 
 def test_validation_goes_through_all_of_it(local, store, tmp_path):
-    shards = Shards(on_s3(local), WANTED, NAMES, options(store.endpoint, tmp_path))
+    shards = Shards(on_s3(local), WANTED, NAMES, remote=options(store.endpoint, tmp_path))
     assert sorted(int(sample.key) for sample in shards.all(BadSampleLedger("toy", 0.0))) == list(range(24))
 
 
@@ -322,14 +322,14 @@ def test_a_web_server_that_fails_is_named_without_the_signature(local, store, tm
 
 def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
     with pytest.raises(UserError, match="^https://host/rgb/a.tar: a URL with a user and password") as failure:
-        Shards(f"https://me:{SECRET}@host/[rgb]/a.tar", {"rgb@224": "rgb"}, None, options("", tmp_path))
+        Shards(f"https://me:{SECRET}@host/[rgb]/a.tar", {"rgb@224": "rgb"}, None, remote=options("", tmp_path))
     assert SECRET not in str(failure.value)
 
 
 @pytest.mark.slow
 def test_the_delay_of_a_store_is_hidden_behind_the_use_of_the_shards_before(local, store, tmp_path):
     with faulty(store, lambda *_: time.sleep(0.02)) as proxy:
-        shards = Shards(on_s3(local), WANTED, NAMES, options(proxy.endpoint, tmp_path))
+        shards = Shards(on_s3(local), WANTED, NAMES, remote=options(proxy.endpoint, tmp_path))
         samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
         next(samples)
         start, waited = time.perf_counter(), 0.0
@@ -345,4 +345,4 @@ def test_the_delay_of_a_store_is_hidden_behind_the_use_of_the_shards_before(loca
 def test_a_wrong_profile_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UserError, match="S3 store http://127.0.0.1:9: .*profile.*nobody"):
-        Shards(f"s3://{BUCKET}/a.tar", WANTED, NAMES, options("http://127.0.0.1:9", tmp_path))
+        Shards(f"s3://{BUCKET}/a.tar", WANTED, NAMES, remote=options("http://127.0.0.1:9", tmp_path))

@@ -23,7 +23,7 @@ from fourm.data.unified_datasets import (
     build_train_loader,
     draws_in_epoch,
 )
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError
 from tests.data.dataset_files import MODALITIES, jpeg, npy, text_tokenizer, write_folders, write_shards
 
 TOKENIZER = text_tokenizer()
@@ -328,12 +328,6 @@ def test_the_global_random_state_is_not_touched(tmp_path, shards):
     before = torch.get_rng_state()
     train(config(tmp_path, shards), 2)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_huggingface_text_is_announced_as_missing(tmp_path):
-    data = config(tmp_path, "allenai/c4", type="huggingface", in_domains="caption", out_domains="caption")
-    with pytest.raises(UserError, match="d0: type 'huggingface' is not supported yet"):
-        train(data, 1)
 
 
 @pytest.mark.slow

@@ -29,9 +29,18 @@ VALUES = {
     "color_palette": [[255, 0, 0], [1, 2, 3]],
     "metadata": {"brightness": 17.5, "n_humans": 2},
     "human_poses": [{"box": [0, 0, 1, 1], "pose": [1] * 8}],
+    "scalar": 12.5,
     "vectors": np.zeros((3, 9)),
 }
-NOTHING = {"caption": "", "det": [], "sam_instance": [], "color_palette": [], "metadata": {}, "human_poses": []}
+NOTHING = {
+    "caption": "",
+    "det": [],
+    "sam_instance": [],
+    "color_palette": [],
+    "metadata": {},
+    "human_poses": [],
+    "scalar": None,
+}
 NOTHING |= {"depth": np.full((4, 4), np.nan), "semseg": np.full((4, 4), -1), "tokens": np.full((1, 1), -1)}
 
 
@@ -40,7 +49,7 @@ def texts(figure):
 
 
 def test_everything_that_can_be_decoded_can_be_plotted():
-    assert {*DECODERS, *SEQUENCES, "tokens", "vectors"} == {*IMAGES, *PLOTTERS} == set(VALUES)
+    assert {*DECODERS, *SEQUENCES, "scalar", "tokens", "vectors"} == {*IMAGES, *PLOTTERS} == set(VALUES)
 
 
 @pytest.mark.parametrize("values", [VALUES, NOTHING])

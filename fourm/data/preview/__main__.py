@@ -25,6 +25,7 @@ from fourm.generation.plotting import as_image
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.plugin import load_plugin
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 
@@ -44,6 +45,7 @@ class PreviewOptions:
     text_tokenizer_path: str = option(
         "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
+    plugin: str = option("module of your own modalities, as of training", "")
     num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
     num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
     min_input_tokens: int | None = option("fewest input tokens (default: always num_input_tokens)", None)
@@ -79,6 +81,7 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
 def main(argv: list[str] | None = None) -> int:
     """Write page and PNG."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
+    load_plugin(options.plugin)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     config = load_data_config(
         options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens,

@@ -145,8 +145,9 @@ def _transformed(
             with errors_name_the_file(sample):
                 values = dataset.transform(sample.values(files, keep_pixels=False), generator(seed, "crop", number))
         except BadSample as error:
-            ledger.warn(sample.key, f"{error}; skipped")
-            ledger.read(error.reason)
+            if not error.tolerated:
+                ledger.warn(sample.key, f"{error}; skipped")
+            ledger.read(error.reason, error.tolerated)
             continue
         ledger.read()
         found.add(sample.key)

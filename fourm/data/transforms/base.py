@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
 from fourm.data.decoding import decode_value
-from fourm.utils.errors import UserError
 
 CropCoords = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the main modality's image."""
@@ -20,7 +19,12 @@ class AbstractTransform:
 
     The order is ``load`` (files only), ``preprocess``, ``image_augment``, ``choose``, ``postprocess``. All but
     ``choose`` are pure; whatever the crop does not decide is drawn there, from the sample's generator.
+
+    Attributes:
+        follows_crop: what it gives depends on the crop of the picture.
     """
+
+    follows_crop: ClassVar[bool] = False
 
     def load(self, path: str | Path) -> Any:
         """The raw value in the file ``path``; shards are decoded the same way from their members."""
@@ -68,19 +72,3 @@ class AbstractTransform:
     def bind(self, modality: Mapping[str, Any]) -> AbstractTransform:
         """This transform with the limits that ``modality`` declares, so that it can check values against them."""
         return self
-
-
-class PendingTransform(AbstractTransform):
-    """A modality of the table whose transform is not written yet: embedded and generated, but not read from files."""
-
-    def __init__(self, name: str):
-        self._error = (
-            f"reading '{name}' from files is not supported yet; take it out of in_domains and out_domains, "
-            "or set 'transform' in its declaration"
-        )
-
-    def bind(self, modality: Mapping[str, Any]) -> AbstractTransform:
-        raise UserError(f"modality {modality['name']}: {self._error}")
-
-    def preprocess(self, value: Any) -> Any:
-        raise UserError(self._error)

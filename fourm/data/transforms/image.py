@@ -107,6 +107,7 @@ class ImageTransform(AbstractTransform):
 
     size: int | None = field(default=None, kw_only=True)
 
+    follows_crop: ClassVar[bool] = True
     mode: ClassVar[str | None] = None
     resample: ClassVar[str] = "nearest"
     channels: ClassVar[int] = 1

@@ -5,17 +5,59 @@ Numbers are single words of the vocabulary: ``v0=17`` is number 17 in role 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from fourm.data.transforms.base import AbstractTransform
+from fourm.data.transforms.base import AbstractTransform, CropCoords
 from fourm.utils.errors import DataError, did_you_mean
 
+T = TypeVar("T")
 Box = tuple[float, float, float, float]
 """xmin, ymin, xmax, ymax in [0, 1]."""
+
+
+def of_stored_crop(values: Sequence[T], index: int | None) -> T:
+    """The entry of the stored crop that was chosen.
+
+    Raises:
+        DataError: none was, or there is no entry for it.
+    """
+    if index is None:
+        raise DataError("its values belong to stored crops, but no stored crop was chosen (crop_settings is needed)")
+    if index >= len(values):
+        raise DataError(f"stored crop {index} was chosen, but there are values of only {len(values)} crops")
+    return values[index]
+
+
+def crop_box(
+    box: Sequence[float], crop_coords: CropCoords | None, flip: bool, orig_size: tuple[int, int] | None
+) -> Box | None:
+    """A box expressed in the crop, clipped to it and mirrored; None if no area is left.
+
+    Raises:
+        DataError: the image's size is not known.
+    """
+    left = top = 0.0
+    width = height = 1.0
+    if crop_coords is not None:
+        if orig_size is None:
+            raise DataError("boxes can follow a crop only if the image's size is known: set main_augment_domain")
+        top, height = crop_coords[0] / orig_size[0], crop_coords[2] / orig_size[0]
+        left, width = crop_coords[1] / orig_size[1], crop_coords[3] / orig_size[1]
+    xmin, ymin, xmax, ymax = box
+    xmin, xmax = max((xmin - left) / width, 0.0), min((xmax - left) / width, 1.0)
+    ymin, ymax = max((ymin - top) / height, 0.0), min((ymax - top) / height, 1.0)
+    if not (xmin < xmax and ymin < ymax):
+        return None
+    return (1 - xmax, ymin, 1 - xmin, ymax) if flip else (xmin, ymin, xmax, ymax)
+
+
+def box_words(box: Sequence[float], coord_bins: int = 1000) -> list[str]:
+    """``v0=X v1=Y v2=X v3=Y``"""
+    return [f"v{i}={round(c * (coord_bins - 1))}" for i, c in enumerate(box)]
 
 
 @dataclass(frozen=True)
@@ -47,9 +89,7 @@ class CaptionTransform(AbstractTransform):
         """The caption of stored crop ``rand_aug_idx``, where there is one per crop."""
         if rand_aug_idx is None or self.stored_crops(value) is None:
             return value
-        if rand_aug_idx >= len(value):
-            raise DataError(f"stored crop {rand_aug_idx} was chosen, but there are captions of only {len(value)} crops")
-        return [value[rand_aug_idx]]
+        return [of_stored_crop(value, rand_aug_idx)]
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
         return [value[generator.integers(len(value))]] if len(value) > 1 else value
@@ -70,6 +110,8 @@ class DetectionTransform(AbstractTransform):
     det_threshold: float = 0.6
     coord_bins: int = 1000
 
+    follows_crop: ClassVar[bool] = True
+
     def preprocess(self, value: Mapping[str, Any]) -> list[tuple[str, Box]]:
         found = [i for i in value["instances"] if i.get("score", 1.0) >= self.det_threshold]
         for instance in found:
@@ -81,26 +123,13 @@ class DetectionTransform(AbstractTransform):
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> list[tuple[str, Box]]:
         """Boxes expressed in the crop, clipped to it; those without any area left are dropped."""
-        left = top = 0.0
-        width = height = 1.0
-        if crop_coords is not None:
-            if orig_size is None:
-                raise DataError("boxes can follow a crop only if the image's size is known: set main_augment_domain")
-            top, height = crop_coords[0] / orig_size[0], crop_coords[2] / orig_size[0]
-            left, width = crop_coords[1] / orig_size[1], crop_coords[3] / orig_size[1]
-        kept = []
-        for name, (xmin, ymin, xmax, ymax) in value:
-            xmin, xmax = max((xmin - left) / width, 0.0), min((xmax - left) / width, 1.0)
-            ymin, ymax = max((ymin - top) / height, 0.0), min((ymax - top) / height, 1.0)
-            if xmin < xmax and ymin < ymax:
-                kept.append((name, (1 - xmax, ymin, 1 - xmin, ymax) if flip else (xmin, ymin, xmax, ymax)))
-        return kept
+        boxes = [(name, crop_box(box, crop_coords, flip, orig_size)) for name, box in value]
+        return [(name, box) for name, box in boxes if box]
 
     def postprocess(self, value: list[tuple[str, Box]]) -> str:
         words = []
         for name, box in sorted(value, key=lambda item: item[1][0] ** 2 + item[1][1] ** 2):
-            words += [f"v{i}={round(c * (self.coord_bins - 1))}" for i, c in enumerate(box)]
-            words.append(name)
+            words += [*box_words(box, self.coord_bins), name]
         return " ".join(words)
 
 

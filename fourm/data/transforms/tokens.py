@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from fourm.data.transforms.base import AbstractTransform
-from fourm.utils.errors import DataError
+from fourm.data.transforms.sequence import of_stored_crop
+from fourm.utils.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,10 @@ class TokTransform(AbstractTransform):
                 raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
         return ids
 
+    @property
+    def follows_crop(self) -> bool:  # type: ignore[override]
+        return self.per_crop
+
     def stored_crops(self, value: np.ndarray) -> int | None:
         return len(value) if self.per_crop else None
 
@@ -53,13 +58,7 @@ class TokTransform(AbstractTransform):
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> np.ndarray:
         """Row ``rand_aug_idx``."""
-        if not self.per_crop:
-            return value
-        if rand_aug_idx is None:
-            raise DataError("tokens belong to stored crops, but no stored crop was chosen (crop_settings is needed)")
-        if rand_aug_idx >= len(value):
-            raise DataError(f"stored crop {rand_aug_idx} was chosen, but there are tokens of only {len(value)} crops")
-        return value[rand_aug_idx]
+        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
         return value.astype(np.int64)
@@ -72,3 +71,43 @@ class TokTransform(AbstractTransform):
             vocab_offset=modality["vocab_offset"],
             num_tokens=modality["max_tokens"] if modality["type"] == "img" else None,
         )
+
+
+@dataclass(frozen=True)
+class CodebooksTransform(TokTransform):
+    """Codes of several codebooks, as neural audio codecs have them: (…, codebooks, steps) → int64 (steps · codebooks,).
+
+    The codes of a step follow each other, and those of codebook k begin at ``k · codebook_size``.
+
+    Attributes:
+        codebooks: how many.
+        codebook_size: codes of each.
+    """
+
+    codebooks: int = 1
+    codebook_size: int = 1024
+
+    def preprocess(self, value: Any) -> np.ndarray:
+        codes = np.asarray(value)
+        if codes.ndim != 2 + self.per_crop or codes.shape[-2] != self.codebooks or codes.dtype.kind not in "iu":
+            raise DataError(f"expected codes (codebooks {self.codebooks}, steps), not {codes.dtype} {codes.shape}")
+        if codes.size and not 0 <= codes.min() <= codes.max() < self.codebook_size:
+            raise DataError(f"expected codes from 0 to {self.codebook_size - 1}, not {codes.min()} to {codes.max()}")
+        ids = codes.astype(np.int64) + self.codebook_size * np.arange(self.codebooks)[:, None]
+        return super().preprocess(ids.swapaxes(-1, -2).reshape(*codes.shape[:-2], -1))
+
+    def decode(self, ids: np.ndarray) -> np.ndarray:
+        """(L,) → (codebooks, steps); a step that is not whole, each codebook at its place, ends the sequence."""
+        ids = ids[: len(ids) // self.codebooks * self.codebooks].reshape(-1, self.codebooks)
+        whole = (ids // self.codebook_size == np.arange(self.codebooks)).all(1)
+        steps = len(ids) if whole.all() else int(whole.argmin())
+        return (ids[:steps] % self.codebook_size).T
+
+    def bind(self, modality: Mapping[str, Any]) -> CodebooksTransform:
+        ids = modality["vocab_offset"] + self.codebooks * self.codebook_size
+        if modality["vocab_size"] != ids:
+            raise UserError(
+                f"modality {modality['name']}: {self.codebooks} codebooks of {self.codebook_size} codes need vocab_size {ids} "
+                f"(with vocab_offset {modality['vocab_offset']}), not {modality['vocab_size']}"
+            )
+        return replace(self, **vars(super().bind(modality)))

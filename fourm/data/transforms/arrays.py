@@ -1,0 +1,152 @@
+"""Numbers that are no pictures: vectors of another model, grids of features, a scalar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from fourm.data.transforms.base import AbstractTransform
+from fourm.data.transforms.sequence import of_stored_crop
+from fourm.utils.errors import DataError, UserError
+
+
+@dataclass(frozen=True)
+class CaptionEmbTransform(AbstractTransform):
+    """The vectors of a caption, float32 (L, D), such as those of T5.
+
+    A file has ``emb`` (variants, L, D) and ``mask_valid`` (variants, L), which vectors count.
+
+    Attributes:
+        aligned_captions: as of :class:`CaptionTransform`.
+        width: D; None = unchecked.
+    """
+
+    aligned_captions: bool = True
+    width: int | None = None
+
+    def preprocess(self, value: Any) -> list[np.ndarray]:
+        """The vectors that count, of each variant."""
+        vectors, valid = np.asarray(value["emb"]), np.asarray(value["mask_valid"]).astype(bool)
+        if vectors.ndim != 3 or not len(vectors) or vectors.shape[:2] != valid.shape:
+            raise DataError(
+                f"expected emb (variants, L, D) and mask_valid (variants, L), not {vectors.shape} and {valid.shape}"
+            )
+        if self.width not in (None, vectors.shape[2]):
+            raise DataError(f"expected vectors of {self.width} numbers, not of {vectors.shape[2]}")
+        return [rows[counts] for rows, counts in zip(vectors, valid, strict=True)]
+
+    def stored_crops(self, value: list[np.ndarray]) -> int | None:
+        return len(value) if self.aligned_captions and len(value) > 1 else None
+
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> list[np.ndarray]:
+        """The variant of stored crop ``rand_aug_idx``, where there is one per crop."""
+        if rand_aug_idx is None or self.stored_crops(value) is None:
+            return value
+        return [of_stored_crop(value, rand_aug_idx)]
+
+    def choose(self, value: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+        return value[generator.integers(len(value)) if len(value) > 1 else 0]
+
+    def postprocess(self, value: np.ndarray) -> np.ndarray:
+        return value.astype(np.float32)
+
+    def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
+        return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))
+
+
+@dataclass(frozen=True)
+class GridTransform(AbstractTransform):
+    """A grid of numbers that no crop touches, float32 (C, H, W): features of a network, a spectrogram.
+
+    Attributes:
+        per_crop: the file has one grid per stored crop; False: one, and (H, W) is one channel.
+        mean, std: the numbers are normalised by.
+        shape: (C, H, W); None = unchecked.
+    """
+
+    per_crop: bool = False
+    mean: float = 0.0
+    std: float = 1.0
+    shape: tuple[int, int, int] | None = None
+
+    def preprocess(self, value: Any) -> np.ndarray:
+        grid = np.asarray(value)
+        grid = grid[None] if grid.ndim == 2 and not self.per_crop else grid
+        if grid.dtype.kind not in "iuf" or grid.ndim != 3 + self.per_crop:
+            raise DataError(f"expected a grid of numbers (channels, height, width), not {grid.dtype} {grid.shape}")
+        if self.shape not in (None, grid.shape[-3:]):
+            raise DataError(f"expected a grid of shape {self.shape}, not {grid.shape[-3:]}")
+        return grid
+
+    @property
+    def follows_crop(self) -> bool:  # type: ignore[override]
+        return self.per_crop
+
+    def stored_crops(self, value: np.ndarray) -> int | None:
+        return len(value) if self.per_crop else None
+
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> np.ndarray:
+        """The grid of stored crop ``rand_aug_idx``, where there is one per crop."""
+        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
+
+    def postprocess(self, value: np.ndarray) -> np.ndarray:
+        return (value.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+
+    def bind(self, modality: Mapping[str, Any]) -> GridTransform:
+        channels, side = modality["num_channels"], modality["input_size"]
+        shape = (channels, side, side) if channels and side else None
+        return replace(self, per_crop=modality["pretokenized"], shape=shape)
+
+
+@dataclass(frozen=True)
+class ScalarTransform(AbstractTransform):
+    """A number → the token of its bin, int64 (1,). Numbers beyond the range count as its ends.
+
+    A file has the number: ``12.5`` in txt or json, or an npy of one number.
+
+    Attributes:
+        low, high: range of the bins.
+        log: bins of equal ratio rather than of equal width.
+        bins: how many; the vocabulary.
+    """
+
+    low: float = 0.0
+    high: float = 1.0
+    log: bool = False
+    bins: int = 1000
+
+    def preprocess(self, value: Any) -> float:
+        number = float(np.asarray(value).item())
+        if not math.isfinite(number):
+            raise DataError(f"expected a finite number, not {number}")
+        return number
+
+    def postprocess(self, value: float) -> np.ndarray:
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        share = (self._scaled(min(max(value, self.low), self.high)) - low) / (high - low)
+        return np.array([min(int(share * self.bins), self.bins - 1)])
+
+    def decode(self, token: int) -> float:
+        """The middle of a bin."""
+        low, high = self._scaled(self.low), self._scaled(self.high)
+        value = low + (token + 0.5) / self.bins * (high - low)
+        return math.exp(value) if self.log else value
+
+    def _scaled(self, value: float) -> float:
+        return math.log(value) if self.log else value
+
+    def bind(self, modality: Mapping[str, Any]) -> ScalarTransform:
+        if not (0 if self.log else -math.inf) < self.low < self.high < math.inf:
+            raise UserError(
+                f"modality {modality['name']}: transform_options 'low' and 'high' must be a range, above 0 with 'log', "
+                f"not {self.low} to {self.high}"
+            )
+        return replace(self, bins=modality["vocab_size"])

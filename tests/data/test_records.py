@@ -1,0 +1,146 @@
+"""Data sets of records: text files, and mixtures of them with shards."""
+
+import gzip
+import json
+import sys
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.unified_datasets import build_dataset, build_eval_loader, draws_in_epoch
+from fourm.utils.errors import DataError, MissingDependency, UserError
+from tests.data.dataset_files import write_shards
+from tests.data.test_unified_datasets import TOKENIZER, config, same, train
+
+TEXT = {"type": "huggingface", "in_domains": "caption", "out_domains": "caption", "modality_name_map": {}}
+
+
+def write(path, rows, kind="json"):
+    lines = "".join((row if kind == "txt" else json.dumps(row)) + "\n" for row in rows)
+    path.write_bytes(gzip.compress(lines.encode()) if path.suffix == ".gz" else lines.encode())
+    return path
+
+
+def rows(start, count):
+    return [{"text": f"sample s{i}", "url": "x"} for i in range(start, start + count)]
+
+
+def numbers(batches):
+    """Which records are in the batches: every caption is all target or has its words."""
+    words = [
+        TOKENIZER.decode([i for i in row if i > 203])
+        for b in batches
+        for row in b.mod_dict["caption"]["tensor"].tolist()
+    ]
+    return [int(word[1:]) for text in words for word in text.split() if word[0] == "s" and word[1:].isdigit()]
+
+
+@pytest.fixture
+def files(tmp_path):
+    write(tmp_path / "a-0.json", rows(0, 10))
+    write(tmp_path / "a-1.json.gz", rows(10, 10))
+    return tmp_path
+
+
+def keys(files, pattern, streams=1, draws=20, repeats=1):
+    data = config(files, files / pattern, **TEXT | {"wds_n_repeats": repeats, "wds_shuffle_buffer_tar": 0})
+    dataset = build_dataset(data.train["d0"], TOKENIZER, training=True)
+    found = []
+    for stream in range(streams):
+        ledger = BadSampleLedger("d0", 0.0)
+        samples = dataset.source.draw((0, "order", 0, "d0"), stream, streams, ledger)
+        found.append([next(samples).where("") for _ in range(draws // streams)])
+    return found
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_a_pass_of_all_streams_has_each_record_once(files, streams):
+    write(files / "a-1.json", rows(10, 10))
+    found = keys(files, "a-{0..1}.json", streams)
+    assert len({key for stream in found for key in stream}) == 20
+
+
+def test_lines_of_text_and_compressed_files_are_read(files):
+    write(files / "lines.txt", ["sample s1", "", "sample s2"], "txt")
+    assert set(numbers(train(config(files, files / "lines.txt", **TEXT), 8))) == {1, 2}
+    assert set(numbers(train(config(files, files / "a-1.json.gz", **TEXT), 40))) == set(range(10, 20))
+    named = TEXT | {"modality_name_map": {"url": "caption"}}
+    assert numbers(train(config(files, files / "a-0.json", **named), 2)) == []
+
+
+def test_a_run_goes_on_within_the_records(files):
+    data = config(files, files / "a-0.json", **TEXT)
+    for workers in (0, 2):
+        whole = train(data, 8, workers=workers)
+        position = draws_in_epoch([b.position for b in whole[: 2 + bool(workers)]], 0)
+        start = 2 + bool(workers)
+        rest = train(data, 8 - start, workers=workers, start=start, positions=position)
+        assert all(same(a.mod_dict, b.mod_dict) for a, b in zip(whole[start:], rest, strict=True))
+
+
+def test_mixture_of_shards_and_text_follows_its_weights(files):
+    shards = write_shards(files / "s", 2, 5)
+    text = config(files, files / "a-0.json", **TEXT).train["d0"]
+    data = config(files, shards, files / "a-0.json", weights={"d0": 1, "d1": 3})
+    data.train["d1"] = replace(text, name="d1")
+    batches = train(data, 10, batch_size=40)
+    counts = Counter()
+    for batch in batches:
+        entry = batch.mod_dict["tok_rgb@32"]
+        images = ~entry["input_mask"].all(1) | ~entry["target_mask"].all(1)
+        counts.update(images.tolist())
+        assert not batch.position["missing"]  # what a source does not have is not missing in its samples
+    assert 0.15 < counts[True] / 400 < 0.3
+
+
+def test_every_record_is_evaluated_once(files):
+    data = config(files, files / "a-0.json", **TEXT)
+    loader = build_eval_loader(data.train["d0"], TOKENIZER, batch_size=4, num_workers=0, rank=0, world_size=1, seed=0)
+    assert sum(len(b.mod_dict["caption"]["tensor"]) for b in loader) == 10
+
+
+def test_bad_records_are_counted_or_left_out(files, caplog):
+    path = files / "bad.json"
+    path.write_text('{"text": "sample s1"}\n{"text": \n{"words": "sample s2"}\n')
+    batches = train(config(files, path, **TEXT), 5)
+    skipped = sum((Counter(b.position["skipped"]) for b in batches), Counter())
+    assert set(skipped) == {"d0: corrupt record", "d0: missing column"} and set(numbers(batches)) <= {1}
+    messages = " ".join(r.getMessage() for r in caplog.records)
+    assert (
+        f"{path}: record 2" in messages
+        and "no column caption or text for modality caption (there are words)" in messages
+    )
+    path.write_text('{"text": "sample s1"}\n{"words": "sample s2"}\n')
+    batches = train(config(files, path, **TEXT, missing="skip", max_bad_fraction=0.0), 5)
+    assert not any(b.position["skipped"] for b in batches)
+    path.write_text('{"words": "sample s2"}\n')
+    with pytest.raises(DataError, match="100 of 100 samples cannot be read"):
+        train(config(files, path, **TEXT, missing="skip"), 1)
+
+
+def test_what_is_not_there_is_named(files):
+    with pytest.raises(UserError, match="nothing.json: there is no such file"):
+        train(config(files, files / "nothing.json", **TEXT), 1)
+    (files / "empty.txt").write_text("\n")
+    with pytest.raises(UserError, match="there are no records for stream 0 of 1"):
+        train(config(files, files / "empty.txt", **TEXT), 1)
+
+
+def test_the_hub_needs_a_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(MissingDependency, match="data_path allenai/c4/en: .*pip install datasets"):
+        train(config(tmp_path, "allenai/c4/en", **TEXT), 1)
+
+
+def test_a_folder_is_read_through_the_datasets_package(tmp_path, monkeypatch):
+    pytest.importorskip("datasets")
+    (tmp_path / "space" / "texts").mkdir(parents=True)
+    write(tmp_path / "space" / "texts" / "train.jsonl", rows(0, 8))
+    monkeypatch.chdir(tmp_path)
+    data = config(tmp_path, "space/texts", **TEXT)
+    assert set(numbers(train(data, 20))) == set(range(8))
+    whole = train(data, 6)
+    rest = train(data, 3, start=3, positions=draws_in_epoch([whole[2].position], 0))
+    assert all(same(a.mod_dict, b.mod_dict) for a, b in zip(whole[3:], rest, strict=True))
