@@ -80,7 +80,7 @@ def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
     modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
     mod_dict = synthetic_batch(modalities, batch_size, *shares)
     mod_dict[PIXELS]["tensor"] = torch.randint(0, 256, mod_dict[PIXELS]["tensor"].shape, dtype=torch.uint8)
-    position = {"stream": 0, "epoch": 0, "draws": 0, "skipped": {}}
+    position = {"stream": 0, "epoch": 0, "draws": 0, "skipped": {}, "missing": {}}
     return Batch(mod_dict, position, {PIXELS: RGBTransform(raw=True).scaling})
 
 

@@ -119,9 +119,8 @@ class CheckpointWriter:
                 stack.close()
                 before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
                 for old in before[self._keep_last :] if self._keep_last else ():
-                    shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")))  # never half a checkpoint
-                if self._saved:
-                    self._saved(target)
+                    # Never half a checkpoint; what cannot be removed now goes at the next start.
+                    shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
 
             try:
                 path = parallel.from_main(begin, group)
@@ -129,6 +128,8 @@ class CheckpointWriter:
                 parallel.from_main(finish, group)
             except UserError as error:
                 raise UserError(f"checkpoint {target} could not be written: {error}") from error
+        if self._saved and parallel.is_main:
+            self._saved(target)  # the others do not wait for it
 
 
 def read_state(path: Path) -> dict[str, Any]:

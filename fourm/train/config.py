@@ -204,6 +204,11 @@ def _check(config: TrainConfig) -> None:
     for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
+    if config.autocast_dtype == "float32" and config.fsdp_param_dtype not in ("auto", "float32"):
+        raise UserError(
+            f"'fsdp_param_dtype' {config.fsdp_param_dtype} needs 'dtype' bfloat16 or float16: without autocast nothing "
+            "converts what meets these parameters"
+        )
     if not 0 < config.plan_mfu <= 1:
         raise UserError(f"'plan_mfu' must lie above 0 and up to 1, not {config.plan_mfu}")
     if (config.epochs >= 0) == (config.total_tokens >= 0) and not config.eval:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fourm.models.sharded import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
+from fourm.utils.plugin import load_plugin
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -15,7 +16,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder of a checkpoint, or of a run: its newest one")
     parser.add_argument("folder", type=Path, help="where to write")
     parser.add_argument("--ema", action="store_true", help="the moving average of the weights, of a run with model_ema")
+    parser.add_argument("--plugin", default="", help="module of the run's own modalities")
     options = parser.parse_args(argv)
+    load_plugin(options.plugin)
     checkpoint = newest_checkpoint(options.checkpoint)
     export_model(checkpoint, options.folder, options.ema)
     print(f"{checkpoint} -> FM.from_pretrained('{options.folder}')")

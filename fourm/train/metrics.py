@@ -85,6 +85,8 @@ class Interval:
         Args:
             paused: it takes no time of the interval, whose samples per second are those of training.
         """
+        if paused and self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # what was queued before belongs to the training
         start = time.perf_counter()
         with record_function(name):
             yield

@@ -2,8 +2,8 @@
 
 The model is built on the meta device. Operations come from :mod:`fourm.models.flops`, activations from
 :mod:`fourm.models.activations`; how many tokens of which modality a batch has is the mean over budgets drawn as masking
-draws them. Bytes per GPU, with P parameters (a tied one once) of which B in the largest block, W GPUs, and c = 2 bytes in
-16 bits, else 4:
+draws them. Bytes per GPU, with P parameters (a tied one once) of which B in the largest block, W GPUs that share the model
+(``fsdp_shard_size``, or all), and c = 2 bytes in 16 bits, else 4:
 
 =============  =====================================  ==========================  ====================
 strategy       parameters                             gradients                   optimizer (AdamW)
@@ -14,7 +14,8 @@ FSDP, ZeRO-3   4 P/W + c (embeddings + 2 B)           4 P/W + (4 + c) B         
 =============  =====================================  ==========================  ====================
 
 (DDP's c: autocast's copies. FSDP gathers in c bytes: with ZeRO-3 the embeddings, a block and the next one; a block's
-gradients wait to be reduced.) Not in it: what the allocator cannot use, communication buffers, CUDA itself.
+gradients wait to be reduced; with ``accum_iter`` the whole gradient waits, in the bytes of ``fsdp_reduce_dtype``.) A
+moving average of the weights adds 4 P to the parameters, under FSDP 4 P/W. Not in it: what the allocator cannot use, communication buffers, CUDA itself.
 """
 
 from __future__ import annotations
@@ -109,15 +110,23 @@ def state_bytes(model: FM, strategy: str, world_size: int, config: TrainConfig, 
     counts = count_parameters(model)
     total = counts["trunk"] + counts["embeddings"]
     moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.opt]
-    c = 2 if half else 4
+    c, average = 2 if half else 4, 4 * total * config.model_ema
     if strategy == "DDP":
         weights = {id(part.weight): part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)}
         copies = c * sum(weights.values()) if half else 0
-        return {"parameters": 4 * total + copies, "gradients": 4 * total, "optimizer": 4 * moments * total}
+        return {"parameters": 4 * total + copies + average, "gradients": 4 * total, "optimizer": 4 * moments * total}
     block = max(sum(p.numel() for p in b.parameters()) for b in (*model.encoder, *model.decoder))
     gathered = total if strategy == "FSDP, ZeRO-2" else min(counts["embeddings"] + 2 * block, total)
-    shard = 4 * total / world_size
-    return {"parameters": shard + c * gathered, "gradients": shard + (4 + c) * block, "optimizer": moments * shard}
+    sharers = config.fsdp_shard_size or world_size
+    if world_size % sharers:
+        raise UserError(f"'fsdp_shard_size' {sharers} does not divide 'plan_world_size' {world_size}")
+    shard, reduced = 4 * total / sharers, 2 if config.fsdp_reduce_dtype == "bfloat16" else 4
+    waiting = reduced * total if config.accum_iter > 1 else (4 + c) * block
+    return {
+        "parameters": shard + c * gathered + average / sharers,
+        "gradients": shard + waiting,
+        "optimizer": moments * shard,
+    }
 
 
 def describe(config: TrainConfig, plan: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import itertools
 import logging
@@ -187,12 +188,14 @@ class Run:
             saved_at = time.monotonic()
             while trainer.step < self.total_steps:
                 self._step(batches)
-                step_is_done()
-                if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
-                    self._log(journal)
+                with trainer.interval.host_phase("profile", paused=True) if traced else contextlib.nullcontext():
+                    step_is_done()
+                # Before anything that waits for the device, which would wait for ever if another process had died.
                 late = 0 < config.save_every_minutes <= (time.monotonic() - saved_at) / 60 and parallel.is_main
                 late, *stops = parallel.any(late, *(signals.received == number for number in STOP_SIGNALS))
                 stop = max(itertools.compress(STOP_SIGNALS, stops), default=0)
+                if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
+                    self._log(journal)
                 if stop or late or self._checkpoint_is_due():
                     self._save()
                     saved_at = time.monotonic()
@@ -200,8 +203,8 @@ class Run:
                     break
                 if self._evaluation_is_due():
                     self._evaluate(journal)
+            self._writer.wait()  # a further signal must not end it half-way
         journal.close()
-        self._writer.wait()
         if trainer.step < self.total_steps:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
             return 128 + stop

@@ -10,7 +10,7 @@ from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.train.fsdp import FSDP
 from tests.models.toy_models import SWIGLU, toy_config
-from tests.train.toy_run import CONTEXT
+from tests.train.toy_run import CONTEXT, wait_for
 
 CONFIG = toy_config(**SWIGLU, share_embedding=True, num_register_tokens=2)
 
@@ -47,6 +47,4 @@ def test_every_process_holds_its_half_of_the_unsharded_initialisation(tmp_path):
     ranks = [CONTEXT.Process(target=_check_shards, args=(rank, meeting_point)) for rank in range(2)]
     for rank in ranks:
         rank.start()
-    for rank in ranks:
-        rank.join(60)
-    assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert wait_for(ranks) == [0, 0]

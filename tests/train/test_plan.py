@@ -4,10 +4,11 @@ import pytest
 
 from fourm.train.config import load_config, parse_args
 from fourm.train.parallel import DDP
-from fourm.train.plan import STRATEGIES, plan_run
+from fourm.train.plan import STRATEGIES, plan_run, state_bytes
 from fourm.train.run import Run, build_model, load_data
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
+from tests.models.toy_models import toy_model
 from tests.train.toy_run import ROOT, run_here, write_run
 
 PUBLISHED = sorted((ROOT / "cfgs/default/4m/models").rglob("*.yaml"))
@@ -76,3 +77,19 @@ def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
         run_here(config, "--plan", "--plan_gpu", "H10")
     with pytest.raises(UserError, match="plan_mfu"):
         parse_args(["--config", str(config), "--plan_mfu", "40"])
+
+
+def test_sharing_within_a_machine_accumulation_and_the_average_count(tmp_path):
+    model = toy_model()
+    total = sum(parameter.numel() for parameter in model.parameters())
+
+    def planned(**keys):
+        config = load_config(None, {"epochs": 1, "dtype": "float32", **keys})
+        return state_bytes(model, "FSDP, ZeRO-3", 16, config, half=False)
+
+    plain, hybrid = planned(), planned(fsdp_shard_size=4)
+    assert hybrid["optimizer"] == 8 * total / 4 == 4 * plain["optimizer"]
+    assert planned(accum_iter=2)["gradients"] == 4 * total / 16 + 4 * total
+    assert planned(model_ema=True)["parameters"] - plain["parameters"] == 4 * total / 16
+    with pytest.raises(UserError, match="does not divide"):
+        planned(fsdp_shard_size=3)

@@ -151,10 +151,17 @@ def run_ranks(
 ) -> None:
     """Train to the end; what the main process logged is in ``log.txt``."""
     ranks = start_ranks(config, *args, strategy=strategy, processes=processes)
+    assert wait_for(ranks) == [status] * processes
+
+
+def wait_for(ranks: list[ForkServerProcess], seconds: float = 240) -> list[int | None]:
+    """Exit statuses of the processes; None of one that does not end in time, which is killed."""
+    deadline = time.monotonic() + seconds
     for rank in ranks:
-        rank.join(120)
+        rank.join(max(0.0, deadline - time.monotonic()))
     found = [rank.exitcode for rank in ranks]
-    assert found == [status] * processes, found
+    kill([rank for rank in ranks if rank.is_alive()])
+    return found
 
 
 def log_lines(folder: Path) -> list[dict]:
