@@ -18,6 +18,7 @@ from fourm.utils.errors import UserError
 
 TokensRange = int | Sequence[int]
 _SMALLEST_ALPHA = 1e-9
+_MIXTURES = 1024  # that are kept; there may be one for each set of modalities that a sample has
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,8 @@ class BudgetSampler:
 
     def _mixture(self, present: frozenset[str]) -> _Mixture:
         if present not in self._mixtures:
+            if len(self._mixtures) >= _MIXTURES:
+                self._mixtures.clear()
             self._mixtures[present] = self._restricted(present)
         return self._mixtures[present]
 

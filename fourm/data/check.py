@@ -53,13 +53,14 @@ class CheckOptions:
 
 
 def check(
-    dataset: DatasetConfig, text_tokenizer: str, max_samples: int | None = None, num_workers: int = 0
+    dataset: DatasetConfig, text_tokenizer: str, max_samples: int | None = None, num_workers: int = 0, plugin: str = ""
 ) -> dict[str, Any]:
     """Read samples of a data set.
 
     Args:
         text_tokenizer: path of the vocabulary.
         max_samples: None = all.
+        plugin: module that worker processes import, too.
 
     Returns:
         What :func:`summary` makes of the report.
@@ -72,7 +73,7 @@ def check(
     inspector()  # a setting that does not fit is an error here, not in a worker
     total = Report()
     with tqdm(total=len(parts), desc=dataset.name, unit=" parts", leave=False, disable=None) as bar:
-        for report in _reports(inspector, parts, min(num_workers, len(parts) // 2)):
+        for report in _reports(inspector, parts, min(num_workers, len(parts) // 2), plugin):
             total.add(report)
             bar.set_postfix(samples=total.samples, bad=total.bad, refresh=False)
             bar.update()
@@ -82,8 +83,9 @@ def check(
 _inspector: Inspector  # of a worker process
 
 
-def _start(inspector: functools.partial[Inspector]) -> None:
+def _start(inspector: functools.partial[Inspector], plugin: str) -> None:
     global _inspector
+    load_plugin(plugin)
     torch.set_num_threads(1)
     _inspector = inspector()
 
@@ -92,11 +94,13 @@ def _inspect(part: Part) -> Report:
     return _inspector.inspect(part)
 
 
-def _reports(inspector: functools.partial[Inspector], parts: Sequence[Part], num_workers: int) -> Iterator[Report]:
+def _reports(
+    inspector: functools.partial[Inspector], parts: Sequence[Part], num_workers: int, plugin: str
+) -> Iterator[Report]:
     if num_workers < 1:
         yield from map(inspector().inspect, parts)
         return
-    with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector,)) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector, plugin)) as pool:
         for future in as_completed([pool.submit(_inspect, part) for part in parts]):
             yield future.result()
 
@@ -242,7 +246,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     most = None if options.full else options.max_samples
     found = [
-        {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers)
+        {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)
         for split, datasets in (("train", config.train), ("val", config.val))
         for dataset in datasets.values()
     ]

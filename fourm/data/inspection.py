@@ -20,17 +20,17 @@ from fourm.data.data_config import DatasetConfig, build_sample_transform
 from fourm.data.decoding import EncodedImage
 from fourm.data.folders import Folders
 from fourm.data.layout import CROP_SETTINGS, expand, split_data_path, wanted_names
-from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import UnreadableValue, transforms_for
 from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.shards import Shards
-from fourm.data.unified_datasets import Source
+from fourm.data.unified_datasets import Source, build_masking
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 from fourm.utils.tokenizer import TextEncoder
 from fourm.utils.tokenizer.special_tokens import UNK_ID
+from fourm.utils.transfer import shown
 
 MISSING, SHARD, CONTRACT, SHAPES, UNKNOWN = (
     "missing", "unreadable shard", "broken contract", "different shapes", "unknown words",
@@ -193,10 +193,7 @@ class Inspector:
         self._wanted = wanted_names(dataset.modalities)
         self._encode = TextEncoder(text_tokenizer)
         self._transform = build_sample_transform(dataset, training=True)
-        self._masking = UnifiedMasking(
-            dataset.modalities, text_tokenizer, dataset.input_tokens_range, dataset.target_tokens_range,
-            sampling_weights=dataset.sampling_weights,
-        )  # fmt: skip
+        self._masking = build_masking(dataset, text_tokenizer)
         transforms = transforms_for(dataset.modalities)
         self._presence = presence(dataset.missing, dataset.modalities, transforms, dataset.main_augment_domain)
         self._files = OpenFiles()
@@ -217,7 +214,7 @@ class Inspector:
             for name, index in indexes.items():
                 absent = [key for key in keys if key not in index]
                 if absent and self._dataset.missing == "error":
-                    where = f"{part.data_path}: no {self._wanted[name]} for key '{absent[0]}'"
+                    where = f"{shown(part.data_path)}: no {self._wanted[name]} for key '{absent[0]}'"
                     report.problem(name, MISSING, "", where, len(absent))
         chosen = samples[part.start :: part.slices]
         if part.most is not None and part.most < len(chosen):

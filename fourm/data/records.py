@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import itertools
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +22,11 @@ from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.seeds import generator
 
 _EXTENSIONS = (".json", ".jsonl", ".txt")
+
+
+def _is_of(path: str, *extensions: str) -> bool:
+    """Whether a file has one of the ``extensions``, compressed or not."""
+    return path.removesuffix(".gz").endswith(extensions)
 
 
 class Record(RawSample):
@@ -48,7 +54,7 @@ class Record(RawSample):
         row = self._content
         if isinstance(row, bytes):
             try:
-                row = {"text": row.decode("utf-8")} if ".txt" in self._where else json.loads(row)
+                row = {"text": row.decode("utf-8")} if _is_of(self._where, ".txt") else json.loads(row)
                 row = row if isinstance(row, dict) else {"text": row}
             except ValueError as error:
                 raise BadSample("corrupt record", f"{self.where('')}: {error}") from error
@@ -97,10 +103,13 @@ class TextFiles:
 
     @staticmethod
     def _rows(path: str) -> Iterator[tuple[str, str, bytes]]:
-        with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                if line := line.strip():
-                    yield str(number), path, line
+        try:
+            with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as file:
+                for number, line in enumerate(file, 1):
+                    if line := line.strip():
+                        yield str(number), path, line
+        except (OSError, EOFError, zlib.error) as error:
+            raise UserError(f"data_path {path}: cannot be read to its end: {error}") from error
 
 
 class HubRows:
@@ -125,8 +134,10 @@ class HubRows:
         from datasets.distributed import split_dataset_by_node
 
         rows = self._rows.shuffle(seed=int(generator(*key).integers(2**31)), buffer_size=1)  # the order of the files
-        for number, row in enumerate(split_dataset_by_node(rows, stream, num_streams)):
-            yield f"{stream}/{number}", self._path, row
+        # In a worker process iter(rows) would divide them among the workers once more; batches are not divided.
+        batches = split_dataset_by_node(rows, stream, num_streams).iter(batch_size=1)
+        for number, batch in enumerate(batches):
+            yield f"{stream}/{number}", self._path, {name: values[0] for name, values in batch.items()}
 
 
 class Records:
@@ -143,8 +154,9 @@ class Records:
     """
 
     def __init__(self, data_path: str, names: list[str], name_map: Mapping[str, str], presence: Presence):
-        plain = data_path.removesuffix(".gz")
-        self._rows: Rows = TextFiles(expand(data_path, None)) if plain.endswith(_EXTENSIONS) else HubRows(data_path)
+        paths = expand(data_path, None)
+        are_files = all(_is_of(path, *_EXTENSIONS) for path in paths)
+        self._rows: Rows = TextFiles(paths) if are_files else HubRows(data_path)
         self._presence, self._path = presence, data_path
         mapped = {name: [column for column, modality in name_map.items() if modality == name] for name in names}
         alone = ["text"] if len(names) == 1 else []

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+import errno
 import fcntl
-import functools
 import hashlib
 import io
 import logging
@@ -168,7 +168,11 @@ class ShardCache:
 
     def _download(self, item: RemoteObject, file: io.FileIO) -> None:
         step = self._options.part_bytes if item.size > self._options.split_above_bytes else max(item.size, 1)
-        write = functools.partial(os.pwrite, file.fileno())
+
+        def write(data: bytes, position: int) -> None:
+            if os.pwrite(file.fileno(), data, position) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
         for _ in range(_DOWNLOADS):
             self._make_room(item, file)
             parts = [
@@ -193,6 +197,8 @@ class ShardCache:
 
         def attempt() -> None:
             nonlocal position
+            if position == end:
+                return  # an empty member, or all was there before the transfer broke
             with self._in_flight:
                 for data in self._store(item.url).chunks(item, position, end):
                     if position + len(data) > end:

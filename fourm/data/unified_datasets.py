@@ -366,6 +366,23 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
     return Shards(*place, used, config.remote) if config.use_wds else Folders(*place, ledger, used)
 
 
+def build_masking(
+    config: DatasetConfig, text_tokenizer: Any, input_tokens_range: tuple[int, int] | None = None,
+    target_tokens_range: tuple[int, int] | None = None,
+) -> UnifiedMasking:  # fmt: skip
+    """What divides the samples of a data set into input and target; the ranges replace its own.
+
+    Raises:
+        UserError: settings that do not fit together.
+    """
+    if config.masking == "transfer":
+        return TransferMasking(config.modalities, text_tokenizer, config.in_domains, config.out_domains)
+    return UnifiedMasking(
+        config.modalities, text_tokenizer, input_tokens_range or config.input_tokens_range,
+        target_tokens_range or config.target_tokens_range, sampling_weights=config.sampling_weights,
+    )  # fmt: skip
+
+
 def build_dataset(
     config: DatasetConfig, text_tokenizer: Any, *, training: bool,
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
@@ -376,23 +393,12 @@ def build_dataset(
     Raises:
         UserError: its files are not there, or of a type that cannot be read.
     """
-    masking = (
-        TransferMasking(config.modalities, text_tokenizer, config.in_domains, config.out_domains)
-        if (config.masking == "transfer")
-        else UnifiedMasking(
-            config.modalities,
-            text_tokenizer,
-            input_tokens_range or config.input_tokens_range,
-            target_tokens_range or config.target_tokens_range,
-            sampling_weights=config.sampling_weights,
-        )
-    )
     return SampleDataset(
         config.name,
         open_source(config, BadSampleLedger(config.name, config.max_bad_fraction)),
         config.modalities,
         build_sample_transform(config, training, raw_pixels),
-        masking,
+        build_masking(config, text_tokenizer, input_tokens_range, target_tokens_range),
         shuffle_buffer=config.wds_shuffle_buffer_tar,
         repeats=config.wds_n_repeats if training else 1,
         repeat_buffer=config.wds_shuffle_buffer_repeat,

@@ -27,7 +27,8 @@ POLICY = {  # everybody may read, as from a web server
     ],
 }
 SECRET = "do-not-tell-anybody"
-RETRIES = Retries(attempts=6, first_delay=0.01, longest_delay=0.05, timeout=5)
+RETRIES = Retries(attempts=6, first_delay=0.01, longest_delay=0.05, timeout=60)
+SLOW = 1.5  # seconds that the fault "slow" takes
 Fault = Callable[
     [str, str, int], "str | None"
 ]  # method, path, how many requests with both came before → what goes wrong
@@ -118,7 +119,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self.server.ranges.append(self.headers.get("Range", ""))
         fault = self.server.fault(self.command, path, before) or ""
         if fault == "slow":
-            time.sleep(RETRIES.timeout / 5 + 0.5)
+            time.sleep(SLOW)
         if fault == "refuse":
             return self._hang_up()
         if fault[:3].isdigit():

@@ -153,3 +153,12 @@ def test_budgets_never_exceed_their_limits(entries, total_in, total_out, seed):
 def test_sampling_weights_that_do_not_fit(weights):
     with pytest.raises(UserError, match="sampling_weights must be 1 numbers of at least 0"):
         sampler(modality("a"), sampling_weights=weights)
+
+
+def test_mixtures_that_are_kept_are_bounded(monkeypatch):
+    monkeypatch.setattr("fourm.data.budgets._MIXTURES", 3)
+    bounded, rng = sampler(*map(modality, "abcd")), np.random.default_rng(0)
+    for present in ("ab", "bc", "cd", "ad", "ab", "abc", "d"):
+        budgets = bounded.draw(rng, present)
+        assert {name for name, count in budgets.input.items() if count} <= set(present)
+        assert sum(budgets.input.values()) == 100 and len(bounded._mixtures) <= 3

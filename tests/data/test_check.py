@@ -11,7 +11,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from fourm.data.check import main
+from fourm.data.check import _start, main
+from fourm.data.data_config import load_data_config
+from fourm.data.inspection import Inspector, Part
+from fourm.data.raw_sample import Member
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
     MODALITIES,
@@ -208,6 +211,35 @@ def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
     run = subprocess.run([*script, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert run.returncode == 2
     assert run.stderr.startswith("error: data_path ") and run.stderr.endswith("s/rgb/shard-00000.tar\n")
+
+
+def test_a_transfer_is_checked_as_one(tmp_path, capsys):
+    path = write_shards(tmp_path / "s", 1, 3)
+    arguments = config(tmp_path, path, out_domains="tok_rgb@32", in_domains="rgb@32", masking="transfer")
+    status, (found,) = check([*arguments, "--num_input_tokens", "1", "--num_target_tokens", "1"], capsys)
+    assert status == 0, "all tokens, whatever the ranges"
+    assert (found["epoch"]["input_tokens_per_sample"], found["epoch"]["target_tokens_per_sample"]) == (4, 4)
+
+
+def test_problems_do_not_tell_signatures(tmp_path, monkeypatch):
+    write_shards(tmp_path / "s", 1, 3)
+    url = f"https://host/{tmp_path}/s/[rgb]/shard-00000.tar?token=do-not-tell"
+    arguments = config(tmp_path, url)
+    dataset = load_data_config(arguments[0], num_input_tokens=8, num_target_tokens=8).train["toy"]
+    inspector = Inspector(dataset, text_tokenizer())
+    member = Member(url, "json", 0, 9)
+    monkeypatch.setattr(inspector, "_join", lambda _: ({"rgb@32": {"0": member}, "caption": {}}, []))
+    report = inspector.inspect(Part(url))
+    (problem,) = report.problems.values()
+    assert problem.examples[0].startswith("https://host/") and "do-not-tell" not in str(problem)
+
+
+def test_worker_processes_load_the_plugin(tmp_path, monkeypatch):
+    (tmp_path / "own_plugin_of_check.py").write_text("LOADED = True\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("torch.set_num_threads", lambda _: None)
+    monkeypatch.setattr("fourm.data.check._inspector", None, raising=False)
+    _start(lambda: sys.modules.pop("own_plugin_of_check").LOADED, "own_plugin_of_check")
 
 
 def test_bad_options_are_one_line(tmp_path):

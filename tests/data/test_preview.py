@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from PIL import Image
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
 from fourm.data.preview.__main__ import main
-from fourm.data.preview.page import bins
+from fourm.data.preview.page import bins, page
 from fourm.data.preview.samples import preview
 from fourm.utils.errors import UserError
 from fourm.vq import PatchCodebook, PatchCodebookConfig
@@ -165,6 +166,29 @@ def test_shards_and_validation(config, tmp_path):
         words = ["--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"]
         main([str(config), "--out", str(out), "--split", split, *words, "--samples", "50"])
         assert out.read_text().count('class="card"') == 2 * 6, "a data set may have fewer than asked for"
+
+
+def test_a_transfer_is_one_component_with_all_tokens(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    transfer = {"masking": "transfer", "in_domains": "rgb@32", "out_domains": "tok_rgb@32-caption"}
+    content["train"]["datasets"]["toy<&>"].update(transfer)
+    config.write_text(yaml.safe_dump(content))
+    (component,) = drawn(config).components
+    assert component.share == 1
+    for shown in component.shown:
+        assert shown["rgb@32"].inputs == shown["tok_rgb@32"].targets == 4 and not shown["tok_rgb@32"].inputs
+        roles = [piece.role for piece in shown["caption"].pieces]
+        assert "target" in roles and "input" not in roles
+    out = tmp_path / "page.html"
+    main([str(config), "--out", str(out), "--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"])
+    assert "all of in_domains is input" in out.read_text() and "target mean 4.0, 0% none" in out.read_text()
+
+
+def test_the_page_does_not_tell_signatures(config):
+    result = drawn(config, samples=1, draws=10)
+    signed = replace(result.dataset, data_path="https://me:do-not-tell@host/a.tar?token=do-not-tell")
+    html = page("toy", [replace(result, dataset=signed)])
+    assert "https://host/a.tar<br>" in html and "do-not-tell" not in html
 
 
 def test_the_command(config, tmp_path):

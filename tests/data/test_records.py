@@ -70,6 +70,23 @@ def test_lines_of_text_and_compressed_files_are_read(files):
     assert numbers(train(config(files, files / "a-0.json", **named), 2)) == []
 
 
+def test_the_extension_alone_says_what_a_file_is(files):
+    write(files / "of.txt.files.json", rows(0, 3))
+    write(files / "lines.txt.gz", [f"sample s{i}" for i in (7, 8)], "txt")
+    data = config(files, files / "{of.txt.files.json,lines.txt.gz}", **TEXT)
+    assert set(numbers(train(data, 20))) == {0, 1, 2, 7, 8}
+
+
+def test_a_damaged_file_is_named(files):
+    path = write(files / "many.json.gz", [{"text": f"sample s{i} {i**9}"} for i in range(2000)])
+    whole = path.read_bytes()
+    middle = len(whole) // 2
+    for damaged in (whole[:middle], whole[:middle] + b"\xff" * 99 + whole[middle + 99 :], b"no gzip"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="many.json.gz: cannot be read to its end"):
+            keys(files, "many.json.gz", draws=2000)
+
+
 def test_a_run_goes_on_within_the_records(files):
     data = config(files, files / "a-0.json", **TEXT)
     for workers in (0, 2):
@@ -144,3 +161,4 @@ def test_a_folder_is_read_through_the_datasets_package(tmp_path, monkeypatch):
     whole = train(data, 6)
     rest = train(data, 3, start=3, positions=draws_in_epoch([whole[2].position], 0))
     assert all(same(a.mod_dict, b.mod_dict) for a, b in zip(whole[3:], rest, strict=True))
+    assert set(numbers(train(data, 40, workers=2))) == set(range(8)), "workers leave nothing out"

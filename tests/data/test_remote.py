@@ -326,20 +326,43 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
     assert SECRET not in str(failure.value)
 
 
-@pytest.mark.slow
-def test_the_delay_of_a_store_is_hidden_behind_the_use_of_the_shards_before(local, store, tmp_path):
-    with faulty(store, lambda *_: time.sleep(0.02)) as proxy:
-        shards = Shards(on_s3(local), WANTED, NAMES, remote=options(proxy.endpoint, tmp_path))
-        samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
-        next(samples)
-        start, waited = time.perf_counter(), 0.0
-        for _ in range(24):
-            time.sleep(0.1)  # a sample's use
-            before = time.perf_counter()
-            next(samples)
-            waited += time.perf_counter() - before
-        assert waited < 0.1 * (time.perf_counter() - start)
-        assert sum(count for (method, _), count in proxy.counts.items() if method == "GET") > 12
+def test_the_next_shards_are_fetched_while_one_is_used(local, store, tmp_path):
+    def draw(path, remote=None):
+        return Shards(path, WANTED, NAMES, remote=remote).draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
+
+    shards = [Path(sample.members["caption"].path).name for sample in itertools.islice(draw(local), 0, 12, 4)]
+    assert len(set(shards)) > 1
+    first_is_used = threading.Event()
+
+    def wait_unless_first(method, path, before):
+        if method == "GET" and Path(path).name != shards[0]:
+            first_is_used.wait(30)
+
+    with faulty(store, wait_unless_first) as proxy:
+        next(draw(on_s3(local), options(proxy.endpoint, tmp_path)))
+        assert not first_is_used.is_set(), "nothing waits for the next ones"
+        end = time.monotonic() + 30
+        while time.monotonic() < end:
+            if {Path(path).name for method, path in list(proxy.counts) if method == "GET"} == set(shards):
+                break
+            time.sleep(0.02)
+        else:
+            pytest.fail(f"not asked for: {set(shards)}")
+        first_is_used.set()
+
+
+def test_an_empty_member_is_read_from_the_store(store, tmp_path):
+    url = f"s3://{BUCKET}/rgb/shard-00000.tar"
+    cache = ShardCache(options(store.endpoint, tmp_path))
+    assert cache.read(url, 512, 0) == b"" and len(cache.read(url, 0, 512)) == 512
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_that_is_full_is_one_error(store, tmp_path, monkeypatch):
+    monkeypatch.setattr("fourm.data.remote.os.pwrite", lambda descriptor, data, position: len(data) - 1)
+    with pytest.raises(UserError, match=f"data_cache_dir {tmp_path}: No space left on device"):
+        ShardCache(options(store.endpoint, tmp_path)).open(f"s3://{BUCKET}/rgb/shard-00000.tar")
+    assert not list(tmp_path.glob("*.part"))
 
 
 def test_a_wrong_profile_is_one_error(tmp_path, monkeypatch):

@@ -82,6 +82,7 @@ def test_people_follow_the_crop_or_are_given_for_each():
     assert moved == "human v0=200 v1=200 v2=999 v3=999"
     per_crop = [[{"box": [0, 0, 1, 1]}], [{"box": PERSON["box"]}]]
     assert run(HumanPoseTransform(), per_crop, (0, 0, 9, 9), True, (9, 9), 1) == BOX
+    assert run(HumanPoseTransform(), [[{"box": [-0.2, 0, 0.5, 1.3]}]], index=0) == "human v0=0 v1=0 v2=500 v3=999"
     with pytest.raises(DataError, match="cannot be mirrored"):
         run(HumanPoseTransform(), [PERSON], flip=True)
     for change in ({"pose": [1]}, {"pose": [1024] * 8}, {"camera": [1, 2]}, {"shape": ["a"] * 10}):

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from fourm.data.preview.samples import Component, Example, Piece, Preview, Shown
+from fourm.utils.transfer import shown as without_secrets
 
 INPUT, TARGET, UNUSED = "#2563eb", "#ea580c", "#ffffff"
 BINS = 24
@@ -99,10 +100,12 @@ def _dataset(preview: Preview, number: int) -> str:
         f"{low}–{high} {role}" if low < high else f"{high} {role}"
         for (low, high), role in ((dataset.input_tokens_range, "input"), (dataset.target_tokens_range, "target"))
     )
+    limits = f"at most {ranges} tokens a sample; {len(preview.components)} component{'s' * (len(preview.components) > 1)} in its mixture"
+    if dataset.masking == "transfer":
+        limits = "transfer: all of in_domains is input, all of out_domains is target"
     parts = [
         f"<h2>{escape(dataset.name)}</h2>"
-        f'<div class="soft">{escape(dataset.data_path)}<br>at most {ranges} tokens a sample; '
-        f"{len(preview.components)} component{'s' * (len(preview.components) > 1)} in its mixture</div>",
+        f'<div class="soft">{escape(without_secrets(dataset.data_path))}<br>{limits}</div>',
         _budgets(preview),
     ]
     for component in preview.components:
@@ -187,6 +190,9 @@ def _budgets(preview: Preview) -> str:
 
 def budget_limits(preview: Preview) -> dict[str, int]:
     """modality → the most tokens that it can get."""
+    if preview.dataset.masking == "transfer":
+        budgets = preview.components[0].input_budgets | preview.components[0].target_budgets
+        return {name: int(budgets[name].max()) for name in preview.dataset.modalities}
     most = max(preview.dataset.input_tokens_range[1], preview.dataset.target_tokens_range[1])
     return {name: min(m.max_tokens or most, most) for name, m in preview.dataset.modalities.items()}
 

@@ -11,12 +11,11 @@ import torch
 from tokenizers import Tokenizer
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.budgets import BudgetSampler
 from fourm.data.data_config import DatasetConfig
-from fourm.data.masking import Masked, UnifiedMasking
+from fourm.data.masking import Masked
 from fourm.data.modality_info import Modality
 from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.data.unified_datasets import build_dataset, errors_name_the_file
+from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
 from fourm.utils.seeds import generator
 from fourm.utils.tokenizer import TextEncoder
 from fourm.utils.tokenizer.special_tokens import EOS, EOS_ID, sentinel_id
@@ -58,7 +57,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Component:
-    """One component of the mixture.
+    """One component of the mixture; ``masking: transfer`` has one.
 
     Attributes:
         index: counts from 0.
@@ -99,20 +98,17 @@ def preview(
     examples = [
         Example(key, dict(_pictures(sample, dataset.modalities, paint))) for key, sample in values
     ]  # fmt: skip
-    count = len(next(iter(dataset.modalities.values())).input_alphas)
-    weights = np.array(dataset.sampling_weights or [1.0] * count)
+    transfer = dataset.masking == "transfer"
+    count = 1 if transfer else len(next(iter(dataset.modalities.values())).input_alphas)
+    weights = np.array((not transfer and dataset.sampling_weights) or [1.0] * count)
     sequences = _SequenceReader(text_tokenizer)
     components = []
     for index in np.flatnonzero(weights).tolist():
-        only = [float(i == index) for i in range(count)]
-        ranges = (dataset.input_tokens_range, dataset.target_tokens_range)
-        masking = UnifiedMasking(dataset.modalities, text_tokenizer, *ranges, sampling_weights=only)
+        only = tuple(float(i == index) for i in range(count))
+        masking = build_masking(replace(dataset, sampling_weights=only), text_tokenizer)
         masked = [masking(sample, generator(seed, "mask", index, number)) for number, (_, sample) in enumerate(values)]
-        sampler, rng = (
-            BudgetSampler(dataset.modalities, *ranges, sampling_weights=only),
-            generator(seed, "budgets", index),
-        )
-        budgets = [sampler.draw(rng) for _ in range(draws)]
+        rng = generator(seed, "budgets", index)
+        budgets = [masking.draw_budgets(rng) for _ in range(draws)]
         components.append(
             Component(
                 index,

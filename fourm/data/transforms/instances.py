@@ -35,6 +35,11 @@ def _numbers(count: int, low: float, high: float) -> Callable[[Sequence[float]],
     return words
 
 
+def _clipped(box: Sequence[float]) -> Box:
+    xmin, ymin, xmax, ymax = (min(max(side, 0.0), 1.0) for side in box)
+    return xmin, ymin, xmax, ymax
+
+
 PARTS: dict[str, Callable[[Sequence], list[str]]] = {
     "pose": lambda codes: code_words(codes, 8),
     "global": _numbers(9, -1, 1),
@@ -70,7 +75,7 @@ class HumanPoseTransform(AbstractTransform):
             DataError: people of the whole picture were to be mirrored, which codes of a pose cannot be.
         """
         if self.stored_crops(value) is not None:
-            return [(person, tuple(person["box"])) for person in of_stored_crop(value, rand_aug_idx)]
+            return [(person, _clipped(person["box"])) for person in of_stored_crop(value, rand_aug_idx)]
         boxes = [crop_box(person["box"], crop_coords, flip, orig_size) for person in value]
         kept = [(person, box) for person, box in zip(value, boxes, strict=True) if box]
         if flip and kept:
