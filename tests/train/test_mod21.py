@@ -109,10 +109,15 @@ def test_the_published_configuration_runs(tmp_path):
     ]
     output = run_here(tmp_path / "main.yaml", "--dry_run", *small)
     assert "dry run: one step" in output and "data set c4" in output
-    short = "--total_tokens -1 --epochs 1 --epoch_size 200 --warmup_tokens -1 --log_interval 1 --fixed_eval_batch_size 4"
+    short = (
+        "--total_tokens -1 --epochs 1 --epoch_size 200 --warmup_tokens -1 --log_interval 1 --fixed_eval_batch_size 4"
+    )
     run_here(tmp_path / "main.yaml", *small, *short.split())
     lines = log_lines(tmp_path / "out")
     (evaluation,) = [line["eval"]["cc12m"] for line in lines if "eval" in line]
-    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 51)] and set(evaluation) == {"train", "fixed"}
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 51)] and set(evaluation) == {
+        "train",
+        "fixed",
+    }
     assert all(np.isfinite(line["loss"]) and line["loss"] > 0 for line in lines if "loss" in line)
     assert len({name for kind in evaluation.values() for name in kind["per_modality"]}) > 5

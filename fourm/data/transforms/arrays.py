@@ -11,6 +11,7 @@ import numpy as np
 
 from fourm.data.transforms.base import AbstractTransform
 from fourm.data.transforms.sequence import of_stored_crop
+from fourm.data.transforms.tokens import PerCropTransform
 from fourm.utils.errors import DataError, UserError
 
 
@@ -61,7 +62,7 @@ class CaptionEmbTransform(AbstractTransform):
 
 
 @dataclass(frozen=True)
-class GridTransform(AbstractTransform):
+class GridTransform(PerCropTransform):
     """A grid of numbers that no crop touches, float32 (C, H, W): features of a network, a spectrogram.
 
     Attributes:
@@ -83,19 +84,6 @@ class GridTransform(AbstractTransform):
         if self.shape not in (None, grid.shape[-3:]):
             raise DataError(f"expected a grid of shape {self.shape}, not {grid.shape[-3:]}")
         return grid
-
-    @property
-    def follows_crop(self) -> bool:  # type: ignore[override]
-        return self.per_crop
-
-    def stored_crops(self, value: np.ndarray) -> int | None:
-        return len(value) if self.per_crop else None
-
-    def image_augment(
-        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
-    ) -> np.ndarray:
-        """The grid of stored crop ``rand_aug_idx``, where there is one per crop."""
-        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
         return (value.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)

@@ -15,17 +15,39 @@ from fourm.utils.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
-class TokTransform(AbstractTransform):
+class PerCropTransform(AbstractTransform):
+    """Arrays of which a file has one per stored crop, or one for the whole sample.
+
+    Attributes:
+        per_crop: which of the two it is.
+    """
+
+    per_crop: bool = True
+
+    @property
+    def follows_crop(self) -> bool:  # type: ignore[override]
+        return self.per_crop
+
+    def stored_crops(self, value: np.ndarray) -> int | None:
+        return len(value) if self.per_crop else None
+
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> np.ndarray:
+        """The entry of stored crop ``rand_aug_idx``, where there is one per crop."""
+        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
+
+
+@dataclass(frozen=True)
+class TokTransform(PerCropTransform):
     """Integer ids: int64 (L,) or (h, w), the row of a (crops, …) file that belongs to the sample's crop.
 
     Attributes:
-        per_crop: the file has one row per stored crop; False: it is one row of codes.
         vocab_size: ids, with ``vocab_offset`` added, must lie below; None = unchecked.
         vocab_offset: what masking adds to the ids.
         num_tokens: how many ids a row must hold; None = any number.
     """
 
-    per_crop: bool = True
     vocab_size: int | None = None
     vocab_offset: int = 0
     num_tokens: int | None = None
@@ -46,19 +68,6 @@ class TokTransform(AbstractTransform):
                 outside = ids[(ids < 0) | (ids >= limit)]
                 raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
         return ids
-
-    @property
-    def follows_crop(self) -> bool:  # type: ignore[override]
-        return self.per_crop
-
-    def stored_crops(self, value: np.ndarray) -> int | None:
-        return len(value) if self.per_crop else None
-
-    def image_augment(
-        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
-    ) -> np.ndarray:
-        """Row ``rand_aug_idx``."""
-        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
         return value.astype(np.int64)
