@@ -1,4 +1,4 @@
-"""Fit a patch codebook to the images of a data set: python fit_codebook.py --data_root ROOT --modality depth --output FOLDER"""
+"""Fit a codebook to the images of a data set: python fit_codebook.py --data_root ROOT --modality depth --output FOLDER"""
 
 from fourm.utils.errors import run_cli
 from fourm.vq.fit_codebook import main

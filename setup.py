@@ -16,7 +16,7 @@ setup(
         "webdataset>=0.2.86",
         "boto3>=1.36",
         "einops",
-        "timm>=1.0",
+        "timm>=1.0.9",
         "wandb",
         "tokenizers>=0.15",
         "safetensors>=0.4",

@@ -1,7 +1,17 @@
 """Tokenizers of images: pixels ↔ grids of token ids."""
 
+from fourm.vq.feature_codebook import FeatureCodebook, FeatureCodebookConfig
 from fourm.vq.patch_codebook import PatchCodebook, PatchCodebookConfig
 from fourm.vq.registry import TOKENIZERS, load_tokenizer
 from fourm.vq.tokenizer import ImageTokenizer, TokenizerConfig
 
-__all__ = ["TOKENIZERS", "ImageTokenizer", "PatchCodebook", "PatchCodebookConfig", "TokenizerConfig", "load_tokenizer"]
+__all__ = [
+    "TOKENIZERS",
+    "FeatureCodebook",
+    "FeatureCodebookConfig",
+    "ImageTokenizer",
+    "PatchCodebook",
+    "PatchCodebookConfig",
+    "TokenizerConfig",
+    "load_tokenizer",
+]

@@ -1,8 +1,9 @@
-"""Fit a patch codebook to the images of a data set."""
+"""Fit a codebook, of patches or of features, to the images of a data set."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from einops import rearrange
@@ -13,8 +14,10 @@ from fourm.data.raw_sample import RawSample
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
 from fourm.utils.seeds import generator
+from fourm.vq.codebook import Codebook
 from fourm.vq.crops import WORKERS, CropDataset, read_crops, tokenizer_transform
 from fourm.vq.dataset import PIXELS, ImageSet, open_images
+from fourm.vq.feature_codebook import FeatureCodebook, FeatureCodebookConfig, create_backbone
 from fourm.vq.kmeans import KMeansReport
 from fourm.vq.patch_codebook import PatchCodebook, PatchCodebookConfig
 from fourm.vq.tokenizer import best_device
@@ -31,6 +34,11 @@ class FitOptions:
     patch_size: int = option("side of a patch in pixels", 16)
     input_size: int = option("side in pixels that crops are resized to", 224)
     one_hot_classes: int | None = option("for maps of class ids: the number of classes", None)
+    backbone: str | None = option(
+        "for tokens of features instead of patches: the network in timm; its feature map of stride PATCH_SIZE is taken",
+        None,
+    )
+    backbone_weights: str | None = option("file of the network's weights (default: those that timm downloads)", None)
     transform: str | None = option("how files are read, a key of MODALITY_TRANSFORMS (default: MODALITY)", None)
     transform_options: dict = option("options of the transform, e.g. '{standardize_depth: false}'", {})
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
@@ -48,37 +56,33 @@ class FitOptions:
         for name in ("num_images", "num_crops", "num_patches", "epochs", "batch_size"):
             if getattr(self, name) < 1:
                 raise UserError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+        if self.backbone and self.one_hot_classes:
+            raise UserError("'one_hot_classes' is for patches: leave it out, or 'backbone'")
+        if self.backbone_weights and not self.backbone:
+            raise UserError("'backbone_weights' needs a 'backbone', the name of the network in timm")
 
 
-def fit_codebook(options: FitOptions) -> tuple[PatchCodebook, KMeansReport]:
+def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
     """Fit the codebook and save it to ``options.output``.
 
     Raises:
-        UserError: options that do not fit together or to the images, or fewer patches than codes.
+        UserError: options that do not fit together or to the images, or fewer items than codes.
     """
     modality = options.transform or options.modality
     transform = tokenizer_transform(modality, options.transform_options)
     ledger = BadSampleLedger(options.modality, options.max_bad_fraction)
     images = open_images(options.data_root, {PIXELS: options.modality}, options.shards, ledger)
     samples = _choose_images(images, options)
-    config = PatchCodebookConfig(
-        modality=modality,
-        vocab_size=options.vocab_size,
-        patch_size=options.patch_size,
-        num_channels=transform.channels,
-        input_size=options.input_size,
-        transform_options=options.transform_options,
-        one_hot_classes=options.one_hot_classes,
-    )
-    codebook = PatchCodebook(config).to(best_device(options.device))
+    codebook = _new_codebook(options, modality, transform.channels).to(best_device(options.device))
     rng = torch.Generator().manual_seed(int(generator(options.seed, "codebook").integers(2**63)))
     dataset = CropDataset(samples, transform, options.input_size, options.num_crops, hflip=0.5, seed=options.seed)
     per_image = -(-options.num_patches // len(samples))
     chosen = []
     with tqdm(desc=f"patches of {options.modality}", total=len(samples), unit=" images", disable=None) as bar:
         for batch in read_crops(dataset, options.batch_size, options.num_workers, ledger):
-            patches = codebook.to_patches(rearrange(batch.pixels, "n k c h w -> (n k) c h w")).flatten(0, 2)
-            chosen.append(patches[torch.randperm(len(patches), generator=rng)[: per_image * len(batch.keys)]])
+            pixels = rearrange(batch.pixels, "n k c h w -> (n k) c h w").to(codebook.device)
+            items = codebook.items(pixels).flatten(0, 2).cpu()
+            chosen.append(items[torch.randperm(len(items), generator=rng)[: per_image * len(batch.keys)]])
             bar.update(len(batch.keys))
     pool = torch.cat(chosen)[: options.num_patches].to(codebook.device)
     if len(pool) < options.vocab_size:
@@ -89,6 +93,18 @@ def fit_codebook(options: FitOptions) -> tuple[PatchCodebook, KMeansReport]:
     report = codebook.fit(pool, epochs=options.epochs, generator=rng)
     codebook.save(options.output)
     return codebook.eval(), report
+
+
+def _new_codebook(options: FitOptions, modality: str, num_channels: int) -> Codebook:
+    common: dict[str, Any] = {
+        key: getattr(options, key) for key in ("vocab_size", "patch_size", "input_size", "transform_options")
+    }
+    common |= {"modality": modality, "num_channels": num_channels}
+    if options.backbone is None:
+        return PatchCodebook(PatchCodebookConfig(**common, one_hot_classes=options.one_hot_classes))
+    config = FeatureCodebookConfig(**common, backbone=options.backbone)
+    weights = options.backbone_weights
+    return FeatureCodebook(config, create_backbone(config, weights, download=weights is None))
 
 
 def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
@@ -105,7 +121,7 @@ def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command ``fit_codebook.py``."""
-    options = parse_options(FitOptions, argv, "Fit a patch codebook to the images of a data set.")
+    options = parse_options(FitOptions, argv, "Fit a codebook, of patches or of features, to the images of a data set.")
     _, report = fit_codebook(options)
     print(
         f"{options.output}: {report.used_codes} of {options.vocab_size} codes in use, perplexity {report.perplexity:.0f}, "

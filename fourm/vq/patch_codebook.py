@@ -9,10 +9,9 @@ from einops import rearrange
 from torch import Tensor
 
 from fourm.utils.errors import DataError
-from fourm.vq import kmeans
-from fourm.vq.tokenizer import ImageTokenizer, TokenizerConfig
-
-_CHUNK = 2**14  # patches embedded at a time
+from fourm.vq.codebook import Codebook
+from fourm.vq.kmeans import KMeansReport
+from fourm.vq.tokenizer import TokenizerConfig
 
 
 @dataclass(frozen=True)
@@ -26,25 +25,18 @@ class PatchCodebookConfig(TokenizerConfig):
     one_hot_classes: int | None = None
 
 
-class PatchCodebook(ImageTokenizer):
-    """Vector quantisation of raw patches, fitted by mini-batch k-means; decoding looks the patches up."""
+class PatchCodebook(Codebook):
+    """Vector quantisation of raw patches; decoding looks them up. D = channels (or classes) * patch * patch."""
 
     kind = "patch_codebook"
     Config = PatchCodebookConfig
     config: PatchCodebookConfig
-    codebook: Tensor  # (K, D), D = channels (or classes) * patch * patch
 
     def __init__(self, config: PatchCodebookConfig):
-        super().__init__(config)
-        depth = config.one_hot_classes or config.num_channels
-        self.register_buffer("codebook", torch.zeros(config.vocab_size, depth * config.patch_size**2))
+        super().__init__(config, (config.one_hot_classes or config.num_channels) * config.patch_size**2)
 
-    @torch.no_grad()
-    def tokenize(self, x: Tensor) -> Tensor:
-        patches = self.to_patches(x)  # (B, h, w, C, p, p)
-        chunks = patches.flatten(0, 2).split(_CHUNK)
-        ids = torch.cat([kmeans.nearest(self.embed(chunk), self.codebook)[0] for chunk in chunks])
-        return ids.view(patches.shape[:3])
+    def items(self, x: Tensor) -> Tensor:
+        return self.to_patches(x)
 
     @torch.no_grad()
     def decode_tokens(self, ids: Tensor) -> Tensor:
@@ -52,7 +44,7 @@ class PatchCodebook(ImageTokenizer):
         x = rearrange(patches, "b h w (c p q) -> b c (h p) (w q)", p=self.patch_size, q=self.patch_size)
         return x.argmax(1, keepdim=True).float() if self.config.one_hot_classes else x
 
-    def embed(self, patches: Tensor) -> Tensor:
+    def embed(self, items: Tensor) -> Tensor:
         """(n, C, p, p) → (n, D).
 
         Raises:
@@ -60,16 +52,14 @@ class PatchCodebook(ImageTokenizer):
         """
         classes = self.config.one_hot_classes
         if classes is None:
-            return patches.flatten(1)
-        ids = patches.long()
+            return super().embed(items)
+        ids = items.long()
         if ids.min() < 0 or ids.max() >= classes:
             wrong = ids[(ids < 0) | (ids >= classes)][0]
             raise DataError(f"class id {wrong} of {self.config.modality} is not below one_hot_classes = {classes}")
         # (n, classes, p, p)
         return torch.zeros(len(ids), classes, *ids.shape[2:], device=ids.device).scatter_(1, ids, 1.0).flatten(1)
 
-    def fit(self, pool: Tensor, *, epochs: int, generator: torch.Generator) -> kmeans.KMeansReport:
-        """Learn the codebook from patches (N, C, p, p)."""
+    def fit(self, pool: Tensor, *, epochs: int, generator: torch.Generator) -> KMeansReport:
         self.config = replace(self.config, value_range=(float(pool.min()), float(pool.max())))
-        self.codebook, report = kmeans.fit(pool, self.vocab_size, epochs=epochs, generator=generator, embed=self.embed)
-        return report
+        return super().fit(pool, epochs=epochs, generator=generator)

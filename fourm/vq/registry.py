@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 
 from fourm.utils.config import build
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.vq.feature_codebook import FeatureCodebook
 from fourm.vq.patch_codebook import PatchCodebook
 from fourm.vq.tokenizer import CONFIG, WEIGHTS, ImageTokenizer
 
-TOKENIZERS: dict[str, type[ImageTokenizer]] = {cls.kind: cls for cls in (PatchCodebook,)}
+TOKENIZERS: dict[str, type[ImageTokenizer]] = {cls.kind: cls for cls in (PatchCodebook, FeatureCodebook)}
 """By the ``type`` in ``config.json``."""
 
 

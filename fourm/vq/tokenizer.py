@@ -87,11 +87,15 @@ class ImageTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def decode_tokens(self, ids: Tensor) -> Tensor:
-        """Ids (B, h, w) → (B, C, H, W) float."""
+        """Ids (B, h, w) → (B, C, H, W) float; from tokens of features (B, D, h, w)."""
 
     def to_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, h, w, C, patch, patch).
+        """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""
+        self.check_images(x)
+        return rearrange(x, "b c (h p) (w q) -> b h w c p q", p=self.patch_size, q=self.patch_size)
 
+    def check_images(self, x: Tensor) -> None:
+        """
         Raises:
             DataError: images with other channels, or of a size that patches do not fill.
         """
@@ -101,7 +105,6 @@ class ImageTokenizer(nn.Module, ABC):
                 f"the {self.config.modality} tokenizer takes images of shape (B, {self.num_channels}, H, W) with H and W "
                 f"multiples of {p}, not {tuple(x.shape)}"
             )
-        return rearrange(x, "b c (h p) (w q) -> b h w c p q", p=p, q=p)
 
     def save(self, folder: str | Path) -> None:
         """Write ``model.safetensors`` and ``config.json``; what is at ``folder`` is replaced as a whole."""

@@ -1,0 +1,122 @@
+"""Tokens of what a network sees: every place of its feature map becomes the number of the most similar feature.
+
+Any model of timm is a backbone, so CLIP and DINOv2 are as well as a network of ImageNet.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from einops import rearrange
+from timm.models import load_checkpoint
+from torch import Tensor, nn
+
+from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.vq.codebook import Codebook
+from fourm.vq.tokenizer import TokenizerConfig
+
+
+@dataclass(frozen=True)
+class FeatureCodebookConfig(TokenizerConfig):
+    """
+    Attributes:
+        backbone: name of the network in timm. Of its feature maps the deepest with a stride of ``patch_size`` is taken.
+    """
+
+    backbone: str = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_channels != 3:
+            raise UserError(
+                f"backbone {self.backbone} sees colours: {self.modality} has {self.num_channels} channels, not 3"
+            )
+
+
+class FeatureCodebook(Codebook):
+    """Vector quantisation of the features of a frozen network, compared by their direction.
+
+    Colours in [-1, 1] go in; decoding gives features (B, D, h, w) of unit length. The network's weights are part of the
+    tokenizer.
+
+    Args:
+        backbone: of :func:`create_backbone`; None = one without weights, which a state dict brings.
+
+    Raises:
+        UserError: timm does not know the backbone, or it has no feature map of this stride.
+    """
+
+    kind = "feature_codebook"
+    Config = FeatureCodebookConfig
+    config: FeatureCodebookConfig
+    mean: Tensor  # (3, 1, 1), as std: what the network's input is standardised by
+    std: Tensor
+
+    def __init__(self, config: FeatureCodebookConfig, backbone: nn.Module | None = None):
+        network: Any = create_backbone(config) if backbone is None else backbone
+        deepest = _deepest_map(network, config)
+        super().__init__(config, network.feature_info[deepest]["num_chs"])
+        (self._map,) = network.prune_intermediate_layers([deepest])  # what follows on the map is not computed
+        self.backbone = network.eval().requires_grad_(False)
+        self._one_size = bool(network.pretrained_cfg.get("fixed_input_size"))
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1))
+
+    @torch.no_grad()
+    def items(self, x: Tensor) -> Tensor:
+        self.check_images(x)
+        size = self.config.input_size
+        if self._one_size and x.shape[2:] != (size, size):
+            raise DataError(f"backbone {self.config.backbone} takes images of {size}x{size}, not {tuple(x.shape[2:])}")
+        (features,) = self.backbone.forward_intermediates(
+            ((x + 1) / 2 - self.mean) / self.std, indices=[self._map], norm=True, intermediates_only=True
+        )
+        return nn.functional.normalize(rearrange(features, "b d h w -> b h w d"), dim=-1)
+
+    @torch.no_grad()
+    def decode_tokens(self, ids: Tensor) -> Tensor:
+        return nn.functional.normalize(rearrange(self.codebook[ids], "b h w d -> b d h w"), dim=1)
+
+
+def create_backbone(
+    config: FeatureCodebookConfig, weights: str | Path | None = None, download: bool = False
+) -> nn.Module:
+    """The whole network.
+
+    Args:
+        weights: a ``.safetensors`` or ``.pth`` file of its weights under timm's names.
+        download: take those that timm publishes for it.
+
+    Raises:
+        UserError: timm does not know it, or its weights cannot be read or downloaded.
+    """
+    name = config.backbone
+    if not timm.is_model(name):
+        raise UserError(f"timm has no backbone '{name}'{did_you_mean(name, timm.list_models())}")
+    plain: Any = timm.create_model(name)
+    _deepest_map(plain, config)  # before anything is downloaded
+    # Positions are resized to the size that a network is made for.
+    size: dict[str, Any] = {"img_size": config.input_size} if plain.pretrained_cfg.get("fixed_input_size") else {}
+    try:
+        network = timm.create_model(name, pretrained=download, **size) if download or size else plain
+        if weights is not None:
+            load_checkpoint(network, str(weights), weights_only=True)
+    except Exception as error:  # whatever clients of the hub and readers of files raise
+        what = f"{weights} does not hold the weights of" if weights else "cannot make"
+        raise UserError(f"{what} backbone {name}: {' '.join(str(error).split())[:300]}") from error
+    return network
+
+
+def _deepest_map(network: Any, config: FeatureCodebookConfig) -> int:
+    """Index of the deepest feature map whose stride is the patch size."""
+    strides = [info["reduction"] for info in network.feature_info]
+    if config.patch_size not in strides:
+        found = ", ".join(map(str, sorted(set(strides))))
+        raise UserError(
+            f"backbone {config.backbone} has feature maps of stride {found}: patch_size must be one of them"
+        )
+    return max(index for index, stride in enumerate(strides) if stride == config.patch_size)
