@@ -20,7 +20,7 @@ from fourm.data.raw_sample import OpenFiles, RawSample
 from fourm.demo import scores
 from fourm.demo.report import aligned
 from fourm.demo.scene import TOYS
-from fourm.demo.truth import KINDS, PICTURES, Scene, guesses, read_scenes, truth
+from fourm.demo.truth import KINDS, Scene, guesses, read_scenes, truth
 from fourm.generation import Decoded, Sampler, decode, plot
 from fourm.generation.decoding import kind_of
 from fourm.generation.inputs import make_batch
@@ -84,7 +84,9 @@ def generate_all(base: Mapping[str, Any], data: Path, out: Path, count: int) -> 
         Score(name, unit, value, parts[1].get((name, unit), (None,))[0], parts[2][name, unit][0], higher)
         for (name, unit), (value, higher) in parts[0].items()
     ]
-    _sheet(generated[:SHOWN], true[:SHOWN], _by_kind(read_result(out / "photo" / photo.stem)), measured, out / SHEET)
+    # Of features there is no other truth than what the tokens tell.
+    known = [{**tokens, **real} for real, tokens in zip(true, shown, strict=True)]
+    _sheet(generated[:SHOWN], known[:SHOWN], _by_kind(read_result(out / "photo" / photo.stem)), measured, out / SHEET)
     with atomic_path(out / "scores.json") as path:
         path.write_text(json.dumps([asdict(score) for score in found], indent=2) + "\n")
 
@@ -100,7 +102,8 @@ def passed(found: Sequence[Score]) -> bool:
 
 def measures(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[tuple[str, str], tuple[float, bool]]:
     """(measure, unit) → value and whether higher is better, for the kinds that ``predicted`` has."""
-    p, t = ({kind: [scene[kind].value for scene in scenes] for kind in predicted[0]} for scenes in (predicted, true))
+    kinds = predicted[0].keys() & true[0].keys()
+    p, t = ({kind: [scene[kind].value for scene in scenes] for kind in kinds} for scenes in (predicted, true))
     found: dict[tuple[str, str], tuple[float, bool]] = {
         ("depth", "absolute relative error"): (
             float(np.mean(list(map(scores.abs_rel, p["depth"], t["depth"])))),
@@ -125,11 +128,13 @@ def measures(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[tuple[st
 
 
 def reconstructed(sample: RawSample, sampler: Sampler) -> Scene:
-    """The pictures of a scene after they have been tokens."""
+    """The pictures of a scene after they have been tokens, and what a network sees in them as tokens tell it."""
     values = sample.values(OpenFiles(), keep_pixels=False)
-    tokens = {name: kind for name, m in sampler.targets.items() if m.type == "img" and (kind := kind_of(m)) in PICTURES}
+    sources = {
+        name: sampler.tokenizers[kind_of(m)].config.modality for name, m in sampler.targets.items() if m.type == "img"
+    }
     batch = make_batch(
-        [{name: values[kind] for name, kind in tokens.items()}], sampler.inputs, sampler.tokenizers, None
+        [{name: values[kind] for name, kind in sources.items()}], sampler.inputs, sampler.tokenizers, None
     )
     return _by_kind(decode(batch, sampler.inputs, sampler.tokenizers)[0])
 
@@ -166,11 +171,12 @@ def _photograph(path: Path) -> tuple[Path, np.ndarray]:
 
 def _sheet(generated: Sequence[Scene], true: Sequence[Scene], photo: Scene, measured: np.ndarray, path: Path) -> None:
     """Two rows per scene, what was generated and the truth; of the photograph only depth was measured."""
+    kinds = [kind for kind in KINDS if kind in generated[0]]
     rows, labels = [], []
     for scene, real in zip(generated, true, strict=True):
-        rows += [{kind: scene[kind] for kind in KINDS}, {kind: real[kind] for kind in KINDS}]
+        rows += [{kind: values[kind] for kind in kinds} for values in (scene, real)]
         labels += ["generated", "truth"]
-    rows += [{kind: photo[kind] for kind in KINDS}, {"depth": Decoded("depth", measured)}]
+    rows += [{kind: photo[kind] for kind in kinds}, {"depth": Decoded("depth", measured)}]
     labels += ["generated", "measured"]
     with atomic_path(path) as temporary:
         plot(rows, "From RGB alone: unseen scenes, and a photograph of the real world", labels).savefig(temporary)

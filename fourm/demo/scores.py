@@ -16,13 +16,16 @@ IOU = 0.5  # from which on a box has found its object
 
 
 def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Mean |p − t| / t of depth maps (H, W), nan where unknown, after the scale and shift of p that fit t best.
+    """Mean |p − t| / t of depth maps (H, W), nan where unknown, after the scale ≥ 0 and shift of p that fit t best.
 
     Tokens tell depth within its picture, not in metres, so that scale and shift are fitted, as is usual for such depth.
+    What takes far for near is fitted by a constant.
     """
     known = np.isfinite(predicted) & np.isfinite(true)
     p, t = predicted[known].astype(np.float64), true[known].astype(np.float64)
     design = np.stack([p, np.ones_like(p)], axis=1) / t[:, None]  # relative errors are what is to be small
+    scale, _ = np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
+    design = design if scale >= 0 else design[:, 1:]
     fitted = design @ np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
     return float(np.abs(fitted - 1).mean())
 

@@ -203,7 +203,8 @@ def train(demo: Demo) -> None:
 
 def generate(demo: Demo) -> None:
     """Scenes that the model has never seen, from RGB alone; a photograph; pictures from words."""
-    base = load_yaml(demo._file("cfgs/demo/generation.yaml"))
+    beside = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
+    base = load_yaml(beside if beside.exists() else ROOT / "cfgs/demo/generation.yaml")
     own = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
     generated.generate_all(base | own, demo.data, demo.generation, demo.generated_scenes)
 

@@ -22,13 +22,14 @@ Scene = Mapping[str, Decoded]
 """Kind → what a scene shows of it."""
 
 PICTURES = ("rgb", "depth", "normal", "semseg", "canny_edge")
-KINDS = (*PICTURES, "det", "caption")
+TEXTS = ("det", "caption", "color_palette", "metadata")
+KINDS = (*PICTURES, "feature", *TEXTS)
 
 
 def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
     """The samples of a split, or those of one shard."""
-    wanted, ledger = {kind: kind for kind in KINDS}, BadSampleLedger(str(root), max_bad_fraction=0.0)
-    data_path = f"{root}/[{','.join(KINDS)}]"
+    wanted, ledger = {kind: kind for kind in (*PICTURES, *TEXTS)}, BadSampleLedger(str(root), max_bad_fraction=0.0)
+    data_path = f"{root}/[{','.join(wanted)}]"
     if shard is None:
         return Folders(data_path, wanted, None, ledger).all(ledger)
     return Shards(f"{data_path}/{shard}", wanted).all(ledger)
@@ -49,6 +50,8 @@ def truth(sample: RawSample, size: int) -> Scene:
         **found,
         "det": Decoded("det", values["det"]["instances"]),
         "caption": Decoded("caption", values["caption"]),
+        "color_palette": Decoded("color_palette", values["color_palette"][0]["7"]),
+        "metadata": Decoded("metadata", values["metadata"]),
     }
 
 

@@ -12,6 +12,8 @@ def test_depth_error_does_not_depend_on_scale_and_shift():
     # A constant c is best where Σ (c/t − 1)² is least: c = Σ 1/t / Σ 1/t² = 1.875 / 1.328125.
     c = 1.875 / 1.328125
     assert scores.abs_rel(np.ones((2, 2)), true) == pytest.approx(np.abs(c / true - 1).mean())
+    # Far for near is worth no more than a constant.
+    assert scores.abs_rel(-true, true) == pytest.approx(scores.abs_rel(np.ones((2, 2)), true))
 
 
 def test_unknown_depth_does_not_count():

@@ -89,7 +89,11 @@ def run(
 ) -> str:
     """Run to the end; returns what it printed."""
     process = start(config, *args, processes=processes, script=script, **environment)
-    output, errors = process.communicate(timeout=240)
+    try:
+        output, errors = process.communicate(timeout=240)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it and all that it started, which would run on beside other tests
+        raise
     assert process.returncode == status, output + errors
     return output + errors
 
