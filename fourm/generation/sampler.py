@@ -17,12 +17,11 @@ from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
 from fourm.models.generate import GenerationSampler
-from fourm.models.remote import find_model, local_copy
+from fourm.models.remote import find_model, on_disk
 from fourm.models.sharded import WEIGHTS, load_model, newest_checkpoint
 from fourm.models.token_sampling import Seed
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
-from fourm.utils.s3 import S3Store
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 from fourm.vq.tokenizer import CONFIG, best_device
@@ -86,8 +85,7 @@ class Sampler:
             UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
         where = best_device(device)
-        if str(model).startswith("s3://"):
-            model = local_copy(find_model(str(model), S3Store()), S3Store())
+        model = on_disk(model, find_model)
         images: Tokenizers = {n: load_tokenizer(f, where) for n, f in _tokenizer_folders(tokenizers).items()}
         path = text_tokenizer or _vocabulary_of(Path(model))
         words = load_text_tokenizer(path) if path else None

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,6 +63,12 @@ def local_copy(place: str, store: S3Store) -> Path:
         return _cached(place, _files(place, store), store)
     wanted = sorted(names & {CONFIG, WEIGHTS, "config.yaml"})
     return _cached(place, {name: store.describe(f"{place}/{name}") for name in wanted}, store)
+
+
+def on_disk(place: str | Path, find: Callable[[str, S3Store], str]) -> str | Path:
+    """``place``, or a local copy of what ``find`` finds there if it is a URL; the store is the one that boto3 is configured for."""
+    store = S3Store()
+    return local_copy(find(str(place), store), store) if str(place).startswith("s3://") else place
 
 
 def fetch_checkpoint(place: str, target: Path, store: S3Store) -> None:

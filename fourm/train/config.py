@@ -53,7 +53,9 @@ class TrainConfig:
     use_act_checkpoint: bool = option("recompute the blocks' activations in the backward pass", False)
     act_checkpoint_every: int = option("with use_act_checkpoint: those of every so many-th block", 1)
     compile: bool = option("torch.compile every block", False)
-    finetune: str = option("start from these weights: a run folder, .safetensors, .pth or a hub id", "")
+    finetune: str = option(
+        "start from these weights: a run folder, .safetensors, .pth, s3:// URL of one of these, or a hub id", ""
+    )
 
     # Length
     batch_size: int = option("samples per rank and micro-batch", 128)
@@ -120,8 +122,8 @@ class TrainConfig:
     save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0)
     keep_last: int = option("checkpoints that are kept; 0 = all", 2)
     async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
-    resume: str = option("continue from this checkpoint folder", "")
-    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir", True)
+    resume: str = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
+    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
     start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
 
     # Remote storage
@@ -130,7 +132,9 @@ class TrainConfig:
     s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512)
     s3_multipart_threshold_mb: int = option("transfers above this are split", 512)
     s3_max_io_queue: int = option("requests that a process may have in flight", 100)
-    s3_save_dir: str = option("copy checkpoints and the final model to s3://bucket/folder, below the run_name", "")
+    s3_save_dir: str = option(
+        "copy checkpoints, log and final model to s3://bucket/folder, below run_name; keep_last holds there too", ""
+    )
     data_cache_dir: str = option("local copies of remote shards, shared by all processes", "~/.cache/fourm/shards")
     data_cache_gb: float = option("most that these copies may take, in 10^9 bytes", 50.0)
 

@@ -1,9 +1,6 @@
 """Checkpoints in an S3 store."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,13 +9,13 @@ from fourm.generation import Sampler
 from fourm.models import FM
 from fourm.models.remote import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
 from fourm.models.sharded import load_model
+from fourm.train import export
 from fourm.utils.errors import UserError
 from fourm.utils.s3 import S3Store
 from fourm.utils.transfer import DamagedObject
 from tests.data.object_store import BUCKET, RETRIES, ObjectStore, client, faulty
 from tests.models.toy_models import SWIGLU, toy_config
 from tests.train.checkpoint_files import write_checkpoint
-from tests.train.toy_run import ROOT
 
 CONFIG = toy_config(**SWIGLU, share_embedding=True)
 
@@ -114,6 +111,8 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
     assert Sampler.load(run, device="cpu").targets.keys() == model.decoder_embeddings.keys()
+    export.main([run, str(tmp_path / "exported")])
+    assert FM.from_pretrained(str(tmp_path / "exported")).state_dict().keys() == loaded.keys()
     model.save_pretrained(tmp_path / "saved")
     for name in ("config.json", "model.safetensors"):  # as at the end of a run
         store.upload(tmp_path / "saved" / name, f"{run}/{name}")
@@ -147,19 +146,3 @@ def test_what_is_damaged_is_found_out_and_leaves_nothing(checkpoints, server, ru
     with pytest.raises(DamagedObject, match=name):
         local_copy(url, store)
     assert not [path for path in (tmp_path / "cache" / "fourm" / "models").glob("*") if path.is_dir()]
-
-
-@pytest.mark.dist
-def test_of_several_processes_one_fetches(checkpoints, server, run):
-    copy_checkpoint(checkpoints[0], run, S3Store(server.endpoint), keep_last=0)
-    program = (
-        "import sys; from fourm.utils.s3 import S3Store; from fourm.models.remote import *\n"
-        "store = S3Store(sys.argv[1]); print(local_copy(find_checkpoint(sys.argv[2], store), store))"
-    )
-    with faulty(server, lambda method, path, _: "slow" if method == "GET" and "shard" in path else None) as proxy:
-        command = [sys.executable, "-c", program, proxy.endpoint, run]
-        processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
-        found = {Path(process.communicate(timeout=120)[0].strip()) for process in processes}
-        assert len(found) == 1 and found.pop().is_dir()
-        shards = {path: n for (method, path), n in proxy.counts.items() if method == "GET" and "shard" in path}
-        assert shards and set(shards.values()) == {1}
