@@ -105,6 +105,10 @@ class TrainConfig:
         "text vocabulary (also: tokenizer_path)", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
     num_workers: int = option("loader processes per rank", 10)
+    num_streams: int | None = option(
+        "the data are the same whatever the processes and num_workers, as long as their product divides this (default: it)",
+        None,
+    )
     pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
     max_bad_fraction: float = option("stop when more than this share of the samples is unusable", 0.01)
 
@@ -205,7 +209,7 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb", "num_streams"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if config.autocast_dtype == "float32" and config.fsdp_param_dtype not in ("auto", "float32"):
@@ -300,6 +304,18 @@ def parse_args(argv: list[str] | None = None, description: str = "Train a 4M mod
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def num_streams(config: TrainConfig, world_size: int) -> int:
+    """Streams of the training data (:mod:`fourm.data.unified_datasets`), shared out to the workers of all ranks."""
+    workers = world_size * max(1, config.num_workers)
+    streams = config.num_streams or workers
+    if streams % workers:
+        raise UserError(
+            f"'num_streams' {streams} must be a multiple of processes x num_workers, {world_size} x "
+            f"{max(1, config.num_workers)}; choose another num_workers"
+        )
+    return streams
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from fourm.data.unified_datasets import draws_in_epoch
 from fourm.models import remote
 from fourm.models.sharded import CHECKSUMS, complete_checkpoints, verify
 from fourm.train.checkpoint import load_tensors, read_state
-from fourm.train.config import TrainConfig, to_dict
+from fourm.train.config import TrainConfig, num_streams, to_dict
 from fourm.train.loop import Trainer
 from fourm.train.parallel import Processes
 from fourm.train.remote import RemoteRun, here
@@ -96,7 +96,7 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
     trainer.step = state["step"]
     trainer.gradient_step.load_state(state["loss_scale"])
     layout, ranks = layout_of(trainer), state["ranks"]
-    if state["layout"] != layout:
+    if [*state["layout"].values()] != [*layout.values()]:  # num_streams had another name once
         if trainer.step * config.accum_iter % trainer.schedule.length.batches_per_epoch == 0:
             kept = "the epochs to come draw their samples in another order"
         else:
@@ -115,8 +115,7 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
 def layout_of(trainer: Trainer) -> dict[str, int]:
     """What the positions in the data depend on."""
     config = trainer.config
-    streams = trainer.parallel.world_size * max(1, config.num_workers)
-    return {"processes x num_workers": streams, "batch_size": config.batch_size}
+    return {"num_streams": num_streams(config, trainer.parallel.world_size), "batch_size": config.batch_size}
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from fourm.models import FM, count_parameters, model_config
 from fourm.models.remote import find_model
 from fourm.models.sharded import export_model
 from fourm.train.checkpoint import CheckpointWriter, remove_unfinished, tensors_to_save
-from fourm.train.config import TrainConfig, run_length, to_dict
+from fourm.train.config import TrainConfig, num_streams, run_length, to_dict
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import build_evaluations, evaluate
 from fourm.train.finetune import load_weights
@@ -102,6 +102,7 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.data = load_data(config)
         self.length = run_length(config, parallel.world_size)
+        num_streams(config, parallel.world_size)  # wrong ones are found out before anything is loaded
         self.total_steps = self.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
@@ -235,7 +236,7 @@ class Run:
                 self.data, self.text_tokenizer, batch_size=config.batch_size,
                 batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
                 world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
-                positions=self.draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
+                positions=self.draws, num_streams=num_streams(config, parallel.world_size), pin_memory=config.pin_mem and parallel.device.type == "cuda",
                 raw_pixels=True,
             )
         )  # fmt: skip
