@@ -236,8 +236,8 @@ class Run:
                 self.data, self.text_tokenizer, batch_size=config.batch_size,
                 batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
                 world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
-                positions=self.draws, num_streams=num_streams(config, parallel.world_size), pin_memory=config.pin_mem and parallel.device.type == "cuda",
-                raw_pixels=True,
+                positions=self.draws, num_streams=num_streams(config, parallel.world_size),
+                pin_memory=config.pin_mem and parallel.device.type == "cuda", raw_pixels=True,
             )
         )  # fmt: skip
 

@@ -7,13 +7,13 @@ there are none.
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import functools
 import io
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,11 +26,11 @@ from fourm.utils.transfer import (
     RemoteObject,
     Retries,
     Transient,
+    in_background,
     raise_for_status,
     shown,
 )
 
-_FILES = 8  # that are downloaded at once
 _DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
 
 
@@ -108,7 +108,7 @@ class S3Store:
         replace(self.retries, attempts=1)(put, url)  # botocore has repeated its parts
 
     def download(self, items: Mapping[Path, RemoteObject]) -> None:
-        """Write each object to a new file, and check it against its digest; several at a time.
+        """Write each object to a new file, and check it against its digest, side by side.
 
         Raises:
             DamagedObject: the digest is another one.
@@ -123,8 +123,10 @@ class S3Store:
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from error
 
-        with ThreadPoolExecutor(_FILES) as pool:
-            list(pool.map(write, items.keys(), items.values()))
+        files = [in_background(write, path, item) for path, item in items.items()]
+        concurrent.futures.wait(files)
+        for file in files:
+            file.result()
 
     def names(self, folder: str) -> set[str]:
         """The names of all objects below ``s3://bucket/folder``, as they go on after it.
