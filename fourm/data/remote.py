@@ -8,26 +8,24 @@ a run slow, but does not stop or change it. The name of a copy depends on the ET
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
-import errno
 import fcntl
 import hashlib
 import io
 import logging
 import os
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from fourm.utils.errors import UserError
+from fourm.utils.files import locked
 from fourm.utils.s3 import S3Store
-from fourm.utils.transfer import RemoteObject, Retries, Store, Transient, hex_digest, shown
+from fourm.utils.transfer import Downloads, RemoteObject, Retries, Store, in_background, shown
 from fourm.utils.web import WebStore
 
 log = logging.getLogger(__name__)
@@ -35,7 +33,6 @@ Shard = TypeVar("Shard", bound=Mapping[Any, str])
 
 AHEAD = 2  # shards that are fetched while one is being used
 _HASH = 24  # digits with which the names of copies begin; nothing else in the folder is touched
-_DOWNLOADS = 3  # of a tar whose checksum is wrong
 
 
 @dataclass(frozen=True)
@@ -68,7 +65,7 @@ class ShardCache:
             WebStore(options.retries),
         )
         self._known: dict[str, tuple[RemoteObject, Path]] = {}
-        self._in_flight = threading.Semaphore(options.requests)
+        self._downloads = Downloads(options.retries, options.requests, options.part_bytes, options.split_above_bytes)
         self._warned = False
 
     def __reduce__(self) -> tuple:
@@ -115,7 +112,7 @@ class ShardCache:
             )  # fmt: skip
             self._warned = True
         buffer = io.BytesIO()
-        self._transfer(item, offset, offset + size, lambda data, _: buffer.write(data))
+        self._downloads.read(self._store(url), item, offset, offset + size, lambda data, _: buffer.write(data))
         return buffer.getvalue()
 
     def ahead(self, shards: Iterable[Shard]) -> Iterator[Shard]:
@@ -123,7 +120,7 @@ class ShardCache:
         upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
         for shard in shards:
             under_way = {url: tar for _, tars in upcoming for url, tar in tars.items()}
-            tars = {url: under_way.get(url) or _in_background(self._prefetch, url) for url in shard.values()}
+            tars = {url: under_way.get(url) or in_background(self._prefetch, url) for url in shard.values()}
             upcoming.append((shard, tars))
             if len(upcoming) > AHEAD:
                 yield _arrived(*upcoming.popleft())
@@ -154,7 +151,8 @@ class ShardCache:
                 file.close()
                 return None
             try:
-                self._download(item, file)
+                self._make_room(item, file)
+                self._downloads.fetch(self._store(item.url), item, file)
                 os.replace(part, path)
             except BaseException:
                 part.unlink(missing_ok=True)
@@ -166,50 +164,6 @@ class ShardCache:
             file.close()
             raise
 
-    def _download(self, item: RemoteObject, file: io.FileIO) -> None:
-        step = self._options.part_bytes if item.size > self._options.split_above_bytes else max(item.size, 1)
-
-        def write(data: bytes, position: int) -> None:
-            if os.pwrite(file.fileno(), data, position) != len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        for _ in range(_DOWNLOADS):
-            self._make_room(item, file)
-            parts = [
-                _in_background(self._transfer, item, start, min(start + step, item.size), write)
-                for start in range(0, item.size, step)
-            ]
-            concurrent.futures.wait(parts)  # none may write any more when the file is closed
-            for part in parts:
-                part.result()
-            algorithm, digest = item.digest or ("", "")
-            if not digest or hex_digest(file, algorithm) == digest:
-                os.fsync(file.fileno())
-                return
-        raise UserError(
-            f"{shown(item.url)}: arrives damaged, {_DOWNLOADS} times in a row: its {algorithm} is not the one that the "
-            "store tells; upload it again"
-        )
-
-    def _transfer(self, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any]) -> None:
-        """Hand the bytes from ``start`` up to ``end`` to ``write``, going on where a broken transfer ended."""
-        position = start
-
-        def attempt() -> None:
-            nonlocal position
-            if position == end:
-                return  # an empty member, or all was there before the transfer broke
-            with self._in_flight:
-                for data in self._store(item.url).chunks(item, position, end):
-                    if position + len(data) > end:
-                        raise Transient("the store sends more than was asked for")
-                    write(data, position)
-                    position += len(data)
-            if position < end:
-                raise Transient("the answer is cut off")
-
-        self._options.retries(attempt, item.url)
-
     def _make_room(self, item: RemoteObject, file: io.FileIO) -> None:
         """Give ``file`` its size, once that fits; removes the copies that were used longest ago."""
         limit = self._options.cache_bytes
@@ -219,7 +173,7 @@ class ShardCache:
             )
         file.truncate(0)
         while True:
-            with _locked(self._folder / ".lock"):
+            with locked(self._folder / ".lock"):
                 digits = "[0-9a-f]" * _HASH
                 for part in self._folder.glob(f"{digits}.part"):
                     _remove_abandoned(part)
@@ -271,28 +225,7 @@ def _remove_abandoned(part: Path) -> None:
             part.unlink()
 
 
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with open(path, "ab") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def _arrived(shard: Shard, tars: Mapping[str, Future]) -> Shard:
     for tar in tars.values():
         tar.result()
     return shard
-
-
-def _in_background(action: Callable, *arguments: Any) -> Future:
-    """Run ``action`` in a thread that does not outlive the process, unlike those of an executor."""
-    future: Future = Future()
-
-    def run() -> None:
-        try:
-            future.set_result(action(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return future

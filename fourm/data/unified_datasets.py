@@ -1,9 +1,10 @@
 """From data sets on disk to batches: read and join by key → aligned transform → masking → collate.
 
-**The data position.** The training data of a run is made of ``S = world_size · max(1, num_workers)`` logical *streams*.
-Micro-batch ``k`` of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; so worker
-``k mod num_workers`` of that rank makes it, and what is in it depends on ``(seed, S, g)`` only: one rank with two workers
-and two ranks with one worker each see the same batches.
+**The data position.** The training data of a run is made of ``S`` logical *streams*, ``num_streams``. Micro-batch ``k`` of
+rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; what is in it depends on
+``(seed, S, g)`` only. ``S`` is a multiple of all workers, ``world_size · max(1, num_workers)``, which it is by default. So
+each stream is one worker's own, each worker takes its ``S / (world_size · max(1, num_workers))`` streams by turns, and every
+such number of ranks and workers sees the same batches.
 
 ``k`` counts on through the run; every ``batches_per_epoch`` of them an epoch ends and each stream starts afresh. Within an
 epoch a stream is a fixed sequence of *draws*: its order comes from ``(seed, epoch, stream)``, and the augmentation and
@@ -218,25 +219,29 @@ class TrainBatches(IterableDataset):
     def __init__(
         self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
         batch_size: int, batches_per_epoch: int | None, rank: int, world_size: int, seed: int, start_batch: int = 0,
-        positions: Mapping[int, int] | None = None,
+        positions: Mapping[int, int] | None = None, num_streams: int | None = None,
     ):  # fmt: skip
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.start_batch, self.positions = start_batch, positions or {}
+        self.start_batch, self.positions, self.num_streams = start_batch, positions or {}, num_streams
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker()
-        k = self.start_batch + worker
-        stream = (k % num_workers) * self.world_size + self.rank
+        num_streams = self.num_streams or self.world_size * num_workers
+        assert num_streams % (self.world_size * num_workers) == 0, "a stream would be of several workers"
         ledgers = [BadSampleLedger(dataset.name, dataset.max_bad_fraction) for dataset in self.datasets]
         scaling = {name: pair for dataset in self.datasets for name, pair in dataset.scaling.items()}
-        for epoch, batches in itertools.groupby(itertools.count(k, num_workers), self._epoch):
-            samples = Stream(
-                self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_workers * self.world_size,
-                self.positions.get(stream, 0) if epoch == self._epoch(self.start_batch) else 0,
-            )  # fmt: skip
-            for _ in batches:
+        for epoch, batches in itertools.groupby(itertools.count(self.start_batch + worker, num_workers), self._epoch):
+            streams: dict[int, Stream] = {}
+            for k in batches:
+                stream = (k * self.world_size + self.rank) % num_streams
+                if stream not in streams:
+                    draws = self.positions.get(stream, 0) if epoch == self._epoch(self.start_batch) else 0
+                    streams[stream] = Stream(
+                        self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_streams, draws
+                    )
+                samples = streams[stream]
                 rows = [next(samples) for _ in range(self.batch_size)]
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _reported(ledgers)
                 yield Batch(collate(rows, self.modalities), position, scaling)
@@ -409,8 +414,8 @@ def build_dataset(
 
 def build_train_loader(
     config: DataConfig, text_tokenizer: Any, *, batch_size: int, batches_per_epoch: int, num_workers: int, rank: int,
-    world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None, pin_memory: bool = False,
-    raw_pixels: bool = False,
+    world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None,
+    num_streams: int | None = None, pin_memory: bool = False, raw_pixels: bool = False,
 ) -> Iterable[Batch]:  # fmt: skip
     """The endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
 
@@ -419,6 +424,7 @@ def build_train_loader(
         batches_per_epoch: of this rank.
         positions: stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every stream of
             all ranks (:func:`draws_in_epoch`). A stream that is not in it has made no draw in that epoch.
+        num_streams: a multiple of ``world_size · max(1, num_workers)``, which is the default; see the top of this file.
         raw_pixels: leave pictures in 8 bits, a quarter of the bytes; :attr:`Batch.scaling` says how to normalise them.
 
     Raises:
@@ -434,7 +440,7 @@ def build_train_loader(
     batches = TrainBatches(
         datasets, [config.weights[name] for name in config.train], config.modalities, batch_size=batch_size,
         batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=seed, start_batch=start_batch,
-        positions=positions,
+        positions=positions, num_streams=num_streams,
     )  # fmt: skip
     return BatchLoader(batches, num_workers, pin_memory)
 

@@ -19,7 +19,7 @@ from fourm.utils.options import flat_options, option, option_group, parse_overri
 class StageOptions:
     """A model, what it generates, and from what."""
 
-    model: str = option("run folder, folder with a model, or id on the hub")
+    model: str = option("run folder, folder with a model, s3:// URL of one of these, or id on the hub")
     tokenizers: Any = option("folder with a tokenizer per modality of images, or modality → folder or hub id", None)
     text_tokenizer: str | None = option("text vocabulary (default: that of the run)", None)
     cond_domains: str | None = option("of what is known, joined by '-' (default: all that the model reads)", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
 from fourm.models.generate import GenerationSampler
-from fourm.models.sharded import load_model, newest_checkpoint
+from fourm.models.remote import find_model, on_disk
+from fourm.models.sharded import WEIGHTS, load_model, newest_checkpoint
 from fourm.models.token_sampling import Seed
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
@@ -71,7 +73,7 @@ class Sampler:
 
         Args:
             model: a run folder (of a run that goes on, its newest checkpoint), a folder with ``config.json`` and
-                ``model.safetensors``, or an id on the Hugging Face hub.
+                ``model.safetensors``, an id on the Hugging Face hub, or the ``s3://`` URL of one of the former.
             tokenizers: a folder with one tokenizer folder per modality of images, or modality → folder or hub id.
             text_tokenizer: the vocabulary's file; None = the one that the run was trained with.
             device: ``auto`` = cuda where there is one, else cpu.
@@ -83,6 +85,7 @@ class Sampler:
             UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
         where = best_device(device)
+        model = on_disk(model, find_model)
         images: Tokenizers = {n: load_tokenizer(f, where) for n, f in _tokenizer_folders(tokenizers).items()}
         path = text_tokenizer or _vocabulary_of(Path(model))
         words = load_text_tokenizer(path) if path else None
@@ -184,7 +187,7 @@ class Sampler:
 
 def _load_model(model: str | Path) -> FM:
     folder = Path(model)
-    if folder.is_dir() and not (folder / CONFIG).exists():
+    if folder.is_dir() and not (folder / WEIGHTS).exists():
         return load_model(newest_checkpoint(folder))
     try:
         return FM.from_pretrained(str(folder if folder.is_dir() else model))
@@ -195,9 +198,11 @@ def _load_model(model: str | Path) -> FM:
         raise UserError(f"{model} is neither a folder with a model nor a model of the hub: {reason}") from error
 
 
-def _vocabulary_of(run: Path) -> str | None:
-    """The vocabulary that a run folder names."""
-    config = run / "config.yaml"
+def _vocabulary_of(folder: Path) -> str | None:
+    """The vocabulary that a run folder names, or a checkpoint."""
+    if (folder / "state.json").is_file():
+        return json.loads((folder / "state.json").read_text()).get("config", {}).get("text_tokenizer_path")
+    config = folder / "config.yaml"
     return load_yaml(config).get("text_tokenizer_path") if config.is_file() else None
 
 

@@ -29,7 +29,7 @@ from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path
 
 log = logging.getLogger("fourm")
-CHECKSUMS, CONFIG = "checksums.json", "config.json"
+CHECKSUMS, CONFIG, WEIGHTS = "checksums.json", "config.json", "model.safetensors"
 MODEL, EMA = "model/", "ema/"
 _AT_ONCE = 2**30  # bytes of tensors that are in memory together
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
@@ -96,7 +96,7 @@ def newest_checkpoint(place: Path) -> Path:
         return place
     found = complete_checkpoints(place / "checkpoints")
     if not found:
-        raise UserError(f"{place} holds no model ({CONFIG} and model.safetensors) and no complete checkpoint")
+        raise UserError(f"{place} holds no model ({CONFIG} and {WEIGHTS}) and no complete checkpoint")
     return found[0]
 
 
@@ -143,7 +143,7 @@ def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
         }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(folder / "model.safetensors") as path, path.open("wb") as file:
+    with atomic_path(folder / WEIGHTS) as path, path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights:
             file.write(tensor.to(layout[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -53,7 +53,9 @@ class TrainConfig:
     use_act_checkpoint: bool = option("recompute the blocks' activations in the backward pass", False)
     act_checkpoint_every: int = option("with use_act_checkpoint: those of every so many-th block", 1)
     compile: bool = option("torch.compile every block", False)
-    finetune: str = option("start from these weights: a run folder, .safetensors, .pth or a hub id", "")
+    finetune: str = option(
+        "start from these weights: a run folder, .safetensors, .pth, s3:// URL of one of these, or a hub id", ""
+    )
 
     # Length
     batch_size: int = option("samples per rank and micro-batch", 128)
@@ -103,6 +105,10 @@ class TrainConfig:
         "text vocabulary (also: tokenizer_path)", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
     num_workers: int = option("loader processes per rank", 10)
+    num_streams: int | None = option(
+        "the data are the same whatever the processes and num_workers, as long as their product divides this (default: it)",
+        None,
+    )
     pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
     max_bad_fraction: float = option("stop when more than this share of the samples is unusable", 0.01)
 
@@ -120,8 +126,8 @@ class TrainConfig:
     save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0)
     keep_last: int = option("checkpoints that are kept; 0 = all", 2)
     async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
-    resume: str = option("continue from this checkpoint folder", "")
-    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir", True)
+    resume: str = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
+    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
     start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
 
     # Remote storage
@@ -130,7 +136,9 @@ class TrainConfig:
     s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512)
     s3_multipart_threshold_mb: int = option("transfers above this are split", 512)
     s3_max_io_queue: int = option("requests that a process may have in flight", 100)
-    s3_save_dir: str = option("copy checkpoints and the final model to s3://bucket/folder, below the run_name", "")
+    s3_save_dir: str = option(
+        "copy checkpoints, log and final model to s3://bucket/folder, below run_name; keep_last holds there too", ""
+    )
     data_cache_dir: str = option("local copies of remote shards, shared by all processes", "~/.cache/fourm/shards")
     data_cache_gb: float = option("most that these copies may take, in 10^9 bytes", 50.0)
 
@@ -201,7 +209,7 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb", "num_streams"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if config.autocast_dtype == "float32" and config.fsdp_param_dtype not in ("auto", "float32"):
@@ -296,6 +304,18 @@ def parse_args(argv: list[str] | None = None, description: str = "Train a 4M mod
         print(yaml.safe_dump(to_dict(config), sort_keys=False), end="")
         raise SystemExit(0)
     return config
+
+
+def num_streams(config: TrainConfig, world_size: int) -> int:
+    """Streams of the training data (:mod:`fourm.data.unified_datasets`), shared out to the workers of all ranks."""
+    workers = world_size * max(1, config.num_workers)
+    streams = config.num_streams or workers
+    if streams % workers:
+        raise UserError(
+            f"'num_streams' {streams} must be a multiple of processes x num_workers, {world_size} x "
+            f"{max(1, config.num_workers)}; choose another num_workers"
+        )
+    return streams
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from fourm.utils.errors import MissingDependency
 from fourm.utils.files import atomic_path
 
 log = logging.getLogger("fourm")
+FILES = LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"  # with which another machine continues the record
 
 
 class _Console(logging.Handler):
@@ -66,7 +67,7 @@ class Journal:
 
     def __init__(self, config: TrainConfig, step: int, total_steps: int, main: bool):
         self._main, self._total = main and not config.dry_run, total_steps
-        self._path = Path(config.output_dir) / ("eval.jsonl" if config.eval else "log.jsonl")
+        self._path = Path(config.output_dir) / ("eval.jsonl" if config.eval else LOG)
         kept = [line for line in _lines(self._path) if config.eval or line["step"] <= step]
         self.evaluated = any("eval" in line for line in kept if line["step"] == step)
         self._wandb = None
@@ -162,7 +163,7 @@ def _wandb_run(config: TrainConfig) -> Any:
         import wandb
     except ImportError as error:
         raise MissingDependency("wandb", "'log_wandb'") from error
-    identity = Path(config.output_dir) / "wandb_id.txt"
+    identity = Path(config.output_dir) / WANDB_ID
     if not identity.exists():
         with atomic_path(identity) as path:
             path.write_text(uuid.uuid4().hex)

@@ -7,24 +7,30 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
+from fourm.models import remote
 from fourm.models.sharded import CHECKSUMS, complete_checkpoints, verify
 from fourm.train.checkpoint import load_tensors, read_state
-from fourm.train.config import TrainConfig, to_dict
+from fourm.train.config import TrainConfig, num_streams, to_dict
 from fourm.train.loop import Trainer
 from fourm.train.parallel import Processes
+from fourm.train.remote import RemoteRun, here
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
 
 
-def find_checkpoint(config: TrainConfig, folder: Path, parallel: Processes) -> Path | None:
+def find_checkpoint(config: TrainConfig, folder: Path, copy: RemoteRun, parallel: Processes) -> Path | None:
     """With ``auto_resume`` the newest intact checkpoint of this run, else that of ``resume`` (itself, or a run folder).
+
+    Args:
+        copy: of this run in a store; a checkpoint that is only there is fetched.
 
     Raises:
         UserError: ``resume`` names none, all are damaged, or a new run would mix with the checkpoints of an old one.
     """
-    candidates = parallel.from_main(lambda: _candidates(config, folder))
-    for path in candidates:
+    candidates = parallel.from_main(lambda: _candidates(config, folder, copy))
+    for place in candidates:
+        path = Path(here(place, remote.find_checkpoint, config, parallel))
         try:
             # The checksums are the work of all processes.
             parallel.together(lambda path=path: verify(path, slice(parallel.rank, None, parallel.world_size)))  # type: ignore[misc]
@@ -33,16 +39,25 @@ def find_checkpoint(config: TrainConfig, folder: Path, parallel: Processes) -> P
             if parallel.is_main:
                 log.warning("%s; passed over", error)
     if candidates:
-        raise UserError(f"{candidates[0].parent} has only damaged checkpoints; to start anew choose another output_dir")
+        raise UserError(f"{path.parent} has only damaged checkpoints; to start anew choose another output_dir")
     return None
 
 
-def _candidates(config: TrainConfig, folder: Path) -> list[Path]:
+def _candidates(config: TrainConfig, folder: Path, copy: RemoteRun) -> list[str]:
+    """Newest first: paths, or what ``resume`` names in a store."""
     if config.eval and config.finetune:
         return []  # these are the weights to evaluate
     own = complete_checkpoints(folder)
+    newer = copy.newer_checkpoints(own[0].name if own else "")
+    if newer and config.auto_resume:
+        copy.fetch(newer)
+        own = complete_checkpoints(folder)
+        if not own:
+            raise UserError(f"{copy.url} has only damaged checkpoints; to start anew choose another run_name")
+    elif newer and not (config.eval or config.dry_run):
+        raise UserError(f"{newer[0]} is of an earlier run: use --auto_resume to go on with it, or another run_name")
     if own and config.auto_resume:
-        return own
+        return [str(path) for path in own]
     if own and not (config.eval or config.dry_run):
         raise UserError(
             f"{folder} holds {own[0].name} of an earlier run: use --auto_resume to go on with it, or another output_dir"
@@ -51,11 +66,13 @@ def _candidates(config: TrainConfig, folder: Path) -> list[Path]:
         if not own and any(folder.glob("step-*")):
             raise UserError(f"{folder} has only damaged checkpoints; to start anew choose another output_dir")
         return []
+    if config.resume.startswith("s3://"):
+        return [config.resume]
     named = Path(config.resume)
     found = [named] if (named / CHECKSUMS).exists() else complete_checkpoints(named / "checkpoints")
     if not found:
         raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
-    return found
+    return [str(path) for path in found]
 
 
 def restore(trainer: Trainer, path: Path) -> dict[int, int]:
@@ -79,7 +96,7 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
     trainer.step = state["step"]
     trainer.gradient_step.load_state(state["loss_scale"])
     layout, ranks = layout_of(trainer), state["ranks"]
-    if state["layout"] != layout:
+    if [*state["layout"].values()] != [*layout.values()]:  # num_streams had another name once
         if trainer.step * config.accum_iter % trainer.schedule.length.batches_per_epoch == 0:
             kept = "the epochs to come draw their samples in another order"
         else:
@@ -98,8 +115,7 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
 def layout_of(trainer: Trainer) -> dict[str, int]:
     """What the positions in the data depend on."""
     config = trainer.config
-    streams = trainer.parallel.world_size * max(1, config.num_workers)
-    return {"processes x num_workers": streams, "batch_size": config.batch_size}
+    return {"num_streams": num_streams(config, trainer.parallel.world_size), "batch_size": config.batch_size}
 
 
 def state_of(trainer: Trainer) -> dict[str, Any]:

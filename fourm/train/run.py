@@ -22,25 +22,26 @@ from fourm.data.modality_info import REGISTERED
 from fourm.data.remote import RemoteOptions
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
+from fourm.models.remote import find_model
 from fourm.models.sharded import export_model
 from fourm.train.checkpoint import CheckpointWriter, remove_unfinished, tensors_to_save
-from fourm.train.config import TrainConfig, run_length, to_dict
+from fourm.train.config import TrainConfig, num_streams, run_length, to_dict
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import build_evaluations, evaluate
 from fourm.train.finetune import load_weights
-from fourm.train.journal import Journal, logging_of
+from fourm.train.journal import FILES, Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import Strategy
 from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
+from fourm.train.remote import RemoteRun, here
 from fourm.train.resume import find_checkpoint, restore, state_of
 from fourm.train.schedules import build_schedule
 from fourm.train.signals import STOP_SIGNALS, StopSignals
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.plugin import load_plugin
-from fourm.utils.s3 import S3Store, upload
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.transfer import shown
 
@@ -101,11 +102,13 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.data = load_data(config)
         self.length = run_length(config, parallel.world_size)
+        num_streams(config, parallel.world_size)  # wrong ones are found out before anything is loaded
         self.total_steps = self.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
         self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
-        checkpoint = find_checkpoint(config, self.checkpoints, parallel)
+        self.copy_in_store = RemoteRun(config)
+        checkpoint = find_checkpoint(config, self.checkpoints, self.copy_in_store, parallel)
         self.trainer = self._build_trainer(resumed=checkpoint is not None)
         self.draws = restore(self.trainer, checkpoint) if checkpoint else None
         self._describe(f"resumed from {checkpoint}" if checkpoint else config.finetune or "new weights")
@@ -118,7 +121,7 @@ class Run:
         torch.manual_seed(config.seed)
         self.parallel.place(model)
         if config.finetune and not resumed:
-            load_weights(model, config.finetune)
+            load_weights(model, here(config.finetune, find_model, config, self.parallel))
         sets = data.train.values()
         return Trainer(
             config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),
@@ -176,7 +179,7 @@ class Run:
             )
         parallel.from_main(self._take_folder)
         self._writer = CheckpointWriter(
-            self.checkpoints, parallel, config.keep_last, config.async_save, self._copy_checkpoint
+            self.checkpoints, parallel, config.keep_last, config.async_save, self.copy_in_store.copy_checkpoint
         )
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         parallel.from_main(self._write_config)
@@ -224,18 +227,7 @@ class Run:
     def _write_config(self) -> None:
         with atomic_path(self.folder / "config.yaml") as path:
             path.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
-        self._copy_to_store("config.yaml")  # a store that cannot be written to is found out now
-
-    def _copy_to_store(self, *names: str) -> None:
-        """Copy files or folders of the run folder to ``s3_save_dir``, if there is one."""
-        config = self.config
-        store = S3Store(
-            config.s3_endpoint, config.s3_multipart_chunksize_mb * 2**20, config.s3_multipart_threshold_mb * 2**20,
-            config.s3_max_io_queue,
-        )  # fmt: skip
-        for name in names if config.s3_save_dir else ():
-            url = f"{config.s3_save_dir.rstrip('/')}/{config.run_name}/{name}"
-            upload(self.folder / name, url, store)
+        self.copy_in_store.copy("config.yaml")  # a store that cannot be written to is found out now
 
     def _batches(self) -> Iterator[Batch]:
         config, parallel = self.config, self.parallel
@@ -244,8 +236,8 @@ class Run:
                 self.data, self.text_tokenizer, batch_size=config.batch_size,
                 batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
                 world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
-                positions=self.draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
-                raw_pixels=True,
+                positions=self.draws, num_streams=num_streams(config, parallel.world_size),
+                pin_memory=config.pin_mem and parallel.device.type == "cuda", raw_pixels=True,
             )
         )  # fmt: skip
 
@@ -290,13 +282,7 @@ class Run:
         export_model(checkpoint, self.folder)
         if self.config.model_ema:
             export_model(checkpoint, self.folder / "ema", ema=True)
-        self._copy_to_store("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []))
-
-    def _copy_checkpoint(self, checkpoint: Path) -> None:
-        try:
-            self._copy_to_store(f"checkpoints/{checkpoint.name}")
-        except UserError as error:  # the checkpoint is safe here, and the training worth more than its copy
-            log.error("%s; the checkpoint is not copied", error)
+        self.copy_in_store.copy("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []), *FILES)
 
     def _evaluate(self, journal: Journal) -> None:
         trainer = self.trainer

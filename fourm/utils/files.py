@@ -53,6 +53,14 @@ def lock_folder(folder: str | Path) -> None:
             raise UserError(f"{folder} is in use by another process: wait for it, or choose another folder") from None
 
 
+@contextlib.contextmanager
+def locked(path: str | Path) -> Iterator[None]:
+    """Let one thread or process after the other in; ``path`` is a file for nothing else, made if it is not there."""
+    with open(path, "ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
 def _sync(path: Path, recurse: bool = True) -> None:
     """Force ``path`` to the disk, so that a power cut cannot keep the new name with old content."""
     if path.is_dir() and recurse:

@@ -1,4 +1,4 @@
-"""Objects of S3, or of any store that speaks its protocol: describe them, read ranges of them, upload.
+"""Objects of S3, or of any store that speaks its protocol: find, describe, read, write and remove them.
 
 Credentials come from the usual places: environment, ``~/.aws``, role of the container or machine; requests are anonymous if
 there are none.
@@ -7,11 +7,13 @@ there are none.
 from __future__ import annotations
 
 import base64
+import concurrent.futures
 import contextlib
 import functools
+import io
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from typing import Any
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.transfer import (
     CHUNK,
+    Downloads,
     MissingObject,
     RemoteObject,
     Retries,
     Transient,
+    in_background,
     raise_for_status,
     shown,
 )
@@ -36,7 +40,7 @@ class S3Store:
 
     Attributes:
         endpoint: URL; empty: that of ``AWS_ENDPOINT_URL_S3`` or ``~/.aws/config``, else AWS.
-        part_bytes, split_above_bytes: uploads larger than the latter go in parts.
+        part_bytes, split_above_bytes: transfers larger than the latter go in parts.
         requests: connections at once.
     """
 
@@ -103,6 +107,57 @@ class S3Store:
 
         replace(self.retries, attempts=1)(put, url)  # botocore has repeated its parts
 
+    def download(self, items: Mapping[Path, RemoteObject]) -> None:
+        """Write each object to a new file, and check it against its digest, side by side.
+
+        Raises:
+            DamagedObject: the digest is another one.
+            UserError: an object cannot be read, or a file not written.
+        """
+        downloads = Downloads(self.retries, self.requests, self.part_bytes, self.split_above_bytes)
+
+        def write(path: Path, item: RemoteObject) -> None:
+            try:
+                with io.FileIO(path, "x+") as file:
+                    downloads.fetch(self, item, file)
+            except OSError as error:
+                raise UserError(f"{path}: {error.strerror}") from error
+
+        files = [in_background(write, path, item) for path, item in items.items()]
+        concurrent.futures.wait(files)
+        for file in files:
+            file.result()
+
+    def names(self, folder: str) -> set[str]:
+        """The names of all objects below ``s3://bucket/folder``, as they go on after it.
+
+        Raises:
+            UserError: no such bucket, access denied, or the store stays down.
+        """
+        bucket, _, key = folder.removeprefix("s3://").partition("/")
+        prefix = f"{key}/" if key else ""
+
+        def find() -> set[str]:
+            with self._errors(folder):
+                pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
+                return {item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())}
+
+        return self.retries(find, folder)
+
+    def remove(self, url: str) -> None:
+        """Remove ``s3://bucket/key``, if it is there.
+
+        Raises:
+            UserError: no such bucket, access denied, or the store stays down.
+        """
+        bucket, key = split_url(url)
+
+        def delete() -> None:
+            with self._errors(url):
+                self._client().delete_object(Bucket=bucket, Key=key)
+
+        self.retries(delete, url)
+
     def _check_bucket(self, bucket: str) -> None:
         url = f"s3://{bucket}"
         try:
@@ -147,15 +202,18 @@ class S3Store:
             raise UserError(f"{url}: {error}") from error
 
 
-def upload(path: Path, s3_url: str, store: S3Store) -> None:
+def upload(path: Path, s3_url: str, store: S3Store, last: str = "") -> None:
     """Copy a file, or all files of a folder to the same names below ``s3_url``.
+
+    Args:
+        last: the file of the folder that tells that all others are there.
 
     Raises:
         UserError: no such bucket, access denied, or the store stays down.
     """
     if path.is_file():
         store.upload(path, s3_url)
-    for file in sorted(path.rglob("*")):
+    for file in sorted(path.rglob("*"), key=lambda file: (file.name == last, file)):
         if file.is_file():
             store.upload(file, f"{s3_url}/{file.relative_to(path).as_posix()}")
 

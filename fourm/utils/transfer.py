@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import errno
 import hashlib
+import io
+import os
 import random
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import BinaryIO, Protocol, TypeVar
+from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import urlsplit
 
 from fourm.utils.errors import UserError
@@ -16,6 +22,7 @@ from fourm.utils.errors import UserError
 T = TypeVar("T")
 
 CHUNK = 2**20  # bytes read at once
+_DOWNLOADS = 3  # of an object whose checksum is wrong
 _jitter = random.Random()  # not the global generator: how often a store fails must not change a run
 
 
@@ -25,6 +32,10 @@ class Transient(Exception):
 
 class MissingObject(UserError):
     """The store has no such object."""
+
+
+class DamagedObject(UserError):
+    """What the store has is not what its checksum tells."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +95,87 @@ class Retries:
         raise UserError(
             f"{shown(url)}: {reason}, {self.attempts} times in a row; see to the store or the network, then start again"
         )
+
+
+class Downloads:
+    """Fetches objects; a transfer goes on where it broke.
+
+    Args:
+        requests: that may be in flight.
+        part_bytes, split_above_bytes: objects larger than the latter are fetched in parts, side by side.
+    """
+
+    def __init__(self, retries: Retries, requests: int, part_bytes: int, split_above_bytes: int):
+        self._retries, self._in_flight = retries, threading.Semaphore(requests)
+        self._part_bytes, self._split_above_bytes = part_bytes, split_above_bytes
+
+    def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> None:
+        """Fill ``file`` with the object, and check it against its digest.
+
+        Raises:
+            DamagedObject: the digest is another one, again and again.
+            UserError: the object cannot be read.
+            OSError: the file cannot be written.
+        """
+        step = self._part_bytes if item.size > self._split_above_bytes else max(item.size, 1)
+
+        def write(data: bytes, position: int) -> None:
+            if os.pwrite(file.fileno(), data, position) != len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        for _ in range(_DOWNLOADS):
+            parts = [
+                in_background(self.read, store, item, start, min(start + step, item.size), write)
+                for start in range(0, item.size, step)
+            ]
+            concurrent.futures.wait(parts)  # none may write any more when the file is closed
+            for part in parts:
+                part.result()
+            algorithm, digest = item.digest or ("", "")
+            if not digest or hex_digest(file, algorithm) == digest:
+                os.fsync(file.fileno())
+                return
+        raise DamagedObject(
+            f"{shown(item.url)}: arrives damaged, {_DOWNLOADS} times in a row: its {algorithm} is not the one that the "
+            "store tells; upload it again"
+        )
+
+    def read(self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any]) -> None:
+        """Hand the bytes from ``start`` up to ``end`` to ``write``, each piece with its position.
+
+        Raises:
+            UserError: the object cannot be read.
+        """
+        position = start
+
+        def attempt() -> None:
+            nonlocal position
+            if position == end:
+                return  # an empty member, or all was there before the transfer broke
+            with self._in_flight:
+                for data in store.chunks(item, position, end):
+                    if position + len(data) > end:
+                        raise Transient("the store sends more than was asked for")
+                    write(data, position)
+                    position += len(data)
+            if position < end:
+                raise Transient("the answer is cut off")
+
+        self._retries(attempt, item.url)
+
+
+def in_background(action: Callable, *arguments: Any) -> Future:
+    """Run ``action`` in a thread that does not outlive the process, unlike those of an executor."""
+    future: Future = Future()
+
+    def run() -> None:
+        try:
+            future.set_result(action(*arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return future
 
 
 def shown(url: str) -> str:

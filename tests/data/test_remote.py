@@ -17,9 +17,10 @@ import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import OpenFiles
-from fourm.data.remote import RemoteOptions, ShardCache, _locked
+from fourm.data.remote import RemoteOptions, ShardCache
 from fourm.data.shards import Shards
 from fourm.utils.errors import UserError
+from fourm.utils.files import locked
 from tests.data.dataset_files import write_shards
 from tests.data.object_store import BUCKET, RETRIES, SECRET, ObjectStore, client, faulty, options
 
@@ -217,7 +218,7 @@ def test_a_cache_that_is_too_small_is_obeyed_and_changes_nothing(local, store, t
 
     def watch():
         while not done.is_set():
-            with _locked(tmp_path / ".lock"):  # room is made and taken at once
+            with locked(tmp_path / ".lock"):  # room is made and taken at once
                 most[0] = max(most[0], sum(sizes(tmp_path)))
 
     watcher = threading.Thread(target=watch)

@@ -48,10 +48,23 @@ def config(tmp_path, *paths, weights=None, **options):
     return load_data_config(path, num_input_tokens=12, num_target_tokens=12)
 
 
-def train(config, count, *, batch_size=4, per_epoch=5, workers=0, rank=0, ranks=1, start=0, positions=None, seed=3):
+def train(
+    config,
+    count,
+    *,
+    batch_size=4,
+    per_epoch=5,
+    workers=0,
+    rank=0,
+    ranks=1,
+    start=0,
+    positions=None,
+    streams=None,
+    seed=3,
+):
     loader = build_train_loader(
         config, TOKENIZER, batch_size=batch_size, batches_per_epoch=per_epoch, num_workers=workers, rank=rank,
-        world_size=ranks, seed=seed, start_batch=start, positions=positions,
+        world_size=ranks, seed=seed, start_batch=start, positions=positions, num_streams=streams,
     )  # fmt: skip
     return list(itertools.islice(loader, count))
 
@@ -116,6 +129,21 @@ def test_one_rank_with_two_workers_sees_what_two_ranks_see(tmp_path, shards):
         assert same(batch.mod_dict, other.mod_dict) and batch.position == other.position
     streams = [b.position["stream"] for b in alone]
     assert streams == [0, 1] * 4 and not same(alone[0].mod_dict, alone[1].mod_dict)
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (1, 2), (2, 0), (2, 2), (4, 1)])
+def test_with_as_many_streams_all_ranks_and_workers_see_the_same(tmp_path, shards, bad_shards, ranks, workers):
+    data = config(tmp_path, bad_shards, shards)
+    alone = train(data, 32, per_epoch=12, workers=4)
+    for start in (0, 20):  # the second goes on within an epoch
+        draws = draws_in_epoch({b.position["stream"]: b.position for b in alone[:start]}.values(), start // 12)
+        options = {"start": start // ranks, "positions": draws, "per_epoch": 12 // ranks, "streams": 4}
+        count = (32 - start) // ranks
+        found = [train(data, count, workers=workers, rank=rank, ranks=ranks, **options) for rank in range(ranks)]
+        for g, expected in enumerate(alone[start:]):
+            batch = found[g % ranks][g // ranks]
+            assert same(batch.mod_dict, expected.mod_dict)
+            assert {**batch.position, "skipped": 0} == {**expected.position, "skipped": 0}
 
 
 @pytest.mark.parametrize("kind", ["shards", "bad_shards", "mixture", "folders"])

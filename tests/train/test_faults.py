@@ -185,7 +185,7 @@ def test_another_layout_says_what_of_the_data_is_kept(undisturbed, tmp_path):
     config = _from_step_5(undisturbed, tmp_path, batch_size=2)
     run_ranks(config, "--fsdp_shard_size", 2, processes=4)
     log = (config.parent / "out" / "log.txt").read_text()
-    assert "made with {'processes x num_workers': 2, 'batch_size': 4}" in log
+    assert "made with {'num_streams': 2, 'batch_size': 4}" in log
     assert "this epoch's data begin anew: some of its samples come twice, and others not at all" in log
     found = losses(config.parent / "out")
     assert list(found) == list(range(1, 21)) and dict(itertools.islice(found.items(), 5)) == {

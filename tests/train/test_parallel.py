@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from fourm.models import FM
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
-from tests.train.toy_run import log_lines, run, run_here, run_ranks, write_run
+from fourm.utils.errors import UserError
+from tests.train.toy_run import log_lines, losses, run, run_here, run_ranks, write_run
 
 # No warm-up: published schedules count it in micro-batches, of which one process has twice as many.
 OPTIONS = {
@@ -71,6 +72,26 @@ def assert_same_training(found: Path, expected: Path) -> None:
         for name, tensor in weights[0].items():
             torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-5, msg=name)
     FM.from_pretrained(str(found))
+
+
+@pytest.mark.dist
+def test_with_as_many_streams_every_layout_reads_the_same_even_when_it_changes_within_an_epoch(tmp_path):
+    options = OPTIONS | {"eval_freq": 0, "num_streams": 4, "save_every_minutes": 1e-9, "keep_last": 0}
+    alone = write_run(tmp_path / "one", **options | {"accum_iter": 2, "num_workers": 0})
+    run_here(alone)
+    expected, two = alone.parent / "out", write_run(tmp_path / "two", **options)
+    run_ranks(two, "--num_workers", 1, strategy=DDP)
+    assert_same_training(two.parent / "out", expected)
+    run_ranks(two, "--resume", expected / "checkpoints" / "step-00000005", "--output_dir", tmp_path / "grown",
+              "--num_workers", 2, strategy=DDP)  # fmt: skip
+    run_here(alone, "--resume", two.parent / "out" / "checkpoints" / "step-00000007", "--output_dir", tmp_path / "shrunk",
+             "--num_workers", 4)  # fmt: skip
+    for name, step in (("grown", 5), ("shrunk", 7)):
+        later = {s: loss for s, loss in losses(expected).items() if s > step}
+        assert losses(tmp_path / name) == pytest.approx(later, rel=1e-5) and len(later) == 20 - step
+        assert "begin anew" not in (tmp_path / name / "log.txt").read_text()
+    with pytest.raises(UserError, match="'num_streams' 4 must be a multiple of processes x num_workers, 1 x 3"):
+        run_here(alone, "--num_workers", 3)
 
 
 @pytest.mark.dist

@@ -111,20 +111,23 @@ CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
 
 
 def start_ranks(
-    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2
+    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, **environment: str
 ) -> list[ForkServerProcess]:
     """Processes that train together, forked off one that has imported everything: starting them takes no time."""
     meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
     argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
-    ranks = [CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes)) for rank in range(processes)]
+    ranks = [
+        CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes, environment))
+        for rank in range(processes)
+    ]
     for rank in ranks:
         rank.start()
     return ranks
 
 
-def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: int) -> None:
+def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: int, environment: dict[str, str]) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders; a child of a fork server would use one too
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
+    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     os.setpgid(0, 0)  # to be killed with its loaders
     run_cli(lambda: train(parse_args(argv), strategy))
 
@@ -151,10 +154,15 @@ def newest_step(folder: Path) -> int:
 
 
 def run_ranks(
-    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, status: int = 0
+    config: Path,
+    *args: object,
+    strategy: type[Strategy] = FSDP,
+    processes: int = 2,
+    status: int = 0,
+    **environment: str,
 ) -> None:
     """Train to the end; what the main process logged is in ``log.txt``."""
-    ranks = start_ranks(config, *args, strategy=strategy, processes=processes)
+    ranks = start_ranks(config, *args, strategy=strategy, processes=processes, **environment)
     assert wait_for(ranks) == [status] * processes
 
 
