@@ -10,15 +10,17 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
 from fourm.data.preview.page import page
 from fourm.data.preview.samples import Painter, preview
+from fourm.data.preview.sequences import Reader
 from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
@@ -69,6 +71,15 @@ def _painter(tokenizers: Tokenizers) -> Painter:
     return paint
 
 
+def _reader(text_tokenizer: Tokenizer) -> Reader:
+    """Texts as generation reads them."""
+
+    def read(modality: Modality, ids: torch.Tensor) -> Any:
+        return decode_modality(ids, torch.zeros(len(ids), dtype=torch.bool), modality, {}, text_tokenizer).value
+
+    return read
+
+
 def _load_tokenizers(folder: str | None) -> Tokenizers:
     if folder is None:
         return {}
@@ -91,13 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     for name in options.datasets:
         if name not in known:
             raise UserError(f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(known)}")
-    paint, text_tokenizer = (
-        _painter(_load_tokenizers(options.tokenizers)),
-        load_text_tokenizer(options.text_tokenizer_path),
-    )
+    text_tokenizer = load_text_tokenizer(options.text_tokenizer_path)
+    paint, read = _painter(_load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
     previews = [
         preview(
-            dataset, text_tokenizer, paint, training=options.split == "train", samples=options.samples,
+            dataset, text_tokenizer, paint, read, training=options.split == "train", samples=options.samples,
             draws=options.draws, seed=options.seed,
         )
         for name, dataset in known.items()
