@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from fourm.data.data_config import DatasetConfig, load_data_config
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
+from fourm.data.records import local_files
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
@@ -63,11 +64,14 @@ def check(
         plugin: module that worker processes import, too.
 
     Returns:
-        What :func:`summary` makes of the report.
+        What :func:`summary` makes of the report; of a data set of the hub, ``not_checked``: why.
 
     Raises:
         UserError: it cannot be read at all.
     """
+    if dataset.type == "huggingface" and local_files(dataset.data_path) is None:
+        why = f"{dataset.data_path} is a data set of the hub; none of its records was read"
+        return {"dataset": dataset.name, "not_checked": why, "problems": []}
     parts, shards = plan_parts(dataset, max_samples)
     inspector = functools.partial(Inspector, dataset, text_tokenizer)
     inspector()  # a setting that does not fit is an error here, not in a worker
@@ -191,6 +195,8 @@ def _spread(counts: Counter[int]) -> dict[str, int]:
 
 def table(split: str, found: dict[str, Any]) -> str:
     """A summary for people."""
+    if why := found.get("not_checked"):
+        return f"{split} {found['dataset']}: not checked: {why}"
     verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
     lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
     rows = [("modality", "keys", "missing", "files", "content")]

@@ -286,6 +286,23 @@ def test_shards_and_validation(config, tmp_path):
         assert out.read_text().count('class="card"') == 2 * 6, "a data set may have fewer than asked for"
 
 
+def test_records_of_all_files_and_all_sources_are_shown(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    for part in range(2):
+        (tmp_path / f"{part}.jsonl").write_text(f'{{"text": "crop s{part}"}}\n')
+    content["train"]["datasets"]["text"] = {
+        "type": "huggingface", "data_path": f"{tmp_path}/{{0..1}}.jsonl", "in_domains": "caption",
+        "out_domains": "caption", "input_alphas": 1.0, "target_alphas": 1.0,
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(content))
+    out = tmp_path / "page.html"
+    main([str(config), "--out", str(out), "--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"])
+    page = out.read_text()
+    assert "<h2>toy&lt;&amp;&gt;</h2>" in page and "<h2>text</h2>" in page
+    for part in range(2):
+        assert f"<b>{tmp_path}/{part}.jsonl: record 1</b>" in page, "keys may be the same"
+
+
 def test_a_transfer_is_one_component_with_all_tokens(config, tmp_path):
     content = yaml.safe_load(config.read_text())
     transfer = {"masking": "transfer", "in_domains": "rgb@32", "out_domains": "tok_rgb@32-caption"}
