@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fourm.data.data_config import DatasetConfig, load_data_config
+from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
+from fourm.data.options import ReadOptions
 from fourm.data.records import local_files
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
@@ -31,21 +32,14 @@ _MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabula
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class CheckOptions:
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(ReadOptions):
     """What to check."""
 
-    data_config: str = option("data YAML")
     max_samples: int = option("samples that are read per data set, spread over at most 32 of its shards", 1000)
     full: bool = option("read every sample of every shard", False)
     num_workers: int = option("processes that read; 0 = none but this one", _WORKERS)
     json: bool = option("print JSON rather than a table", False)
-    text_tokenizer_path: str = option(
-        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
-    )
-    plugin: str = option("module of your own modalities, as of training", "")
-    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
-    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
 
     def __post_init__(self) -> None:
         for name, least in {"max_samples": 1, "num_workers": 0}.items():
@@ -246,10 +240,7 @@ def _range(spread: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check all data sets; 1 if anything is wrong."""
     options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
-    load_plugin(options.plugin)
-    config = load_data_config(
-        options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens
-    )
+    config = options.load()
     most = None if options.full else options.max_samples
     found = [
         {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)
