@@ -1,7 +1,7 @@
 """What a data set holds and what is wrong with it: parts are read on their own, and their reports add up.
 
-A *part* is one shard with all its modalities, a file of records, or a slice of the keys of folders. A run would skip a bad sample or stop at
-it; here it is counted, and what remains of the sample is looked at all the same.
+A *part* is one shard with all its modalities, a file of records, or a slice of the keys of folders. A run would skip a bad
+sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
 """
 
 from __future__ import annotations
@@ -124,7 +124,11 @@ class Report(_Sum):
 
 
 class Part(NamedTuple):
-    """A shard or file, or every ``slices``-th key of folders from the ``start``-th on; ``most``: samples to read of it, at random."""
+    """A shard, a file, or every ``slices``-th key of folders from the ``start``-th on.
+
+    Attributes:
+        most: samples to read of it, at random; None = all.
+    """
 
     data_path: str
     start: int = 0

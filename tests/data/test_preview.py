@@ -140,6 +140,7 @@ def test_places_are_masked_as_the_ids_would_be(config):
             for mark, place in marks.items():
                 closes = place == len(ids) and mark == max(marks)
                 assert closes or (roles[place] != INPUT and (place == 0 or roles[place - 1] == INPUT))
+            assert roles.any() or {*marks.values()} <= {0}
             seen.add(tuple(roles))
         np.testing.assert_array_equal(expected["tok_rgb@32"]["tensor"], entries["tok_rgb@32"]["tensor"])
     assert len(seen) > 20

@@ -82,10 +82,13 @@ def roles_of(entry: Masked, length: int) -> tuple[np.ndarray, dict[int, int]]:
         places = ids[ids >= _FIRST] - _FIRST
         roles[places] = role
         for at in np.flatnonzero(ids < _FIRST).tolist():
-            # In the input it stands behind what is kept, in the target before its span.
-            before = ids[at - 1] - _FIRST + 1 if at else 0
-            behind = ids[at + 1] - _FIRST if at + 1 < len(ids) else length
-            marks.setdefault(int(ids[at]), int(before if role == INPUT else behind))
+            if role == INPUT:  # it stands behind what is kept,
+                place = ids[at - 1] - _FIRST + 1 if at else 0
+            elif at + 1 < len(ids):  # before its span,
+                place = ids[at + 1] - _FIRST
+            else:  # or closes, unless the span of a text that is all dropped was cut off
+                place = length if at or INPUT in roles else 0
+            marks.setdefault(int(ids[at]), int(place))
     return roles, marks
 
 

@@ -139,15 +139,9 @@ def _sequence(
     elif colors := [part for part in entry.parts if part.color]:
         step = width // len(colors)
         for i, part in enumerate(colors):
-            draw.rectangle((left + i * step + 4, top + 4, left + (i + 1) * step - 4, top + 24), fill=part.color)
-            for inset, color in enumerate(outlines(part)):
-                edges = (
-                    left + i * step + 2 * inset,
-                    top + 2 * inset,
-                    left + (i + 1) * step - 2 * inset,
-                    top + 28 - 2 * inset,
-                )
-                draw.rectangle(edges, outline=color, width=2)
+            edges = (left + i * step, top, left + (i + 1) * step, top + 28)
+            _outline(draw, edges, part)
+            draw.rectangle((edges[0] + 4, top + 4, edges[2] - 4, top + 24), fill=part.color)
         top += 34
     elif any(part.value for part in entry.parts):
         pieces = [Piece(f"{part.label} {part.value}".strip(), (*part.roles, "unused")[0]) for part in entry.parts]
@@ -161,18 +155,21 @@ def _boxed(picture: np.ndarray | None, parts: Sequence[Part]) -> Image.Image:
     for part in parts:
         for box in part.boxes:
             left, top, right, bottom = (round(c * (_TILE - 1)) for c in box)
-            for inset, color in enumerate(outlines(part)):
-                if right - left >= 4 * inset and bottom - top >= 4 * inset:
-                    edges = (left + 2 * inset, top + 2 * inset, right - 2 * inset, bottom - 2 * inset)
-                    draw.rectangle(edges, outline=color, width=2)
-            draw.text(
-                (left + 4, top + 2), part.label, outlines(part)[-1], _font(10), stroke_width=1, stroke_fill="white"
-            )
+            _outline(draw, (left, top, right, bottom), part)
+            color = outlines(part)[-1]
+            draw.text((left + 4, top + 2), part.label, color, _font(10), stroke_width=1, stroke_fill="white")
         if part.point:
             x, y = (c * _TILE for c in part.point)
-            for inset, color in enumerate(outlines(part)):
-                draw.circle((x, y), 4 - 2 * inset, color)
+            for radius, color in zip((4, 2), outlines(part), strict=False):
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
     return tile
+
+
+def _outline(draw: ImageDraw.ImageDraw, edges: tuple[int, int, int, int], part: Part) -> None:
+    left, top, right, bottom = edges
+    for inset, color in zip((0, 2), outlines(part), strict=False):
+        if min(right - left, bottom - top) >= 2 * inset:
+            draw.rectangle((left + inset, top + inset, right - inset, bottom - inset), outline=color, width=2)
 
 
 def _elided(pieces: Sequence[Piece]) -> Iterator[Piece]:
