@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from fourm.data.data_config import DatasetConfig, load_data_config
+from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
+from fourm.data.options import ReadOptions
+from fourm.data.records import local_files
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
@@ -30,21 +32,14 @@ _MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabula
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
-@dataclass(frozen=True)
-class CheckOptions:
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(ReadOptions):
     """What to check."""
 
-    data_config: str = option("data YAML")
     max_samples: int = option("samples that are read per data set, spread over at most 32 of its shards", 1000)
     full: bool = option("read every sample of every shard", False)
     num_workers: int = option("processes that read; 0 = none but this one", _WORKERS)
     json: bool = option("print JSON rather than a table", False)
-    text_tokenizer_path: str = option(
-        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
-    )
-    plugin: str = option("module of your own modalities, as of training", "")
-    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
-    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
 
     def __post_init__(self) -> None:
         for name, least in {"max_samples": 1, "num_workers": 0}.items():
@@ -63,11 +58,14 @@ def check(
         plugin: module that worker processes import, too.
 
     Returns:
-        What :func:`summary` makes of the report.
+        What :func:`summary` makes of the report; of a data set of the hub, ``not_checked``: why.
 
     Raises:
         UserError: it cannot be read at all.
     """
+    if dataset.type == "huggingface" and local_files(dataset.data_path) is None:
+        why = f"{dataset.data_path} is a data set of the hub; none of its records was read"
+        return {"dataset": dataset.name, "not_checked": why, "problems": []}
     parts, shards = plan_parts(dataset, max_samples)
     inspector = functools.partial(Inspector, dataset, text_tokenizer)
     inspector()  # a setting that does not fit is an error here, not in a worker
@@ -191,6 +189,8 @@ def _spread(counts: Counter[int]) -> dict[str, int]:
 
 def table(split: str, found: dict[str, Any]) -> str:
     """A summary for people."""
+    if why := found.get("not_checked"):
+        return f"{split} {found['dataset']}: not checked: {why}"
     verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
     lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
     rows = [("modality", "keys", "missing", "files", "content")]
@@ -240,10 +240,7 @@ def _range(spread: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check all data sets; 1 if anything is wrong."""
     options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
-    load_plugin(options.plugin)
-    config = load_data_config(
-        options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens
-    )
+    config = options.load()
     most = None if options.full else options.max_samples
     found = [
         {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)

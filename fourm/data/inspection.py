@@ -1,7 +1,7 @@
 """What a data set holds and what is wrong with it: parts are read on their own, and their reports add up.
 
-A *part* is one shard with all its modalities, or a slice of the keys of folders. A run would skip a bad sample or stop at
-it; here it is counted, and what remains of the sample is looked at all the same.
+A *part* is one shard with all its modalities, a file of records, or a slice of the keys of folders. A run would skip a bad
+sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
@@ -24,6 +25,7 @@ from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import UnreadableValue, transforms_for
 from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
+from fourm.data.records import Record, Records, local_files
 from fourm.data.shards import Shards
 from fourm.data.unified_datasets import Source, build_masking
 from fourm.utils.errors import DataError, UserError
@@ -32,8 +34,8 @@ from fourm.utils.tokenizer import TextEncoder
 from fourm.utils.tokenizer.special_tokens import UNK_ID
 from fourm.utils.transfer import shown
 
-MISSING, SHARD, CONTRACT, SHAPES, UNKNOWN = (
-    "missing", "unreadable shard", "broken contract", "different shapes", "unknown words",
+MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
+    "missing", "unreadable shard", "unreadable file", "broken contract", "different shapes", "unknown words",
 )  # fmt: skip
 """Kinds of problems, beside the reasons of :class:`BadSample`."""
 
@@ -122,7 +124,11 @@ class Report(_Sum):
 
 
 class Part(NamedTuple):
-    """A shard, or every ``slices``-th key of folders from the ``start``-th on; ``most``: samples to read of it, at random."""
+    """A shard, a file, or every ``slices``-th key of folders from the ``start``-th on.
+
+    Attributes:
+        most: samples to read of it, at random; None = all.
+    """
 
     data_path: str
     start: int = 0
@@ -154,13 +160,8 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
     Raises:
         UserError: the data set cannot be read at all.
     """
-    if dataset.type != "multimodal":
-        raise UserError(f"data set {dataset.name}: type '{dataset.type}' cannot be checked, only 'multimodal'")
-    if dataset.use_wds:
-        _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
-        pattern, folders = split_data_path(dataset.data_path)
-        bracket = "" if folders is None else f"[{','.join(folders)}]"
-        paths = [path.replace("\0", bracket) for path in expand(pattern, "\0")]
+    if dataset.type == "huggingface" or dataset.use_wds:
+        paths = _files_of_records(dataset) if dataset.type == "huggingface" else _shard_paths(dataset)
         count = len(paths) if most_samples is None else max(min(most_shards, most_samples, len(paths)), 1)
         chosen = [paths[i * len(paths) // count] for i in range(count)]
         share = None if most_samples is None else math.ceil(most_samples / count)
@@ -170,6 +171,22 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
     slices = math.ceil(min(total, most_samples or total) / _SLICE)
     share = None if most_samples is None else math.ceil(min(total, most_samples) / slices)
     return [Part(dataset.data_path, index, slices, share) for index in range(slices)], 1
+
+
+def _shard_paths(dataset: DatasetConfig) -> list[str]:
+    """A path for each shard, with the folders of its tars in brackets."""
+    _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
+    pattern, folders = split_data_path(dataset.data_path)
+    bracket = "" if folders is None else f"[{','.join(folders)}]"
+    return [path.replace("\0", bracket) for path in expand(pattern, "\0")]
+
+
+def _files_of_records(dataset: DatasetConfig) -> list[str]:
+    paths = local_files(dataset.data_path)
+    assert paths is not None, "what is on the hub has no parts"
+    if not any(Path(path).is_file() for path in paths):
+        raise UserError(f"data_path {dataset.data_path}: there is no {paths[0]}")
+    return paths
 
 
 def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
@@ -200,7 +217,50 @@ class Inspector:
         self._joined: tuple[str, _Join] = "", ({}, [])  # the latest part: slices of folders follow each other
 
     def inspect(self, part: Part) -> Report:
-        """Join a part by key and read its samples."""
+        """Join a part by key and read its samples, or read a file of records."""
+        return self._inspect_records(part) if self._dataset.type == "huggingface" else self._inspect_members(part)
+
+    def _inspect_records(self, part: Part) -> Report:
+        """All lines are counted; those to read are drawn as they go by, for a file may be large."""
+        modalities, report, rng = self._dataset.modalities, Report(1), generator("check", part.data_path)
+        chosen: list[Record] = []
+        lines = 0
+        try:
+            source = Records(part.data_path, list(modalities), self._dataset.modality_name_map, self._presence)
+            for lines, record in enumerate(source.once(), 1):
+                if part.most is None:
+                    self._read(record, report)
+                elif len(chosen) < part.most:
+                    chosen.append(record)
+                elif (place := int(rng.integers(lines))) < part.most:
+                    chosen[place] = record
+        except UserError as error:
+            report.problem(", ".join(modalities), FILE, "", str(error))
+        for record in chosen:
+            self._read(record, report)
+        report.keys = report.samples
+        report.complete = round(lines * report.complete / max(report.samples, 1))
+        return report
+
+    def _columns(self, record: Record, report: Report) -> dict[str, Any]:
+        """What a run would use of a record; counts what there is."""
+        try:
+            row = record.row()
+        except BadSample as error:
+            report.problem(", ".join(self._wanted), error.reason, "", str(error).removeprefix(f"{error.reason}: "))
+            return {}
+        found = record.found(row)
+        report.present.update({name: int(name in found) for name in self._wanted})
+        for name in self._wanted:
+            if name in found:
+                report.content.setdefault(name, Content()).files[record.extension] += 1
+            elif self._dataset.missing == "error":
+                report.problem(name, MISSING, "", record.lacks(name, row))
+        usable = self._presence.usable(found, self._wanted)
+        report.complete += bool(usable)
+        return {name: found[name] for name in usable}
+
+    def _inspect_members(self, part: Part) -> Report:
         if self._joined[0] != part.data_path:
             self._joined = part.data_path, self._join(part.data_path)
         indexes, troubles = self._joined[1]
@@ -241,6 +301,14 @@ class Inspector:
 
     def _read(self, sample: RawSample, report: Report) -> None:
         before = sum(problem.count for problem in report.problems.values())
+        raw = self._columns(sample, report) if isinstance(sample, Record) else self._members(sample, report)
+        self._compare_shapes(sample, raw, report)
+        self._use(sample, raw, report)
+        report.samples += 1
+        report.bad += sum(problem.count for problem in report.problems.values()) > before
+
+    def _members(self, sample: RawSample, report: Report) -> dict[str, Any]:
+        """The values of the members that can be read."""
         raw = {}
         for name, member in sample.members.items():
             report.content.setdefault(name, Content()).files[member.extension] += 1
@@ -252,10 +320,7 @@ class Inspector:
                 report.problem(name, CONTRACT, "", str(error))
             else:
                 _measure(raw[name], self._dataset.modalities.get(name), report.content[name])
-        self._compare_shapes(sample, raw, report)
-        self._use(sample, raw, report)
-        report.samples += 1
-        report.bad += sum(problem.count for problem in report.problems.values()) > before
+        return raw
 
     def _compare_shapes(self, sample: RawSample, raw: Mapping[str, Any], report: Report) -> None:
         """One crop for all is right only if all pictures show the same frame."""

@@ -85,6 +85,20 @@ def split_name(name: str) -> tuple[str, str]:
     return name[: len(name) - len(extension) - 1] if extension else name, extension
 
 
+def split_member(name: str, folder: str | None = None) -> tuple[str, str, str]:
+    """Folder, key and extension of a member of a tar.
+
+    Args:
+        folder: of all members of the tar; None: each names its own, ``0001.rgb.jpg``, or is in that of its extension,
+            ``0001.jpg``.
+    """
+    key, extension = split_name(name)
+    if folder is None:
+        folder, _, rest = extension.partition(".")
+        extension = rest or folder
+    return folder, key, extension
+
+
 def existing_folders(root: str | Path) -> list[str]:
     """Names of the folders in ``root``."""
     try:

@@ -109,11 +109,15 @@ class UnifiedMasking:
             gaps = run_starts(kept)
             inputs = np.where(gaps[:, None], vectors.dtype.type(0), vectors)[(kept | gaps) & (n_in > 0)]
             return sequence_row(inputs, [], n_in, modality.max_tokens)
-        ids, lengths = self._text_units(modality, value) if modality.type == "seq" else self._codes(modality, value)
+        ids, lengths = self.encode(modality, value)
         kept = draw_kept(lengths, probability, n_in, generator)
         spans = split_spans(ids, kept.tolist(), self._sentinels[modality.name])
         targets = cut_target(spans, n_out, generator)
         return sequence_row(spans.inputs if n_in else [], targets, n_in, modality.max_tokens)
+
+    def encode(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
+        """The ids of a sequence, (n,), closed by [EOS], and the lengths of what is kept or dropped as a whole."""
+        return self._text_units(modality, value) if modality.type == "seq" else self._codes(modality, value)
 
     def _text_units(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
         """Ids of a text, closed by [EOS], and the lengths of what is kept or dropped as a whole."""

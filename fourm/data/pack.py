@@ -1,8 +1,9 @@
-"""Folders of files → tar shards, and back; and one more modality for shards that are there.
+"""Folders of files → tar shards, and back; one more modality for shards that are there; tars of all modalities → one each.
 
     python -m fourm.data.pack shards FOLDERS SHARDS --shard_size 1000
     python -m fourm.data.pack add    FOLDERS SHARDS --modalities depth
     python -m fourm.data.pack folders SHARDS FOLDERS
+    python -m fourm.data.pack split   TARS SHARDS --modalities jpg txt
 
 Samples are matched by key, and nothing is written before every key is known to be in every modality. Files take their
 names when they are complete; the same command goes on where an interrupted one stopped. What is there already stays as it
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,7 +24,7 @@ from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.folders import Folders
-from fourm.data.layout import existing_folders, split_name
+from fourm.data.layout import existing_folders, split_member, split_name
 from fourm.data.raw_sample import Member, OpenFiles
 from fourm.data.shards import tar_members
 from fourm.utils.errors import UserError, did_you_mean, run_cli
@@ -37,8 +39,10 @@ Plan = dict[str, list[str]]
 class PackOptions:
     """What to pack or unpack."""
 
-    action: Literal["shards", "add", "folders"] = option("what to make: shards, folders, or a modality of shards (add)")
-    source: str = option("folder with a folder per modality")
+    action: Literal["shards", "add", "folders", "split"] = option(
+        "what to make: shards, folders, a modality of shards (add), or shards of tars with all modalities (split)"
+    )
+    source: str = option("folder with a folder per modality; of 'split' with tars")
     output: str = option("folder for a folder per modality; of 'add' the shards that are there")
     modalities: tuple[str, ...] = option("names of the folders (default: all; 'add' needs them)", ())
     shard_size: int = option("samples of a shard", 1000)
@@ -61,7 +65,8 @@ def pack(options: PackOptions) -> int:
         UserError: keys do not match, or something else is already there.
     """
     source, output = Path(options.source), Path(options.output)
-    there = existing_folders(source)
+    plan, files = _whole_tars(source) if options.action == "split" else ({}, {})
+    there = list(files) or existing_folders(source)
     for name in options.modalities:
         if name not in there:
             raise UserError(f"{source}: no folder '{name}'{did_you_mean(name, there)}; there are {', '.join(there)}")
@@ -78,13 +83,34 @@ def pack(options: PackOptions) -> int:
         leftover.unlink()  # of a process that was killed: this one has the folder for itself
     if options.action == "folders":
         return _unpack(source, output, names)
-    files = {name: _files(source, name) for name in names}
-    if options.action == "add":
+    files = {name: files.get(name) or _files(source, name) for name in names}
+    if options.action == "split":
+        used = _common_keys(files, options.skip_incomplete)
+        plan = {shard: [key for key in keys if key in used] for shard, keys in plan.items()}
+    elif options.action == "add":
         plan = _plan_of(output, exclude=names)
         _require(files, [key for keys in plan.values() for key in keys], f"the shards in {output}")
     else:
         plan = _new_plan(files, options.shard_size, options.skip_incomplete)
     return _write_shards(output, plan, files)
+
+
+def _whole_tars(source: Path) -> tuple[Plan, dict[str, dict[str, Member]]]:
+    """The keys of tars that hold all modalities, and modality → key → member."""
+    plan: Plan = {}
+    files: defaultdict[str, dict[str, Member]] = defaultdict(dict)
+    for path in sorted(source.glob("*.tar")):
+        keys: dict[str, None] = {}
+        for member, offset, size in _members(path):
+            name, key, extension = split_member(member)
+            keys[key] = None
+            first = files[name].setdefault(key, Member(str(path), extension, offset, size))
+            if first.path != str(path) or first.offset != offset:
+                raise UserError(f"{path}: key '{key}' has a second {name}, beside the one in {first.path}")
+        plan[path.name] = list(keys)
+    if not files:
+        raise UserError(f"{source}: there are no tars in it, or nothing is in them")
+    return plan, dict(files)
 
 
 def _files(source: Path, name: str) -> dict[str, Member]:
@@ -96,15 +122,19 @@ def _files(source: Path, name: str) -> dict[str, Member]:
 
 
 def _new_plan(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> Plan:
-    keys = sorted(set().union(*files.values()))
-    if skip_incomplete:
-        keys = [key for key in keys if all(key in members for members in files.values())]
-        if not keys:
-            raise UserError(f"no key is in all of {', '.join(files)}")
-    else:
-        _require(files, keys, "the other modalities", "; 'skip_incomplete' leaves such keys out")
+    keys = sorted(_common_keys(files, skip_incomplete))
     starts = range(0, len(keys), shard_size)
     return {f"shard-{i:05d}.tar": keys[start : start + shard_size] for i, start in enumerate(starts)}
+
+
+def _common_keys(files: Mapping[str, Mapping[str, Member]], skip_incomplete: bool) -> set[str]:
+    """The keys that every modality has; another one is an error, or is left out."""
+    keys = set[str]().union(*files.values())
+    if not skip_incomplete:
+        _require(files, sorted(keys), "the other modalities", "; 'skip_incomplete' leaves such keys out")
+    elif not (keys := keys.intersection(*files.values())):
+        raise UserError(f"no key is in all of {', '.join(files)}")
+    return keys
 
 
 def _require(files: Mapping[str, Mapping[str, Member]], keys: Sequence[str], where: str, advice: str = "") -> None:
@@ -171,9 +201,10 @@ def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Mem
 
 def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
     """The bytes depend on nothing but names and contents of the files."""
+    files = OpenFiles(1)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, member in contents:
-            content = Path(member.path).read_bytes()
+            content = files.read(member)
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
             tar.addfile(entry, io.BytesIO(content))
@@ -181,11 +212,11 @@ def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
 
 def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
     """Raise a :class:`UserError` unless a tar holds just these files."""
-    files = OpenFiles(1)
+    files = OpenFiles(2)  # the tar, and the one that its content comes from
     found = {name: Member(str(path), "", offset, size) for name, offset, size in _members(path)}
     expected = dict(contents)
     for name, member in expected.items():
-        if name not in found or files.read(found[name]) != Path(member.path).read_bytes():
+        if name not in found or files.read(found[name]) != files.read(member):
             raise UserError(f"{path} is there and differs from {member.path}; choose another output, or remove it")
     if list(found) != list(expected):
         raise UserError(f"{path} is there with other keys, or in another order; choose another output, or remove it")

@@ -15,13 +15,19 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import expand
+from fourm.data.layout import expand, split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.seeds import generator
 
 _EXTENSIONS = (".json", ".jsonl", ".txt")
+
+
+def local_files(data_path: str) -> list[str] | None:
+    """The files that a ``data_path`` names; None: it names a data set of the hub."""
+    paths = expand(data_path, None)
+    return paths if all(_is_of(path, *_EXTENSIONS) for path in paths) else None
 
 
 def _is_of(path: str, *extensions: str) -> bool:
@@ -51,6 +57,24 @@ class Record(RawSample):
         Raises:
             BadSample: the row cannot be parsed, or lacks a column.
         """
+        row = self.row()
+        found = self.found(row)
+        if not self._presence.usable(found, self._columns):
+            lacking = next(name for name in self._columns if name not in found)
+            raise BadSample("missing column", self.lacks(lacking, row), tolerated=self._presence.missing == "skip")
+        return found
+
+    @property
+    def extension(self) -> str:
+        """Of its file: ``jsonl``, ``json.gz``."""
+        return split_name(self._where)[1]
+
+    def row(self) -> Mapping[str, Any]:
+        """The columns.
+
+        Raises:
+            BadSample: the row cannot be parsed.
+        """
         row = self._content
         if isinstance(row, bytes):
             try:
@@ -58,19 +82,19 @@ class Record(RawSample):
                 row = row if isinstance(row, dict) else {"text": row}
             except ValueError as error:
                 raise BadSample("corrupt record", f"{self.where('')}: {error}") from error
-        found = {}
-        for name, columns in self._columns.items():
-            if there := [column for column in columns if row.get(column) is not None]:
-                found[name] = row[there[0]]
-        if not self._presence.usable(found, self._columns):
-            lacking = next(name for name in self._columns if name not in found)
-            raise BadSample(
-                "missing column",
-                f"{self.where('')}: no column {' or '.join(self._columns[lacking])} for modality {lacking} "
-                f"(there are {', '.join(map(str, row))}); 'modality_name_map' can say which one it is",
-                tolerated=self._presence.missing == "skip",
-            )
-        return found
+        return row
+
+    def found(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """The value of each modality that there is."""
+        there = {name: [c for c in columns if row.get(c) is not None] for name, columns in self._columns.items()}
+        return {name: row[columns[0]] for name, columns in there.items() if columns}
+
+    def lacks(self, name: str, row: Mapping[str, Any]) -> str:
+        """Says that there is no modality ``name``, and what there is."""
+        return (
+            f"{self.where('')}: no column {' or '.join(self._columns[name])} for modality {name} "
+            f"(there are {', '.join(map(str, row))}); 'modality_name_map' can say which one it is"
+        )
 
     def where(self, name: str) -> str:
         """Where it is, for messages."""
@@ -154,9 +178,8 @@ class Records:
     """
 
     def __init__(self, data_path: str, names: list[str], name_map: Mapping[str, str], presence: Presence):
-        paths = expand(data_path, None)
-        are_files = all(_is_of(path, *_EXTENSIONS) for path in paths)
-        self._rows: Rows = TextFiles(paths) if are_files else HubRows(data_path)
+        files = local_files(data_path)
+        self._rows: Rows = HubRows(data_path) if files is None else TextFiles(files)
         self._presence, self._path = presence, data_path
         mapped = {name: [column for column, modality in name_map.items() if modality == name] for name in names}
         alone = ["text"] if len(names) == 1 else []
@@ -178,7 +201,15 @@ class Records:
 
     def all(self, ledger: BadSampleLedger) -> list[Record]:
         """Every record once."""
-        return list(self._records(("all",), 0, 1))
+        return list(self.once())
+
+    def once(self) -> Iterator[Record]:
+        """Every record once, without keeping them.
+
+        Raises:
+            UserError: a file cannot be read to its end.
+        """
+        return self._records(("all",), 0, 1)
 
     def _records(self, key: tuple, stream: int, num_streams: int) -> Iterator[Record]:
         for place, where, content in self._rows.share(key, stream, num_streams):

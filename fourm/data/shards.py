@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import assign_folders, expand, is_remote, split_data_path, split_name
+from fourm.data.layout import assign_folders, expand, is_remote, split_data_path, split_member
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import Member, RawSample, join
 from fourm.data.remote import RemoteOptions, ShardCache
@@ -185,17 +185,13 @@ class Shards:
         """What a tar holds as folder → key → member, and what is wrong with it.
 
         Args:
-            folder: the one folder that all members belong to; None if each names its own, ``KEY.FOLDER.EXT``.
+            folder: the one folder that all members belong to; None if each names its own.
         """
         index: defaultdict[str, dict[str, Member]] = defaultdict(dict)
         problem = None
         try:
             for name, offset, size in tar_members(path, self._cache):
-                key, extension = split_name(name)
-                own_folder = folder
-                if own_folder is None:
-                    own_folder, _, rest = extension.partition(".")
-                    extension = rest or own_folder
+                own_folder, key, extension = split_member(name, folder)
                 first = index[own_folder].setdefault(key, Member(path, extension, offset, size, self._cache))
                 if first.offset != offset:
                     problem = f"key '{key}' has two members, .{first.extension} and .{extension}; the first is used"

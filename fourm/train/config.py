@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import yaml
 
+from fourm.data.options import remote_options
 from fourm.utils.config import convert_fields, load_yaml, parse_value
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_overrides
@@ -193,12 +194,12 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _AT_LEAST = {
     1: (
         "batch_size", "accum_iter", "plan_world_size", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
-        "act_checkpoint_every", "s3_multipart_chunksize_mb", "s3_max_io_queue",
+        "act_checkpoint_every",
         "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
     ),
     0: (
         "num_workers", "eval_freq", "save_ckpt_freq", "save_every_minutes", "keep_last", "start_epoch",
-        "num_register_tokens", "fsdp_shard_size", "s3_multipart_threshold_mb",
+        "num_register_tokens", "fsdp_shard_size",
     ),
 }  # fmt: skip
 
@@ -209,7 +210,7 @@ def _check(config: TrainConfig) -> None:
         for key in keys:
             if getattr(config, key) < least:
                 raise UserError(f"'{key}' must be at least {least}, not {getattr(config, key)}")
-    for key in ("clip_grad", "skip_grad", "peak_tflops", "data_cache_gb", "num_streams"):
+    for key in ("clip_grad", "skip_grad", "peak_tflops", "num_streams"):
         if getattr(config, key) is not None and getattr(config, key) <= 0:
             raise UserError(f"'{key}' must be above 0, not {getattr(config, key)}; leave it out for none")
     if config.autocast_dtype == "float32" and config.fsdp_param_dtype not in ("auto", "float32"):
@@ -239,9 +240,7 @@ def _check(config: TrainConfig) -> None:
         raise UserError(f"'model_ema_decay' must be at least 0 and below 1, not {config.model_ema_decay}")
     if len(config.opt_betas) != 2:
         raise UserError(f"'opt_betas' must be two numbers, not {list(config.opt_betas)}")
-    for key in ("s3_endpoint", "s3_data_endpoint"):
-        if getattr(config, key) and not getattr(config, key).startswith(("http://", "https://")):
-            raise UserError(f"'{key}' must be a URL, https://HOST, not {getattr(config, key)!r}")
+    remote_options(config)
     if config.s3_save_dir and not config.s3_save_dir.startswith("s3://"):
         raise UserError(f"'s3_save_dir' must be s3://BUCKET or s3://BUCKET/FOLDER, not {config.s3_save_dir!r}")
 

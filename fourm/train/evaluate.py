@@ -13,6 +13,7 @@ from fourm.data.unified_datasets import Batch, BatchLoader, build_eval_loader
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, to_device
+from fourm.train.metrics import count_missing, missing_shares
 from fourm.train.parallel import Processes, Strategy
 from fourm.utils.errors import DataError, UserError
 
@@ -72,7 +73,8 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: S
 
     Returns:
         ``loss`` (the mean over the modalities that have targets or, for ``loss_type`` token, over the tokens),
-        ``per_modality``, ``tokens``, ``samples``, and ``bad_samples`` by data set and reason.
+        ``per_modality``, ``tokens``, ``samples``, ``bad_samples`` by data set and reason, and ``missing``, the share of
+        samples without a modality, if samples may lack something.
 
     Raises:
         DataError: there is nothing to predict.
@@ -81,7 +83,7 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: S
     model.eval()
     inputs, targets = evaluation.num_input_tokens, evaluation.num_target_tokens
     order = torch.Generator().manual_seed(config.seed)
-    sums, counts, bad = Counter[str](), Counter[str](), Counter[str]()
+    sums, counts, bad, present = totals = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for batch in parallel.in_step(evaluation.loader, model):
         plan = model.plan((batch or _NOTHING).mod_dict, inputs, targets, generator=order)
         with autocast(config, parallel.device):
@@ -93,13 +95,14 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: S
         counts.update(plan.decoder.counts)
         counts["samples"] += len(plan.decoder.modality)
         bad.update(batch.position["skipped"])
+        count_missing(present, batch.position)
         sums.update({name: mean * plan.decoder.counts[name] for name, mean in zip(losses, means, strict=True)})
     model.train(was_training)
     if config.dist_eval:
-        shares = parallel.gather((sums, counts, bad))
-        sums, counts, bad = Counter(), Counter(), Counter()
+        shares = parallel.gather(totals)
+        sums, counts, bad, present = totals = Counter(), Counter(), Counter(), Counter()
         for share in shares:
-            for total, part in zip((sums, counts, bad), share, strict=True):
+            for total, part in zip(totals, share, strict=True):
                 total.update(part)
     samples, tokens = counts.pop("samples", 0), counts
     if not sum(tokens.values()):
@@ -114,4 +117,5 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: S
         "tokens": sum(tokens.values()),
         "samples": samples,
         "bad_samples": dict(bad),
+        "missing": missing_shares(present),
     }

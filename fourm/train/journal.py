@@ -102,8 +102,9 @@ class Journal:
             if line[key]:
                 log.warning("step %d: %s: %s", line["step"], what, line[key])
         if line["missing"]:
-            shares = ", ".join(f"{name} {share:.1%}" for name, share in line["missing"].items())
-            log.info("step %d: missing values: %s", line["step"], shares, extra={"in_bar": self._bar is not None})
+            log.info(
+                "step %d: missing values: %s", line["step"], _percent(line["missing"]), extra={"in_bar": self._bar is not None}
+            )  # fmt: skip
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, dict[str, Any]]]) -> None:
         """Report what an evaluation found, {data set: {kind of budgets: result}}: one line, all of it or nothing."""
@@ -115,6 +116,8 @@ class Journal:
             log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result["loss"], parts)
             if result["bad_samples"]:
                 log.warning("eval %s: bad samples: %s", name, result["bad_samples"])
+            if result["missing"]:
+                log.info("eval %s: missing values: %s", name, _percent(result["missing"]))
 
     def _write(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")
@@ -129,6 +132,10 @@ class Journal:
             self._wandb.finish()
         if self._main:
             self._file.close()
+
+
+def _percent(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
 
 
 def duration(seconds: float) -> str:

@@ -52,8 +52,7 @@ class Interval:
         self._counts.update({f"targets {name}": count for name, count in targets.items()})
         self._counts.update(batches=1, **amounts)  # type: ignore[call-overload]
         self._bad.update(position["skipped"])
-        for name, (lacking, total) in position["missing"].items():
-            self._counts.update({f"without {name}": lacking, f"samples {name}": total})
+        count_missing(self._counts, position)
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """Count an optimizer step; the norm of a skipped one does not enter the mean."""
@@ -139,11 +138,7 @@ class Interval:
             "seconds": phases,
             "peak_memory": memory,
             "bad_samples": dict(bad),
-            "missing": {
-                name.removeprefix("without "): count / total[name.replace("without ", "samples ", 1)]
-                for name, count in total.items()
-                if name.startswith("without ")
-            },
+            "missing": missing_shares(total),
         }
 
     def state(self) -> dict[str, Any]:
@@ -156,3 +151,15 @@ class Interval:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._counts, self._bad = Counter(state["counts"]), Counter(state["bad"])
         self._start = time.perf_counter() - state["seconds"]
+
+
+def count_missing(counts: Counter[str], position: Mapping[str, Any]) -> None:
+    """Add the samples of a batch (:attr:`Batch.position`) without each modality, of the data sets where they may lack some."""
+    for name, (lacking, total) in position["missing"].items():
+        counts.update({f"without {name}": lacking, f"samples {name}": total})
+
+
+def missing_shares(counts: Mapping[str, float]) -> dict[str, float]:
+    """Modality → share of samples without it, from what :func:`count_missing` has added up."""
+    names = sorted(name.removeprefix("without ") for name in counts if name.startswith("without "))
+    return {name: counts[f"without {name}"] / counts[f"samples {name}"] for name in names}

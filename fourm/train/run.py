@@ -19,7 +19,7 @@ import yaml
 
 from fourm.data.data_config import DataConfig, load_data_config
 from fourm.data.modality_info import REGISTERED
-from fourm.data.remote import RemoteOptions
+from fourm.data.options import remote_options
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.models.remote import find_model
@@ -345,12 +345,5 @@ def load_data(config: TrainConfig) -> DataConfig:
         min_input_tokens=config.min_input_tokens,
         min_target_tokens=config.min_target_tokens,
         max_bad_fraction=config.max_bad_fraction,
-        remote=RemoteOptions(
-            endpoint=config.s3_data_endpoint or config.s3_endpoint,
-            cache_dir=config.data_cache_dir,
-            cache_bytes=int(config.data_cache_gb * 1e9),
-            part_bytes=config.s3_multipart_chunksize_mb * 2**20,
-            split_above_bytes=config.s3_multipart_threshold_mb * 2**20,
-            requests=config.s3_max_io_queue,
-        ),
+        remote=remote_options(config),
     )

@@ -36,7 +36,8 @@ def flat_options(cls: type) -> list[str]:
 
 def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
     """Prefix, description and fields of the options of ``cls`` itself, and of its groups."""
-    fields = dataclasses.fields(cls)
+    # Its own before those that it inherits.
+    fields = sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.__annotations__)
     nested = [
         (f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"])))
         for item in fields

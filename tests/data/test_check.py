@@ -1,5 +1,6 @@
 """The check of a data set finds everything that a run would skip or stop for, and says what the files hold."""
 
+import gzip
 import io
 import json
 import subprocess
@@ -219,6 +220,68 @@ def test_a_transfer_is_checked_as_one(tmp_path, capsys):
     status, (found,) = check([*arguments, "--num_input_tokens", "1", "--num_target_tokens", "1"], capsys)
     assert status == 0, "all tokens, whatever the ranges"
     assert (found["epoch"]["input_tokens_per_sample"], found["epoch"]["target_tokens_per_sample"]) == (4, 4)
+
+
+def write_records(tmp_path, **options):
+    """300 lines of which one cannot be parsed and one has no text, a compressed file that is cut off, and one that is not there."""
+    lines = [json.dumps({"text": "sample crop dog" + " crop" * (i % 3)}) for i in range(300)]
+    lines[5], lines[7] = "{broken", '{"words": "sample"}'
+    (tmp_path / "part-0.jsonl").write_text("\n".join(lines))
+    (tmp_path / "part-1.txt.gz").write_bytes(gzip.compress(b"sample unseen\n" * 50)[:-4])
+    text = {
+        "type": "huggingface", "data_path": f"{tmp_path}/part-{{0.jsonl,1.txt.gz,2.jsonl}}", "use_wds": False,
+        "in_domains": "caption", "out_domains": "caption", **options,
+    }  # fmt: skip
+    return config(tmp_path, text.pop("data_path"), modalities={"caption": {"max_tokens": 4}}, **text)
+
+
+def test_records_are_counted_and_the_bad_ones_named(tmp_path, capsys):
+    status, (found,) = check([*write_records(tmp_path), "--full"], capsys)
+    assert status == 1 and found["shards"] == {"looked_at": 3, "all": 3}
+    assert (found["samples_read"], found["bad_samples"], found["complete_keys"]) == (350, 2, 348)
+    caption = found["modalities"]["caption"]
+    assert (caption["keys"], caption["missing"], caption["files"]) == (348, 2, {"jsonl": 298, "txt.gz": 50})
+    assert caption["tokens"] == {"min": 2, "median": 4, "max": 5, "limit": 4}
+    assert caption["cut"] == pytest.approx(200 / 348, abs=0.01) and caption["unknown"] > 0
+    kinds = {p["kind"]: (p["modality"], p["count"], " ".join(p["examples"])) for p in found["problems"]}
+    assert {kind: entry[:2] for kind, entry in kinds.items()} == {
+        "corrupt record": ("caption", 1), "missing": ("caption", 1), "unreadable file": ("caption", 2)
+    }  # fmt: skip
+    assert "part-0.jsonl: record 6: " in kinds["corrupt record"][2]
+    assert "part-0.jsonl: record 8: no column caption or text" in kinds["missing"][2]
+    assert "part-1.txt.gz: cannot be read to its end" in kinds["unreadable file"][2]
+    assert "part-2.jsonl: there is no such file" in kinds["unreadable file"][2]
+
+
+def test_some_records_stand_for_all(tmp_path, capsys):
+    arguments = write_records(tmp_path)
+    Path(f"{tmp_path}/part-0.jsonl").write_text("\n".join([*["sample"] * 3, *['{"text": "dog"}'] * 297]))
+    status, (found,) = check([*arguments, "--max_samples", "60"], capsys)
+    assert found["samples_read"] == 40 and 300 < found["epoch"]["samples"] <= 350, "20 of each file that is there"
+    assert check([*arguments, "--max_samples", "60"], capsys) == (status, [found]), "always the same ones"
+
+
+@pytest.mark.parametrize("missing", ["skip", "allow"])
+def test_records_may_lack_something(tmp_path, capsys, missing):
+    (tmp_path / "a.jsonl").write_text('{"caption": "dog"}\n{"caption": "dog", "report": "crop"}\n{"other": "dog"}\n')
+    modalities = {"caption": {"max_tokens": 4}, "report": {"type": "seq", "max_tokens": 4}}
+    arguments = config(
+        tmp_path, f"{tmp_path}/a.jsonl", modalities=modalities, type="huggingface", use_wds=False, missing=missing
+    )
+    status, (found,) = check([*arguments, "--full"], capsys)
+    assert status == 0 and found["samples_read"] == 3 and found["complete_keys"] == {"skip": 1, "allow": 2}[missing]
+    assert {name: entry["missing"] for name, entry in found["modalities"].items()} == {"caption": 1, "report": 2}
+
+
+def test_what_is_on_the_hub_is_said_to_be_unchecked(tmp_path, capsys):
+    arguments = write_records(tmp_path, data_path="allenai/c4/en")
+    assert main(arguments) == 0
+    line = "train toy: not checked: allenai/c4/en is a data set of the hub; none of its records was read\n"
+    assert capsys.readouterr().out == line
+    status, (found,) = check(arguments, capsys)
+    assert status == 0 and found["not_checked"] in line
+    with pytest.raises(UserError, match="there is no .*none.jsonl"):
+        main(write_records(tmp_path, data_path=f"{tmp_path}/none.jsonl"))
 
 
 def test_problems_do_not_tell_signatures(tmp_path, monkeypatch):

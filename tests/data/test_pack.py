@@ -13,9 +13,10 @@ import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.pack import PackOptions, main, pack
+from fourm.data.raw_sample import OpenFiles
 from fourm.data.shards import Shards, tar_members
 from fourm.utils.errors import UserError
-from tests.data.dataset_files import write_folders, write_shards, write_tar
+from tests.data.dataset_files import sample, write_folders, write_shards, write_tar
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("caption", "crop_settings", "det", "rgb", "tok_rgb")
@@ -110,6 +111,52 @@ def test_a_modality_is_added_in_the_order_of_the_shards(folders, tmp_path):
     with tarfile.open(tmp_path / "s" / "det" / "shard-00001.tar") as tar:
         assert tar.extractfile("00004.json").read() == (folders / "det" / "00004.json").read_bytes()
     assert make("add", folders, tmp_path / "s", modalities=("det",)) == 0
+
+
+def test_tars_of_all_modalities_become_one_each(folders, tmp_path):
+    """Public data sets come so, with or without the modality in the members' names."""
+    samples = {index: sample(index) for index in range(7)}
+    for shard in range(2):
+        members = []
+        for index in range(shard, 7, 2):
+            folder = {name: (f"{name}.{extension}", content) for name, (extension, content) in samples[index].items()}
+            folder |= {"jpg": ("jpg", b"picture"), "url": ("url", b"x")}
+            members += [(f"{index:05d}.{name}", content) for name, content in folder.values()]
+        write_tar(tmp_path / "public" / f"{shard}.tar", members)
+    options = {"modalities": (*NAMES, "jpg")}
+    assert make("split", tmp_path / "public", tmp_path / "s", **options) == 2 * 6
+    assert make("split", tmp_path / "public", tmp_path / "s", **options) == 0
+    assert (
+        keys(tmp_path / "s" / "jpg" / "1.tar") == ["00001", "00003", "00005"] and not (tmp_path / "s" / "url").exists()
+    )
+    whole = Shards(f"{tmp_path}/public/{{0..1}}.tar", {n: n for n in options["modalities"]})
+    split = Shards(
+        f"{tmp_path}/s/[{','.join(options['modalities'])}]/{{0..1}}.tar", {n: n for n in options["modalities"]}
+    )
+    read = OpenFiles()
+    found = [
+        {
+            s.key: {n: (m.extension, read.read(m)) for n, m in s.members.items()}
+            for s in shards.all(BadSampleLedger("", 0.0))
+        }
+        for shards in (whole, split)
+    ]
+    assert found[0] == found[1] and len(found[0]) == 7
+    assert {n: found[1]["00003"][n] for n in NAMES} == samples[3]
+
+
+def test_tars_of_all_modalities_may_lack_something(tmp_path):
+    write_tar(tmp_path / "public" / "0.tar", [("a.jpg", b"1"), ("a.txt", b"2"), ("b.jpg", b"3")])
+    with pytest.raises(UserError, match="modality txt has no file for key 'b'"):
+        make("split", tmp_path / "public", tmp_path / "s")
+    assert not list((tmp_path / "s").rglob("*.tar"))
+    assert make("split", tmp_path / "public", tmp_path / "s", skip_incomplete=True) == 2
+    assert keys(tmp_path / "s" / "jpg" / "0.tar") == ["a"]
+    write_tar(tmp_path / "public" / "1.tar", [("a.jpg", b"4"), ("a.txt", b"5")])
+    with pytest.raises(UserError, match=r"1.tar: key 'a' has a second jpg, beside the one in .*0.tar"):
+        make("split", tmp_path / "public", tmp_path / "s")
+    with pytest.raises(UserError, match="there are no tars in it"):
+        make("split", tmp_path / "s" / "jpg" / "..", tmp_path / "other")
 
 
 def test_keys_that_do_not_match_stop_it_before_anything_is_written(folders, tmp_path):

@@ -14,12 +14,16 @@ from PIL import Image
 
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
-from fourm.data.preview.__main__ import main
+from fourm.data.preview.__main__ import _reader, main
 from fourm.data.preview.page import bins, page
 from fourm.data.preview.samples import preview
+from fourm.data.preview.sequences import INPUT, TARGET, Places, roles_of
+from fourm.data.unified_datasets import build_masking
 from fourm.utils.errors import UserError
+from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import PatchCodebook, PatchCodebookConfig
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+from tests.train.test_mod21 import write_folders as write_files
 
 REPOSITORY = Path(__file__).parents[2]
 ALPHAS = {
@@ -64,10 +68,14 @@ def paint(modality: Modality, tensor: torch.Tensor) -> np.ndarray:
     return np.full((8, 8, 3), 7, np.uint8)
 
 
+def read(modality: Modality, ids: torch.Tensor) -> list:
+    return []
+
+
 def drawn(config, **options):
     dataset = load_data_config(config, num_input_tokens=12, num_target_tokens=16).train["toy<&>"]
     defaults = {"training": True, "samples": 4, "draws": 300, "seed": 0}
-    return preview(dataset, text_tokenizer(), paint, **(defaults | options))
+    return preview(dataset, text_tokenizer(), paint, read, **(defaults | options))
 
 
 def test_every_component_shows_the_same_samples_under_its_own_budgets(config):
@@ -97,20 +105,131 @@ def test_what_is_shown_is_what_the_masks_say(config):
                     assert shared + marks <= entry.inputs + entry.targets <= shared + 2 * marks
 
 
-def test_a_sequence_is_put_together_again(config):
-    whole = []
-    for component in drawn(config, samples=6).components:
-        for example, shown in zip(drawn(config, samples=6).examples, component.shown, strict=True):
-            pieces, index = shown["caption"].pieces, int(example.key[-5:])
-            words = [piece.text for piece in pieces if piece.role in ("input", "target")]
-            expected = ["sample", f"s{index}", "crop"]
-            assert [word for word in words if word in expected] == [word for word in expected if word in words]
-            whole += [words[:3] == expected]
-            codes = [
-                int(p.text) for p in shown["station"].pieces if p.role in ("input", "target") and p.text != "[EOS]"
+def test_a_sequence_is_shown_whole(config):
+    for component in (result := drawn(config, samples=6)).components:
+        for example, shown in zip(result.examples, component.shown, strict=True):
+            index, tokens = int(example.key[-5:]), lambda name, shown=shown: [
+                piece.text for piece in shown[name].pieces if piece.role != "mark"
+            ]  # fmt: skip
+            caption = tokens("caption")
+            assert caption[:3] == ["sample", f"s{index}", "crop"] and caption[4:] == ["[EOS]"]
+            assert tokens("station") == [str(index), str(index + 1), str(index + 2), "[EOS]"]
+            marks = [piece.text for piece in shown["station"].pieces if piece.role == "mark"]
+            assert marks == [f"[S_{number}]" for number in range(1, len(marks) + 1)]
+
+
+def test_places_are_masked_as_the_ids_would_be(config):
+    dataset = load_data_config(config, num_input_tokens=12, num_target_tokens=16).train["toy<&>"]
+    masking = build_masking(dataset, text_tokenizer())
+    sample = {
+        "rgb@32": np.zeros((3, 32, 32), np.float32), "tok_rgb@32": np.arange(4), "station": np.array([7, 7, 5]),
+        "caption": "crop crop dog crop dog", "det": "v0=1 v1=1 v2=5 v3=5 dog",
+    }  # fmt: skip
+    seen = set()
+    for seed in range(200):
+        budgets = masking.draw_budgets(np.random.default_rng(seed), sample)
+        expected = masking.apply(sample, budgets, np.random.default_rng(seed))
+        entries = Places(masking).apply(sample, budgets, np.random.default_rng(seed))
+        for name in ("caption", "det", "station"):
+            ids = np.array(masking.encode(dataset.modalities[name], sample[name])[0])
+            roles, marks = roles_of(entries[name], len(ids))
+            for role, mask in ((INPUT, "input_mask"), (TARGET, "target_mask")):
+                row = expected[name]["tensor"][~expected[name][mask]]
+                assert (row[~np.isin(row, list(marks))] == ids[roles == role]).all()
+                np.testing.assert_array_equal(expected[name][mask], entries[name][mask])
+            for mark, place in marks.items():
+                closes = place == len(ids) and mark == max(marks)
+                assert closes or (roles[place] != INPUT and (place == 0 or roles[place - 1] == INPUT))
+            assert roles.any() or {*marks.values()} <= {0}
+            seen.add(tuple(roles))
+        np.testing.assert_array_equal(expected["tok_rgb@32"]["tensor"], entries["tok_rgb@32"]["tensor"])
+    assert len(seen) > 20
+
+
+EVERYTHING = (
+    "rgb@224 caption det metadata color_palette human_poses sam_instance t5_caption tok_rgb@224 tok_clip@224 "
+    "tok_dinov2_global temperature"
+)
+
+
+@pytest.fixture(scope="module")
+def all_kinds(tmp_path_factory):
+    """Path of a data YAML with modalities of every kind, in the published vocabulary."""
+    root = tmp_path_factory.mktemp("all")
+    names = EVERYTHING.split()
+    write_files(root, ["crop_settings", *("rgb" if name == "rgb@224" else name for name in names[:-1])], 3)
+    for index in range(3):
+        path = root / "temperature" / "part" / f"{index:04d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("21.47")
+    toy = {
+        "in_domains": "-".join(names), "out_domains": "-".join(sorted({*names} - {"rgb@224", "t5_caption"})),
+        "data_path": str(root), "input_alphas": 0.5, "target_alphas": 0.5, "num_input_tokens": 200, "num_target_tokens": 300,
+    }  # fmt: skip
+    scalar = {"type": "scalar", "transform_options": {"low": -40, "high": 60}}
+    (root / "data.yaml").write_text(
+        yaml.safe_dump({"modalities": {"temperature": scalar}, "train": {"datasets": {"toy": toy}}})
+    )
+    return root / "data.yaml"
+
+
+def test_what_tokens_say_has_the_roles_that_they_have(all_kinds):
+    dataset = load_data_config(all_kinds, num_input_tokens=1, num_target_tokens=1).train["toy"]
+    words = load_text_tokenizer("fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json")
+    result = preview(dataset, words, paint, _reader(words), training=True, samples=3, draws=1, seed=1)
+    several = set()
+    for shown in result.components[0].shown:
+        roles = {
+            name: [(piece.text, piece.role) for piece in entry.pieces if piece.role != "mark"]
+            for name, entry in shown.items()
+        }
+
+        def of(name, first, last, roles=roles):
+            found = {role for _, role in roles[name][first:last]}
+            return tuple(role for role in ("input", "target") if role in found)
+
+        for number, part in enumerate(shown["det"].parts):
+            assert part.label == "dog" and part.roles == of("det", 5 * number, 5 * number + 5)
+            assert [round(999 * c) for c in part.boxes[0]] == [
+                int(text[3:]) for text, _ in roles["det"][5 * number : 5 * number + 4]
             ]
-            assert set(codes) <= {index, index + 1, index + 2}
-    assert any(whole)
+        colors = [part.color for part in shown["color_palette"].parts]
+        assert roles["color_palette"][0][0] == f"v1={len(colors)}"
+        for number, part in enumerate(shown["color_palette"].parts):
+            channels = roles["color_palette"][3 * number + 1 : 3 * number + 4]
+            assert [f"v0={channel}" for channel in part.color] == [text for text, _ in channels]
+            assert part.roles == of("color_palette", 3 * number + 1, 3 * number + 4)
+        values = {part.label: part.value for part in shown["metadata"].parts}
+        assert {"original width": "288", "n humans": "1", "aesthetic score": "5"}.items() < values.items()
+        for number, part in enumerate(shown["metadata"].parts):
+            assert part.roles == of("metadata", 2 * number, 2 * number + 2)
+        assert (
+            len(shown["sam_instance"].parts) == 7 == sum(part.point is not None for part in shown["sam_instance"].parts)
+        )
+        assert [part.label for part in shown["human_poses"].parts] == ["human"] * (
+            (len(roles["human_poses"]) - 1) // 39
+        )
+        assert len(roles["t5_caption"]) == 9, "its valid vectors"
+        assert shown["t5_caption"].inputs >= [role for _, role in roles["t5_caption"]].count("input")
+        assert [float(part.value) for part in shown["temperature"].parts] == [pytest.approx(21.47, abs=0.1)]
+        several |= {part.roles for entry in shown.values() for part in entry.parts}
+    assert {(), ("input",), ("target",)} <= several
+
+
+def test_every_kind_is_drawn(all_kinds, tmp_path):
+    assert main([str(all_kinds), "--out", f"{tmp_path}/page.html", "--draws", "5", "--seed", "1"]) == 0
+    cards = Path(f"{tmp_path}/page.html").read_text().split('<section class="card">')[1:]
+    for card in cards:
+        tiles = {re.search('title="([^"]*)"', tile)[1]: tile for tile in card.split("<figure")[1:]}
+        assert list(tiles) and {*tiles} == {*EVERYTHING.split()}
+        picture = re.search(r'class="picture (p\d+-\d+-\d+)"', tiles["rgb@224"])[1]
+        for name in ("det", "sam_instance"):
+            assert f'class="picture {picture}"' in tiles[name], "boxes are in the main picture"
+        assert "<rect" in tiles["det"] and ">dog</text>" in tiles["det"] and tiles["sam_instance"].count("<circle") >= 7
+        assert "rgb(" in tiles["color_palette"] and "<span>original width</span>" in tiles["metadata"]
+        assert "21.4" in tiles["temperature"] and "·" in tiles["t5_caption"]
+    with Image.open(f"{tmp_path}/page.png") as sheet:
+        assert sheet.height > 1000
 
 
 def test_the_bins_of_a_histogram():
@@ -166,6 +285,23 @@ def test_shards_and_validation(config, tmp_path):
         words = ["--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"]
         main([str(config), "--out", str(out), "--split", split, *words, "--samples", "50"])
         assert out.read_text().count('class="card"') == 2 * 6, "a data set may have fewer than asked for"
+
+
+def test_records_of_all_files_and_all_sources_are_shown(config, tmp_path):
+    content = yaml.safe_load(config.read_text())
+    for part in range(2):
+        (tmp_path / f"{part}.jsonl").write_text(f'{{"text": "crop s{part}"}}\n')
+    content["train"]["datasets"]["text"] = {
+        "type": "huggingface", "data_path": f"{tmp_path}/{{0..1}}.jsonl", "in_domains": "caption",
+        "out_domains": "caption", "input_alphas": 1.0, "target_alphas": 1.0,
+    }  # fmt: skip
+    config.write_text(yaml.safe_dump(content))
+    out = tmp_path / "page.html"
+    main([str(config), "--out", str(out), "--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"])
+    page = out.read_text()
+    assert "<h2>toy&lt;&amp;&gt;</h2>" in page and "<h2>text</h2>" in page
+    for part in range(2):
+        assert f"<b>{tmp_path}/{part}.jsonl: record 1</b>" in page, "keys may be the same"
 
 
 def test_a_transfer_is_one_component_with_all_tokens(config, tmp_path):

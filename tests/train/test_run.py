@@ -248,6 +248,24 @@ def test_bad_samples_show_in_the_log(tmp_path):
     assert line["eval"]["toys"]["fixed"]["samples"] == 8 and "bad samples" in output
 
 
+def test_an_evaluation_tells_what_its_samples_lack(tmp_path):
+    config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, num_workers=0)
+    data = tmp_path / "toys" / "data.yaml"
+    content = yaml.safe_load(data.read_text())
+    content["val"]["datasets"]["toys"]["missing"] = "allow"
+    data.write_text(yaml.safe_dump(content))
+    for folder, count in (("caption", 3), ("det", 1)):
+        for path in sorted((tmp_path / "toys" / "val" / folder).rglob("*.json"))[:count]:
+            path.unlink()
+    output = run_here(config)
+    (line,) = [line for line in log_lines(tmp_path / "toys" / "out") if "eval" in line]
+    for result in line["eval"]["toys"].values():
+        assert result["samples"] == 10
+        assert result["missing"] == {"caption": 0.3, "det": 0.1, "rgb@32": 0.0, "tok_rgb@32": 0.0}
+    assert "eval toys: missing values: caption 30.0%, det 10.0%, rgb@32 0.0%" in output
+    assert all(line["missing"] == {} for line in log_lines(tmp_path / "toys" / "out") if "loss" in line), "of training"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_trains_as_the_cpu_does(finished, tmp_path):

@@ -10,31 +10,31 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from tokenizers import Tokenizer
 
-from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
+from fourm.data.options import ReadOptions
 from fourm.data.preview.page import page
 from fourm.data.preview.samples import Painter, preview
+from fourm.data.preview.sequences import Reader
 from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
-from fourm.utils.plugin import load_plugin
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 
 
-@dataclass(frozen=True)
-class PreviewOptions:
+@dataclass(frozen=True, kw_only=True)
+class PreviewOptions(ReadOptions):
     """What to show, and where."""
 
-    data_config: str = option("data YAML")
     out: str = option("the page to write, .html; a .png of the same name is written too", "preview.html")
     split: Literal["train", "val"] = option("train or val", "train")
     datasets: tuple[str, ...] = option("names of the data sets (default: all of the split)", ())
@@ -42,14 +42,6 @@ class PreviewOptions:
     draws: int = option("draws of budgets per component", 2000)
     seed: int = option("of samples, crops, masks and budgets", 0)
     tokenizers: str | None = option("folder of image tokenizers, one per modality (default: a colour per id)", None)
-    text_tokenizer_path: str = option(
-        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
-    )
-    plugin: str = option("module of your own modalities, as of training", "")
-    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
-    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
-    min_input_tokens: int | None = option("fewest input tokens (default: always num_input_tokens)", None)
-    min_target_tokens: int | None = option("fewest target tokens (default: always num_target_tokens)", None)
 
     def __post_init__(self) -> None:
         if Path(self.out).suffix != ".html":
@@ -69,6 +61,15 @@ def _painter(tokenizers: Tokenizers) -> Painter:
     return paint
 
 
+def _reader(text_tokenizer: Tokenizer) -> Reader:
+    """Texts as generation reads them."""
+
+    def read(modality: Modality, ids: torch.Tensor) -> Any:
+        return decode_modality(ids, torch.zeros(len(ids), dtype=torch.bool), modality, {}, text_tokenizer).value
+
+    return read
+
+
 def _load_tokenizers(folder: str | None) -> Tokenizers:
     if folder is None:
         return {}
@@ -81,23 +82,17 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
 def main(argv: list[str] | None = None) -> int:
     """Write page and PNG."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
-    load_plugin(options.plugin)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    config = load_data_config(
-        options.data_config, num_input_tokens=options.num_input_tokens, num_target_tokens=options.num_target_tokens,
-        min_input_tokens=options.min_input_tokens, min_target_tokens=options.min_target_tokens,
-    )  # fmt: skip
+    config = options.load()
     known = config.train if options.split == "train" else config.val
     for name in options.datasets:
         if name not in known:
             raise UserError(f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(known)}")
-    paint, text_tokenizer = (
-        _painter(_load_tokenizers(options.tokenizers)),
-        load_text_tokenizer(options.text_tokenizer_path),
-    )
+    text_tokenizer = load_text_tokenizer(options.text_tokenizer_path)
+    paint, read = _painter(_load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
     previews = [
         preview(
-            dataset, text_tokenizer, paint, training=options.split == "train", samples=options.samples,
+            dataset, text_tokenizer, paint, read, training=options.split == "train", samples=options.samples,
             draws=options.draws, seed=options.seed,
         )
         for name, dataset in known.items()

@@ -10,10 +10,11 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from fourm.data.preview.samples import Component, Example, Piece, Preview, Shown
+from fourm.data.preview.samples import Component, Example, Preview, Shown
+from fourm.data.preview.sequences import Part, Piece
 from fourm.utils.transfer import shown as without_secrets
 
-INPUT, TARGET, UNUSED = "#2563eb", "#ea580c", "#ffffff"
+INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"
 BINS = 24
 
 _STYLE = f"""
@@ -30,8 +31,9 @@ h3 {{ font-size: 15px; font-weight: 600; margin: 32px 0 10px; }}
 .card {{ background: var(--paper); border: 1px solid var(--line); border-radius: 10px; padding: 14px 16px 16px; margin: 0 0 12px; }}
 .card > header {{ display: flex; justify-content: space-between; gap: 16px; font-size: 12.5px; color: var(--soft); margin-bottom: 10px; }}
 .card > header b {{ color: var(--ink); font-weight: 600; overflow-wrap: anywhere; }}
-.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 14px 12px; align-items: start; }}
-.text {{ grid-column: span 2; }}
+.tiles {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(110px, 1fr)); gap: 14px 12px; align-items: start; grid-auto-flow: dense; }}
+.text {{ grid-column: span 2; }} .wide {{ grid-column: span 3; }}
+.beside {{ display: grid; grid-template-columns: minmax(0, 1fr) minmax(0, 2fr); gap: 12px; align-items: start; }}
 figure {{ margin: 0; min-width: 0; }}
 figcaption {{ display: flex; justify-content: space-between; gap: 5px; font-size: 11.5px; line-height: 18px; margin-bottom: 4px; white-space: nowrap; }}
 figcaption span:first-child {{ overflow: hidden; text-overflow: ellipsis; font-weight: 500; }}
@@ -39,12 +41,17 @@ figcaption span:first-child {{ overflow: hidden; text-overflow: ellipsis; font-w
 .n {{ font-variant-numeric: tabular-nums; }}
 .picture {{ aspect-ratio: 1; background-size: 100% 100%; border-radius: 5px; overflow: hidden; box-shadow: 0 0 0 1px var(--line); }}
 .picture svg {{ display: block; width: 100%; height: 100%; }}
+.boxes text {{ font-size: 7.5px; font-weight: 600; paint-order: stroke; stroke: #fff; stroke-width: 2px; }}
 .picture:hover svg {{ opacity: 0; }}
-.words {{ line-height: 1.75; font-size: 12.5px; overflow-wrap: anywhere; }}
+.words {{ line-height: 1.75; font-size: 12.5px; overflow: auto; overflow-wrap: anywhere; max-height: 10.5em; }}
 .words span {{ border-radius: 3px; padding: 1px 2px; }}
-.words .input {{ background: #dbeafe; color: #1e40af; }} .words .target {{ background: #ffedd5; color: #9a3412; }}
-.words .mark {{ color: #9ca3af; font-size: 10.5px; padding: 0 1px; }} .words .unused {{ color: #9ca3af; }}
-.none {{ color: #9ca3af; font-size: 12.5px; }}
+.input {{ background: #dbeafe; color: #1e40af; }} .target {{ background: #ffedd5; color: #9a3412; }}
+.input.target {{ background: linear-gradient(#dbeafe 50%, #ffedd5 50%); }} .mark, .unused {{ color: #9ca3af; }}
+.words .mark {{ font-size: 10.5px; padding: 0 1px; }}
+.swatches {{ display: flex; gap: 6px; margin: 3px 2px 9px; }} .swatches i {{ flex: 1; height: 30px; border-radius: 4px; }}
+.values {{ columns: 2; column-gap: 14px; margin-bottom: 8px; font-size: 12px; line-height: 18px; }}
+.values div {{ display: flex; justify-content: space-between; gap: 8px; padding: 0 4px; border-bottom: 1px solid #fff; border-radius: 3px;
+  break-inside: avoid; white-space: nowrap; }} .values div span:first-child {{ overflow: hidden; text-overflow: ellipsis; }}
 .scroll {{ overflow-x: auto; padding-bottom: 6px; }}
 table {{ border-collapse: collapse; font-size: 12.5px; }}
 th {{ text-align: left; font-weight: 500; padding: 6px 20px 6px 0; vertical-align: middle; }}
@@ -123,7 +130,7 @@ def _sample(example: Example, shown: dict[str, Shown], picture: str) -> str:
     classes = {name: f"{picture}-{j}" for j, name in enumerate(example.pictures)}
     # Pictures first: sequences are wider.
     tiles = [
-        _tile(name, entry, classes.get(name))
+        _tile(name, entry, classes.get((example.main or "") if entry.grid is None else name, ""))
         for name, entry in sorted(shown.items(), key=lambda item: item[1].grid is None)
     ]
     return (
@@ -132,17 +139,67 @@ def _sample(example: Example, shown: dict[str, Shown], picture: str) -> str:
     )
 
 
-def _tile(name: str, shown: Shown, picture: str | None) -> str:
+def _tile(name: str, shown: Shown, picture: str) -> str:
+    """One modality.
+
+    Args:
+        picture: class of its picture, or of the one that its boxes are in.
+    """
     counts = [f'<span class="in">{shown.inputs}</span>'] * (shown.inputs > 0)
     counts += [f'<span class="out">{shown.targets}</span>'] * (shown.targets > 0)
     caption = f'<figcaption title="{escape(name)}"><span>{escape(name)}</span><span class="n">{" ".join(counts)}</span></figcaption>'
+    frame = f'<div class="picture {picture}" role="img" aria-label="{escape(name)}">'
     if shown.grid is not None:
-        content = (
-            f'<div class="picture {picture or ""}" role="img" aria-label="{escape(name)}">{overlay(shown.grid)}</div>'
-        )
-        return f"<figure>{caption}{content}</figure>"
-    content = _words(shown.pieces) if shown.pieces else '<span class="none">–</span>'
-    return f'<figure class="text">{caption}<div class="words">{content}</div></figure>'
+        return f"<figure>{caption}{frame}{overlay(shown.grid)}</div></figure>"
+    words = f'<div class="words">{_words(shown.pieces)}</div>' if shown.pieces else ""
+    if any(part.boxes or part.point for part in shown.parts):
+        return f'<figure class="wide">{caption}<div class="beside">{frame}{_boxes(shown.parts)}</div>{words}</div></figure>'
+    values = _values(shown.parts)
+    return f'<figure class="{"wide" if values else "text"}">{caption}{_swatches(shown.parts)}{values}{words}</figure>'
+
+
+def outlines(part: Part) -> list[str]:
+    """The colours of a part's outlines: one for each role that its tokens have."""
+    return [{"input": INPUT, "target": TARGET}[role] for role in part.roles] or [NEITHER]
+
+
+def _boxes(parts: Sequence[Part]) -> str:
+    """Boxes and points on the faded picture, with one outline inside the other where some tokens are input and some target."""
+    drawn = ['<rect width="100" height="100" fill="#fff" fill-opacity=".35"/>']
+    for part in parts:
+        for xmin, ymin, xmax, ymax in part.boxes:
+            for i, color in enumerate(outlines(part)):
+                x, y, width, height = 100 * xmin + 2 * i, 100 * ymin + 2 * i, 100 * (xmax - xmin), 100 * (ymax - ymin)
+                size = f'width="{max(width - 4 * i, 0):.1f}" height="{max(height - 4 * i, 0):.1f}"'
+                drawn.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="none" stroke="{color}" stroke-width="2"/>')
+            drawn.append(
+                f'<text x="{100 * xmin + 3:.1f}" y="{100 * ymin + 9:.1f}" fill="{outlines(part)[-1]}">{escape(part.label)}</text>'
+            )
+        if part.point:
+            x, y = part.point
+            drawn += [
+                f'<circle cx="{100 * x:.1f}" cy="{100 * y:.1f}" r="{3 - 1.5 * i}" fill="{color}"/>'
+                for i, color in enumerate(outlines(part))
+            ]
+    return f'<svg class="boxes" viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(drawn)}</svg>'
+
+
+def _swatches(parts: Sequence[Part]) -> str:
+    found = []
+    for part in parts:
+        if part.color:
+            rings = [f"0 0 0 {2 + 2 * i}px {color}" for i, color in enumerate(outlines(part))]
+            found.append(f'<i style="background: rgb{part.color}; box-shadow: {", ".join(rings)}"></i>')
+    return f'<div class="swatches">{"".join(found)}</div>' if found else ""
+
+
+def _values(parts: Sequence[Part]) -> str:
+    lines = [
+        f'<div class="{" ".join(part.roles) or "unused"}"><span>{escape(part.label)}</span><span class="n">{part.value}</span></div>'
+        for part in parts
+        if part.value
+    ]
+    return f'<div class="values">{"".join(lines)}</div>' if lines else ""
 
 
 def overlay(grid: np.ndarray) -> str:

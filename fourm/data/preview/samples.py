@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,23 +12,16 @@ from tokenizers import Tokenizer
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import DatasetConfig
-from fourm.data.masking import Masked
+from fourm.data.masking import Masked, UnifiedMasking
 from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import ScalarTransform, transforms_for
+from fourm.data.preview.sequences import INPUT, ROLES, TARGET, Part, Piece, Places, Reader, SequenceReader
 from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
 from fourm.utils.seeds import generator
-from fourm.utils.tokenizer import TextEncoder
-from fourm.utils.tokenizer.special_tokens import EOS, EOS_ID, sentinel_id
 
 Painter = Callable[[Modality, torch.Tensor], np.ndarray | None]
 """What a grid looks like: modality and ids (L,) or pixels (C, H, W) → (H, W, 3) uint8."""
-
-
-class Piece(NamedTuple):
-    """A token of a sequence; ``role``: input, target, mark (a sentinel), or unused (tokens that are neither)."""
-
-    text: str
-    role: str
 
 
 @dataclass(frozen=True)
@@ -37,22 +30,30 @@ class Shown:
 
     Attributes:
         inputs, targets: how many tokens are.
-        grid: 0 unused, 1 input, 2 target, (h, w); None for sequences.
-        pieces: of a sequence, in its order as far as the sentinels give it.
+        grid: 0 unused, 1 input, 2 target, (h, w); None for sequences and numbers.
+        pieces: the tokens of a sequence in their order, with its sentinels.
+        parts: what they say, in pictures and numbers.
     """
 
     inputs: int
     targets: int
     grid: np.ndarray | None = None
     pieces: tuple[Piece, ...] = ()
+    parts: tuple[Part, ...] = ()
 
 
 @dataclass(frozen=True)
 class Example:
-    """One sample after augmentation: its key, and the pictures of its grids."""
+    """One sample after augmentation.
+
+    Attributes:
+        pictures: of its grids.
+        main: name of the one in which boxes are.
+    """
 
     key: str
     pictures: dict[str, np.ndarray]
+    main: str | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,8 @@ class Preview:
 
 
 def preview(
-    dataset: DatasetConfig, text_tokenizer: Tokenizer, paint: Painter, *, training: bool, samples: int, draws: int, seed: int
+    dataset: DatasetConfig, text_tokenizer: Tokenizer, paint: Painter, read: Reader, *, training: bool, samples: int,
+    draws: int, seed: int,
 ) -> Preview:  # fmt: skip
     """Draw what is to be shown. Every component gets the same samples with the same crops; only the masks differ.
 
@@ -96,27 +98,34 @@ def preview(
     """
     values = list(_transformed(dataset, text_tokenizer, training, samples, seed))
     examples = [
-        Example(key, dict(_pictures(sample, dataset.modalities, paint))) for key, sample in values
-    ]  # fmt: skip
+        Example(key, dict(_pictures(sample, dataset.modalities, paint)), dataset.main_augment_domain)
+        for key, sample in values
+    ]
     transfer = dataset.masking == "transfer"
     count = 1 if transfer else len(next(iter(dataset.modalities.values())).input_alphas)
     weights = np.array((not transfer and dataset.sampling_weights) or [1.0] * count)
-    sequences = _SequenceReader(text_tokenizer)
+    reader = SequenceReader(text_tokenizer, read)
     components = []
     for index in np.flatnonzero(weights).tolist():
         only = tuple(float(i == index) for i in range(count))
         masking = build_masking(replace(dataset, sampling_weights=only), text_tokenizer)
-        masked = [masking(sample, generator(seed, "mask", index, number)) for number, (_, sample) in enumerate(values)]
+        places, shown = Places(masking), []
+        for number, (_, sample) in enumerate(values):
+            rng = generator(seed, "mask", index, number)
+            masked = places.apply(sample, masking.draw_budgets(rng, sample), rng)
+            shown.append(
+                {
+                    name: _shown(sample[name], entry, dataset.modalities[name], masking, reader)
+                    for name, entry in masked.items()
+                }
+            )
         rng = generator(seed, "budgets", index)
         budgets = [masking.draw_budgets(rng) for _ in range(draws)]
         components.append(
             Component(
                 index,
                 float(weights[index] / weights.sum()),
-                [
-                    {name: _shown(entry, dataset.modalities[name], sequences) for name, entry in m.items()}
-                    for m in masked
-                ],
+                shown,
                 {name: np.array([b.input[name] for b in budgets]) for name in dataset.in_domains},
                 {name: np.array([b.target[name] for b in budgets]) for name in dataset.out_domains},
             )
@@ -131,23 +140,24 @@ def _transformed(
     dataset = build_dataset(replace(config, wds_n_repeats=1), text_tokenizer, training=training)
     ledger, files = BadSampleLedger(config.name, config.max_bad_fraction), OpenFiles()
     order = dataset.draw(seed, 0, 0, 1, ledger)
-    found: set[str] = set()
+    found: set[str] = set()  # files too: their keys may be the same
     for number, sample in enumerate(order):
         if len(found) == samples or number == 100 * samples:
             return  # a data set may have fewer
-        if sample.key in found:
+        where = sample.where("")
+        if where in found:
             continue
         try:
             with errors_name_the_file(sample):
                 values = dataset.transform(sample.values(files, keep_pixels=False), generator(seed, "crop", number))
         except BadSample as error:
             if not error.tolerated:
-                ledger.warn(sample.key, f"{error}; skipped")
+                ledger.warn(where, f"{error}; skipped")
             ledger.read(error.reason, error.tolerated)
             continue
         ledger.read()
-        found.add(sample.key)
-        yield sample.key, values
+        found.add(where)
+        yield where if config.type == "huggingface" else sample.key, values
 
 
 def _pictures(
@@ -163,56 +173,16 @@ def _pictures(
                 yield name, picture
 
 
-class _SequenceReader:
-    """Ids of sequences → their words."""
-
-    def __init__(self, text_tokenizer: Tokenizer):
-        self._tokenizer, self._sentinels = text_tokenizer, set(TextEncoder(text_tokenizer).sentinels)
-
-    def sentinels(self, modality: Modality) -> set[int]:
-        if modality.type == "seq":
-            return self._sentinels
-        return set(range(sentinel_id(1), modality.vocab_offset))
-
-    def word(self, index: int, modality: Modality) -> str:
-        if modality.type == "seq":
-            return self._tokenizer.id_to_token(index) or "?"
-        return EOS if index == EOS_ID < modality.vocab_offset else str(index - modality.vocab_offset)
-
-
-def _shown(entry: Masked, modality: Modality, sequences: _SequenceReader) -> Shown:
+def _shown(value: Any, entry: Masked, modality: Modality, masking: UnifiedMasking, read: SequenceReader) -> Shown:
     inputs, targets = ~entry["input_mask"], ~entry["target_mask"]
     counts = int(inputs.sum()), int(targets.sum())
     if modality.type == "img":
+        transform = transforms_for({modality.name: modality})[modality.name]
+        if isinstance(transform, ScalarTransform):
+            roles = tuple(role for role, count in zip(ROLES[1:], counts, strict=True) if count)
+            return Shown(*counts, parts=(Part(value=f"{transform.decode(int(value.item())):.4g}", roles=roles),))
         side = round(len(inputs) ** 0.5)
         width = side if side * side == len(inputs) else len(inputs)
-        return Shown(*counts, grid=(inputs + 2 * targets).astype(np.uint8).reshape(-1, width))
-    if modality.type == "seq_emb":
-        return Shown(*counts)
-    ids = entry["tensor"]
-    return Shown(*counts, pieces=tuple(_pieces(ids[inputs].tolist(), ids[targets].tolist(), modality, sequences)))
-
-
-def _pieces(inputs: list[int], targets: list[int], modality: Modality, sequences: _SequenceReader) -> Iterator[Piece]:
-    """The sequence put together again: behind each sentinel of the input its span of the target."""
-    marks = sequences.sentinels(modality)
-    loose: list[int] = []
-    spans: dict[int, list[int]] = {}
-    for index in targets:
-        if index in marks:
-            spans[index] = []
-        else:
-            (spans[next(reversed(spans))] if spans else loose).append(index)
-    for index in inputs:
-        if index not in marks:
-            yield Piece(sequences.word(index, modality), "input")
-            continue
-        yield Piece(sequences.word(index, modality), "mark")
-        if index in spans:
-            yield from (Piece(sequences.word(i, modality), "target") for i in spans.pop(index))
-        else:
-            yield Piece("…", "unused")
-    for mark, span in spans.items():  # without input, or the closing sentinel
-        yield Piece(sequences.word(mark, modality), "mark")
-        yield from (Piece(sequences.word(i, modality), "target") for i in span)
-    yield from (Piece(sequences.word(i, modality), "target") for i in loose)
+        return Shown(*counts, grid=(inputs * INPUT + targets * TARGET).astype(np.uint8).reshape(-1, width))
+    ids = range(len(value))[: modality.max_tokens] if modality.type == "seq_emb" else masking.encode(modality, value)[0]
+    return Shown(*counts, None, *read(ids, entry, modality))

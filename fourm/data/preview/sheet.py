@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fourm.data.preview.page import INPUT, TARGET, bins, budget_limits
-from fourm.data.preview.samples import Component, Example, Piece, Preview, Shown
+from fourm.data.preview.page import INPUT, TARGET, bins, budget_limits, outlines
+from fourm.data.preview.samples import Component, Example, Preview, Shown
+from fourm.data.preview.sequences import Part, Piece
 
-_WIDTH, _MARGIN, _TILE, _GAP, _WORDS_HIGH = 1400, 28, 120, 12, 7
+_WIDTH, _MARGIN, _TILE, _GAP = 1400, 28, 120, 12
 _INK, _SOFT, _LINE = "#1f2937", "#6b7280", "#e5e7eb"
 _ROLES = {"input": ("#1e40af", "#dbeafe"), "target": ("#9a3412", "#ffedd5"), "mark": ("#9ca3af", None), "unused": ("#9ca3af", None)}  # fmt: skip
 _Text = Sequence[tuple[str, str, int]]  # words, colour, size
@@ -67,7 +69,8 @@ def _sample(example: Example, shown: dict[str, Shown]) -> Image.Image:
     """Its tiles from left to right, pictures first, on as many lines as they need."""
     places, x, line = [], _MARGIN, 0
     for name, entry in sorted(shown.items(), key=lambda item: item[1].grid is None):
-        width = _TILE if entry.grid is not None else 2 * _TILE + _GAP
+        tiles = 1 if entry.grid is not None else 2 + any(p.boxes or p.point or p.value for p in entry.parts)
+        width = tiles * (_TILE + _GAP) - _GAP
         if x + width > _WIDTH - _MARGIN:
             x, line = _MARGIN, line + 1
         places.append((name, entry, x, line, width))
@@ -82,10 +85,9 @@ def _sample(example: Example, shown: dict[str, Shown]) -> Image.Image:
         _write(draw, (x, top + 14), [(_shortened(name, width - 38), _INK, 12)])
         _write(draw, (x + width, top + 14), counts, right=True)
         if entry.grid is not None:
-            strip.paste(_masked(example.pictures.get(name), entry.grid), (x, top + 20))
-            draw.rectangle((x, top + 20, x + _TILE - 1, top + 19 + _TILE), outline=_LINE)
+            _paste(strip, draw, _masked(example.pictures.get(name), entry.grid), (x, top + 20))
         else:
-            _pieces(draw, entry.pieces, x, top + 24, width)
+            _sequence(strip, draw, entry, example.pictures.get(example.main or ""), (x, top + 20), width)
     return strip
 
 
@@ -95,11 +97,20 @@ def _shortened(name: str, width: int) -> str:
     return name
 
 
-def _masked(picture: np.ndarray | None, grid: np.ndarray) -> Image.Image:
-    """The picture with inputs outlined, targets tinted, and the rest faded."""
+def _paste(strip: Image.Image, draw: ImageDraw.ImageDraw, tile: Image.Image, at: tuple[int, int]) -> None:
+    strip.paste(tile, at)
+    draw.rectangle((*at, at[0] + _TILE - 1, at[1] + _TILE - 1), outline=_LINE)
+
+
+def _tile(picture: np.ndarray | None) -> Image.Image:
     source = np.full((1, 1, 3), 230, np.uint8) if picture is None else picture
     smooth = Image.Resampling.NEAREST if min(source.shape[:2]) < 100 else Image.Resampling.LANCZOS
-    tile = Image.fromarray(source).resize((_TILE, _TILE), smooth)
+    return Image.fromarray(source).resize((_TILE, _TILE), smooth)
+
+
+def _masked(picture: np.ndarray | None, grid: np.ndarray) -> Image.Image:
+    """The picture with inputs outlined, targets tinted, and the rest faded."""
+    tile = _tile(picture)
     cells = Image.fromarray(grid).resize((_TILE, _TILE), Image.Resampling.NEAREST)
     for role, color, strength in ((0, "white", 0.82), (2, TARGET, 0.45)):
         mask = Image.fromarray(((np.asarray(cells) == role) * round(255 * strength)).astype(np.uint8))
@@ -113,7 +124,62 @@ def _masked(picture: np.ndarray | None, grid: np.ndarray) -> Image.Image:
     return tile
 
 
-def _pieces(draw: ImageDraw.ImageDraw, pieces: Sequence[Piece], left: int, top: int, width: int) -> None:
+def _sequence(
+    strip: Image.Image, draw: ImageDraw.ImageDraw, entry: Shown, picture: np.ndarray | None, at: tuple[int, int], width: int
+) -> None:  # fmt: skip
+    """What it says in pictures or numbers, and its words.
+
+    Args:
+        picture: that boxes are in.
+    """
+    (left, top), pieces = at, list(entry.pieces)
+    if any(part.boxes or part.point for part in entry.parts):
+        _paste(strip, draw, _boxed(picture, entry.parts), at)
+        left, width = left + _TILE + _GAP, width - _TILE - _GAP
+    elif colors := [part for part in entry.parts if part.color]:
+        step = width // len(colors)
+        for i, part in enumerate(colors):
+            edges = (left + i * step, top, left + (i + 1) * step, top + 28)
+            _outline(draw, edges, part)
+            draw.rectangle((edges[0] + 4, top + 4, edges[2] - 4, top + 24), fill=part.color)
+        top += 34
+    elif any(part.value for part in entry.parts):
+        pieces = [Piece(f"{part.label} {part.value}".strip(), (*part.roles, "unused")[0]) for part in entry.parts]
+    _pieces(draw, list(_elided(pieces)), left, top + 4, width, at[1] + _TILE)
+
+
+def _boxed(picture: np.ndarray | None, parts: Sequence[Part]) -> Image.Image:
+    """The faded picture with boxes and points."""
+    tile = Image.blend(_tile(picture), Image.new("RGB", (_TILE, _TILE), "white"), 0.35)
+    draw = ImageDraw.Draw(tile)
+    for part in parts:
+        for box in part.boxes:
+            left, top, right, bottom = (round(c * (_TILE - 1)) for c in box)
+            _outline(draw, (left, top, right, bottom), part)
+            color = outlines(part)[-1]
+            draw.text((left + 4, top + 2), part.label, color, _font(10), stroke_width=1, stroke_fill="white")
+        if part.point:
+            x, y = (c * _TILE for c in part.point)
+            for radius, color in zip((4, 2), outlines(part), strict=False):
+                draw.ellipse((x - radius, y - radius, x + radius, y + radius), color)
+    return tile
+
+
+def _outline(draw: ImageDraw.ImageDraw, edges: tuple[int, int, int, int], part: Part) -> None:
+    left, top, right, bottom = edges
+    for inset, color in zip((0, 2), outlines(part), strict=False):
+        if min(right - left, bottom - top) >= 2 * inset:
+            draw.rectangle((left + inset, top + inset, right - inset, bottom - inset), outline=color, width=2)
+
+
+def _elided(pieces: Sequence[Piece]) -> Iterator[Piece]:
+    """Here long runs of what is neither input nor target are cut short, for the room."""
+    for role, run in itertools.groupby(pieces, lambda piece: piece.role):
+        words = list(run)
+        yield from words if role != "unused" or len(words) <= 8 else [*words[:6], Piece("…", role)]
+
+
+def _pieces(draw: ImageDraw.ImageDraw, pieces: Sequence[Piece], left: int, top: int, width: int, bottom: int) -> None:
     """Words in the colours of their roles; what finds no room is cut."""
     font, x, y = _font(12), float(left), top
     for i, piece in enumerate(pieces):
@@ -121,7 +187,7 @@ def _pieces(draw: ImageDraw.ImageDraw, pieces: Sequence[Piece], left: int, top: 
         space = 0 if piece.text.startswith("##") or i == 0 else font.getlength(" ")
         if x + space + font.getlength(text) > left + width:
             x, y, space = left, y + 17, 0
-        if y > top + (_WORDS_HIGH - 1) * 17:
+        if y + 14 > bottom:
             draw.text((left, y - 4), "…", _SOFT, font)
             return
         end = x + space + font.getlength(text)

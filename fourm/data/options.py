@@ -1,0 +1,73 @@
+"""Options of the commands that look at a data YAML: they read it as training does, so they are keys of training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from fourm.data.data_config import DataConfig, load_data_config
+from fourm.data.remote import RemoteOptions
+from fourm.utils.errors import UserError
+from fourm.utils.options import option
+from fourm.utils.plugin import load_plugin
+
+
+def remote_options(keys: Any) -> RemoteOptions:
+    """The options about remote data of a run or of a command.
+
+    Args:
+        keys: a :class:`ReadOptions`, or whatever has attributes of these names.
+
+    Raises:
+        UserError: a value that cannot work.
+    """
+    for key, least in {"s3_multipart_chunksize_mb": 1, "s3_multipart_threshold_mb": 0, "s3_max_io_queue": 1}.items():
+        if getattr(keys, key) < least:
+            raise UserError(f"'{key}' must be at least {least}, not {getattr(keys, key)}")
+    if keys.data_cache_gb <= 0:
+        raise UserError(f"'data_cache_gb' must be above 0, not {keys.data_cache_gb}; leave it out for its default")
+    for key in ("s3_endpoint", "s3_data_endpoint"):
+        if getattr(keys, key) and not getattr(keys, key).startswith(("http://", "https://")):
+            raise UserError(f"'{key}' must be a URL, https://HOST, not {getattr(keys, key)!r}")
+    return RemoteOptions(
+        endpoint=keys.s3_data_endpoint or keys.s3_endpoint,
+        cache_dir=keys.data_cache_dir,
+        cache_bytes=int(keys.data_cache_gb * 1e9),
+        part_bytes=keys.s3_multipart_chunksize_mb * 2**20,
+        split_above_bytes=keys.s3_multipart_threshold_mb * 2**20,
+        requests=keys.s3_max_io_queue,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How to read a data YAML; names and defaults are those of training."""
+
+    data_config: str = option("data YAML")
+    text_tokenizer_path: str = option(
+        "text vocabulary", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
+    )
+    plugin: str = option("module of your own modalities", "")
+    num_input_tokens: int = option("input tokens of data sets that do not set it", 128)
+    num_target_tokens: int = option("target tokens of data sets that do not set it", 128)
+    min_input_tokens: int | None = option("fewest input tokens (default: always num_input_tokens)", None)
+    min_target_tokens: int | None = option("fewest target tokens (default: always num_target_tokens)", None)
+    s3_endpoint: str = option("URL of the object store (default: as boto3 is configured, else AWS)", "")
+    s3_data_endpoint: str = option("the same for data, where it differs", "")
+    s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512)
+    s3_multipart_threshold_mb: int = option("transfers above this are split", 512)
+    s3_max_io_queue: int = option("requests that a process may have in flight", 100)
+    data_cache_dir: str = option("local copies of remote shards, shared by all processes", "~/.cache/fourm/shards")
+    data_cache_gb: float = option("most that these copies may take, in 10^9 bytes", 50.0)
+
+    def load(self) -> DataConfig:
+        """The data sets, the plugin's modalities among them.
+
+        Raises:
+            UserError: anything that cannot work.
+        """
+        load_plugin(self.plugin)
+        return load_data_config(
+            self.data_config, num_input_tokens=self.num_input_tokens, num_target_tokens=self.num_target_tokens,
+            min_input_tokens=self.min_input_tokens, min_target_tokens=self.min_target_tokens, remote=remote_options(self),
+        )  # fmt: skip
