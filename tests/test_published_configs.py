@@ -161,5 +161,5 @@ def test_every_main_config_finds_its_files(path):
     if "model" in content and "data_config" in content:
         config = load_config(path.relative_to(ROOT))
         assert load_data(config).train
-        made_by_the_demo = config.text_tokenizer_path.startswith(("demo_run/", "debug_run/"))
+        made_by_the_demo = config.text_tokenizer_path.startswith(("demo_run/", "demo21_run/", "debug_run/"))
         assert made_by_the_demo or Path(config.text_tokenizer_path).is_file(), config.text_tokenizer_path

@@ -16,7 +16,7 @@ from fourm.utils.config import load_yaml
 from fourm.vq import FeatureCodebook, load_tokenizer
 
 TRAINED = {"caption", "det", "metadata", "color_palette"} | {
-    f"tok_{kind}@224" for kind in ("rgb", "depth", "normal", "semseg", "canny_edge", "efficientnet")
+    f"tok_{kind}@128" for kind in ("rgb", "depth", "normal", "semseg", "canny_edge", "efficientnet")
 }
 
 
@@ -50,4 +50,4 @@ def test_eleven_modalities_are_made_trained_and_generated(tmp_path):
         "metadata",
         "color_palette",
     }
-    assert result["tok_efficientnet@224"].value.shape == (14, 14, 112)
+    assert result["tok_efficientnet@128"].value.shape == (8, 8, 112)
