@@ -1,27 +1,31 @@
-"""Samples per second of the data pipeline on one core: seven modalities, JPEGs of 256 to 400 px, 128/128 tokens.
+"""Samples per second of the data pipeline on one core, and the memory of a worker process.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4 --memory_samples 100000
 
-Prints one JSON line per number of repeats: samples/s, the time of each stage, and how memory grew during the measurement.
+The published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, 128/128 and 256/256 tokens. Prints one JSON line per
+number of modalities and of repeats: samples/s, the time of each stage, and how memory grew during the measurement; or, with
+``--memory_samples``, the resident memory of a worker process ten times on the way.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
+import multiprocessing
+import os
 import resource
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import webdataset
 import yaml
-from PIL import Image
+from toy_shards import ToySamples, photographs, vocabulary, write_shards
 
 import fourm
 from fourm.data import unified_datasets
@@ -29,11 +33,17 @@ from fourm.data.data_config import load_data_config
 from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_transforms import UnifiedDataTransform
 from fourm.data.raw_sample import RawSample
-from fourm.data.unified_datasets import build_train_loader
-from fourm.utils.errors import MissingDependency, run_cli
+from fourm.data.unified_datasets import Batch, build_train_loader
+from fourm.utils.errors import run_cli
 
-TOKENS = {"tok_rgb": 16384, "tok_depth": 8192, "tok_normal": 8192, "tok_semseg": 4096, "tok_clip": 8192}
-CROPS = 10
+DATA = Path(__file__).parent.parent / "cfgs/default/4m/data"
+PUBLISHED = {
+    7: "cc12m/main/mix_mod7_all2all_rgb2all_a0.5.yaml",
+    21: "cc12m+coyo+c4/main/mix_mod21_all2allmix_rgb2all_capT5bias_C4.yaml",
+}
+"""Modalities → the data YAML, of which CC12M is measured."""
+TOKENS = {7: 128, 21: 256}
+"""Modalities → tokens of input and of target."""
 STAGES = (
     (RawSample, "values", "read"),
     (UnifiedMasking, "draw_budgets", "budgets"),
@@ -43,90 +53,24 @@ STAGES = (
 )
 TIMES: defaultdict[str, float] = defaultdict(float)
 TOKENIZER = Path(fourm.__file__).parent / "utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
-CLASSES = ("person", "dog", "car", "bicycle", "dining table")
 
 
-def photographs() -> list[Image.Image]:
-    """The pictures bundled with scikit-image."""
-    try:
-        from skimage import data
-    except ImportError:
-        raise MissingDependency("scikit-image", "the benchmark of the loader") from None
-    return [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]
+def published(modalities: int) -> dict[str, Any]:
+    """The data set of CC12M in a published data YAML."""
+    return yaml.safe_load((DATA / PUBLISHED[modalities]).read_text())["train"]["datasets"]["cc12m"]
 
 
-def vocabulary(path: Path) -> list[str]:
-    """The words that a text vocabulary holds as a whole, in the order of their ids: that of their frequency."""
-    pieces = json.loads(path.read_text())["model"]["vocab"]
-    return sorted((piece for piece in pieces if piece.isalpha() and len(piece) > 1), key=pieces.get)
+def write_samples(root: Path, tokenizer: Path, modalities: int, num_shards: int, per_shard: int) -> str:
+    """The data_path of freshly written shards with the folders of a published data set."""
+    folders = published(modalities)["data_path"].split("[")[1].split("]")[0].split(",")
+    samples = ToySamples(photographs(), vocabulary(tokenizer))
+    return write_shards(root / f"{modalities}_modalities", samples, folders, num_shards, per_shard)
 
 
-def members(index: int, pictures: list[Image.Image], words: list[str]) -> dict[str, bytes]:
-    """{"folder.extension": content} of one sample."""
-    rng = np.random.default_rng(index)
-    width, height = (int(side) for side in rng.integers(256, 401, 2))
-    picture = pictures[index % len(pictures)]
-    left, top = (int(rng.integers(0, side // 4)) for side in picture.size)
-    part = picture.crop((left, top, left + picture.width * 3 // 4, top + picture.height * 3 // 4))
-    jpeg = io.BytesIO()
-    part.resize((width, height)).save(jpeg, "JPEG", quality=90)
-    crops = []
-    for _ in range(CROPS):
-        side = int(min(width, height) * rng.uniform(0.45, 1))
-        crops.append((rng.integers(height - side + 1), rng.integers(width - side + 1), side, side, rng.integers(2)))
-    corners = rng.random((10, 2, 2))
-    boxes = [
-        {"boxes": [*c.min(0).tolist(), *c.max(0).tolist()], "class_name": CLASSES[i % 5], "score": 0.9}
-        for i, c in enumerate(corners)
-    ]
-    frequency = 1 / np.arange(10, 10 + len(words))
-    captions = rng.choice(words, (CROPS, 14), p=frequency / frequency.sum())
-    arrays = {name: rng.integers(0, vocab, (CROPS, 196)).astype(np.int16) for name, vocab in TOKENS.items()}
-    arrays["crop_settings"] = np.array(crops)
-    return {
-        "rgb.jpg": jpeg.getvalue(),
-        "caption.json": json.dumps([" ".join(row) for row in captions]).encode(),
-        "det.json": json.dumps({"instances": boxes}).encode(),
-        **{f"{name}.npy": _npy(array) for name, array in arrays.items()},
-    }
-
-
-def _npy(array: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
-
-
-def write_shards(root: Path, tokenizer: Path, num_shards: int, per_shard: int) -> str:
-    """The data_path of freshly written shards, one tar per modality."""
-    pictures, words = photographs(), vocabulary(tokenizer)
-    for shard in range(num_shards):
-        writers: dict[str, webdataset.TarWriter] = {}
-        for index in range(shard * per_shard, (shard + 1) * per_shard):
-            for name, content in members(index, pictures, words).items():
-                folder, _, extension = name.partition(".")
-                if folder not in writers:
-                    (root / folder).mkdir(exist_ok=True)
-                    writers[folder] = webdataset.TarWriter(f"{root}/{folder}/shard-{shard:05d}.tar")
-                writers[folder].write({"__key__": f"{index:07d}", extension: content})
-        for writer in writers.values():
-            writer.close()
-    return f"{root}/[{','.join(writers)}]/shard-{{00000..{num_shards - 1:05d}}}.tar"
-
-
-def config(root: Path, data_path: str, repeats: int) -> Path:
-    targets = "-".join(["caption", "det", *(f"{name}@224" for name in TOKENS)])
-    dataset = {
-        "in_domains": f"rgb@224-{targets}", "out_domains": targets, "data_path": data_path, "use_wds": True,
-        "alphas_config": str(root / "alphas.yaml"), "wds_n_repeats": repeats,
-        "modality_name_map": {name: f"{name}@224" for name in TOKENS},
-    }  # fmt: skip
-    both = {"input_alphas": [0.0, 0.5], "target_alphas": [0.5, 0.5]}
-    alphas = {name: dict(both) for name in targets.split("-")}
-    alphas |= {"rgb@224": {"input_alphas": [1000.0, 0.5], "target_alphas": [0.0, 0.0]}}
-    for name in ("caption", "det"):
-        alphas[name]["keep"] = ["random", "random"]
-    (root / "alphas.yaml").write_text(yaml.safe_dump(alphas))
+def config(root: Path, data_path: str, modalities: int, repeats: int) -> Path:
+    """A published data set, with other data."""
+    dataset = published(modalities) | {"data_path": data_path, "wds_n_repeats": repeats}
+    dataset["alphas_config"] = str(DATA.parents[3] / dataset["alphas_config"])
     path = root / "data.yaml"
     path.write_text(yaml.safe_dump({"train": {"datasets": {"benchmark": dataset}}}))
     return path
@@ -146,21 +90,18 @@ def timed(owner: Any, method: str, stage: str) -> None:
     setattr(owner, method, wrapper)
 
 
-def measure(
-    data: Path, tokenizer: Path, samples: int, batch_size: int, num_workers: int, raw_pixels: bool
-) -> dict[str, float]:
+def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterator[Batch]:
+    loaded = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens)
+    stream = {"batches_per_epoch": 10**9, "rank": 0, "world_size": 1, "seed": 0}
+    return iter(build_train_loader(loaded, tokenizer, **stream, **options))
+
+
+def measure(loader: Iterator[Batch], count: int, batch_size: int, num_workers: int) -> dict[str, float]:
     """Samples/s, milliseconds per sample of each stage, MB of a batch, and growth of the resident memory in MB."""
-    loader = iter(
-        build_train_loader(
-            load_data_config(data, num_input_tokens=128, num_target_tokens=128), tokenizer, batch_size=batch_size,
-            batches_per_epoch=10**9, num_workers=num_workers, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels,
-        )
-    )  # fmt: skip
-    count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and hold as many decoded samples as they ever will
         next(loader)
     TIMES.clear()
-    memory, start, start_cpu = _resident_mb(), time.perf_counter(), time.process_time()
+    memory, start, start_cpu = _resident_mb(os.getpid()), time.perf_counter(), time.process_time()
     for _ in range(count):
         batch = next(loader)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
@@ -170,36 +111,59 @@ def measure(
         **({} if num_workers else {"samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1)}),
         **milliseconds,
         "batch_mb": round(sum(t.nbytes for entry in batch.mod_dict.values() for t in entry.values()) / 1e6, 2),
-        "memory_growth_mb": round(_resident_mb() - memory, 1),
+        "memory_growth_mb": round(_resident_mb(os.getpid()) - memory, 1),
     }
 
 
-def _resident_mb() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
+def measure_memory(loader: Iterator[Batch], samples: int, batch_size: int) -> dict[str, Any]:
+    """MB that the worker processes have resident, after each tenth of the samples."""
+    memory = {}
+    for tenth in range(1, 11):
+        for _ in range(samples // batch_size // 10):
+            next(loader)
+        workers = multiprocessing.active_children()
+        memory[samples * tenth // 10] = round(sum(_resident_mb(worker.pid) for worker in workers), 1)
+    return {"worker_resident_mb": memory}
+
+
+def _resident_mb(process: int | None) -> float:
+    pages = int(Path(f"/proc/{process}/statm").read_text().split()[1])
     return pages * resource.getpagesize() / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--modalities", type=int, nargs="+", default=[7], choices=list(PUBLISHED))
     parser.add_argument("--samples", type=int, default=4000, help="samples to measure")
+    parser.add_argument("--memory_samples", type=int, help="measure the memory of a worker over so many samples instead")
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="0: all in this process, with times per stage")
     parser.add_argument("--float_pixels", action="store_true", help="normalise in the loader instead of on the device")
     parser.add_argument("--text_tokenizer_path", type=Path, default=TOKENIZER)
+    parser.add_argument("--shards", type=int, default=10)
+    parser.add_argument("--per_shard", type=int, default=200)
     options = parser.parse_args()
     torch.set_num_threads(1)
     for owner, method, stage in STAGES:
         timed(owner, method, stage)
+    tokenizer, batch_size = options.text_tokenizer_path, options.batch_size
+    num_workers = options.num_workers or int(options.memory_samples is not None)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        data_path = write_shards(root, options.text_tokenizer_path, num_shards=10, per_shard=200)
-        for repeats in options.repeats:
-            result = measure(
-                config(root, data_path, repeats), options.text_tokenizer_path, options.samples, options.batch_size,
-                options.num_workers, not options.float_pixels,
-            )  # fmt: skip
-            print(json.dumps({"repeats": repeats, "num_workers": options.num_workers, **result}), flush=True)
+        for modalities in options.modalities:
+            data_path = write_samples(root, tokenizer, modalities, options.shards, options.per_shard)
+            for repeats in options.repeats:
+                loader = batches(
+                    config(root, data_path, modalities, repeats), tokenizer, TOKENS[modalities],
+                    batch_size=batch_size, num_workers=num_workers, raw_pixels=not options.float_pixels,
+                )  # fmt: skip
+                if options.memory_samples is None:
+                    result = measure(loader, options.samples // batch_size, batch_size, num_workers)
+                else:
+                    result = measure_memory(loader, options.memory_samples, batch_size)
+                settings = {"modalities": modalities, "repeats": repeats, "num_workers": num_workers}
+                print(json.dumps(settings | result), flush=True)
 
 
 if __name__ == "__main__":
