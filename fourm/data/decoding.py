@@ -7,6 +7,9 @@ import gzip
 import io
 import json
 import math
+import struct
+import zipfile
+import zlib
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import PurePath
@@ -88,13 +91,13 @@ def decode_value(filename: str, content: bytes) -> Any:
     return FORMATS[extension](content)
 
 
-def _read_npy(content: bytes) -> np.ndarray:
+def _read_npy(content: bytes | memoryview) -> np.ndarray:
     """``np.load`` without running pickles, ten times as fast: a data set has few headers, and each is parsed once."""
     if content[:6] != b"\x93NUMPY":
         raise ValueError("not an npy file")
     start = 10 if content[6] == 1 else 12  # format version 1 counts the header's bytes in 2 bytes, later ones in 4
     end = start + int.from_bytes(content[8:start], "little")
-    dtype, order, shape = _parse_npy_header(content[start:end])
+    dtype, order, shape = _parse_npy_header(bytes(content[start:end]))
     if dtype.hasobject:
         return read_object_array(content[end:])
     return np.frombuffer(content, dtype, math.prod(shape), end).reshape(shape, order=order)
@@ -108,8 +111,22 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, Literal["C", "F"], tuple
 
 
 def _read_npz(content: bytes) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-        return dict(arrays)
+    """``np.load`` without running pickles, or copying what is not compressed."""
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        files = {info.filename.removesuffix(".npy"): _unzipped(content, archive, info) for info in archive.infolist()}
+    return {name: _read_npy(file) for name, file in files.items()}
+
+
+def _unzipped(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | memoryview:
+    if info.compress_type != zipfile.ZIP_STORED:
+        return archive.read(info)
+    # Before the file stand 30 bytes, its name and further fields; the lengths of these two end the 30.
+    name, more = struct.unpack_from("<HH", content, info.header_offset + 26)
+    start = info.header_offset + 30 + name + more
+    file = memoryview(content)[start : start + info.file_size]
+    if zlib.crc32(file) != info.CRC:
+        raise zipfile.BadZipFile(f"{info.filename} is damaged")
+    return file
 
 
 FORMATS: dict[str, Callable[[bytes], Any]] = {

@@ -10,16 +10,20 @@ import io
 import math
 import pickle
 import re
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 _ORDERS: tuple[Literal["C"], Literal["F"]] = ("C", "F")
+_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 _DTYPE = re.compile(r"[biuf][1248]|[US]\d{1,6}|O8?")
 
 
 class _Record:
     """What a call would have got; unlike a class without it, nothing can be set through ``__setstate__``."""
+
+    __slots__ = ("arguments", "state")
 
     def __init__(self, *arguments: Any):
         self.arguments = arguments
@@ -30,6 +34,8 @@ class _Record:
 
 
 class _Stated(_Record):
+    __slots__ = ()
+
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
@@ -37,29 +43,39 @@ class _Stated(_Record):
 class _Type(_Record):
     """``numpy.ndarray``, only ever an argument."""
 
+    __slots__ = ()
+
 
 class _Dtype(_Stated):
-    """``dtype("f8", …)``; the state begins (version, byte order, …)."""
+    """``dtype("f8", …)``; the state begins (version, byte order, …). All arrays of a file share a few of them."""
+
+    __slots__ = ("_value",)
 
     def value(self) -> np.dtype:
-        name = self.arguments[0]
-        order: Any = self.state[1] if self.state else "="
-        if not isinstance(name, str) or not _DTYPE.fullmatch(name) or order not in ("<", ">", "=", "|"):
-            raise pickle.UnpicklingError(f"a type of values that is not read: {name!r:.40}")
-        return np.dtype(name).newbyteorder(order)
+        if not hasattr(self, "_value"):
+            name = self.arguments[0]
+            order: Any = self.state[1] if self.state else "="
+            if not isinstance(name, str) or not _DTYPE.fullmatch(name) or order not in ("<", ">", "=", "|"):
+                raise pickle.UnpicklingError(f"a type of values that is not read: {name!r:.40}")
+            self._value = np.dtype(name).newbyteorder(order)
+        return self._value
 
 
 class _Array(_Stated):
     """``_reconstruct(ndarray, …)``; the state is (version, shape, dtype, Fortran order, bytes or a list of objects)."""
 
-    def value(self, resolve: Any) -> np.ndarray:
+    __slots__ = ()
+
+    def value(self) -> np.ndarray:
+        """Of objects: with the records that stand for them."""
         _, shape, dtype, fortran, content = self.state
-        content = resolve(content)
-        kind, order = dtype.value(), _ORDERS[bool(fortran)]
+        kind = dtype.value()
+        if isinstance(content, _Bytes):
+            content = content.value()
         if kind.hasobject != isinstance(content, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
             raise pickle.UnpicklingError("an array whose content is not of its type")
-        if not isinstance(content, list):
-            return np.frombuffer(content, kind, math.prod(shape)).reshape(shape, order=order)
+        if not kind.hasobject:
+            return np.frombuffer(content, kind, math.prod(shape)).reshape(shape, order=_ORDERS[bool(fortran)])
         array = np.empty(len(content), object)
         for index, item in enumerate(content):
             array[index] = item
@@ -69,14 +85,20 @@ class _Array(_Stated):
 class _Scalar(_Record):
     """``scalar(dtype, bytes)``"""
 
-    def value(self, resolve: Any) -> Any:
-        return np.frombuffer(resolve(self.arguments[1]), self.arguments[0].value(), 1)[0]
+    __slots__ = ()
+
+    def value(self) -> Any:
+        dtype, content = self.arguments
+        content = content.value() if isinstance(content, _Bytes) else content
+        return np.frombuffer(content, dtype.value(), 1)[0]
 
 
 class _Bytes(_Record):
     """``encode(text, "latin1")``, how bytes were written before version 3 of pickles."""
 
-    def value(self, resolve: Any) -> bytes:
+    __slots__ = ()
+
+    def value(self) -> bytes:
         return self.arguments[0].encode("latin1")
 
 
@@ -96,29 +118,66 @@ class _Reader(pickle.Unpickler):
         return _NAMES[module, name]
 
 
-def read_object_array(content: bytes) -> np.ndarray:
+class ObjectArray(Sequence[Any]):
+    """An array of objects, each of which is made when it is asked for: of a sample's crops, one is looked at.
+
+    Attributes:
+        shape: of the array; its entries are those along the first axis.
+    """
+
+    def __init__(self, records: np.ndarray):
+        self._records = records
+        self._made: dict[int, Any] = {}  # by the id of the record, all of which live as long as this
+        self.shape = records.shape
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, index: Any) -> Any:
+        """The entry, or the array of some entries.
+
+        Raises:
+            pickle.UnpicklingError: it holds other things than plain values and arrays.
+        """
+        return self._value(self._records[index])
+
+    def _value(self, record: Any) -> Any:
+        kind = type(record)
+        if kind in _PLAIN:
+            return record
+        if kind is np.ndarray:  # several entries
+            return self._filled(record)
+        if id(record) not in self._made:
+            self._made[id(record)] = self._new_value(record, kind)
+        return self._made[id(record)]
+
+    def _new_value(self, record: Any, kind: type) -> Any:
+        if kind is _Array:
+            array = record.value()
+            return self._filled(array) if array.dtype.hasobject else array
+        if kind is _Scalar or kind is _Bytes:
+            return record.value()
+        if kind is dict:
+            return {self._value(key): self._value(item) for key, item in record.items()}
+        if kind is list or kind is tuple:
+            return kind(map(self._value, record))
+        raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
+
+    def _filled(self, records: np.ndarray) -> np.ndarray:
+        array = np.empty(records.shape, object)
+        for index, record in enumerate(records.flat):
+            array.flat[index] = self._value(record)
+        return array
+
+
+def read_object_array(content: bytes | memoryview) -> ObjectArray:
     """The array that a pickle holds: of numbers, strings, None, lists, tuples, dicts and arrays of these.
 
     Raises:
         pickle.UnpicklingError: it holds anything else.
     """
-    known: dict[int, Any] = {}
-
-    def resolve(value: Any) -> Any:
-        if id(value) not in known:
-            known[id(value)] = _resolved(value)
-        return known[id(value)]
-
-    def _resolved(value: Any) -> Any:
-        if isinstance(value, (_Array, _Scalar, _Bytes)):
-            return value.value(resolve)
-        if isinstance(value, (_Record, type)):
-            raise pickle.UnpicklingError("a name that is not a value")
-        if isinstance(value, dict):
-            return {resolve(key): resolve(item) for key, item in value.items()}
-        return type(value)(map(resolve, value)) if isinstance(value, (list, tuple)) else value
-
-    array = resolve(_Reader(io.BytesIO(content)).load())
-    if not isinstance(array, np.ndarray):
-        raise pickle.UnpicklingError(f"not an array, but {type(array).__name__}")
-    return array
+    record = _Reader(io.BytesIO(content)).load()
+    array = record.value() if isinstance(record, _Array) else None
+    if array is None or not array.dtype.hasobject:
+        raise pickle.UnpicklingError("not an array of objects")
+    return ObjectArray(array)

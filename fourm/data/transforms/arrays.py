@@ -29,8 +29,8 @@ class CaptionEmbTransform(AbstractTransform):
     aligned_captions: bool = True
     width: int | None = None
 
-    def preprocess(self, value: Any) -> list[np.ndarray]:
-        """The vectors that count, of each variant."""
+    def preprocess(self, value: Any) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The vectors of each variant, and which of them count."""
         vectors, valid = np.asarray(value["emb"]), np.asarray(value["mask_valid"]).astype(bool)
         if vectors.ndim != 3 or not len(vectors) or vectors.shape[:2] != valid.shape:
             raise DataError(
@@ -38,24 +38,27 @@ class CaptionEmbTransform(AbstractTransform):
             )
         if self.width not in (None, vectors.shape[2]):
             raise DataError(f"expected vectors of {self.width} numbers, not of {vectors.shape[2]}")
-        return [rows[counts] for rows, counts in zip(vectors, valid, strict=True)]
+        return list(zip(vectors, valid, strict=True))
 
-    def stored_crops(self, value: list[np.ndarray]) -> int | None:
+    def stored_crops(self, value: list[tuple[np.ndarray, np.ndarray]]) -> int | None:
         return len(value) if self.aligned_captions and len(value) > 1 else None
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
-    ) -> list[np.ndarray]:
+    ) -> list[tuple[np.ndarray, np.ndarray]]:
         """The variant of stored crop ``rand_aug_idx``, where there is one per crop."""
         if rand_aug_idx is None or self.stored_crops(value) is None:
             return value
         return [of_stored_crop(value, rand_aug_idx)]
 
-    def choose(self, value: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+    def choose(
+        self, value: list[tuple[np.ndarray, np.ndarray]], generator: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
         return value[generator.integers(len(value)) if len(value) > 1 else 0]
 
-    def postprocess(self, value: np.ndarray) -> np.ndarray:
-        return value.astype(np.float32)
+    def postprocess(self, value: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        vectors, valid = value
+        return vectors[valid].astype(np.float32)
 
     def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
         return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))

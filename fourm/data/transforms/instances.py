@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from fourm.data.object_arrays import ObjectArray
 from fourm.data.transforms.base import AbstractTransform
 from fourm.data.transforms.sequence import Box, box_words, crop_box, of_stored_crop
 from fourm.utils.errors import DataError
@@ -116,46 +117,91 @@ class SAMInstanceTransform(AbstractTransform):
     follows_crop: ClassVar[bool] = True
 
     def preprocess(self, value: Any) -> Sequence[Any]:
-        if not isinstance(value, (np.ndarray, list)) or not all(
-            isinstance(v, (list, tuple, dict, np.ndarray)) for v in value
-        ):
+        if not isinstance(value, (np.ndarray, ObjectArray, list)):
             raise DataError(f"expected the instances of each stored crop, not {type(value).__name__}")
-        return list(value)
+        return value  # type: ignore[return-value]  # an array is as good
 
     def stored_crops(self, value: Sequence[Any]) -> int:
         return len(value)
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
-    ) -> list[tuple[np.ndarray, list[str]]]:
-        """Outline and words of each instance in the crop."""
+    ) -> Polygons:
+        """The instances in the crop."""
         crop = of_stored_crop(value, rand_aug_idx)
+        if not isinstance(crop, (list, tuple, dict, np.ndarray)):
+            raise DataError(f"expected the instances of a crop, not {type(crop).__name__}")
         if isinstance(crop, dict):
             crop = [dict(zip(crop, row, strict=True)) for row in zip(*crop.values(), strict=True)]
-        return [self._instance(instance) for instance in crop]
+        return Polygons([i["points"] for i in crop], [i["token_ids"] for i in crop])
 
-    def _instance(self, instance: Mapping[str, Any]) -> tuple[np.ndarray, list[str]]:
-        points = np.asarray(instance["points"], float)
-        if points.ndim != 2 or points.shape[1] != 2 or len(points) < 3:
-            raise DataError(f"expected a polygon of shape (3 or more, 2), not {points.shape}")
-        box = np.concatenate([points.min(0), points.max(0)]).clip(0, self.size) / self.size
-        return points, ["polygon", *box_words(box.tolist()), *code_words(instance["token_ids"], 16)]
-
-    def choose(self, value: list[tuple[np.ndarray, list[str]]], generator: np.random.Generator) -> list[str]:
+    def choose(self, value: Polygons, generator: np.random.Generator) -> list[str]:
+        points = generator.integers(self.size, size=(self.num_points, 2))
         words: list[str] = []
-        for row, column in generator.integers(self.size, size=(self.num_points, 2)).tolist():
+        for (row, column), inside in zip(points.tolist(), value.enclosing(points[:, ::-1]), strict=True):
             words += ["point", f"v0={row}", f"v1={column}"]
-            around = [polygon for outline, polygon in value if encloses(outline, column, row)]
-            words += [word for index in generator.permutation(len(around)) for word in around[index]] or ["none"]
+            around = inside.nonzero()[0].tolist()
+            order = generator.permutation(len(around)).tolist()
+            words += [word for index in order for word in self._words(value, around[index])] or ["none"]
         return words
+
+    def _words(self, polygons: Polygons, index: int) -> list[str]:
+        box = polygons.boxes[index].clip(0, self.size) / self.size
+        return ["polygon", *box_words(box.tolist()), *code_words(polygons.codes[index].tolist(), 16)]
 
     def postprocess(self, value: list[str]) -> str:
         return " ".join(value)
 
 
-def encloses(outline: np.ndarray, x: float, y: float) -> bool:
-    """Whether a polygon (n, 2) has the point inside: a ray from it crosses the outline an odd number of times."""
-    (x0, y0), (x1, y1) = outline.T, np.roll(outline, -1, axis=0).T
-    crosses = (y0 > y) != (y1 > y)
-    at = x0[crosses] + (y - y0[crosses]) / (y1 - y0)[crosses] * (x1 - x0)[crosses]
-    return bool((at > x).sum() % 2)
+class Polygons:
+    """The instances of a crop, their edges one below the other: what is asked of them is asked of all at once.
+
+    Args:
+        outlines: (n, 2) x and y of the corners of each.
+        codes: 16 of each.
+
+    Attributes:
+        codes: (instances, 16).
+        boxes: (instances, 4) xmin, ymin, xmax, ymax.
+
+    Raises:
+        DataError: outlines or codes that are none.
+    """
+
+    def __init__(self, outlines: Sequence[Any], codes: Sequence[Any]):
+        if any(len(row) != 16 for row in codes):
+            raise DataError(f"expected 16 codes of each polygon, not {sorted({len(row) for row in codes})}")
+        self.codes = np.array(codes, np.int64).reshape(-1, 16)
+        if self.codes.view(np.uint64).max(initial=0) >= 1024:  # a negative one too
+            raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
+        arrays = [np.asarray(outline, float) for outline in outlines]
+        for array in arrays:
+            if array.ndim != 2 or array.shape[1] != 2 or len(array) < 3:
+                raise DataError(f"expected a polygon of shape (3 or more, 2), not {array.shape}")
+        lengths = [len(array) for array in arrays]
+        self._corners = np.concatenate([*arrays, np.empty((0, 2))])  # (edges, 2), where each begins
+        self._owner = np.arange(len(arrays)).repeat(lengths)
+        ends = np.cumsum(lengths, dtype=np.intp)
+        starts = ends - lengths
+        following = np.arange(1, len(self._corners) + 1)
+        following[ends - 1] = starts
+        self._ends = self._corners[following]
+        limits = [reduce.reduceat(self._corners, starts) for reduce in (np.minimum, np.maximum) if lengths]
+        self.boxes = np.concatenate(limits, axis=1) if lengths else np.empty((0, 4))
+
+    def enclosing(self, points: np.ndarray) -> np.ndarray:
+        """Which polygons have which points inside: a ray from there crosses the outline an odd number of times.
+
+        Args:
+            points: (p, 2) x and y.
+
+        Returns:
+            (p, instances) bool.
+        """
+        x, y = points[:, 0], points[:, 1, None]
+        point, edge = ((self._corners[:, 1] > y) != (self._ends[:, 1] > y)).nonzero()
+        (x0, y0), (x1, y1) = self._corners[edge].T, self._ends[edge].T
+        at = x0 + (y[point, 0] - y0) / (y1 - y0) * (x1 - x0)
+        count = len(self.boxes)
+        crossed = (point * count + self._owner[edge])[at > x[point]]
+        return np.bincount(crossed, minlength=len(points) * count).reshape(len(points), count) % 2 == 1
