@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fourm.data.object_arrays import read_object_array
+from fourm.data.object_arrays import ObjectArray
 from fourm.utils.errors import DataError
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
@@ -99,7 +99,7 @@ def _read_npy(content: bytes | memoryview) -> np.ndarray:
     end = start + int.from_bytes(content[8:start], "little")
     dtype, order, shape = _parse_npy_header(bytes(content[start:end]))
     if dtype.hasobject:
-        return read_object_array(content[end:])
+        return ObjectArray(content[end:])
     return np.frombuffer(content, dtype, math.prod(shape), end).reshape(shape, order=order)
 
 

@@ -23,6 +23,7 @@ from fourm.data.folders import Folders
 from fourm.data.layout import CROP_SETTINGS, expand, split_data_path, wanted_names
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import UnreadableValue, transforms_for
+from fourm.data.object_arrays import ObjectArray
 from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.records import Record, Records, local_files
@@ -313,11 +314,14 @@ class Inspector:
         for name, member in sample.members.items():
             report.content.setdefault(name, Content()).files[member.extension] += 1
             try:
-                raw[name] = RawSample(sample.key, {name: member}).values(self._files, keep_pixels=False)[name]
+                value = RawSample(sample.key, {name: member}).values(self._files, keep_pixels=False)[name]
+                raw[name] = value[:] if isinstance(value, ObjectArray) else value  # of all crops
             except BadSample as error:
                 report.problem(name, error.reason, "", str(error).removeprefix(f"{error.reason}: "))
             except DataError as error:
                 report.problem(name, CONTRACT, "", str(error))
+            except Exception as error:  # of an entry of an object array
+                report.problem(name, "corrupt member", "", f"{sample.where(name)}: {error}")
             else:
                 _measure(raw[name], self._dataset.modalities.get(name), report.content[name])
         return raw

@@ -102,6 +102,7 @@ class _Bytes(_Record):
         return self.arguments[0].encode("latin1")
 
 
+_VALUES = (_Array, _Scalar, _Bytes)
 _NAMES: dict[tuple[str, str], type[_Record]] = {
     ("numpy", "ndarray"): _Type,
     ("numpy", "dtype"): _Dtype,
@@ -119,65 +120,65 @@ class _Reader(pickle.Unpickler):
 
 
 class ObjectArray(Sequence[Any]):
-    """An array of objects, each of which is made when it is asked for: of a sample's crops, one is looked at.
+    """An array of objects that stays a pickle, from which an entry is made each time that it is asked for.
+
+    Of a sample's crops one is looked at. Thousands of objects that wait for a sample's next repeat would be walked through
+    by every garbage collection.
 
     Attributes:
         shape: of the array; its entries are those along the first axis.
-    """
-
-    def __init__(self, records: np.ndarray):
-        self._records = records
-        self._made: dict[int, Any] = {}  # by the id of the record, all of which live as long as this
-        self.shape = records.shape
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def __getitem__(self, index: Any) -> Any:
-        """The entry, or the array of some entries.
-
-        Raises:
-            pickle.UnpicklingError: it holds other things than plain values and arrays.
-        """
-        return self._value(self._records[index])
-
-    def _value(self, record: Any) -> Any:
-        kind = type(record)
-        if kind in _PLAIN:
-            return record
-        if kind is np.ndarray:  # several entries
-            return self._filled(record)
-        if id(record) not in self._made:
-            self._made[id(record)] = self._new_value(record, kind)
-        return self._made[id(record)]
-
-    def _new_value(self, record: Any, kind: type) -> Any:
-        if kind is _Array:
-            array = record.value()
-            return self._filled(array) if array.dtype.hasobject else array
-        if kind is _Scalar or kind is _Bytes:
-            return record.value()
-        if kind is dict:
-            return {self._value(key): self._value(item) for key, item in record.items()}
-        if kind is list or kind is tuple:
-            return kind(map(self._value, record))
-        raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
-
-    def _filled(self, records: np.ndarray) -> np.ndarray:
-        array = np.empty(records.shape, object)
-        for index, record in enumerate(records.flat):
-            array.flat[index] = self._value(record)
-        return array
-
-
-def read_object_array(content: bytes | memoryview) -> ObjectArray:
-    """The array that a pickle holds: of numbers, strings, None, lists, tuples, dicts and arrays of these.
 
     Raises:
-        pickle.UnpicklingError: it holds anything else.
+        pickle.UnpicklingError: the pickle is none of such an array, or names anything that is called.
     """
-    record = _Reader(io.BytesIO(content)).load()
-    array = record.value() if isinstance(record, _Array) else None
-    if array is None or not array.dtype.hasobject:
-        raise pickle.UnpicklingError("not an array of objects")
-    return ObjectArray(array)
+
+    def __init__(self, content: bytes | memoryview):
+        self._content = content
+        self._loaded: np.ndarray | None = self._load()  # for the first one who asks
+        self.shape = self._loaded.shape
+
+    def _load(self) -> np.ndarray:
+        record = _Reader(io.BytesIO(self._content)).load()
+        array = record.value() if isinstance(record, _Array) else None
+        if array is None or not array.dtype.hasobject:
+            raise pickle.UnpicklingError("not an array of objects")
+        return array
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: Any) -> Any:
+        """The entry, or the array of some entries: numbers, strings, None, lists, tuples, dicts and arrays of these.
+
+        Raises:
+            pickle.UnpicklingError: it holds anything else.
+        """
+        records = self._load() if self._loaded is None else self._loaded
+        self._loaded = None
+        known: dict[int, Any] = {}
+
+        def value(record: Any) -> Any:
+            if type(record) in _PLAIN:
+                return record
+            if id(record) not in known:
+                known[id(record)] = new_value(record)
+            return known[id(record)]
+
+        def new_value(record: Any) -> Any:
+            kind = type(record)
+            if kind in _VALUES:
+                made = record.value()
+                return filled(made) if kind is _Array and made.dtype.hasobject else made
+            if kind is dict:
+                return {value(key): value(item) for key, item in record.items()}
+            if kind is list or kind is tuple:
+                return kind(map(value, record))
+            raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
+
+        def filled(array: np.ndarray) -> np.ndarray:
+            for position, record in enumerate(array.flat):
+                array.flat[position] = value(record)
+            return array
+
+        found = records[index]
+        return filled(found) if isinstance(found, np.ndarray) else value(found)
