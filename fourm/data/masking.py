@@ -16,7 +16,15 @@ from tokenizers import Tokenizer
 
 from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
 from fourm.data.modality_info import Modality, as_modality
-from fourm.data.span_masking import KEEP_SCHEMES, cut_target, draw_kept, keep_probability, run_starts, sequence_row
+from fourm.data.span_masking import (
+    KEEP_SCHEMES,
+    cut_target,
+    draw_kept,
+    keep_probability,
+    padded,
+    run_starts,
+    sequence_row,
+)
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import TextEncoder, split_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
@@ -65,9 +73,13 @@ class UnifiedMasking:
                 )
 
     def __call__(self, sample: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, Masked]:
-        """Draw budgets and apply them; without a generator, the result is a new one each time."""
+        """Draw budgets and apply them; without a generator, the result is a new one each time. Vectors have length L too."""
         generator = generator or np.random.default_rng()
-        return self.apply(sample, self.draw_budgets(generator, sample), generator)
+        masked = self.apply(sample, self.draw_budgets(generator, sample), generator)
+        for name, row in masked.items():
+            if self.modality_info[name].type == "seq_emb":
+                row["tensor"] = padded(row["tensor"], len(row["input_mask"]))
+        return masked
 
     def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
         """How many tokens each modality gets, of those that are ``present`` (None: of all)."""
@@ -82,7 +94,8 @@ class UnifiedMasking:
 
         Returns:
             Numpy arrays without batch dimension. Ids are int64, masks bool of length L: the grid's number of tokens, or
-            (max_tokens + 1)·2 for sequences.
+            (max_tokens + 1)·2 for sequences. Of vectors there are only those that are input; zeros up to L, which are
+            most of them, are left to the batch.
 
         Raises:
             DataError: a value that does not fit its modality, beginning with ``modality NAME:``.
@@ -107,8 +120,12 @@ class UnifiedMasking:
             vectors = np.asarray(value)[: modality.max_tokens]
             kept = draw_kept(np.ones(len(vectors), np.int64), probability, n_in, generator)
             gaps = run_starts(kept)
-            inputs = np.where(gaps[:, None], vectors.dtype.type(0), vectors)[(kept | gaps) & (n_in > 0)]
+            used = (kept | gaps) & (n_in > 0)
+            inputs = vectors[used]
+            inputs[gaps[used]] = 0
             return sequence_row(inputs, [], n_in, modality.max_tokens)
+        if not n_in and not n_out:  # as often as not: the text need not be looked at
+            return sequence_row([], [], 0, modality.max_tokens)
         ids, lengths = self.encode(modality, value)
         kept = draw_kept(lengths, probability, n_in, generator)
         spans = split_spans(ids, kept.tolist(), self._sentinels[modality.name])

@@ -69,17 +69,16 @@ def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> lis
 def sequence_row(
     inputs: Sequence[int] | np.ndarray, targets: Sequence[int], input_budget: int, max_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Inputs from 0 and targets from ``input_budget``, in rows of length L; vectors are inputs only."""
+    """Inputs from 0 and targets from ``input_budget``, in rows of length L; vectors are inputs only, and not padded."""
     length = (max_tokens + 1) * 2
     end, target = len(inputs), slice(input_budget, input_budget + len(targets))
     input_mask, target_mask = np.ones((2, length), bool)
     attention = np.zeros(length, np.int32)
-    if isinstance(inputs, np.ndarray):
-        tensor = np.zeros((length, *inputs.shape[1:]), inputs.dtype)
-    else:
+    tensor = inputs
+    if not isinstance(tensor, np.ndarray):
         tensor = np.zeros(length, np.int64)
         tensor[target] = targets
-    tensor[:end] = inputs
+        tensor[:end] = inputs
     input_mask[:end] = False
     target_mask[target] = False
     attention[target] = 1
@@ -89,3 +88,8 @@ def sequence_row(
         "target_mask": target_mask,
         "decoder_attention_mask": attention,
     }
+
+
+def padded(vectors: np.ndarray, length: int) -> np.ndarray:
+    """(n, D) → (length, D), with zeros."""
+    return np.concatenate([vectors, np.zeros((length - len(vectors), *vectors.shape[1:]), vectors.dtype)])
