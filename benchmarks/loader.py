@@ -135,7 +135,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modalities", type=int, nargs="+", default=[7], choices=list(PUBLISHED))
     parser.add_argument("--samples", type=int, default=4000, help="samples to measure")
-    parser.add_argument("--memory_samples", type=int, help="measure the memory of a worker over so many samples instead")
+    parser.add_argument(
+        "--memory_samples", type=int, help="measure the memory of a worker over so many samples instead"
+    )
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="0: all in this process, with times per stage")

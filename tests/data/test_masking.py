@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fourm.data.masking import Budgets, UnifiedMasking
-from fourm.data.span_masking import cut_target, draw_kept
+from fourm.data.span_masking import cut_target, draw_kept, keep_probability, padded
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import merge_spans, split_spans
 from tests.data.dataset_files import text_tokenizer
@@ -25,7 +25,7 @@ SAMPLE = {
     "tok_rgb@32": np.arange(4, dtype=np.int16).reshape(2, 2),
     "caption": " ".join(f"s{i}" for i in range(10)),
     "codes": np.array([0, 9, 3, 3, 1]),
-    "t5_caption": np.arange(1, 13, dtype=np.float32).reshape(4, 3),
+    "t5_caption": np.arange(1, 13, dtype=np.float16).reshape(4, 3),
 }
 
 
@@ -43,7 +43,8 @@ def one(name, value, n_in, n_out, seed=0, component=0, **fields):
 
 def parts(row):
     """(inputs, targets) of a sequence's row."""
-    return row["tensor"][~row["input_mask"]], row["tensor"][~row["target_mask"]]
+    tensor = padded(row["tensor"], len(row["input_mask"]))
+    return tensor[~row["input_mask"]], tensor[~row["target_mask"]]
 
 
 def ids(text):
@@ -272,12 +273,27 @@ def test_dropped_vectors_become_one_zero_vector():
         number = [int(vector[0]) // 3 + 1 if vector.any() else 0 for vector in inputs]
         assert [n for n in number if n] == sorted(n for n in number if n)
         assert not any(a == b == 0 for a, b in zip(number, number[1:]))  # noqa: B905
-        assert not row["tensor"][row["input_mask"]].any()
+        assert row["tensor"].shape == inputs.shape and row["tensor"].dtype == np.float32, "zeros behind are the batch's"
         found.add(tuple(number))
     assert (1, 2, 3, 4) in found and (0,) in found and (1, 0, 4) in found
     assert len(parts(one("t5_caption", np.ones((9, 3), np.float32), 5, 0, keep=["all"]))[0]) == 5  # max_tokens
     assert one("t5_caption", SAMPLE["t5_caption"], 0, 0)["input_mask"].all()
     assert one("t5_caption", np.zeros((0, 3), np.float32), 3, 0)["input_mask"].all()
+
+
+@pytest.mark.parametrize("keep", ["random", "binary", "all"])
+def test_a_text_without_tokens_is_not_read_and_nothing_is_drawn_for_it_but_how_much_to_keep(keep):
+    budgets, used, plain = (
+        Budgets({"caption": 0}, {"caption": 0}, 0),
+        np.random.default_rng(0),
+        np.random.default_rng(0),
+    )
+    row = masking({"caption": INFO["caption"] | {"keep": [keep]}}).apply({"caption": object()}, budgets, used)[
+        "caption"
+    ]
+    assert row["input_mask"].all() and row["target_mask"].all() and not row["tensor"].any()
+    keep_probability(keep, plain)
+    assert used.random() == plain.random()
 
 
 @pytest.mark.parametrize(

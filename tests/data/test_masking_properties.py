@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourm.data.masking import Budgets, UnifiedMasking
+from fourm.data.span_masking import padded
 from fourm.utils.tokenizer import TextEncoder, merge_spans
 from tests.data.dataset_files import text_tokenizer
 
@@ -101,6 +102,7 @@ def test_vectors(rows, max_tokens, n_in, keep, seed):
     n_in = min(n_in, max_tokens)
     value = np.arange(1, rows * 2 + 1, dtype=np.float32).reshape(rows, 2)
     row = mask(value, n_in, 0, seed, type="seq_emb", max_tokens=max_tokens, keep=[keep])
+    row["tensor"] = padded(row["tensor"], len(row["input_mask"]))
     inputs, _ = check_row(row, max_tokens, n_in, 0)
     kept = [vector for vector in inputs if any(vector)]
     assert all(vector in value[:max_tokens].tolist() for vector in kept) and kept == sorted(kept)

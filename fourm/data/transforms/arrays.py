@@ -17,7 +17,7 @@ from fourm.utils.errors import DataError, UserError
 
 @dataclass(frozen=True)
 class CaptionEmbTransform(AbstractTransform):
-    """The vectors of a caption, float32 (L, D), such as those of T5.
+    """The vectors of a caption (L, D), such as those of T5, in the file's type; masking gives float32, of few of them.
 
     A file has ``emb`` (variants, L, D) and ``mask_valid`` (variants, L), which vectors count.
 
@@ -58,7 +58,7 @@ class CaptionEmbTransform(AbstractTransform):
 
     def postprocess(self, value: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         vectors, valid = value
-        return vectors[valid].astype(np.float32)
+        return vectors[valid]
 
     def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
         return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))
