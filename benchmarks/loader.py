@@ -6,7 +6,7 @@
 
 The published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, 128/128 and 256/256 tokens. Prints one JSON line per
 number of modalities and of repeats: samples/s, the time of each stage, and how memory grew during the measurement; or, with
-``--memory_samples``, the resident memory of a worker process ten times on the way.
+``--memory_samples``, ten lines on the way with the resident memory of the worker processes.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def write_samples(root: Path, tokenizer: Path, modalities: int, num_shards: int,
     """The data_path of freshly written shards with the folders of a published data set."""
     folders = published(modalities)["data_path"].split("[")[1].split("]")[0].split(",")
     samples = ToySamples(photographs(), vocabulary(tokenizer))
-    return write_shards(root / f"{modalities}_modalities", samples, folders, num_shards, per_shard)
+    return write_shards(root, samples, folders, num_shards, per_shard)
 
 
 def config(root: Path, data_path: str, modalities: int, repeats: int) -> Path:
@@ -96,8 +96,9 @@ def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterato
     return iter(build_train_loader(loaded, tokenizer, **stream, **options))
 
 
-def measure(loader: Iterator[Batch], count: int, batch_size: int, num_workers: int) -> dict[str, float]:
+def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
     """Samples/s, milliseconds per sample of each stage, MB of a batch, and growth of the resident memory in MB."""
+    count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and hold as many decoded samples as they ever will
         next(loader)
     TIMES.clear()
@@ -106,7 +107,7 @@ def measure(loader: Iterator[Batch], count: int, batch_size: int, num_workers: i
         batch = next(loader)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
     milliseconds = {f"{stage}_ms": round(1000 * t / (count * batch_size), 3) for stage, t in TIMES.items()}
-    return {
+    yield {
         "samples_per_s": round(count * batch_size / seconds, 1),
         **({} if num_workers else {"samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1)}),
         **milliseconds,
@@ -115,15 +116,13 @@ def measure(loader: Iterator[Batch], count: int, batch_size: int, num_workers: i
     }
 
 
-def measure_memory(loader: Iterator[Batch], samples: int, batch_size: int) -> dict[str, Any]:
+def measure_memory(loader: Iterator[Batch], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
     """MB that the worker processes have resident, after each tenth of the samples."""
-    memory = {}
     for tenth in range(1, 11):
         for _ in range(samples // batch_size // 10):
             next(loader)
-        workers = multiprocessing.active_children()
-        memory[samples * tenth // 10] = round(sum(_resident_mb(worker.pid) for worker in workers), 1)
-    return {"worker_resident_mb": memory}
+        resident = sum(_resident_mb(worker.pid) for worker in multiprocessing.active_children())
+        yield {"samples": samples * tenth // 10, "workers_resident_mb": round(resident, 1)}
 
 
 def _resident_mb(process: int | None) -> float:
@@ -154,18 +153,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         for modalities in options.modalities:
-            data_path = write_samples(root, tokenizer, modalities, options.shards, options.per_shard)
+            shards = root / str(modalities)
+            data_path = write_samples(shards, tokenizer, modalities, options.shards, options.per_shard)
             for repeats in options.repeats:
                 loader = batches(
                     config(root, data_path, modalities, repeats), tokenizer, TOKENS[modalities],
                     batch_size=batch_size, num_workers=num_workers, raw_pixels=not options.float_pixels,
                 )  # fmt: skip
                 if options.memory_samples is None:
-                    result = measure(loader, options.samples // batch_size, batch_size, num_workers)
+                    results = measure(loader, options.samples, batch_size, num_workers)
                 else:
-                    result = measure_memory(loader, options.memory_samples, batch_size)
+                    results = measure_memory(loader, options.memory_samples, batch_size)
                 settings = {"modalities": modalities, "repeats": repeats, "num_workers": num_workers}
-                print(json.dumps(settings | result), flush=True)
+                for result in results:
+                    print(json.dumps(settings | result), flush=True)
 
 
 if __name__ == "__main__":

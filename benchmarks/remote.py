@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from loader import TIMES, TOKENIZER, config, timed, write_shards
+from loader import TIMES, TOKENIZER, config, timed, write_samples
 
 from fourm.data import remote as remote_module
 from fourm.data.data_config import load_data_config
@@ -88,12 +88,12 @@ def main() -> None:
         shards, local, remote = (Path(folder) / name for name in ("shards", "local", "remote"))
         for path in (shards, local, remote):
             path.mkdir()
-        data_path = write_shards(shards, TOKENIZER, options.different, options.per_shard)
+        data_path = write_samples(shards, TOKENIZER, 7, options.different, options.per_shard)
         for folder, index in itertools.product(shards.iterdir(), range(options.different, options.shards)):
             (folder / f"shard-{index:05d}.tar").hardlink_to(folder / f"shard-{index % options.different:05d}.tar")
         data_path = data_path.replace(f"{options.different - 1:05d}", f"{options.shards - 1:05d}")
-        on_disk = config(local, data_path, repeats=1)
-        in_store = config(remote, data_path.replace(str(shards), f"s3://{BUCKET}"), repeats=1)
+        on_disk = config(local, data_path, 7, repeats=1)
+        in_store = config(remote, data_path.replace(str(shards), f"s3://{BUCKET}"), 7, repeats=1)
         store = ObjectStore(shards)
         command = [sys.executable, "-c", PROXY, str(store.port), str(options.delay)]
         proxy = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent)

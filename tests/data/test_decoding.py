@@ -1,6 +1,7 @@
-"""npy files are read without pickle and as ``np.load`` would."""
+"""npy and npz files are read without pickle and as ``np.load`` would."""
 
 import io
+import zipfile
 
 import numpy as np
 import pytest
@@ -39,3 +40,25 @@ def test_npy_of_another_format_version():
 def test_damaged_npy_is_refused(content):
     with pytest.raises(ValueError):
         decode_value("a.npy", content)
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_either_kind(save):
+    buffer, arrays = io.BytesIO(), {"emb": np.arange(24, dtype=np.float16).reshape(2, 3, 4), "mask": np.eye(3) > 0}
+    save(buffer, **arrays)
+    decoded = decode_value("a.npz", buffer.getvalue())
+    assert list(decoded) == list(arrays)
+    for name, array in arrays.items():
+        assert decoded[name].dtype == array.dtype and np.array_equal(decoded[name], array)
+
+
+def test_npz_is_not_copied_and_damage_is_found():
+    buffer = io.BytesIO()
+    np.savez(buffer, emb=np.full(1000, 7, np.int16))
+    content = buffer.getvalue()
+    decoded = decode_value("a.npz", content)["emb"]
+    assert np.shares_memory(decoded, np.frombuffer(content, np.uint8))
+    at = content.index(b"\7\0" * 100)
+    for damaged in (content[: at + 9] + b"x" + content[at + 10 :], content[:-9], b"PK"):
+        with pytest.raises((zipfile.BadZipFile, ValueError)):
+            decode_value("a.npz", damaged)

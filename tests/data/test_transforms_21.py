@@ -14,6 +14,7 @@ from fourm.data.modality_transforms import (
     ScalarTransform,
     transforms_for,
 )
+from fourm.data.transforms.instances import Polygons
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import TextEncoder, load_text_tokenizer
@@ -115,6 +116,21 @@ def test_points_have_the_polygons_around_them():
     assert found == {True, False} and len(orders) == 3
     texts = [run(SAMInstanceTransform(), rows, index=0, seed=seed) for seed in (0, 1)]
     assert texts[0] != texts[1] and texts[0].count("none") == 7
+
+
+def crossings(outline, x, y):
+    """How often a ray from a point to the right crosses an outline."""
+    edges = zip(outline, [*outline[1:], outline[0]], strict=True)
+    return sum((y0 > y) != (y1 > y) and x0 + (y - y0) / (y1 - y0) * (x1 - x0) > x for (x0, y0), (x1, y1) in edges)
+
+
+def test_polygons_of_any_form_and_number_enclose_what_a_ray_leaves_oddly_often():
+    rng = np.random.default_rng(0)
+    outlines = [rng.integers(0, 30, (count, 2)).tolist() for count in (3, 4, 7, 12, 3)]
+    points = rng.integers(0, 30, (200, 2))
+    inside = Polygons(outlines, [range(16)] * 5).enclosing(points)
+    assert inside.tolist() == [[crossings(o, x, y) % 2 == 1 for o in outlines] for x, y in points.tolist()]
+    assert Polygons([], []).enclosing(points).shape == (200, 0)
 
 
 def test_instances_come_back_and_columns_are_read_too():
