@@ -1,4 +1,4 @@
-"""The benchmark of the training step says what the documentation takes from it."""
+"""The benchmarks of the training step and of the loader say what the documentation takes from them."""
 
 import json
 import os
@@ -41,3 +41,15 @@ def test_the_matrix_runs_under_torchrun_and_fits_exponents():
     )  # fmt: skip
     assert [(row["modalities"], row["strategy"], row["world_size"]) for row in rows] == [(7, "ddp", 2), (14, "ddp", 2)]
     assert set(fit["exponents of cpu_seconds_per_step"]) == {"modalities"}, "one size of model says nothing of sizes"
+
+
+@pytest.mark.slow
+def test_the_loader_is_measured_with_all_modalities_and_so_is_the_memory_of_its_worker():
+    small = ["--repeats", "2", "--batch_size", "2", "--shards", "1", "--per_shard", "3"]
+    seven, all_of_them = lines("benchmarks/loader.py", *small, "--modalities", "7", "21", "--samples", "8")
+    assert (seven["modalities"], all_of_them["modalities"]) == (7, 21) and seven["batch_mb"] < all_of_them["batch_mb"]
+    for line in (seven, all_of_them):
+        assert all(line[f"{stage}_ms"] > 0 for stage in ("read", "budgets", "transform", "masking", "collate"))
+    steps = lines("benchmarks/loader.py", *small, "--modalities", "21", "--memory_samples", "40")
+    assert [step["samples"] for step in steps] == [*range(4, 44, 4)]
+    assert all(step["num_workers"] == 1 and step["workers_resident_mb"] > 100 for step in steps)

@@ -1,11 +1,13 @@
 """The pipeline: what a batch holds, its exact position, and what happens to samples that are bad."""
 
+import gc
 import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -404,3 +406,23 @@ def _runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def test_a_long_stream_holds_no_more_than_its_buffers(tmp_path):
+    path = write_shards(tmp_path / "s", 14, 2)  # of more tars than are kept open
+    loader = build_train_loader(
+        config(tmp_path, path), TOKENIZER, batch_size=16, batches_per_epoch=10**6, num_workers=0, rank=0, world_size=1,
+        seed=0,
+    )  # fmt: skip
+    batches, files, memory = iter(loader), len(os.listdir("/proc/self/fd")), []
+    tracemalloc.start()
+    try:
+        for _ in range(3):
+            for _ in range(20):
+                next(batches)
+            gc.collect()
+            memory.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    assert len(os.listdir("/proc/self/fd")) - files < 14 * 5
+    assert memory[2] - memory[1] < 20 * 16 * 50, "fifty bytes a sample are a leak"
