@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from fourm.data.modality_info import Modality
 
 MaskedSample = Mapping[str, Mapping[str, np.ndarray]]
 
 
-def collate(samples: Sequence[MaskedSample], modality_info: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+def collate(
+    samples: Sequence[MaskedSample], modality_info: Mapping[str, Modality], shared: bool = False
+) -> dict[str, dict[str, Tensor]]:
     """Stack masked samples (method section 1).
 
     Args:
         samples: results of ``UnifiedMasking.apply``.
         modality_info: the modalities of the batch, in its order. A sample without one of them gets an all-masked row.
+        shared: in memory that other processes can read. What a worker process sends is copied there otherwise.
 
     Returns:
         {modality: {tensor, input_mask, target_mask, decoder_attention_mask}} with a leading B; ids are int64, grids of
@@ -30,36 +33,31 @@ def collate(samples: Sequence[MaskedSample], modality_info: Mapping[str, Modalit
     for name, modality in modality_info.items():
         present = next((sample[name]["tensor"].dtype for sample in samples if name in sample), None)
         absent = None if all(name in sample for sample in samples) else _masked_row(modality, present)
-        rows = [sample[name] if absent is None else sample.get(name, absent) for sample in samples]
-        batch[name] = {field: _stacked([row[field] for row in rows]) for field in rows[0] if field != "tensor"}
-        length = batch[name]["input_mask"].shape[1] if modality.type == "seq_emb" else None
-        batch[name] = {"tensor": _stacked([row["tensor"] for row in rows], length)} | batch[name]
+        rows: list[Any] = [sample.get(name, absent) for sample in samples]
+        length = len(rows[0]["input_mask"]) if modality.type == "seq_emb" else None
+        batch[name] = {field: _stacked([row[field] for row in rows], length, shared) for field in rows[0]}
         if modality.type == "img" and not modality.is_pixels:
             batch[name]["tensor"] = batch[name]["tensor"].flatten(1)
     return batch
 
 
-def _stacked(rows: Sequence[np.ndarray], length: int | None = None) -> Tensor:
+def _stacked(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Tensor:
     """One row below the other; with a ``length``, shorter rows have zeros behind them."""
     if length is None:
-        stack = _zeros((len(rows), *rows[0].shape), rows[0].dtype)
+        stack = _zeros((len(rows), *rows[0].shape), rows[0].dtype, shared)
         np.stack(rows, out=stack.numpy())
         return stack
-    stack = _zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype)
+    stack = _zeros((len(rows), length, *rows[0].shape[1:]), rows[0].dtype, shared)
     for target, row in zip(stack.numpy(), rows, strict=True):
         target[: len(row)] = row
     return stack
 
 
-def _zeros(shape: tuple[int, ...], dtype: np.dtype) -> Tensor:
-    """Zeros whose memory costs nothing until it is written to; in a worker process it is the main one's too.
-
-    Else the batch would be copied into shared memory when it is sent.
-    """
-    if get_worker_info() is None:
-        return torch.from_numpy(np.zeros(shape, dtype))
+def _zeros(shape: tuple[int, ...], dtype: np.dtype, shared: bool) -> Tensor:
+    if not shared:
+        return torch.from_numpy(np.zeros(shape, dtype))  # whose pages cost nothing until they are written to
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
-    return torch.empty(0, dtype=torch.from_numpy(np.empty(0, dtype)).dtype).set_(storage, 0, shape)
+    return torch.from_numpy(np.empty(0, dtype)).new_empty(0).set_(storage).view(shape)
 
 
 def _masked_row(modality: Modality, dtype: np.dtype | None) -> dict[str, np.ndarray]:

@@ -73,7 +73,8 @@ def decode_value(filename: str, content: bytes) -> Any:
     Images stay encoded: whether, where and how finely to decode is known only once the crop and the budgets are.
 
     Returns:
-        ``bytes`` for an image, ``str`` for txt, an array for npy, a dict of arrays for npz, parsed JSON for json.
+        ``bytes`` for an image, ``str`` for txt, an array for npy (of objects an :class:`ObjectArray`), a dict of arrays for npz, parsed
+        JSON for json.
 
     Raises:
         DataError: an extension that nothing here reads.
@@ -91,7 +92,7 @@ def decode_value(filename: str, content: bytes) -> Any:
     return FORMATS[extension](content)
 
 
-def _read_npy(content: bytes | memoryview) -> np.ndarray:
+def _read_npy(content: bytes | memoryview) -> np.ndarray | ObjectArray:
     """``np.load`` without running pickles, ten times as fast: a data set has few headers, and each is parsed once."""
     if content[:6] != b"\x93NUMPY":
         raise ValueError("not an npy file")
@@ -110,7 +111,7 @@ def _parse_npy_header(header: bytes) -> tuple[np.dtype, Literal["C", "F"], tuple
     return dtype, "F" if fields["fortran_order"] else "C", fields["shape"]
 
 
-def _read_npz(content: bytes) -> dict[str, np.ndarray]:
+def _read_npz(content: bytes) -> dict[str, np.ndarray | ObjectArray]:
     """``np.load`` without running pickles, or copying what is not compressed."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         files = {info.filename.removesuffix(".npy"): _unzipped(content, archive, info) for info in archive.infolist()}

@@ -244,7 +244,7 @@ class TrainBatches(IterableDataset):
                 samples = streams[stream]
                 rows = [next(samples) for _ in range(self.batch_size)]
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _reported(ledgers)
-                yield Batch(collate(rows, self.modalities), position, scaling)
+                yield Batch(_collated(rows, self.modalities), position, scaling)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
@@ -288,7 +288,7 @@ class EvalBatches(IterableDataset):
             if kept := [row for row in rows if row is not None]:
                 position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1} | _reported([ledger])
                 position["skipped"] = dict(skipped)
-                yield Batch(collate(kept, self.dataset.modalities), position, self.dataset.scaling)
+                yield Batch(_collated(kept, self.dataset.modalities), position, self.dataset.scaling)
                 skipped = Counter()
 
 
@@ -346,6 +346,10 @@ def _end_for_the_parent() -> None:
 
 def _unchanged(item: Any) -> Any:
     return item
+
+
+def _collated(samples: Sequence[MaskedSample], modalities: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+    return collate(samples, modalities, shared=get_worker_info() is not None)
 
 
 def _worker() -> tuple[int, int]:

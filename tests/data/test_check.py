@@ -18,6 +18,7 @@ from fourm.data.inspection import Inspector, Part
 from fourm.data.raw_sample import Member
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
+    CROPS,
     MODALITIES,
     jpeg,
     npy,
@@ -130,6 +131,21 @@ def test_shards_that_are_damaged_or_not_there(tmp_path, capsys):
     said = "\n".join(example for p in troubles for example in p["examples"])
     assert "cut off" in said and "not a tar file" in said and f"there is no {tars[2]}" in said
     assert found["keys"] == 16 and 8 <= found["modalities"]["rgb@32"]["missing"] <= 12 and found["samples_read"] >= 4
+
+
+def test_all_entries_of_an_object_array_are_read(tmp_path, capsys):
+    path = write_folders(tmp_path / "f", 4)
+    for index in range(4):
+        crops = np.empty(CROPS, object)
+        crops[:] = [[], [], [np.dtype("f4")] if index == 3 else []]
+        target = tmp_path / "f" / "sam_instance" / f"part{index % 2}" / f"{index:05d}.npy"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(npy(crops))
+    arguments = config(tmp_path, path, modalities={**MODALITIES, "sam_instance": {}}, use_wds=False)
+    _, (found,) = check(arguments, capsys)
+    (problem,) = [p for p in found["problems"] if p["kind"] == "corrupt member"]
+    assert "00003" in problem["examples"][0] and "is not a plain value" in problem["examples"][0]
+    assert found["modalities"]["sam_instance"]["dtypes"] == {"object": 3}
 
 
 def test_pictures_that_show_another_frame(tmp_path, capsys):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils.data import DataLoader, IterableDataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import load_data_config
@@ -406,6 +407,25 @@ def _runs(pid):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+class Shared(IterableDataset):
+    """Whether each batch lies in shared memory where it is made."""
+
+    def __init__(self, batches):
+        self.batches = batches
+
+    def __iter__(self):
+        for batch in self.batches:
+            yield {tensor.is_shared() for entry in batch.mod_dict.values() for tensor in entry.values()}
+
+
+def test_workers_make_their_batches_where_the_main_process_reads_them(tmp_path, shards):
+    batches = build_train_loader(
+        config(tmp_path, shards), TOKENIZER, batch_size=4, batches_per_epoch=5, num_workers=1, rank=0, world_size=1, seed=0
+    )._batches  # fmt: skip
+    for workers in (0, 1):
+        assert next(iter(DataLoader(Shared(batches), batch_size=None, num_workers=workers))) == {workers == 1}
 
 
 def test_a_long_stream_holds_no_more_than_its_buffers(tmp_path):
