@@ -1,4 +1,4 @@
-"""Toy shards of any of the published modalities: parts of photographs, and random values, with files as large as real ones."""
+"""Toy shards of any of the published modalities: parts of photographs, and random values in the shapes of real ones."""
 
 from __future__ import annotations
 
