@@ -121,7 +121,8 @@ class UnifiedMasking:
             kept = draw_kept(np.ones(len(vectors), np.int64), probability, n_in, generator)
             gaps = run_starts(kept)
             used = (kept | gaps) & (n_in > 0)
-            inputs = vectors[used].astype(np.float32, copy=False)
+            inputs = vectors[used]
+            inputs = inputs.astype(np.float32) if inputs.dtype == np.float16 else inputs
             inputs[gaps[used]] = 0
             return sequence_row(inputs, [], n_in, modality.max_tokens)
         if not n_in and not n_out:  # as often as not: the text need not be looked at

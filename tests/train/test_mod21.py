@@ -1,25 +1,67 @@
 """The published 21-modality configuration, with other paths, runs on a toy data set of all its modalities."""
 
+import io
+import json
 from pathlib import Path
 
 import numpy as np
 import yaml
-from PIL import Image
 
-from benchmarks.toy_shards import ToySamples
-from tests.data.dataset_files import write_tar
+from fourm.data.modality_info import MODALITY_INFO
+from tests.data.dataset_files import crop_settings, jpeg, npy, write_tar
 from tests.train.toy_run import log_lines, run_here
 
 DATA = "cfgs/default/4m/data/cc12m+coyo+c4/main/mix_mod21_all2allmix_rgb2all_capT5bias_C4.yaml"
 MAIN = "cfgs/default/4m/models/main/4m-b_mod21_500b.yaml"
-SAMPLES = ToySamples([Image.effect_noise((90, 60), 99).convert("RGB")], ["photo", "dog", "number"])
+CROPS = 3
+
+
+def content(folder: str, rng: np.random.Generator) -> tuple[str, bytes]:
+    """Extension and content of one file."""
+
+    def as_json(value):
+        return "json", json.dumps(value).encode()
+
+    box = [0.1, 0.1, 0.9, 0.9]
+    polygon = {"points": rng.uniform(0, 224, (6, 2)).tolist(), "token_ids": rng.integers(1024, size=16)}
+    person = {
+        "box": box,
+        "pose": rng.integers(1024, size=8).tolist(),
+        "global": [0.5] * 9,
+        "shape": [1.0] * 10,
+        "camera": [1, 0, 9],
+    }
+    instances = np.empty(CROPS, object)
+    instances[:] = [[polygon] * i for i in range(CROPS)]
+    special = {
+        "rgb": lambda: ("jpg", jpeg(rng, (256, 300))),
+        "crop_settings": lambda: ("npy", npy(crop_settings(rng, 256, 300, CROPS))),
+        "caption": lambda: as_json([{"caption": f"a photo of dog number {i}"} for i in range(CROPS)]),
+        "det": lambda: as_json({"instances": [{"boxes": box, "class_name": "dog", "score": 0.9}]}),
+        "metadata": lambda: as_json({"original_width": 300, "brightness": 80.5, "n_humans": 1, "aesthetic_score": 5}),
+        "color_palette": lambda: as_json([{str(n): rng.integers(256, size=(n, 3)).tolist() for n in range(1, 8)}]),
+        "human_poses": lambda: as_json([[person] * i for i in range(CROPS)]),
+        "sam_instance": lambda: ("npy", npy(instances)),
+    }
+    if folder in special:
+        return special[folder]()
+    if folder == "t5_caption":
+        file = io.BytesIO()
+        np.savez(
+            file, emb=rng.normal(size=(CROPS, 77, 4096)).astype(np.float16), mask_valid=np.arange(77) < [[9]] * CROPS
+        )
+        return "npz", file.getvalue()
+    modality = MODALITY_INFO[folder]
+    return "npy", npy(rng.integers(modality.vocab_size, size=(CROPS, modality.max_tokens)).astype(np.int16))
 
 
 def write_folders(root: Path, folders: list[str], count: int) -> dict[str, list[tuple[str, bytes]]]:
     """Files of a data set; returns them as members of tars."""
     members = {folder: [] for folder in folders}
     for index in range(count):
-        for folder, (extension, value) in SAMPLES(index, folders).items():
+        rng = np.random.default_rng(index)
+        for folder in folders:
+            extension, value = content(folder, rng)
             path = root / folder / "part" / f"{index:04d}.{extension}"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(value)

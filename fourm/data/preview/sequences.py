@@ -78,7 +78,8 @@ def roles_of(entry: Masked, length: int) -> tuple[np.ndarray, dict[int, int]]:
     """
     roles, marks = np.full(length, UNUSED), dict[int, int]()
     for role, mask in ((INPUT, "input_mask"), (TARGET, "target_mask")):
-        ids = entry["tensor"][~entry[mask]].ravel()
+        tensor = entry["tensor"]
+        ids = tensor[~entry[mask][: len(tensor)]].ravel()  # vectors end with the last input
         places = ids[ids >= _FIRST] - _FIRST
         roles[places] = role
         for at in np.flatnonzero(ids < _FIRST).tolist():
