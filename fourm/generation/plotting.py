@@ -53,12 +53,17 @@ def plot(
     layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
     figure = Figure(figsize=(sum(widths) * _CELL, height), layout=layout, dpi=120)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"width_ratios": widths})
+    features = {
+        name: [row[name].value for row in rows if name in row and row[name].kind == "feature"] for name in columns
+    }
+    # The same colour is the same feature all over a column.
+    colors = {name: principal_colors(maps) for name, maps in features.items() if maps}
     for axes_of_row, sample in zip(grid, rows, strict=True):
         for axes, name, width in zip(axes_of_row, columns, widths, strict=True):
             axes.set(xticks=[], yticks=[], box_aspect=1 / width)
             axes.spines[:].set_visible(False)
             if name in sample:
-                _draw(axes, sample[name], sample)
+                _draw(axes, sample[name], sample, colors.get(name))
     for axes, name in zip(grid[0], _titles(columns), strict=True):
         axes.set_title(name, fontsize=9, color=_INK)
     for axes_of_row, label in zip(grid, labels, strict=False):
@@ -126,15 +131,18 @@ def _tokens(ids: np.ndarray) -> np.ndarray:
     return np.where(ids[..., None] < 0, 1.0, 0.25 + 0.7 * colors)
 
 
-def _features(values: np.ndarray) -> np.ndarray:
-    """The first three principal components of (h, w, C) as red, green and blue."""
-    rows = np.nan_to_num(values.reshape(-1, values.shape[-1]).astype(np.float64))
-    rows = rows - rows.mean(0)
-    _, _, directions = np.linalg.svd(rows, full_matrices=False)
-    parts = rows @ directions[:3].T
-    parts = np.pad(parts, [(0, 0), (0, 3 - parts.shape[1])])
-    low, high = np.percentile(parts, [1, 99], axis=0)
-    return ((parts - low) / np.maximum(high - low, 1e-9)).reshape(*values.shape[:2], 3)
+def principal_colors(maps: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
+    """How feature maps (h, w, C) become red, green and blue: the first three principal components of all ``maps``."""
+    rows = np.nan_to_num(np.concatenate([values.reshape(-1, values.shape[-1]) for values in maps]).astype(np.float64))
+    mean = rows.mean(0)
+    directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:3].T
+    low, high = np.percentile((rows - mean) @ directions, [1, 99], axis=0)
+
+    def draw(values: np.ndarray) -> np.ndarray:
+        parts = ((np.nan_to_num(values) - mean) @ directions - low) / np.maximum(high - low, 1e-9)
+        return np.pad(parts, [(0, 0), (0, 0), (0, 3 - parts.shape[-1])])
+
+    return draw
 
 
 IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -146,7 +154,7 @@ IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "canny_edge": _edges,
     "sam_edge": _edges,
     "tokens": _tokens,
-    "feature": _features,
+    "feature": lambda values: principal_colors([values])(values),
 }
 """Kind → its value as a picture (H, W, 3), uint8 or in [0, 1]."""
 
@@ -234,8 +242,10 @@ PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
 """Kind → what draws it, for kinds that are no pictures (:data:`IMAGES`)."""
 
 
-def _draw(axes: Axes, result: Decoded, sample: Mapping[str, Decoded]) -> None:
-    image = as_image(result)
+def _draw(
+    axes: Axes, result: Decoded, sample: Mapping[str, Decoded], features: Callable[[np.ndarray], np.ndarray] | None
+) -> None:
+    image = features(result.value).clip(0, 1) if features else as_image(result)
     if image is not None:
         axes.imshow(image, interpolation="nearest")
     else:

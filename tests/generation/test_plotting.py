@@ -85,6 +85,16 @@ def test_features_that_are_alike_look_alike():
     assert abs(image[0, 0] - image[0, 2]).sum() > 100
 
 
+def test_the_features_of_a_column_share_their_colours():
+    a, b, c = RNG.normal(size=(3, 6))
+    maps = [np.stack([[x, y]]) for x, y in ((a, b), (b, a), (c, a))]
+    figure = plot([{"tok_net@32": Decoded("feature", values)} for values in maps])
+    first, second, third = (axes.images[0].get_array() for axes in figure.axes)
+    np.testing.assert_allclose(first[0, 0], second[0, 1])
+    np.testing.assert_allclose(first[0, 0], third[0, 1])
+    assert np.abs(first[0, 0] - third[0, 0]).sum() > 0.2
+
+
 def test_a_sheet_names_its_columns_classes_and_what_is_missing():
     rows = [
         {
