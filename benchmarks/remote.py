@@ -71,15 +71,15 @@ def _fetched(remote: RemoteOptions) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--delay", type=float, default=0.02, help="seconds that each request waits")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--batches", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--batches", type=int, default=100)
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--warm_up", type=int, default=32, help="batches before, in which the shuffle buffers fill")
-    parser.add_argument("--shards", type=int, default=40, help="so many that most are new when they are drawn")
+    parser.add_argument("--warm_up", type=int, default=48, help="batches before, in which the shuffle buffers fill")
+    parser.add_argument("--shards", type=int, default=80, help="so many that most are new when they are drawn")
     parser.add_argument(
-        "--different", type=int, default=4, help="shards that are written; the others are copies of them"
+        "--different", type=int, default=2, help="shards that are written; the others are copies of them"
     )
-    parser.add_argument("--per_shard", type=int, default=200)
+    parser.add_argument("--per_shard", type=int, default=1000)
     options = parser.parse_args()
     torch.set_num_threads(1)
     timed(remote_module, "_arrived", "waiting")

@@ -21,7 +21,7 @@ from fourm.utils.errors import UserError
 
 T = TypeVar("T")
 
-CHUNK = 2**20  # bytes read at once
+CHUNK = 2**18  # bytes read at once: few enough that they are still in a cache when they are written and hashed
 _DOWNLOADS = 3  # of an object whose checksum is wrong
 _jitter = random.Random()  # not the global generator: how often a store fails must not change a run
 
@@ -117,13 +117,18 @@ class Downloads:
             UserError: the object cannot be read.
             OSError: the file cannot be written.
         """
-        step = self._part_bytes if item.size > self._split_above_bytes else max(item.size, 1)
+        in_parts = item.size > self._split_above_bytes
+        step = self._part_bytes if in_parts else max(item.size, 1)
+        algorithm, digest = item.digest or ("", "")
 
         def write(data: bytes, position: int) -> None:
             if os.pwrite(file.fileno(), data, position) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if hasher and not in_parts:  # in their order, whatever breaks on the way
+                hasher.update(data)
 
         for _ in range(_DOWNLOADS):
+            hasher = new_hasher(algorithm) if digest else None
             parts = [
                 in_background(self.read, store, item, start, min(start + step, item.size), write)
                 for start in range(0, item.size, step)
@@ -131,8 +136,9 @@ class Downloads:
             concurrent.futures.wait(parts)  # none may write any more when the file is closed
             for part in parts:
                 part.result()
-            algorithm, digest = item.digest or ("", "")
-            if not digest or hex_digest(file, algorithm) == digest:
+            if hasher and in_parts:
+                _hash(file, hasher)
+            if not hasher or hasher.hexdigest() == digest:
                 os.fsync(file.fileno())
                 return
         raise DamagedObject(
@@ -210,15 +216,32 @@ def raise_for_status(status: int, code: str, url: str) -> None:
     raise UserError(f"{shown(url)}: the store refuses the request ({answer})")
 
 
-def hex_digest(file: BinaryIO, algorithm: str) -> str:
-    """``crc32`` or an algorithm of hashlib over a file, from its beginning."""
+class Hasher(Protocol):
+    """What hashlib gives."""
+
+    def update(self, data: bytes, /) -> None: ...
+
+    def hexdigest(self) -> str: ...
+
+
+class _CRC32:
+    def __init__(self) -> None:
+        self._value = 0
+
+    def update(self, data: bytes, /) -> None:
+        self._value = zlib.crc32(data, self._value)
+
+    def hexdigest(self) -> str:
+        return f"{self._value:08x}"
+
+
+def new_hasher(algorithm: str) -> Hasher:
+    """Of ``crc32`` or an algorithm of hashlib."""
+    return _CRC32() if algorithm == "crc32" else hashlib.new(algorithm)
+
+
+def _hash(file: BinaryIO | io.FileIO, hasher: Hasher) -> None:
+    """Over a file, from its beginning."""
     file.seek(0)
-    if algorithm == "crc32":
-        value = 0
-        while data := file.read(CHUNK):
-            value = zlib.crc32(data, value)
-        return f"{value:08x}"
-    hasher = hashlib.new(algorithm)
     while data := file.read(CHUNK):
         hasher.update(data)
-    return hasher.hexdigest()
