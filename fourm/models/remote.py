@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -131,6 +132,8 @@ def _cached(place: str, files: dict[str, RemoteObject], store: S3Store) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f"{content}.lock"):
             if not target.exists():
+                for left in cache.glob(f".tmp-*-{content}-*"):  # by a process that was killed
+                    shutil.rmtree(left)
                 _fetch(files, target, store)
     except OSError as error:
         raise UserError(f"{cache}, for the copy of {place}: {error.strerror}") from error

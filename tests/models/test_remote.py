@@ -124,6 +124,17 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
         find_model(f"{run}/nothing", store)
 
 
+def test_half_a_copy_of_a_killed_process_is_removed(checkpoints, server, run):
+    store = S3Store(server.endpoint)
+    copy_checkpoint(checkpoints[0], run, store, keep_last=0)
+    copy = local_copy(find_model(run, store), store)
+    left, other = (copy.with_name(name) for name in (f".tmp-1-{copy.name}", ".tmp-1-other-step-00000001"))
+    copy.rename(left)
+    other.mkdir()  # of a process that is fetching it
+    assert local_copy(find_model(run, store), store) == copy
+    assert copy.is_dir() and other.is_dir() and not left.exists()
+
+
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "list", "elsewhere"])
 def test_what_is_damaged_is_found_out_and_leaves_nothing(checkpoints, server, run, tmp_path, what):
     store = S3Store(server.endpoint, retries=RETRIES)
