@@ -89,7 +89,8 @@ def copy_checkpoint(checkpoint: Path, run: str, store: S3Store, keep_last: int) 
         UserError: the store cannot be written to.
     """
     folder = f"{run}/checkpoints"
-    store.remove(f"{folder}/{checkpoint.name}/{CHECKSUMS}")  # there is one if what is there was damaged
+    if CHECKSUMS in store.names(f"{folder}/{checkpoint.name}"):  # what is there was damaged
+        store.remove(f"{folder}/{checkpoint.name}/{CHECKSUMS}")
     upload(checkpoint, f"{folder}/{checkpoint.name}", store, last=CHECKSUMS)
     if keep_last:
         names = store.names(folder)
