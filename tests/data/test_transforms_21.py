@@ -145,6 +145,8 @@ def test_instances_come_back_and_columns_are_read_too():
     for change in ({"token_ids": [1]}, {"points": [[0, 0]]}):
         with pytest.raises(DataError, match="expected"):
             run(SAMInstanceTransform(), [[SQUARE | change]], index=0)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run(SAMInstanceTransform(), [[SQUARE | {"token_ids": [[1, 2]] * 16}]], index=0)
     with pytest.raises(DataError, match="only 1 crops"):
         run(SAMInstanceTransform(), [[SQUARE]], index=1)
 
