@@ -230,6 +230,9 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     for key in needed.get(modality.type, ("vocab_size", "max_tokens")):
         if getattr(modality, key) is None:
             raise UserError(f"{where}: '{key}' is required for type {modality.type}")
+    plain = _KIND_DEFAULTS["seq_emb"]["encoder_embedding"]
+    if modality.encoder_embedding == plain and "orig_emb_dim" not in modality.embedding_options:
+        raise UserError(f"{where}: 'embedding_options' must have 'orig_emb_dim', the width of the vectors")
     if modality.is_pixels and modality.num_channels is None:
         raise UserError(f"{where}: a grid needs 'num_channels' (pixels) or 'vocab_size' (tokens)")
     return modality

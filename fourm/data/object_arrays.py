@@ -140,7 +140,7 @@ class ObjectArray(Sequence[Any]):
     def _load(self) -> np.ndarray:
         record = _Reader(io.BytesIO(self._content)).load()
         array = record.value() if isinstance(record, _Array) else None
-        if array is None or not array.dtype.hasobject:
+        if array is None or not array.dtype.hasobject or not array.ndim:
             raise pickle.UnpicklingError("not an array of objects")
         return array
 

@@ -245,7 +245,7 @@ PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
 def _draw(
     axes: Axes, result: Decoded, sample: Mapping[str, Decoded], features: Callable[[np.ndarray], np.ndarray] | None
 ) -> None:
-    image = features(result.value).clip(0, 1) if features else as_image(result)
+    image = features(result.value).clip(0, 1) if features and result.kind == "feature" else as_image(result)
     if image is not None:
         axes.imshow(image, interpolation="nearest")
     else:

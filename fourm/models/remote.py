@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import replace
@@ -88,11 +89,13 @@ def copy_checkpoint(checkpoint: Path, run: str, store: S3Store, keep_last: int) 
         UserError: the store cannot be written to.
     """
     folder = f"{run}/checkpoints"
-    store.remove(f"{folder}/{checkpoint.name}/{CHECKSUMS}")  # there is one if what is there was damaged
+    if CHECKSUMS in store.names(f"{folder}/{checkpoint.name}"):  # what is there was damaged
+        store.remove(f"{folder}/{checkpoint.name}/{CHECKSUMS}")
     upload(checkpoint, f"{folder}/{checkpoint.name}", store, last=CHECKSUMS)
     if keep_last:
         names = store.names(folder)
-        kept = [step for step in _complete(names) if step <= checkpoint.name][:keep_last]
+        older = [step for step in _complete(names) if step < checkpoint.name]
+        kept = {checkpoint.name, *older[: keep_last - 1]}  # whether the listing shows it yet or not
         for name in sorted(names, key=lambda name: (not name.endswith(CHECKSUMS), name)):
             step = name.partition("/")[0]
             if step.startswith("step-") and step <= checkpoint.name and step not in kept:
@@ -131,6 +134,8 @@ def _cached(place: str, files: dict[str, RemoteObject], store: S3Store) -> Path:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f"{content}.lock"):
             if not target.exists():
+                for left in cache.glob(f".tmp-*-{content}-*"):  # by a process that was killed
+                    shutil.rmtree(left)
                 _fetch(files, target, store)
     except OSError as error:
         raise UserError(f"{cache}, for the copy of {place}: {error.strerror}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from fourm.models import remote
 from fourm.train.config import TrainConfig
 from fourm.train.journal import FILES
 from fourm.train.parallel import Processes
+from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.s3 import S3Store, upload
@@ -57,8 +59,17 @@ class RemoteRun:
         """Bring the first of these checkpoints that is intact into the run folder, and with it the log.
 
         Raises:
-            UserError: the store cannot be read.
+            UserError: the store cannot be read, or has another run under this name.
         """
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "config.yaml")
+            self._store.download({path: self._store.describe(f"{self.url}/config.yaml")})
+            other = load_yaml(path).get("output_dir")
+        if Path(str(other)) != self._folder:
+            raise UserError(
+                f"{self.url} is the copy of the run in {other}: choose another run_name, or to go on with that run set "
+                f"output_dir to {other}"
+            )
         self._folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self._folder)
         for name in FILES:

@@ -49,7 +49,7 @@ def _candidates(config: TrainConfig, folder: Path, copy: RemoteRun) -> list[str]
         return []  # these are the weights to evaluate
     own = complete_checkpoints(folder)
     newer = copy.newer_checkpoints(own[0].name if own else "")
-    if newer and config.auto_resume:
+    if newer and config.auto_resume and not config.dry_run:
         copy.fetch(newer)
         own = complete_checkpoints(folder)
         if not own:

@@ -23,6 +23,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept last: writers such as PIL choose the format by it.
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    _remove(temporary)  # of a killed process, whose number this one has: in containers numbers are often the same
     try:
         yield temporary
         _sync(temporary)
@@ -31,10 +32,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
         _sync(path.parent, recurse=False)
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
-        else:
-            temporary.unlink(missing_ok=True)
+        _remove(temporary)
 
 
 def lock_folder(folder: str | Path) -> None:
@@ -59,6 +57,13 @@ def locked(path: str | Path) -> Iterator[None]:
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _sync(path: Path, recurse: bool = True) -> None:

@@ -106,7 +106,7 @@ class Downloads:
     """
 
     def __init__(self, retries: Retries, requests: int, part_bytes: int, split_above_bytes: int):
-        self._retries, self._in_flight = retries, threading.Semaphore(requests)
+        self._retries, self._requests, self._in_flight = retries, requests, threading.Semaphore(requests)
         self._part_bytes, self._split_above_bytes = part_bytes, split_above_bytes
 
     def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> None:
@@ -129,13 +129,17 @@ class Downloads:
 
         for _ in range(_DOWNLOADS):
             hasher = new_hasher(algorithm) if digest else None
-            parts = [
-                in_background(self.read, store, item, start, min(start + step, item.size), write)
-                for start in range(0, item.size, step)
-            ]
-            concurrent.futures.wait(parts)  # none may write any more when the file is closed
-            for part in parts:
-                part.result()
+            starts = range(0, item.size, step)
+            upcoming = iter(starts)  # a part after the other, for whichever thread is free
+
+            def fetch_parts(upcoming: Iterator[int] = upcoming) -> None:
+                for start in upcoming:
+                    self.read(store, item, start, min(start + step, item.size), write)
+
+            threads = [in_background(fetch_parts) for _ in range(min(len(starts), self._requests))]
+            concurrent.futures.wait(threads)  # none may write any more when the file is closed
+            for thread in threads:
+                thread.result()
             if hasher and in_parts:
                 _hash(file, hasher)
             if not hasher or hasher.hexdigest() == digest:

@@ -65,6 +65,7 @@ def test_registering_makes_it_known(monkeypatch):
         ("x", {"type": "img", "input_size": 64, "patch_size": 16}, "needs 'num_channels'"),
         ("x", {"type": "img", "input_size": 65, "patch_size": 16, "num_channels": 1}, "not a multiple"),
         ("x", {"type": "seq_token", "max_tokens": 3}, "'vocab_size' is required"),
+        ("x", {"type": "seq_emb", "max_tokens": 3}, "'embedding_options' must have 'orig_emb_dim'"),
     ],
 )
 def test_a_bad_declaration_names_the_mend(name, fields, message):

@@ -145,6 +145,8 @@ def test_instances_come_back_and_columns_are_read_too():
     for change in ({"token_ids": [1]}, {"points": [[0, 0]]}):
         with pytest.raises(DataError, match="expected"):
             run(SAMInstanceTransform(), [[SQUARE | change]], index=0)
+    with pytest.raises(ValueError, match="cannot reshape"):
+        run(SAMInstanceTransform(), [[SQUARE | {"token_ids": [[1, 2]] * 16}]], index=0)
     with pytest.raises(DataError, match="only 1 crops"):
         run(SAMInstanceTransform(), [[SQUARE]], index=1)
 
@@ -162,6 +164,8 @@ def test_vectors_of_captions_are_those_that_count():
     drawn = {run(CaptionEmbTransform(aligned_captions=False), value, index=0, seed=s)[0, 0] for s in range(20)}
     assert drawn == {0, 12}
     assert run(CaptionEmbTransform(), embeddings(1), index=5)[0, 0] == 0
+    for other in (np.float32, np.float64, np.int8):  # the model takes float32 alone
+        assert run(CaptionEmbTransform(), value | {"emb": value["emb"].astype(other)}, index=0).dtype == np.float32
     with pytest.raises(DataError, match="vectors of 4096 numbers, not of 4"):
         run(transforms_for({"t5_caption": MODALITY_INFO["t5_caption"]})["t5_caption"], value, index=0)
     with pytest.raises(DataError, match="mask_valid"):

@@ -93,6 +93,9 @@ def test_the_features_of_a_column_share_their_colours():
     np.testing.assert_allclose(first[0, 0], second[0, 1])
     np.testing.assert_allclose(first[0, 0], third[0, 1])
     assert np.abs(first[0, 0] - third[0, 0]).sum() > 0.2
+    ids = Decoded("tokens", np.array([[1, 2]]))  # of a sampler without the tokenizer
+    tokens = plot([{"tok_net@32": Decoded("feature", maps[0])}, {"tok_net@32": ids}]).axes[1].images[0].get_array()
+    np.testing.assert_array_equal(tokens, as_image(ids))
 
 
 def test_a_sheet_names_its_columns_classes_and_what_is_missing():

@@ -67,7 +67,7 @@ def test_what_tells_that_all_is_there_comes_last_and_goes_first(checkpoints, ser
 
     with faulty(server, listen) as proxy:
         store = S3Store(proxy.endpoint)
-        for checkpoint in checkpoints[:3]:
+        for checkpoint in (*checkpoints[:3], checkpoints[2]):
             copy_checkpoint(checkpoint, run, store, keep_last=2)
         assert steps(run, store) == [3, 2]
         assert {name.split("/")[0] for name in store.names(f"{run}/checkpoints")} == {"step-00000002", "step-00000003"}
@@ -89,6 +89,15 @@ def test_a_copy_that_was_cut_off_is_not_there_and_removes_nothing(checkpoints, s
     assert steps(run, store) == [1] and find_checkpoint(run, store).endswith("step-00000001")
     copy_checkpoint(checkpoints[2], run, store, keep_last=1)
     assert {name.split("/")[0] for name in store.names(f"{run}/checkpoints")} == {"step-00000003"}
+
+
+def test_who_may_not_delete_has_copies_all_the_same(checkpoints, server, run):
+    with faulty(server, lambda method, *_: "403 AccessDenied" if method == "DELETE" else None) as proxy:
+        store = S3Store(proxy.endpoint)
+        copy_checkpoint(checkpoints[0], run, store, keep_last=0)
+        with pytest.raises(UserError, match="access denied"):
+            copy_checkpoint(checkpoints[1], run, store, keep_last=1)
+        assert steps(run, store) == [2, 1]
 
 
 def test_a_checkpoint_that_is_made_again_counts_only_up_to_itself(checkpoints, server, run):
@@ -122,6 +131,17 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
     assert local_copy(file, store).read_bytes() == (tmp_path / "saved" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="nothing is no complete checkpoint, and no run with checkpoints"):
         find_model(f"{run}/nothing", store)
+
+
+def test_half_a_copy_of_a_killed_process_is_removed(checkpoints, server, run):
+    store = S3Store(server.endpoint)
+    copy_checkpoint(checkpoints[0], run, store, keep_last=0)
+    copy = local_copy(find_model(run, store), store)
+    left, other = (copy.with_name(name) for name in (f".tmp-1-{copy.name}", ".tmp-1-other-step-00000001"))
+    copy.rename(left)
+    other.mkdir()  # of a process that is fetching it
+    assert local_copy(find_model(run, store), store) == copy
+    assert copy.is_dir() and other.is_dir() and not left.exists()
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "list", "elsewhere"])

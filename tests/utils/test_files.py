@@ -18,6 +18,18 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert target.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
+def test_what_a_killed_process_of_the_same_number_has_left_is_not_in_the_way(tmp_path):
+    for name in ("folder", "file"):
+        left = tmp_path / f".tmp-{os.getpid()}-{name}"
+        left.mkdir()
+        (left / "half").touch()
+    with atomic_path(tmp_path / "folder") as temporary:
+        temporary.mkdir()
+    with atomic_path(tmp_path / "file") as temporary, open(temporary, "x"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
+
+
 def test_folders_appear_whole(tmp_path):
     target = tmp_path / "sub" / "checkpoint"
     for content in ("1", "2"):

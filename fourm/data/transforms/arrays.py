@@ -17,7 +17,7 @@ from fourm.utils.errors import DataError, UserError
 
 @dataclass(frozen=True)
 class CaptionEmbTransform(AbstractTransform):
-    """The vectors of a caption (L, D), such as those of T5, in the file's type; masking gives float32, of few of them.
+    """The vectors of a caption (L, D), such as those of T5. Those in float16 become float32 when masking has chosen some.
 
     A file has ``emb`` (variants, L, D) and ``mask_valid`` (variants, L), which vectors count.
 
@@ -58,7 +58,7 @@ class CaptionEmbTransform(AbstractTransform):
 
     def postprocess(self, value: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         vectors, valid = value
-        return vectors[valid]
+        return vectors[valid] if vectors.dtype == np.float16 else vectors[valid].astype(np.float32, copy=False)
 
     def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
         return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))

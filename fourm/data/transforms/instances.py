@@ -171,7 +171,7 @@ class Polygons:
     def __init__(self, outlines: Sequence[Any], codes: Sequence[Any]):
         if any(len(row) != 16 for row in codes):
             raise DataError(f"expected 16 codes of each polygon, not {sorted({len(row) for row in codes})}")
-        self.codes = np.array(codes, np.int64).reshape(-1, 16)
+        self.codes = np.array(codes, np.int64).reshape(len(codes), 16)
         if self.codes.view(np.uint64).max(initial=0) >= 1024:  # a negative one too
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
         arrays = [np.asarray(outline, float) for outline in outlines]
