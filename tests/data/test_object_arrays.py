@@ -46,6 +46,10 @@ def test_npy_files_with_objects_are_read():
     assert same(decode_value("a.npy", buffer.getvalue())[:], object_array(VALUES).reshape(2, 2))
     grid = np.asfortranarray(object_array([1, 2, 3, 4]).reshape(2, 2))
     assert ObjectArray(pickle.dumps(grid, 4))[:].tolist() == grid.tolist()
+    buffer = io.BytesIO()
+    np.save(buffer, np.array({"a": 1}, object), allow_pickle=True)  # one object is no array of them
+    with pytest.raises(pickle.UnpicklingError, match="not an array of objects"):
+        decode_value("a.npy", buffer.getvalue())
 
 
 def test_an_entry_is_made_when_it_is_asked_for():
