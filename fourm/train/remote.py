@@ -50,6 +50,15 @@ class RemoteRun:
                 "%s; the copy of %s in the store, or the removal of old ones, is not complete", error, checkpoint.name
             )
 
+    def complete(self, last: Path) -> None:
+        """Copy the last checkpoint of a finished run, unless that was done: it is not saved again.
+
+        Raises:
+            UserError: the store cannot be read.
+        """
+        if self.url and f"{self.url}/checkpoints/{last.name}" not in remote.complete_checkpoints(self.url, self._store):
+            self.copy_checkpoint(last)
+
     def newer_checkpoints(self, than: str) -> list[str]:
         """URLs of the complete checkpoints after the one called ``than``, newest first."""
         found = remote.complete_checkpoints(self.url, self._store) if self.url else []

@@ -282,6 +282,7 @@ class Run:
         export_model(checkpoint, self.folder)
         if self.config.model_ema:
             export_model(checkpoint, self.folder / "ema", ema=True)
+        self.copy_in_store.complete(checkpoint)
         self.copy_in_store.copy("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []), *FILES)
 
     def _evaluate(self, journal: Journal) -> None:
