@@ -39,6 +39,23 @@ def remote_options(keys: Any) -> RemoteOptions:
     )
 
 
+def read_data(keys: Any, **options: Any) -> DataConfig:
+    """The data configuration of a run or of a command, with its token budgets where a data set has none of its own.
+
+    Args:
+        keys: as of :func:`remote_options`.
+        options: further ones of :func:`load_data_config`.
+
+    Raises:
+        UserError: anything that cannot work.
+    """
+    return load_data_config(
+        keys.data_config, num_input_tokens=keys.num_input_tokens, num_target_tokens=keys.num_target_tokens,
+        min_input_tokens=keys.min_input_tokens, min_target_tokens=keys.min_target_tokens, remote=remote_options(keys),
+        **options,
+    )  # fmt: skip
+
+
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
     """How to read a data YAML; names and defaults are those of training."""
@@ -67,7 +84,4 @@ class ReadOptions:
             UserError: anything that cannot work.
         """
         load_plugin(self.plugin)
-        return load_data_config(
-            self.data_config, num_input_tokens=self.num_input_tokens, num_target_tokens=self.num_target_tokens,
-            min_input_tokens=self.min_input_tokens, min_target_tokens=self.min_target_tokens, remote=remote_options(self),
-        )  # fmt: skip
+        return read_data(self)

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 import yaml
 
-from fourm.data.data_config import DataConfig, load_data_config
+from fourm.data.data_config import DataConfig
 from fourm.data.modality_info import REGISTERED
-from fourm.data.options import remote_options
+from fourm.data.options import read_data
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.models.remote import find_model
@@ -338,13 +338,5 @@ def _set_up_process(config: TrainConfig) -> None:
 
 
 def load_data(config: TrainConfig) -> DataConfig:
-    """The data configuration that ``config`` names, with its token budgets where a data set has none of its own."""
-    return load_data_config(
-        config.data_config,
-        num_input_tokens=config.num_input_tokens,
-        num_target_tokens=config.num_target_tokens,
-        min_input_tokens=config.min_input_tokens,
-        min_target_tokens=config.min_target_tokens,
-        max_bad_fraction=config.max_bad_fraction,
-        remote=remote_options(config),
-    )
+    """The data configuration that ``config`` names."""
+    return read_data(config, max_bad_fraction=config.max_bad_fraction)
