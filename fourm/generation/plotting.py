@@ -50,7 +50,9 @@ def plot(
     classes = _classes_of(rows)
     legend = 0.3 * -(-len(classes) // _per_line(sum(widths)))
     height = len(rows) * _CELL * 1.04 + 0.35 + legend + (0.35 if title else 0)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01)
+    # Below the edge, where the layout would cut the tops of the columns' titles.
+    inside = (0, 0, 1, 1 - 0.07 / height)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01, rect=inside)
     figure = Figure(figsize=(sum(widths) * _CELL, height), layout=layout, dpi=120)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"width_ratios": widths})
     features = {

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fourm.generation import Decoded, as_image, plot
 from fourm.generation.decoding import DECODERS
@@ -151,3 +152,15 @@ def test_without_matplotlib_only_plotting_fails_and_says_what_to_install(tmp_pat
     )
     result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.stdout.count("pip install matplotlib") == 2, result.stderr
+
+
+def test_the_titles_of_columns_are_not_cut_off(tmp_path):
+    row = {
+        "caption": Decoded("caption", "a red cup and a yellow duck on the grass"),
+        "tok_rgb@32": Decoded("rgb", VALUES["rgb"]),
+        "tok_depth@32": Decoded("depth", VALUES["depth"]),
+        "tok_semseg@32": Decoded("semseg", np.zeros((32, 32), int), names=("ground",)),
+    }
+    plot([row] * 4).savefig(tmp_path / "sheet.png")
+    picture = np.asarray(Image.open(tmp_path / "sheet.png").convert("L"))
+    assert (picture[:2] == 255).all() and (picture[2:25] < 128).any()
