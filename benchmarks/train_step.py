@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from statistics import median
@@ -29,7 +28,7 @@ from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
-from fourm.train.config import load_config, run_length
+from fourm.train.config import TrainConfig, load_config, run_length
 from fourm.train.device import autocast, keep_freed_memory, normalised, peak_tflops
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
@@ -55,14 +54,19 @@ def full_name(model: str) -> str:
     return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
 
 
-def build_trainer(options: argparse.Namespace, model_name: str, modalities: int, batch_size: int) -> Trainer:
-    config = load_config(None, {
+def build_config(options: argparse.Namespace, model_name: str, batch_size: int) -> TrainConfig:
+    return load_config(None, {
         "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
         "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
         "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
         "opt": options.opt, "momentum": 0.0,
     })  # fmt: skip
-    parallel = DDP(config)
+
+
+def build_trainer(
+    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
+) -> Trainer:
+    config = build_config(options, model_name, batch_size)
     torch.manual_seed(0)
     model = FM(
         model_config(model_name, *DOMAINS[modalities], share_embedding=True, use_act_checkpoint=options.act_checkpoint)
@@ -126,10 +130,12 @@ def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], tr
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure(options: argparse.Namespace, model_name: str, modalities: int, batch_size: int) -> dict[str, Any]:
+def measure(
+    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
+) -> dict[str, Any]:
     """One setting."""
-    trainer = build_trainer(options, model_name, modalities, batch_size)
-    model, parallel, config = trainer.model, trainer.parallel, trainer.config
+    trainer = build_trainer(options, parallel, model_name, modalities, batch_size)
+    model, config = trainer.model, trainer.config
     batch = synthetic(model, batch_size, options.tokens)
     ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
@@ -147,7 +153,6 @@ def measure(options: argparse.Namespace, model_name: str, modalities: int, batch
     line = trainer.interval.means(parallel)
     plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
     flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
-    parallel.close()
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12
     if peak := peak_tflops(config, parallel.device):
@@ -237,13 +242,15 @@ def main() -> None:
     options = parser.parse_args()
     if options.device == "cpu" and not options.free:
         keep_freed_memory()
-    main_process = os.environ.get("RANK", "0") == "0"
+    # One group of processes for all settings: a second one would meet at the addresses that the first has left behind.
+    parallel = DDP(build_config(options, full_name(options.model[0]), options.batch_size[0]))
     rows: list[dict[str, Any]] = []
     for setting in settings(options):
-        rows.append(measure(options, *setting))
-        if main_process:
+        rows.append(measure(options, parallel, *setting))
+        if parallel.is_main:
             print(json.dumps({"benchmark": "train_step", **rows[-1]}), flush=True)
-    if options.fit and main_process:
+    parallel.close()
+    if options.fit and parallel.is_main:
         clock = "cpu_seconds_per_step" if options.device == "cpu" else "seconds_per_step"
         print(json.dumps({f"exponents of {clock}": fitted(rows, clock)}))
 
