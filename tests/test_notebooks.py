@@ -37,7 +37,7 @@ def test_it_is_shipped_with_its_figures_and_without_the_machine():
 def test_it_runs_on_a_toy_model(tmp_path):
     demo, out = write_demo(tmp_path), tmp_path / "executed.ipynb"
     command = [sys.executable, "notebooks/execute.py", "--notebook", str(NOTEBOOK), "--output", str(out)]
-    environment = os.environ | {"FOURM_DEMO": str(demo), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"FOURM_DEMO": str(demo), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert figures(out) == FIGURES

@@ -6,6 +6,7 @@ The model knows nothing of this, and the training loop only what :class:`Strateg
 from __future__ import annotations
 
 import contextlib
+import inspect
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -21,6 +22,10 @@ from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
 
 T = TypeVar("T")
+
+_SYNC_BUFFERS = "forward_sync_buffers"
+if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
+    _SYNC_BUFFERS = "broadcast_buffers"  # before torch 2.13, which warns of it
 
 
 class Processes:
@@ -135,9 +140,9 @@ class DDP(Strategy):
         if not self.distributed:
             return model
         devices = [self.device.index] if self.device.type == "cuda" else None
+        constant_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         return DistributedDataParallel(
-            model, devices, broadcast_buffers=False, gradient_as_bucket_view=True,
-            find_unused_parameters=self._find_unused,
+            model, devices, gradient_as_bucket_view=True, find_unused_parameters=self._find_unused, **constant_buffers
         )  # fmt: skip
 
     def accumulate(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:

@@ -1,7 +1,6 @@
 """The whole demo at toy size, as the command that users type."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,8 +18,7 @@ ROOT = Path(__file__).parents[2]
 
 def _demo(*args):
     return subprocess.run(
-        [sys.executable, "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        [sys.executable, "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
     )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ def test_two_nodes_of_two_processes_train_as_one_process(tmp_path):
         f"--rdzv_endpoint=127.0.0.1:{_free_port()}", "--rdzv_id=toys", "--local_addr=127.0.0.1",
         "run_training_4m_fsdp.py", "--config", str(config), "--fsdp_shard_size", "2",
     ]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     nodes = [
         subprocess.Popen(agent, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for _ in range(2)

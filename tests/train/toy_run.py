@@ -75,7 +75,7 @@ def start(
 ) -> subprocess.Popen:
     return subprocess.Popen(
         command(config, *args, processes=processes, script=script), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, start_new_session=True,
+        env=os.environ | environment, start_new_session=True,
     )  # fmt: skip
 
 
