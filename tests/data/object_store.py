@@ -16,7 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from fourm.data.remote import RemoteOptions
-from fourm.utils.s3 import S3Store, _client, upload
+from fourm.utils.s3 import _client
 from fourm.utils.transfer import Retries
 
 BUCKET = "toys"
@@ -41,10 +41,15 @@ def free_port() -> int:
 
 
 class ObjectStore:
-    """moto's server with one bucket that holds what lies in ``content``."""
+    """moto's server with one bucket that holds what lies in ``content``.
 
-    def __init__(self, content: Path):
+    Args:
+        checksums: the store is to keep beside the MD5 (``CRC32``, as boto3 asks for with every upload to AWS).
+    """
+
+    def __init__(self, content: Path, checksums: str | None = None):
         self.content, self.port = content, free_port()
+        self._checksums = {"ChecksumAlgorithm": checksums} if checksums else {}
         self.endpoint = f"http://127.0.0.1:{self.port}"
         self.start()
 
@@ -57,7 +62,10 @@ class ObjectStore:
             time.sleep(0.1)
         client(self.endpoint).create_bucket(Bucket=BUCKET)
         client(self.endpoint).put_bucket_policy(Bucket=BUCKET, Policy=json.dumps(POLICY))
-        upload(self.content, f"s3://{BUCKET}", S3Store(self.endpoint))
+        for file in filter(Path.is_file, self.content.rglob("*")):
+            with file.open("rb") as body:
+                key = file.relative_to(self.content).as_posix()
+                client(self.endpoint).put_object(Bucket=BUCKET, Key=key, Body=body, **self._checksums)
 
     def kill(self) -> None:
         self.process.kill()

@@ -151,11 +151,30 @@ def test_the_hub_needs_a_package(tmp_path, monkeypatch):
         train(config(tmp_path, "allenai/c4/en", **TEXT), 1)
 
 
-def test_a_folder_is_read_through_the_datasets_package(tmp_path, monkeypatch):
-    pytest.importorskip("datasets")
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """``space/texts``, which the datasets package takes for what it says, local or not; its files are Parquet."""
+    import pyarrow.parquet
+
     (tmp_path / "space" / "texts").mkdir(parents=True)
-    write(tmp_path / "space" / "texts" / "train.jsonl", rows(0, 8))
+    for part in range(2):
+        table = pyarrow.Table.from_pylist(rows(4 * part, 4))
+        pyarrow.parquet.write_table(table, tmp_path / "space" / "texts" / f"train-{part:05d}.parquet")
     monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("streams", [1, 2, 4])
+def test_streams_divide_what_the_datasets_package_reads(hub, tmp_path, streams):
+    data = config(tmp_path, "space/texts:train", **TEXT | {"wds_shuffle_buffer_tar": 0})
+    source = build_dataset(data.train["d0"], TOKENIZER, training=True).source
+    ledger, found = BadSampleLedger("d0", 0.0), []
+    for stream in range(streams):
+        samples = source.draw((0, "order", 0, "d0"), stream, streams, ledger)
+        found += [next(samples).row()["text"] for _ in range(8 // streams)]
+    assert sorted(found) == [f"sample s{i}" for i in range(8)]
+
+
+def test_training_on_what_the_datasets_package_reads(hub, tmp_path):
     data = config(tmp_path, "space/texts", **TEXT)
     assert set(numbers(train(data, 20))) == set(range(8))
     whole = train(data, 6)
