@@ -85,7 +85,9 @@ def main() -> None:
     )
     parser.add_argument("--per_shard", type=int, default=1000)
     parser.add_argument(
-        "--checksums", help="that the store has beside MD5: CRC32, as boto3 has S3 keep it, takes a sixth of the time"
+        "--checksums",
+        choices=["CRC32", "SHA1", "SHA256"],
+        help="that the store has beside MD5; boto3 gives CRC32 to S3",
     )
     options = parser.parse_args()
     torch.set_num_threads(1)

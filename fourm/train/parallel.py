@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"  # before torch 2.13, which warns of it
+    _SYNC_BUFFERS = "broadcast_buffers"  # its name before torch 2.13, which warns of the old one
 
 
 class Processes:
