@@ -154,8 +154,11 @@ def test_the_hub_needs_a_package(tmp_path, monkeypatch):
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
     """``space/texts``, which the datasets package takes for what it says, local or not; its files are Parquet."""
+    import datasets
     import pyarrow.parquet
 
+    # It waits so many seconds after each pass over Parquet, for the threads of pyarrow to end; the passes here are short.
+    monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     (tmp_path / "space" / "texts").mkdir(parents=True)
     for part in range(2):
         table = pyarrow.Table.from_pylist(rows(4 * part, 4))
