@@ -13,7 +13,7 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any, Protocol, cast
 
 from fourm.data.layout import expand
 from fourm.utils.errors import MissingDependency, UserError
@@ -199,7 +199,7 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
     with open(path, "rb") as raw:
         if path.endswith(".gz") or raw.peek(2)[:2] == b"\x1f\x8b":
             with gzip.open(raw) as file:
-                yield file
+                yield cast(IO[bytes], file)
         else:
             yield raw
 

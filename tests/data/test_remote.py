@@ -429,4 +429,6 @@ def test_a_damaged_member_in_a_copy_is_read_anew_and_one_in_the_store_is_not(loc
         file.write(b"\0" * member.size)
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert member.cache.renewed(member.path) and "this copy of s3://toys/rgb" in caplog.text
-    assert not member.cache.renewed(member.path)
+    whole = Path(local.partition("[")[0], "rgb", Path(member.path).name).read_bytes()
+    assert copy.read_bytes() == whole
+    assert not member.cache.renewed(member.path), "what is damaged still is so in the store"
