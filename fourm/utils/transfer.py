@@ -224,9 +224,12 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 def shown(url: str) -> str:
     """A path as messages name it: a URL without the query and the user, where signatures and passwords are."""
-    if "://" not in url:
+    if not re.match(r"[\w+.-]+:/", url):
         return url
-    return re.sub(r"^([\w+.-]+://)[^/]*@", r"\1", re.split("[?#]", url, maxsplit=1)[0])
+    url = re.split("[?#]", url, maxsplit=1)[0]
+    # What is behind a colon and no port is a password, even if it has slashes in it.
+    user = r".*@" if re.match(r"[\w+.-]+:/+[^/@]*:(?!\d*(/|$))", url) else r"[^/]*@"
+    return re.sub(rf"^([\w+.-]+:/+){user}", r"\1", url, flags=re.DOTALL)
 
 
 def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> None:
