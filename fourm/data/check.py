@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.data.options import ReadOptions
-from fourm.data.records import local_files
+from fourm.data.record_files import local_files
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin

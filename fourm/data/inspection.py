@@ -26,7 +26,8 @@ from fourm.data.modality_transforms import UnreadableValue, transforms_for
 from fourm.data.object_arrays import ObjectArray
 from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
-from fourm.data.records import Record, Records, local_files
+from fourm.data.record_files import local_files
+from fourm.data.records import Record, Records
 from fourm.data.shards import Shards
 from fourm.data.unified_datasets import Source, build_masking
 from fourm.utils.errors import DataError, UserError

@@ -27,7 +27,7 @@ def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
         UserError: a path that cannot be read, or has several pairs of brackets.
     """
     if re.match(r"\w+:", data_path) and not is_remote(data_path):
-        raise UserError(f"data_path {data_path}: only local files, s3:// and http(s):// can be read")
+        raise UserError(f"data_path {shown(data_path)}: only local files, s3:// and http(s):// can be read")
     parts = re.split(r"\[(.*?)\]", data_path)
     if len(parts) == 1:
         return data_path, None

@@ -10,6 +10,7 @@ from fourm.data.remote import RemoteOptions
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 from fourm.utils.plugin import load_plugin
+from fourm.utils.transfer import check_url, shown
 
 
 def remote_options(keys: Any) -> RemoteOptions:
@@ -28,7 +29,9 @@ def remote_options(keys: Any) -> RemoteOptions:
         raise UserError(f"'data_cache_gb' must be above 0, not {keys.data_cache_gb}; leave it out for its default")
     for key in ("s3_endpoint", "s3_data_endpoint"):
         if getattr(keys, key) and not getattr(keys, key).startswith(("http://", "https://")):
-            raise UserError(f"'{key}' must be a URL, https://HOST, not {getattr(keys, key)!r}")
+            raise UserError(f"'{key}' must be a URL, https://HOST, not {shown(getattr(keys, key))!r}")
+        if getattr(keys, key):
+            check_url(getattr(keys, key), ("http", "https"))
     return RemoteOptions(
         endpoint=keys.s3_data_endpoint or keys.s3_endpoint,
         cache_dir=keys.data_cache_dir,

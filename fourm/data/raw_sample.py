@@ -108,6 +108,8 @@ class RawSample:
         except DataError as error:
             raise DataError(f"{self.where(name)}: {error}") from error
         except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
+            if member.cache and member.cache.renewed(member.path):
+                return self._value(name, files, keep_pixels)
             raise BadSample("corrupt member", f"{self.where(name)}: {error}") from error
 
     def where(self, name: str) -> str:

@@ -196,5 +196,7 @@ class Shards:
                 if first.offset != offset:
                     problem = f"key '{key}' has two members, .{first.extension} and .{extension}; the first is used"
         except (OSError, tarfile.ReadError) as error:
+            if self._cache and self._cache.renewed(path):
+                return self._index(path, folder)
             problem = f"{getattr(error, 'strerror', None) or error}; what it should hold is skipped"
         return index, problem

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -19,7 +20,9 @@ from fourm.models.sharded import CHECKSUMS, CONFIG, WEIGHTS
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, locked
 from fourm.utils.s3 import S3Store, upload
-from fourm.utils.transfer import DamagedObject, MissingObject, RemoteObject
+from fourm.utils.transfer import DamagedObject, MissingObject, RemoteObject, hash_file, new_hasher, shown
+
+log = logging.getLogger(__name__)
 
 
 def complete_checkpoints(run: str, store: S3Store) -> list[str]:
@@ -37,7 +40,7 @@ def find_checkpoint(place: str, store: S3Store) -> str:
     place = place.rstrip("/")
     found = [place] if CHECKSUMS in store.names(place) else complete_checkpoints(place, store)
     if not found:
-        raise UserError(f"{place} is no complete checkpoint, and no run with checkpoints")
+        raise UserError(f"{shown(place)} is no complete checkpoint, and no run with checkpoints")
     return found[0]
 
 
@@ -133,13 +136,34 @@ def _cached(place: str, files: dict[str, RemoteObject], store: S3Store) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(cache / f"{content}.lock"):
+            if os.path.lexists(target) and not _intact(files, target):
+                log.warning("%s: this copy of %s is damaged; it is fetched again", target, shown(place))
+                if target.is_symlink() or not target.is_dir():
+                    target.unlink()
+                else:
+                    shutil.rmtree(target)
             if not target.exists():
                 for left in cache.glob(f".tmp-*-{content}-*"):  # by a process that was killed
                     shutil.rmtree(left)
                 _fetch(files, target, store)
     except OSError as error:
-        raise UserError(f"{cache}, for the copy of {place}: {error.strerror}") from error
+        raise UserError(f"{cache}, for the copy of {shown(place)}: {error.strerror or error}") from error
     return target
+
+
+def _intact(files: dict[str, RemoteObject], folder: Path) -> bool:
+    """Whether a copy still is what was fetched. No link is followed."""
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    for name, item in files.items():
+        path = folder / name
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != item.size:
+            return False
+        if item.digest:
+            with path.open("rb") as file:
+                if hash_file(file, new_hasher(item.digest[0])) != item.digest[1]:
+                    return False
+    return True
 
 
 def _fetch(files: dict[str, RemoteObject], target: Path, store: S3Store) -> None:

@@ -13,6 +13,7 @@ import functools
 import io
 import os
 import re
+import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,12 @@ from fourm.utils.transfer import (
     RemoteObject,
     Retries,
     Transient,
+    Unresolved,
+    check_url,
     in_background,
     raise_for_status,
     shown,
+    within,
 )
 
 _DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
@@ -62,7 +66,10 @@ class S3Store:
 
         def head() -> dict[str, Any]:
             with self._errors(url):
-                return client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED")
+                return within(
+                    2 * self.retries.timeout,
+                    lambda: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED"),
+                )
 
         try:
             answer = self.retries(head, url)
@@ -81,11 +88,14 @@ class S3Store:
         bucket, key = split_url(item.url)
         unchanged = {"IfMatch": item.etag} if item.etag else {}
         with self._errors(item.url):
-            answer = self._client().get_object(Bucket=bucket, Key=key, Range=f"bytes={start}-{end - 1}", **unchanged)
+            get = functools.partial(self._client().get_object, Bucket=bucket, Key=key, **unchanged)
+            answer = within(2 * self.retries.timeout, lambda: get(Range=f"bytes={start}-{end - 1}"))
             with contextlib.closing(answer["Body"]) as body:
                 if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
-                    raise UserError(f"{item.url}: the store does not answer requests for a range of bytes")
-                while data := body.read(CHUNK):
+                    raise UserError(f"{shown(item.url)}: the store does not answer requests for a range of bytes")
+                # What is there, where botocore's own way would wait for all of the piece, byte by byte if need be.
+                read = getattr(getattr(body, "_raw_stream", None), "read1", body.read)
+                while data := read(CHUNK):
                     yield data
 
     def upload(self, path: str | Path, url: str) -> None:
@@ -181,6 +191,7 @@ class S3Store:
         """Turn botocore's errors into ours. Their texts are left out: they may tell whose credentials were used."""
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
+        from urllib3.exceptions import HTTPError
 
         broken = (
             exceptions.HTTPClientError,
@@ -194,12 +205,24 @@ class S3Store:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = error.response.get("Error", {}).get("Code", "")
             if code == "NoSuchBucket":
-                raise UserError(f"{url}: there is no such bucket at {self._place}") from None
+                raise UserError(f"{shown(url)}: there is no such bucket at {self._place}") from None
             raise_for_status(status, "" if code.isdigit() else code, url)
-        except (*broken, ResponseParserError, OSError) as error:
+        except (*broken, ResponseParserError, HTTPError, OSError) as error:
+            if _is_unresolved(error):
+                raise Unresolved(f"the name of the store {self._place} is not known") from error
             raise Transient(f"no complete answer from {self._place} ({type(error).__name__})") from error
         except exceptions.BotoCoreError as error:
-            raise UserError(f"{url}: {error}") from error
+            raise UserError(f"{shown(url)}: {' '.join(str(error).split())}") from error
+
+
+def _is_unresolved(error: BaseException | None) -> bool:
+    """Whether the name of the server could not be found, which libraries tell in many wrappings."""
+    while error is not None:
+        if isinstance(error, socket.gaierror) or type(error).__name__ == "NameResolutionError":
+            return True
+        inner = getattr(error, "kwargs", {}).get("error")
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+    return False
 
 
 def upload(path: Path, s3_url: str, store: S3Store, last: str = "") -> None:
@@ -222,7 +245,8 @@ def split_url(url: str) -> tuple[str, str]:
     """Bucket and key of ``s3://bucket/key``."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket or not key:
-        raise UserError(f"{url}: an object is named s3://bucket/key")
+        raise UserError(f"{shown(url)}: an object is named s3://bucket/key")
+    check_url(url, ("s3",))
     return bucket, key
 
 
@@ -238,6 +262,8 @@ def _digest(answer: dict[str, Any]) -> tuple[str, str] | None:
 
 @functools.lru_cache
 def _client(process: int, endpoint: str, connections: int, timeout: float, attempts: int) -> Any:
+    if endpoint:
+        check_url(endpoint, ("http", "https"))
     try:
         import boto3
         from botocore import UNSIGNED

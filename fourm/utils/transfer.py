@@ -8,6 +8,7 @@ import hashlib
 import io
 import os
 import random
+import re
 import threading
 import time
 import zlib
@@ -15,19 +16,25 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from fourm.utils.errors import UserError
 
 T = TypeVar("T")
 
 CHUNK = 2**18  # bytes read at once: few enough that they are still in a cache when they are written and hashed
+MIN_RATE = 1000  # bytes per second, below which a transfer counts as broken
+_UNRESOLVED = 3  # tries for the name of a server, which seldom comes back
 _DOWNLOADS = 3  # of an object whose checksum is wrong
 _jitter = random.Random()  # not the global generator: how often a store fails must not change a run
 
 
 class Transient(Exception):
     """A failure that may pass: throttling, an error of the server, a reset, a timeout, a body that was cut off."""
+
+
+class Unresolved(Transient):
+    """The name of the server is not known."""
 
 
 class MissingObject(UserError):
@@ -71,13 +78,15 @@ class Retries:
     """How often to try, and how long to wait in between: twice as long each time, up to ``longest_delay`` seconds.
 
     Attributes:
-        timeout: seconds without a byte after which an attempt has failed.
+        timeout: seconds without a byte after which an attempt has failed; an answer has to begin within twice this time.
+        rate_over: seconds over which a transfer must reach :data:`MIN_RATE`.
     """
 
     attempts: int = 10
     first_delay: float = 0.5
     longest_delay: float = 20.0
     timeout: float = 30.0
+    rate_over: float = 60.0
 
     def __call__(self, action: Callable[[], T], url: str) -> T:
         """The result of ``action``, which is tried again whenever it raises :class:`Transient`.
@@ -90,6 +99,8 @@ class Retries:
                 return action()
             except Transient as error:
                 reason = error
+            if isinstance(reason, Unresolved) and attempt + 1 >= _UNRESOLVED:
+                raise UserError(f"{shown(url)}: {reason}; check the URL, or the network")
             if attempt + 1 < self.attempts:
                 time.sleep(min(self.first_delay * 2**attempt, self.longest_delay) * _jitter.uniform(0.5, 1))
         raise UserError(
@@ -109,8 +120,11 @@ class Downloads:
         self._retries, self._requests, self._in_flight = retries, requests, threading.Semaphore(requests)
         self._part_bytes, self._split_above_bytes = part_bytes, split_above_bytes
 
-    def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> None:
+    def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> tuple[str, str]:
         """Fill ``file`` with the object, and check it against its digest.
+
+        Returns:
+            Algorithm and digest of what was written.
 
         Raises:
             DamagedObject: the digest is another one, again and again.
@@ -119,16 +133,16 @@ class Downloads:
         """
         in_parts = item.size > self._split_above_bytes
         step = self._part_bytes if in_parts else max(item.size, 1)
-        algorithm, digest = item.digest or ("", "")
+        algorithm, digest = item.digest or ("crc32", "")
 
         def write(data: bytes, position: int) -> None:
             if os.pwrite(file.fileno(), data, position) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if hasher and not in_parts:  # in their order, whatever breaks on the way
+            if not in_parts:  # in their order, whatever breaks on the way
                 hasher.update(data)
 
         for _ in range(_DOWNLOADS):
-            hasher = new_hasher(algorithm) if digest else None
+            hasher = new_hasher(algorithm)
             starts = range(0, item.size, step)
             upcoming = iter(starts)  # a part after the other, for whichever thread is free
 
@@ -140,11 +154,11 @@ class Downloads:
             concurrent.futures.wait(threads)  # none may write any more when the file is closed
             for thread in threads:
                 thread.result()
-            if hasher and in_parts:
-                _hash(file, hasher)
-            if not hasher or hasher.hexdigest() == digest:
+            if in_parts:
+                hash_file(file, hasher)
+            if not digest or hasher.hexdigest() == digest:
                 os.fsync(file.fileno())
-                return
+                return algorithm, hasher.hexdigest()
         raise DamagedObject(
             f"{shown(item.url)}: arrives damaged, {_DOWNLOADS} times in a row: its {algorithm} is not the one that the "
             "store tells; upload it again"
@@ -163,11 +177,16 @@ class Downloads:
             if position == end:
                 return  # an empty member, or all was there before the transfer broke
             with self._in_flight:
+                since, there = time.monotonic(), position
                 for data in store.chunks(item, position, end):
                     if position + len(data) > end:
                         raise Transient("the store sends more than was asked for")
                     write(data, position)
                     position += len(data)
+                    if (seconds := time.monotonic() - since) > self._retries.rate_over:
+                        if position - there < MIN_RATE * seconds:
+                            raise Transient(f"the store sends fewer than {MIN_RATE} bytes per second")
+                        since, there = time.monotonic(), position
             if position < end:
                 raise Transient("the answer is cut off")
 
@@ -188,11 +207,54 @@ def in_background(action: Callable, *arguments: Any) -> Future:
     return future
 
 
+def within(seconds: float, action: Callable[[], T]) -> T:
+    """The result of ``action``. What takes longer goes on in a thread of its own, and nobody waits for it.
+
+    Raises:
+        Transient: it took longer.
+    """
+    future = in_background(action)
+    try:
+        return future.result(seconds)
+    except concurrent.futures.TimeoutError as error:
+        if future.done():
+            raise
+        raise Transient(f"no complete answer within {seconds:g} seconds") from error
+
+
 def shown(url: str) -> str:
     """A path as messages name it: a URL without the query and the user, where signatures and passwords are."""
-    if "://" not in url:
+    if not re.match(r"[\w+.-]+:/", url):
         return url
-    return urlsplit(url.split("?")[0])._replace(netloc=urlsplit(url).netloc.rpartition("@")[2]).geturl()
+    url = re.split("[?#]", url, maxsplit=1)[0]
+    # What is behind a colon and no port is a password, even if it has slashes in it.
+    user = r".*@" if re.match(r"[\w+.-]+:/+[^/@]*:(?!\d*(/|$))", url) else r"[^/]*@"
+    return re.sub(rf"^([\w+.-]+:/+){user}", r"\1", url, flags=re.DOTALL)
+
+
+def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> None:
+    """Find what cannot work before anything is asked.
+
+    Raises:
+        UserError: it is no URL with one of the ``schemes`` and a host or bucket.
+    """
+    example = "s3://BUCKET/KEY" if "s3" in schemes else "https://HOST"
+    try:
+        parts = urlsplit(url)
+        parts.port  # noqa: B018  # raises for one that is none
+        host = parts.netloc if parts.scheme == "s3" else unquote(parts.hostname or "")
+        name = r"[\w.-]+" if parts.scheme == "s3" else r"[^\s/@]+"
+        if parts.scheme not in schemes or not re.fullmatch(name, host) or re.search(r"[\x00-\x1f\x7f]", url):
+            raise ValueError
+        if parts.scheme != "s3":
+            host.encode("idna")
+    except ValueError:
+        raise UserError(f"{printable(shown(url))!r} is not a valid URL, such as {example}") from None
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey."""
+    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def raise_for_status(status: int, code: str, url: str) -> None:
@@ -244,8 +306,9 @@ def new_hasher(algorithm: str) -> Hasher:
     return _CRC32() if algorithm == "crc32" else hashlib.new(algorithm)
 
 
-def _hash(file: BinaryIO | io.FileIO, hasher: Hasher) -> None:
-    """Over a file, from its beginning."""
+def hash_file(file: BinaryIO | io.FileIO, hasher: Hasher) -> str:
+    """The digest of a file, from its beginning."""
     file.seek(0)
     while data := file.read(CHUNK):
         hasher.update(data)
+    return hasher.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -13,7 +14,17 @@ from typing import Any
 from urllib.parse import quote, urlsplit
 
 from fourm.utils.errors import UserError
-from fourm.utils.transfer import CHUNK, RemoteObject, Retries, Transient, raise_for_status, shown
+from fourm.utils.transfer import (
+    CHUNK,
+    RemoteObject,
+    Retries,
+    Transient,
+    Unresolved,
+    check_url,
+    raise_for_status,
+    shown,
+    within,
+)
 
 
 @dataclass(frozen=True)
@@ -29,7 +40,7 @@ class WebStore:
             MissingObject: there is no such file.
             UserError: access denied, no size, or the server stays down.
         """
-
+        check_url(url)
         if "@" in urlsplit(url).netloc:
             raise UserError(f"{shown(url)}: a URL with a user and password in it cannot be read; a signed query can")
 
@@ -37,7 +48,13 @@ class WebStore:
             with self._get(url, 0, 1) as answer:
                 length = answer.headers.get("Content-Length")
                 size = answer.headers.get("Content-Range", "").rpartition("/")[2] if answer.status == 206 else length
-                if not str(size).isdigit():
+                if answer.headers.get_content_type() == "text/html" and not urlsplit(url).path.endswith(
+                    (".html", ".htm")
+                ):
+                    raise UserError(
+                        f"{shown(url)}: the server answers with a web page, not with the file; does it ask for a login?"
+                    )
+                if not (str(size).isascii() and str(size).isdigit()):
                     raise UserError(f"{shown(url)}: the server does not tell the size of the file")
                 return RemoteObject(url, int(size), answer.headers.get("ETag", ""))
 
@@ -52,7 +69,7 @@ class WebStore:
         """
         with self._get(item.url, start, end, item.etag) as answer:
             position = start if answer.status == 206 else 0
-            while position < end and (data := answer.read(min(CHUNK, end - position))):
+            while position < end and (data := answer.read1(min(CHUNK, end - position))):
                 yield data[max(start - position, 0) :]
                 position += len(data)
 
@@ -63,7 +80,8 @@ class WebStore:
         if etag and not etag.startswith("W/"):  # those are not to be compared byte by byte
             request.add_header("If-Match", etag)
         try:
-            with urllib.request.urlopen(request, timeout=self.retries.timeout) as answer:
+            timeout = self.retries.timeout
+            with within(2 * timeout, lambda: urllib.request.urlopen(request, timeout=timeout)) as answer:
                 yield answer
         except urllib.error.HTTPError as error:
             raise_for_status(error.code, "", url)
@@ -73,4 +91,6 @@ class WebStore:
                 raise UserError(
                     f"{shown(url)}: the server's certificate is not valid: {reason.verify_message}"
                 ) from error
+            if isinstance(reason, socket.gaierror):
+                raise Unresolved("the name of the server is not known") from error
             raise Transient(f"no complete answer from the server ({type(reason).__name__})") from error

@@ -2,13 +2,16 @@
 
 import gzip
 import json
+import re
 import sys
+import tracemalloc
 from collections import Counter
 from dataclasses import replace
 
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.record_files import MAX_RECORD_BYTES, local_files, rows_at
 from fourm.data.unified_datasets import build_dataset, build_eval_loader, draws_in_epoch
 from fourm.utils.errors import DataError, MissingDependency, UserError
 from tests.data.dataset_files import write_shards
@@ -143,6 +146,146 @@ def test_what_is_not_there_is_named(files):
     (files / "empty.txt").write_text("\n")
     with pytest.raises(UserError, match="there are no records for stream 0 of 1"):
         train(config(files, files / "empty.txt", **TEXT), 1)
+
+
+@pytest.fixture
+def published(tmp_path):
+    """A folder as the C4 of the hub is downloaded, in part."""
+    folder = tmp_path / "c4" / "en"
+    folder.mkdir(parents=True)
+    for part in range(2):
+        write(folder / f"c4-train.{part:05d}-of-01024.json.gz", rows(10 * part, 10))
+    write(folder / "c4-validation.00000-of-00008.json.gz", rows(100, 5))
+    (folder / "README.txt").write_text("not a record")
+    (folder / "._c4-train.00000-of-01024.json.gz").write_bytes(b"what another system leaves")
+    return tmp_path / "c4"
+
+
+@pytest.mark.parametrize(
+    "place, expected",
+    [
+        ("en", range(20)),
+        ("", range(20)),
+        ("en/", range(20)),
+        ("en:train", range(20)),
+        ("en:validation", range(100, 105)),
+        ("en:val", range(100, 105)),
+        ("en/*.json.gz", [*range(20), *range(100, 105)]),
+        ("en/c4-train.{00000..00001}-of-*.json.gz", range(20)),
+        ("{en,nothing}", None),
+        ("*", range(20)),
+    ],
+)
+def test_a_folder_or_a_pattern_names_the_files_of_a_split(published, place, expected, monkeypatch):
+    monkeypatch.setenv("HOME", str(published.parent))
+    for root in (f"{published}", "~/c4"):
+        if expected is None:
+            with pytest.raises(UserError, match="nothing"):
+                rows_at(f"{root}/{place}")
+            continue
+        found = rows_at(f"{root}/{place}".rstrip("/") if not place else f"{root}/{place}").share((0,), 0, 1)
+        assert sorted(int(json.loads(line)["text"][8:]) for _, _, line in found) == list(expected)
+
+
+def test_a_folder_of_one_split_or_of_none_is_read_whole(tmp_path):
+    for folder, names in {"one": ["val-0.jsonl", "val-1.jsonl"], "none": ["a.json", "b.jsonl"]}.items():
+        (tmp_path / folder).mkdir()
+        for start, name in enumerate(names):
+            write(tmp_path / folder / name, rows(start, 1))
+        assert len(local_files(str(tmp_path / folder))) == 2
+    (tmp_path / "nested" / "train").mkdir(parents=True)
+    write(tmp_path / "nested" / "train" / "test-of-time.jsonl", rows(0, 1))
+    (tmp_path / "nested" / "dev").mkdir()
+    write(tmp_path / "nested" / "dev" / "a.jsonl", rows(0, 1))
+    assert local_files(f"{tmp_path}/nested:validation") == [f"{tmp_path}/nested/dev/a.jsonl"]
+    with pytest.raises(UserError, match="has files of test and validation; write .*nested:test"):
+        local_files(f"{tmp_path}/nested")
+
+
+@pytest.mark.parametrize(
+    "data_path, message",
+    [
+        ("{tmp}/nowhere", "{tmp}/nowhere: there is no such file or folder"),
+        ("./nowhere/at/all", "there is no such file or folder"),
+        ("../nowhere", "there is no such file or folder"),
+        ("~/nowhere", "there is no such file or folder"),
+        ("nowhere/*.json", "there is no such file"),
+        ("{tmp}/empty", "holds no file of records: .json, .jsonl, .txt"),
+        ("{tmp}/strange", "holds no file of records"),
+        ("{tmp}/strange/a.csv", "a.csv has no extension that can be read"),
+        ("{tmp}/mixed", "has text and tables; name one kind"),
+        ("{tmp}/one:validation", "there are no files of validation; the splits are: train"),
+        ("s3://me:secret@bucket/a.json?sig=secret", "s3://bucket/a.json: records are read from local files"),
+        ("a/b/c/d", "a data set of the hub is named NAMESPACE/NAME"),
+        ("name with spaces/x", "a data set of the hub is named NAMESPACE/NAME"),
+    ],
+)
+def test_what_cannot_be_on_the_hub_is_not_asked_for_there(tmp_path, data_path, message, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # asking for it would be another error
+    for folder, names in {
+        "empty": [],
+        "strange": ["a.csv"],
+        "mixed": ["a.json", "b.parquet"],
+        "one": ["train.txt"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        for name in names:
+            (tmp_path / folder / name).write_text("x\n")
+    with pytest.raises(UserError, match=re.escape(message.replace("{tmp}", str(tmp_path)))) as failure:
+        rows_at(data_path.replace("{tmp}", str(tmp_path)))
+    assert "secret" not in str(failure.value) and "pip install" not in str(failure.value)
+
+
+def test_a_line_without_end_is_a_bad_record_of_bounded_memory(files, monkeypatch, caplog):
+    path = files / "bomb.json.gz"
+    with gzip.open(path, "wb", compresslevel=1) as file:
+        file.write(b'{"text": "sample s1"}\n{"text": "')
+        for _ in range(64):
+            file.write(b"a" * 2**20)
+        file.write(b'"}\n{"text": "sample s3"}\n')
+    tracemalloc.start()
+    try:
+        found = [(key, line) for key, _, line in rows_at(str(path)).share((0,), 0, 1)]
+        assert tracemalloc.get_traced_memory()[1] < 5 * MAX_RECORD_BYTES
+    finally:
+        tracemalloc.stop()
+    assert found == [("1", b'{"text": "sample s1"}'), ("2", None), ("3", b'{"text": "sample s3"}')]
+    batches = train(config(files, path, **TEXT, max_bad_fraction=0.5), 6)
+    assert set(numbers(batches)) == {1, 3}
+    assert set().union(*(batch.position["skipped"] for batch in batches)) == {"d0: record too large"}
+    monkeypatch.setattr("fourm.data.record_files._MAX_SKIPPED_BYTES", 2**23)
+    with pytest.raises(UserError, match="bomb.json.gz: cannot be read to its end: a line has more than"):
+        list(rows_at(str(path)).share((0,), 0, 1))
+
+
+def test_a_file_that_is_no_lines_is_named(files):
+    for value in (rows(0, 3), {"images": rows(0, 3)}):
+        (files / "whole.json").write_text(json.dumps(value, indent=1))
+        with pytest.raises(UserError, match="whole.json: has one JSON value over several lines"):
+            keys(files, "whole.json")
+
+
+def test_what_is_compressed_or_marked_is_read_whatever_it_is_called(files):
+    (files / "a.json").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "sample s1"}\r\n'))
+    assert [line for _, _, line in rows_at(str(files / "a.json")).share((0,), 0, 1)] == [b'{"text": "sample s1"}']
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+def test_a_folder_of_tables_is_read(tmp_path, kind):
+    import datasets
+    import pyarrow.parquet
+
+    if kind == "arrow":
+        datasets.Dataset.from_list(rows(0, 8)).save_to_disk(str(tmp_path / "d"), num_shards=2)
+    else:
+        (tmp_path / "d").mkdir()
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(0, 8)), tmp_path / "d" / "0.parquet")
+    found = rows_at(str(tmp_path / "d")).share((0,), 0, 1)
+    assert sorted(row["text"] for _, _, row in found) == [f"sample s{i}" for i in range(8)]
+    for file in (tmp_path / "d").glob(f"*.{kind}"):
+        file.write_bytes(file.read_bytes()[:300])
+    with pytest.raises(UserError, match="d(/0.parquet)?: cannot be read"):
+        list(rows_at(str(tmp_path / "d")).share((0,), 0, 1))
 
 
 def test_the_hub_needs_a_package(tmp_path, monkeypatch):

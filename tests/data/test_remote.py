@@ -370,3 +370,65 @@ def test_a_wrong_profile_is_one_error(tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(UserError, match="S3 store http://127.0.0.1:9: .*profile.*nobody"):
         Shards(f"s3://{BUCKET}/a.tar", WANTED, NAMES, remote=options("http://127.0.0.1:9", tmp_path))
+
+
+def copies(cache: Path) -> list[Path]:
+    return sorted(path for path in cache.iterdir() if path.name[24:25] == "-")
+
+
+@pytest.mark.parametrize("web", [False, True])
+@pytest.mark.parametrize(
+    "damage", ["cut off", "changed", "changed in secret", "another's notes", "link", "hard link", "pipe"]
+)
+def test_a_damaged_copy_is_fetched_again(local, store, tmp_path, damage, web, caplog):
+    cache, mine = tmp_path / "cache", tmp_path / "mine"
+    with faulty(store) as proxy:
+        path = f"{proxy.endpoint}/{on_s3(local)[5:]}" if web else on_s3(local)
+        remote = options("" if web else proxy.endpoint, cache)
+        expected = stream(path, remote)
+        for copy in copies(cache):
+            status, content = copy.stat(), copy.read_bytes()
+            mine.write_bytes(b"mine")
+            if damage == "cut off":
+                copy.write_bytes(content[:5000])
+            elif damage in ("changed", "changed in secret"):
+                copy.write_bytes(b"\0" * len(content))
+                if damage == "changed in secret":
+                    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+                    header = content[:257] + b"nonsense" + content[265:]
+                    copy.write_bytes(header)
+                    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+            elif damage == "another's notes":
+                copy.write_bytes(b"\0" * len(content))
+                copy.with_name(f"{copy.name[:24]}.sum").write_text("[" * 900)
+            else:
+                copy.unlink()
+                if damage == "pipe":
+                    os.mkfifo(copy)
+                else:
+                    (copy.symlink_to if damage == "link" else copy.hardlink_to)(mine)
+                if damage == "link":
+                    copy.with_name(f"{copy.name[:24]}.part").symlink_to(mine)
+        if damage == "link":
+            (cache / ".lock").unlink()
+            (cache / ".lock").symlink_to(tmp_path / "made-elsewhere")
+        assert stream(path, remote) == expected == stream(local)
+    assert mine.read_bytes() == b"mine" and not (tmp_path / "made-elsewhere").exists()
+    assert not any(copy.is_symlink() for copy in copies(cache))
+    assert ("is damaged; it is fetched again" in caplog.text) == ("link" not in damage and damage != "pipe")
+
+
+def test_a_damaged_member_in_a_copy_is_read_anew_and_one_in_the_store_is_not(local, store, tmp_path, caplog):
+    shards = Shards(on_s3(local), WANTED, NAMES, remote=options(store.endpoint, tmp_path))
+    sample = next(iter(shards.all(BadSampleLedger("toy", 0.0))))
+    member = sample.members["rgb@224"]
+    copy = next(path for path in copies(tmp_path) if path.samefile(member.cache._locate(member.path)[1]))
+    status = copy.stat()
+    with copy.open("r+b") as file:
+        file.seek(member.offset)
+        file.write(b"\0" * member.size)
+    os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert member.cache.renewed(member.path) and "this copy of s3://toys/rgb" in caplog.text
+    whole = Path(local.partition("[")[0], "rgb", Path(member.path).name).read_bytes()
+    assert copy.read_bytes() == whole
+    assert not member.cache.renewed(member.path), "what is damaged still is so in the store"
