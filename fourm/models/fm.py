@@ -131,14 +131,15 @@ class FourM(Encoder):
         Args:
             mod_dict: modality → tensor, input_mask, target_mask, decoder_attention_mask (method section 1).
             num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``plan``.
-            loss_type: ``mod`` = mean over all target modalities of the model of each one's mean cross-entropy;
-                ``token`` = mean over all target tokens.
+            loss_type: ``mod`` = mean over the target modalities that ``mod_dict`` names, with or without targets, of each
+                one's mean cross-entropy; ``token`` = mean over all target tokens.
             return_logits: return the logits of the kept targets instead, {modality: (n_m, V)}.
             plan: the tokens to use, from :meth:`plan`, on the device of the batch. With one, nothing here waits for
                 the device.
 
         Returns:
-            The loss and {modality: its mean cross-entropy}, 0 for a modality without targets.
+            The loss and {modality: its mean cross-entropy} of all target modalities of the model, 0 for one without
+            targets.
         """
         if plan is None:
             plan = self.plan(mod_dict, num_encoder_tokens, num_decoder_tokens)
@@ -207,7 +208,10 @@ class FourM(Encoder):
             sums[name] = F.cross_entropy(logits[name].float(), targets, reduction="sum")
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
-            return torch.stack(list(means.values())).mean(), means
+            named = [mean for name, mean in means.items() if name in mod_dict]
+            absent = [total for name, total in sums.items() if name not in mod_dict]  # zeros, with a gradient for DDP
+            mean = [torch.stack(named).mean()] if named else []
+            return (torch.stack([*mean, *absent]).sum() if absent else mean[0]), means
         if loss_type == "token":
             return torch.stack(list(sums.values())).sum() / max(sum(selection.counts.values()), 1), means
         raise UserError(f"loss_type must be 'mod' or 'token', not {loss_type!r}")

@@ -129,7 +129,33 @@ def test_modalities_that_the_batch_lacks_keep_their_gradients():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert set(per_modality) == set(TARGETS)
     assert per_modality["grid"] == 0
-    torch.testing.assert_close(loss, per_modality["text"] / len(TARGETS))
+    torch.testing.assert_close(loss, per_modality["text"])
+
+
+def without_targets(entry):
+    return entry | {"target_mask": torch.ones_like(entry["target_mask"])}
+
+
+@pytest.mark.parametrize(
+    "named, with_targets",
+    [(TARGETS, TARGETS), (TARGETS, ["text"]), (["grid", "text"], ["text"]), (["text"], ["text"]), (["pixels"], [])],
+)
+@pytest.mark.parametrize("loss_type", ["mod", "token"])
+def test_the_loss_is_the_mean_over_the_target_modalities_that_the_batch_names(loss_type, named, with_targets):
+    model = toy_model()
+    batch = {name: entry for name, entry in toy_batch(model).items() if name in named}
+    batch = {name: entry if name in with_targets else without_targets(entry) for name, entry in batch.items()}
+    plan = model.plan(batch, 16, 16)
+    loss, each = model(batch, 16, 16, loss_type, plan=plan)
+    expected = {
+        "mod": sum(each[name].item() for name in with_targets) / max(len({*named} & {*TARGETS}), 1),
+        "token": sum(each[name].item() * count for name, count in plan.decoder.counts.items())
+        / max(sum(plan.decoder.counts.values()), 1),
+    }
+    assert loss.item() == pytest.approx(expected[loss_type], rel=1e-6)
+    assert all(each[name] == 0 for name in TARGETS if name not in with_targets)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for every gradient"
 
 
 def test_sequence_only_targets_keep_the_mask_token_in_the_graph():
