@@ -90,6 +90,7 @@ class FourM(Encoder):
             encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint, init_std,
             pos_temperature,
         )  # fmt: skip
+        check_ids({name: modality_info[name] for name in {**encoder_embeddings, **decoder_embeddings}})
         self.modality_info = modality_info
         self.decoder_causal_mask, self.decoder_sep_mask = decoder_causal_mask, decoder_sep_mask
         self.share_modality_embeddings = share_modality_embeddings
@@ -261,6 +262,25 @@ class FourM(Encoder):
                     f"frozen_embedding_domain: the model has no modality '{name}'{did_you_mean(name, known)}"
                 )
         return [embeddings[name] for name in domains.split("-") if name in embeddings]
+
+
+def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:
+    """The decoder tells modalities apart by their ids alone, 15 bits of a hash of their names.
+
+    Raises:
+        UserError: two have the same one, or an own one is no 15-bit number.
+    """
+    names: dict[int, str] = {}
+    for name, modality in modalities.items():
+        number = modality["id"]
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**15:
+            raise UserError(f"modality {name}: its id must be a whole number from 0 to {2**15 - 1}, not {number!r}")
+        if other := names.get(number):
+            raise UserError(
+                f"modalities {other} and {name} have the same id, {number}, and would see each other's targets; "
+                "give one of them another name, or another 'id' where its entry sets one"
+            )
+        names[number] = name
 
 
 _NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks.embed_all import embed_all_loss, saved_bytes, synthetic_batch
-from fourm.data.modality_info import MODALITY_INFO
-from fourm.models import FM, count_parameters, model_config
+from fourm.data.modality_info import MODALITY_INFO, Modality
+from fourm.models import FM, FourM, count_parameters, model_config
+from fourm.models.decoder_embeddings import SequenceDecoderEmbedding
+from fourm.models.encoder_embeddings import SequenceEncoderEmbedding
 from fourm.models.modality_embedding import sincos_table
 from fourm.utils.errors import UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, TARGETS, toy_batch, toy_config, toy_model
@@ -345,3 +347,37 @@ def test_positions_in_images_have_the_temperature_of_the_model_and_sequences_the
         return (unit @ unit.T - 2 * torch.eye(len(unit))).max()
 
     assert nearest(image.pos_emb) < nearest(FM(toy_config(share_embedding=True)).encoder_embeddings["grid"].pos_emb)
+
+
+# SHA-256 of both names is the same modulo 2^15.
+COLLIDING = next(
+    (first, f"m{i}")
+    for seen in [{}]
+    for i in range(2000)
+    if (first := seen.setdefault(Modality(f"m{i}", "seq").id, f"m{i}")) != f"m{i}"
+)
+
+
+def test_two_modalities_of_one_id_cannot_be_in_one_model():
+    text = DECLARATIONS["text"]
+    for inputs, targets in ((COLLIDING, COLLIDING[:1]), (COLLIDING[:1], COLLIDING[1:])):
+        with pytest.raises(UserError, match=f"{'.* and .*'.join(COLLIDING)} have the same id, [0-9]+, .*another name"):
+            toy_model(domains_in=inputs, domains_out=targets, modalities=dict.fromkeys(COLLIDING, text))
+
+
+@pytest.mark.parametrize(
+    "number, message", [(7, "a and b have the same id, 7"), (2**15, "id must be a whole number"), ("7", "not '7'")]
+)
+def test_ids_of_plain_entries_are_checked_too(number, message):
+    info = {"a": {"type": "seq", "id": 7}, "b": {"type": "seq", "id": number}}
+    embeddings = {name: SequenceEncoderEmbedding(50, 12) for name in info}
+    with pytest.raises(UserError, match=message):
+        FourM(
+            embeddings,
+            {"a": SequenceDecoderEmbedding(50, 12)},
+            info,
+            dim=32,
+            encoder_depth=1,
+            decoder_depth=1,
+            num_heads=2,
+        )
