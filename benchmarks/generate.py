@@ -88,7 +88,9 @@ def inputs(model: FM, given: str) -> dict[str, Any]:
         RGB: torch.randn(1, 3, 224, 224, generator=generator),
         TEXT: torch.randint(4204, 30000, (1, 20), generator=generator),
     }
-    return init_full_input_modality({given: {"tensor": tensors[given]}}, model.modality_info, given, model.mask_token.device)
+    return init_full_input_modality(
+        {given: {"tensor": tensors[given]}}, model.modality_info, given, model.mask_token.device
+    )
 
 
 def case(
@@ -96,7 +98,9 @@ def case(
 ) -> dict[str, Callable]:
     """Both ways of one task, → tokens; ``cached`` at the given precision."""
     batch = inputs(model, given)
-    batch = init_empty_target_modality(batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, model.mask_token.device)
+    batch = init_empty_target_modality(
+        batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, model.mask_token.device
+    )
     schedule = build_chained_generation_schedules(
         [given], [target], [tokens], [scheme], [steps], ["linear"], [0.0], ["constant"], [scale], ["constant"]
     )
@@ -133,8 +137,12 @@ def main() -> None:
     parser.add_argument("--model", default="fm_tiny_6e_6d_swiglu_nobias")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", help="of the cached way, e.g. bfloat16")
-    parser.add_argument("--no_plain", dest="plain", action="store_false", help="only the cached way; on a GPU there is no other")
-    parser.add_argument("--toy", action="store_true", help="a model of one narrow block and short texts, to try the command")
+    parser.add_argument(
+        "--no_plain", dest="plain", action="store_false", help="only the cached way; on a GPU there is no other"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="a model of one narrow block and short texts, to try the command"
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(0)

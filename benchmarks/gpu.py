@@ -43,7 +43,9 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
     """Name → most seconds and arguments of Python. In all they take at most 345 seconds."""
     step = TOY_STEP if toy else FULL_STEP
-    model = ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
+    model = (
+        ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
+    )
     return {
         "environment": (20, ["-c", ENVIRONMENT]),
         "step_eager": (50, step),
@@ -95,7 +97,9 @@ def _object(line: str) -> dict[str, Any] | None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", nargs="?", default=os.environ.get("OUT") or "gpu_results", help="folder for the JSON files")
+    parser.add_argument(
+        "out", nargs="?", default=os.environ.get("OUT") or "gpu_results", help="folder for the JSON files"
+    )
     parser.add_argument("--toy", action="store_true", help="on the CPU, at toy size")
     parser.add_argument("--only", nargs="+", help="names of steps")
     options = parser.parse_args()

@@ -1,7 +1,6 @@
 """Training, evaluation, checkpoints and generation on a GPU; skipped without one."""
 
 import math
-import os
 
 import pytest
 import torch
@@ -15,9 +14,10 @@ from fourm.models.generate import (
 )
 from fourm.train.config import parse_args
 from fourm.train.fsdp import FSDP
+from fourm.train.parallel import DDP
 from fourm.train.run import train
 from tests.models.toy_models import SWIGLU, toy_batch, toy_model
-from tests.train.toy_run import log_lines, losses, run_here, write_run
+from tests.train.toy_run import kill, log_lines, losses, run_here, start_ranks, wait_for_step, write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -36,7 +36,9 @@ def test_a_run_trains_evaluates_and_saves(tmp_path, options):
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
     whole, halves = write_run(tmp_path / "whole"), write_run(tmp_path / "halves")
     run_here(whole, "--device", "cuda")
-    run_here(halves, "--device", "cuda", "--max_steps", "6") if "max_steps" in parse_args.__doc__ else None
+    ranks = start_ranks(halves, "--device", "cuda", strategy=DDP, processes=1)
+    wait_for_step(halves, 12, ranks)
+    kill(ranks)
     run_here(halves, "--device", "cuda")
     found, expected = losses(tmp_path / "halves" / "out"), losses(tmp_path / "whole" / "out")
     assert found.keys() == expected.keys()
