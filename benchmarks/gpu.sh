@@ -29,9 +29,18 @@ imports='import boto3, braceexpand, einops, pytest, safetensors, timm, tokenizer
 if ! "$python" -c "$imports" 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    if compgen -G "$here/wheels/*.whl" >/dev/null; then
-        # Behind the image's own packages, so that none of these is replaced.
-        "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "$here"/wheels/*.whl ||
+    # Only what is not there: none of the image's own packages is replaced.
+    mapfile -t missing < <("$python" - "$here"/wheels/*.whl <<'PYTHON'
+import importlib.metadata, pathlib, sys
+
+plain = lambda name: name.lower().replace("-", "_").replace(".", "_")
+known = {plain(found.metadata["Name"] or "") for found in importlib.metadata.distributions()}
+wheels = [path for path in map(pathlib.Path, sys.argv[1:]) if path.is_file()]
+print(*(path for path in wheels if plain(path.name.split("-")[0]) not in known), sep="\n")
+PYTHON
+    )
+    if [ -n "${missing[0]:-}" ]; then
+        "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" "${missing[@]}" ||
             echo "gpu.sh: the wheels could not be installed" >&2
         export PYTHONPATH="$PYTHONPATH:$site"
     fi

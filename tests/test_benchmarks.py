@@ -79,7 +79,7 @@ def test_the_command_for_a_gpu_runs_whole_at_toy_size(tmp_path):
 def test_a_step_that_fails_or_hangs_says_so_and_the_limits_are_those_of_a_short_loan():
     assert sum(limit for limit, _ in gpu.steps(toy=False).values()) < 360
     command = [sys.executable, "-c"]
-    failed = gpu.run([*command, "print('{\\"a\\": 1}'); raise SystemExit('no memory')"], 60)
+    failed = gpu.run([*command, 'print(\'{"a": 1}\'); raise SystemExit("no memory")'], 60)
     assert failed["results"] == [{"a": 1}] and failed["error"].startswith("no memory") and failed["status"] == 1
     late = gpu.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5)
     assert late["error"] == "stopped after 0.5 seconds\nbegun\n" and late["seconds"] < 10
