@@ -22,7 +22,7 @@ FULL_STEP = [*STEP, "--model", "base", "--batch_size", "128", "--tokens", "128",
              "--rounds", "3", "--steps", "10"]  # fmt: skip
 TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
-TESTS = ["-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider"]
+TESTS = ["-m", "pytest", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
 TOY_TESTS = ["tests/train/test_gpu.py"]
 
 ENVIRONMENT = """

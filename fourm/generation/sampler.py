@@ -102,7 +102,7 @@ class Sampler:
     def __call__(
         self,
         inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        targets: Sequence[str],
+        targets: str | Sequence[str],
         seed: Seed = None,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
@@ -115,7 +115,7 @@ class Sampler:
         Args:
             inputs: modality → value, see :func:`fourm.generation.inputs.read_value`; a list of such samples with the
                 same modalities is one batch. Results are inputs too: those that the model cannot read are left out.
-            targets: modalities. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
+            targets: modalities, or a single one. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
                 the tokens that are −1 are generated.
             seed: see :class:`GenerationSampler`; sample b uses ``seed + b``.
             top_k, top_p: see :class:`fourm.models.token_sampling.TokenSampler`.
@@ -128,6 +128,7 @@ class Sampler:
         Raises:
             UserError: inputs, targets or settings that do not suit the model.
         """
+        targets = [targets] if isinstance(targets, str) else targets
         given = [self._readable(sample) for sample in ([inputs] if isinstance(inputs, Mapping) else inputs)]
         if not given or not given[0] or not targets:
             raise UserError("generation needs at least one input and one target")
@@ -146,7 +147,11 @@ class Sampler:
         ]
 
     def schedule(
-        self, given: Mapping[str, int], targets: Sequence[str], cfg_grow_conditioning: bool = True, **settings: Any
+        self,
+        given: Mapping[str, int],
+        targets: str | Sequence[str],
+        cfg_grow_conditioning: bool = True,
+        **settings: Any,
     ) -> list[dict[str, Any]]:
         """What a call with these arguments does, step by step.
 
@@ -156,6 +161,7 @@ class Sampler:
         Raises:
             UserError: targets or settings that do not suit the model.
         """
+        targets = [targets] if isinstance(targets, str) else targets
         chain = [find_modality(name, self.targets, "a target", last=given) for name in targets]
         edited = {name: given[name] for name in chain if given.get(name) and self.targets[name].type == "img"}
         both = [name for name in chain if (name in given and name not in edited) or chain.count(name) > 1]
