@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from fourm.data.modality_info import as_modality
-from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode
+from fourm.data.modality_info import Modality, as_modality
+from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
@@ -181,7 +182,8 @@ class Sampler:
         found = {}
         for name, value in sample.items():
             try:
-                found[find_modality(name, self.inputs, "an input")] = value
+                full_name = find_modality(name, self.inputs, "an input")
+                found[full_name] = _picture(value, self.inputs[full_name]) if torch.is_tensor(value) else value
             except UserError:
                 if not isinstance(value, Decoded):
                     raise
@@ -189,6 +191,23 @@ class Sampler:
 
     def _named(self, value: Decoded) -> Decoded:
         return dataclasses.replace(value, names=self.class_names) if value.kind in CLASSES else value
+
+
+def _picture(value: Tensor, modality: Modality) -> Any:
+    """A tensor of pixels, (C, H, W) or a batch of one: normalised as the model takes it, or a picture in 8 bits."""
+    if not modality.is_pixels:
+        return value
+    pixels = value[0] if value.ndim == 4 and len(value) == 1 else value
+    if pixels.dtype == torch.uint8 and pixels.ndim == 3 and len(pixels) == modality.num_channels:
+        return pixels.permute(1, 2, 0).cpu().numpy()
+    size = modality.input_size or pixels.shape[-1]
+    if not pixels.is_floating_point() or pixels.shape != (modality.num_channels, size, size):
+        raise UserError(
+            f"{modality.name}: a tensor must be {modality.num_channels} x {size} x {size} normalised numbers or a picture in "
+            f"8 bits (uint8), not {tuple(value.shape)} of type {value.dtype}"
+        )
+    known = torch.zeros(modality.max_tokens or 1, dtype=torch.bool)
+    return decode_modality(pixels.detach().float().cpu(), known, modality, {}, None)
 
 
 def _load_model(model: str | Path) -> FM:
