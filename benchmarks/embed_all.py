@@ -94,7 +94,7 @@ def embed_all_loss(
         losses[name] = each.mean() if len(each) else each.sum()
     if loss_type == "token":
         return torch.cat(every).mean(), losses
-    return sum(losses.values()) / len(model.decoder_embeddings), losses  # type: ignore[return-value]
+    return sum(losses.values()) / len(losses), losses  # type: ignore[return-value]
 
 
 def _encoder_tokens(model: FM, batch: Mapping[str, Mapping[str, Tensor]], count: int) -> tuple[Tensor, Tensor, Tensor]:

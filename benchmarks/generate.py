@@ -88,20 +88,26 @@ def inputs(model: FM, given: str) -> dict[str, Any]:
         RGB: torch.randn(1, 3, 224, 224, generator=generator),
         TEXT: torch.randint(4204, 30000, (1, 20), generator=generator),
     }
-    return init_full_input_modality({given: {"tensor": tensors[given]}}, model.modality_info, given, "cpu")
+    return init_full_input_modality(
+        {given: {"tensor": tensors[given]}}, model.modality_info, given, model.mask_token.device
+    )
 
 
-def case(model: FM, given: str, target: str, tokens: int, scheme: str, steps: int, scale: float) -> dict[str, Callable]:
-    """Both ways of one task, → tokens."""
+def case(
+    model: FM, given: str, target: str, tokens: int, scheme: str, steps: int, scale: float, dtype: Any = None
+) -> dict[str, Callable]:
+    """Both ways of one task, → tokens; ``cached`` at the given precision."""
     batch = inputs(model, given)
-    batch = init_empty_target_modality(batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, "cpu")
+    batch = init_empty_target_modality(
+        batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, model.mask_token.device
+    )
     schedule = build_chained_generation_schedules(
         [given], [target], [tokens], [scheme], [steps], ["linear"], [0.0], ["constant"], [scale], ["constant"]
     )
     counts = [step["num_tokens"] for step in schedule]
     schedule = [{**step, "num_tokens": step["num_tokens"] if target == IMAGE else None} for step in schedule]
     conditions = [(1.0, batch)] if scale == 1 else [(0.0, emptied(batch, model.modality_info, [given])), (scale, batch)]
-    sampler = GenerationSampler(model)
+    sampler = GenerationSampler(model, dtype)
 
     def ours() -> list[int]:
         entry = sampler.generate(batch, schedule, seed=0)[target]
@@ -128,11 +134,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--model", default="fm_tiny_6e_6d_swiglu_nobias")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", help="of the cached way, e.g. bfloat16")
+    parser.add_argument(
+        "--no_plain", dest="plain", action="store_false", help="only the cached way; on a GPU there is no other"
+    )
+    parser.add_argument(
+        "--toy", action="store_true", help="a model of one narrow block and short texts, to try the command"
+    )
     arguments = parser.parse_args()
 
     torch.manual_seed(0)
     domains = [RGB, IMAGE, TEXT]
-    model = FM(model_config("fm_tiny_6e_6d_swiglu_nobias", domains, domains[1:])).eval()
+    toy = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2} if arguments.toy else {}
+    model = FM(model_config(arguments.model, domains, domains[1:], **toy)).to(arguments.device).eval()
+    dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     # Neither end of text nor sentinels: a caption is as long as there is room.
     model.decoder_embeddings[TEXT].to_logits.weight.data[:204] = 0
     cases = {
@@ -145,20 +162,29 @@ def main() -> None:
     for name, settings in cases.items():
         if arguments.only not in name:
             continue
-        ways = case(model, *settings)
+        given, target, tokens, *rest = settings
+        tokens = min(tokens, 16) if arguments.toy and target == TEXT else tokens
+        ways = case(model, given, target, tokens, *rest, dtype)
+        if not arguments.plain:
+            times, _ = timed({"cached": ways["cached"]}, arguments.repeats + 1)  # the first one warms up
+            results[name] = {**times, "tokens": tokens}
+            continue
         times, found = timed(ways, arguments.repeats)
         same = sum(a == b for a, b in zip(*found.values(), strict=True)) / len(found["cached"])
         results[name] = {**times, "speed_up": times["plain"] / times["cached"], "same_tokens": same}
-    lengths = (64, 128, 256)
+    lengths = (64, 128, 256) if arguments.plain else ()
     captions = {str(n): case(model, RGB, TEXT, n, "autoregressive", 1, 1.0)["cached"] for n in lengths}
     by_length, _ = timed(captions, arguments.repeats)
     report = {
         "benchmark": "generate",
         "seconds": results,
+        "model": arguments.model,
+        "device": torch.cuda.get_device_name() if model.mask_token.is_cuda else "cpu",
+        "dtype": arguments.dtype or "float32",
         "cached_seconds_by_caption_length": by_length,
         "torch_threads": torch.get_num_threads(),
     }
-    print(json.dumps(report, indent=2))
+    print(json.dumps(report, indent=2 if arguments.plain else None))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 
 from fourm.data.modality_transforms import RGBTransform
@@ -30,6 +31,7 @@ from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
 from fourm.train.config import TrainConfig, load_config, run_length
 from fourm.train.device import autocast, keep_freed_memory, normalised, peak_tflops
+from fourm.train.fsdp import FSDP
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
@@ -49,6 +51,9 @@ DOMAINS = {  # inputs and targets; 7 and 21 are the published mixtures
 }
 
 
+TOY = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
+
+
 def full_name(model: str) -> str:
     """``tiny`` → ``fm_tiny_6e_6d_swiglu_nobias``."""
     return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
@@ -63,16 +68,27 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
     })  # fmt: skip
 
 
+def build_parallel(options: argparse.Namespace, config: TrainConfig) -> DDP:
+    """The strategy; with ``--fsdp`` also a single process shards, so that all of it runs where there is one GPU."""
+    parallel = FSDP(config) if options.fsdp else DDP(config)
+    if isinstance(parallel, FSDP) and not parallel.distributed:
+        backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        parallel.distributed, parallel._mesh = True, parallel._build_mesh(1)
+    return parallel
+
+
 def build_trainer(
     options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
 ) -> Trainer:
     config = build_config(options, model_name, batch_size)
     torch.manual_seed(0)
-    model = FM(
-        model_config(model_name, *DOMAINS[modalities], share_embedding=True, use_act_checkpoint=options.act_checkpoint)
-    ).to(parallel.device)
+    more = {"share_embedding": True, "use_act_checkpoint": options.act_checkpoint, **(TOY if options.toy else {})}
+    with torch.device("meta"):
+        model = FM(model_config(model_name, *DOMAINS[modalities], **more))
+    parallel.place(model)
     if options.compile:
-        model.compile_blocks()
+        model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
     return Trainer(config, parallel, model, build_optimizer(model, config), schedule, options.tokens, options.tokens)
@@ -153,6 +169,7 @@ def measure(
     line = trainer.interval.means(parallel)
     plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
     flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
+    strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12
     if peak := peak_tflops(config, parallel.device):
@@ -164,7 +181,7 @@ def measure(
             result[f"speed_up_in_{clock}"] = median(theirs / own for theirs, own in pairs)
     return {
         "model": model_name, "modalities": modalities, "batch_size": batch_size, "tokens": options.tokens,
-        "compile": options.compile, "strategy": "ddp" if parallel.distributed else "single",
+        "compile": options.compile, "strategy": strategy,
         "world_size": parallel.world_size, "device": describe_device(parallel.device), "dtype": config.autocast_dtype,
         "torch_threads": torch.get_num_threads(), "parameters": count_parameters(model),
         "seconds_per_step": seconds, "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
@@ -231,6 +248,8 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model, in a single process too")
+    parser.add_argument("--toy", action="store_true", help="a model of one narrow block, to try the command")
     parser.add_argument("--act_checkpoint", action="store_true")
     parser.add_argument("--peak_tflops", type=float, help="for the MFU, where the GPU's name does not tell it")
     parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="sgd (plain) takes half of the memory")
@@ -243,7 +262,7 @@ def main() -> None:
     if options.device == "cpu" and not options.free:
         keep_freed_memory()
     # One group of processes for all settings: a second one would meet at the addresses that the first has left behind.
-    parallel = DDP(build_config(options, full_name(options.model[0]), options.batch_size[0]))
+    parallel = build_parallel(options, build_config(options, full_name(options.model[0]), options.batch_size[0]))
     rows: list[dict[str, Any]] = []
     for setting in settings(options):
         rows.append(measure(options, parallel, *setting))

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from benchmarks import gpu
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch_size", "1", "--tokens", "32", "--rounds", "1"]
@@ -53,3 +56,31 @@ def test_the_loader_is_measured_with_all_modalities_and_so_is_the_memory_of_its_
     steps = lines("benchmarks/loader.py", *small, "--modalities", "21", "--memory_samples", "40")
     assert [step["samples"] for step in steps] == [*range(4, 44, 4)]
     assert all(step["num_workers"] == 1 and step["workers_resident_mb"] > 100 for step in steps)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has better to do")
+def test_the_command_for_a_gpu_runs_whole_at_toy_size(tmp_path):
+    subprocess.run(
+        ["benchmarks/gpu.sh", "--toy", str(tmp_path)], cwd=ROOT, check=True, timeout=240,
+        env=os.environ | {"PYTHON": sys.executable},
+    )  # fmt: skip
+    found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
+    assert set(found) == set(gpu.steps(toy=True)) and not any("error" in step for step in found.values())
+    assert found["environment"]["results"][0]["torch"] == torch.__version__
+    settings = {name: found[f"step_{name}"]["results"][0] for name in ("eager", "compiled", "fsdp")}
+    assert [(row["compile"], row["strategy"]) for row in settings.values()] == [
+        (False, "single"), (True, "single"), (False, "fsdp"),
+    ]  # fmt: skip
+    assert len(found["generation"]["results"][0]["seconds"]) == 2
+    assert "skipped" in found["tests"]["output"]
+
+
+def test_a_step_that_fails_or_hangs_says_so_and_the_limits_are_those_of_a_short_loan():
+    assert sum(limit for limit, _ in gpu.steps(toy=False).values()) < 360
+    command = [sys.executable, "-c"]
+    failed = gpu.run([*command, 'print(\'{"a": 1}\'); raise SystemExit("no memory")'], 60)
+    assert failed["results"] == [{"a": 1}] and failed["error"].startswith("no memory") and failed["status"] == 1
+    late = gpu.run(["sh", "-c", "echo begun; sleep 60 & sleep 60"], 0.5)
+    assert late["error"] == "stopped after 0.5 seconds\nbegun\n" and late["seconds"] < 10
+    assert "tests/train/test_gpu.py" in gpu.marked_tests()

@@ -207,14 +207,17 @@ class TransferMasking(UnifiedMasking):
     Args:
         modality_info, text_tokenizer: as of :class:`UnifiedMasking`; alphas are of no interest.
         input_modalities, target_modalities: names; none is in both.
+        input_tokens_range, target_tokens_range: the most tokens that the model will use of a sample, as the higher end;
+            None = as many as there are.
 
     Raises:
-        UserError: settings that do not fit together.
+        UserError: settings that do not fit together, or tokens that the model would never see.
     """
 
     def __init__(
         self, modality_info: Mapping[str, Mapping[str, Any]], text_tokenizer: Tokenizer | str | Path | None,
         input_modalities: Sequence[str], target_modalities: Sequence[str],
+        input_tokens_range: TokensRange | None = None, target_tokens_range: TokensRange | None = None,
     ):  # fmt: skip
         if both := sorted({*input_modalities} & {*target_modalities}):
             raise UserError(f"modality {both[0]}: it is input and target, but a task's inputs and targets are fixed")
@@ -225,6 +228,10 @@ class TransferMasking(UnifiedMasking):
             entries[name] = replace(entry, input_alphas=(1.0,), target_alphas=(1.0,), keep=keep)
         super().__init__(entries, text_tokenizer, 0, 0)
         room = {name: (entry.max_tokens or 0) for name, entry in entries.items()}
+        _check_room("input", {name: room[name] for name in input_modalities}, input_tokens_range)
+        # A sequence's target predicts the next one, and two sentinels enclose it: one more than its tokens.
+        slots = {name: room[name] + (entries[name].type != "img") for name in target_modalities}
+        _check_room("target", slots, target_tokens_range)
         # A text as target is between two sentinels.
         wide = {name: most + 2 * (entries[name].type != "img") for name, most in room.items()}
         self._fixed = Budgets(
@@ -235,6 +242,19 @@ class TransferMasking(UnifiedMasking):
 
     def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
         return self._fixed
+
+
+def _check_room(role: str, needed: Mapping[str, int], tokens_range: TokensRange | None) -> None:
+    """Refuse a budget that would cut off what lies beyond it, such as the lower part of every image."""
+    if tokens_range is None:
+        return
+    most = tokens_range if isinstance(tokens_range, int) else max(tokens_range)
+    if (total := sum(needed.values())) > most:
+        each = ", ".join(f"{name} {count}" for name, count in needed.items())
+        raise UserError(
+            f"'masking' transfer: all tokens of a sample are used, up to {total} as {role} ({each}), but "
+            f"num_{role}_tokens is {most}; set num_{role}_tokens to {total}"
+        )
 
 
 def _image(modality: Modality, value: Any) -> np.ndarray:

@@ -384,12 +384,13 @@ def build_masking(
     Raises:
         UserError: settings that do not fit together.
     """
+    ranges = input_tokens_range or config.input_tokens_range, target_tokens_range or config.target_tokens_range
     if config.masking == "transfer":
-        return TransferMasking(config.modalities, text_tokenizer, config.in_domains, config.out_domains)
-    return UnifiedMasking(
-        config.modalities, text_tokenizer, input_tokens_range or config.input_tokens_range,
-        target_tokens_range or config.target_tokens_range, sampling_weights=config.sampling_weights,
-    )  # fmt: skip
+        try:
+            return TransferMasking(config.modalities, text_tokenizer, config.in_domains, config.out_domains, *ranges)
+        except UserError as error:
+            raise UserError(f"data set {config.name}: {error}") from error
+    return UnifiedMasking(config.modalities, text_tokenizer, *ranges, sampling_weights=config.sampling_weights)
 
 
 def build_dataset(

@@ -98,7 +98,7 @@ def decode_modality(
         statistics = transform.statistics if isinstance(transform, PixelTransform) else None
         return replace(decode_pixels(kind, tensor[None], statistics), tensor=tensor)
     if modality.type == "seq_emb":
-        return Decoded("vectors", tensor[~masked].numpy(), tensor=tensor[~masked])
+        return Decoded("vectors", tensor[~masked].float().numpy(), tensor=tensor[~masked])
     if modality.transform == "scalar":
         transform, known = transforms_for({modality.name: modality})[modality.name], not bool(masked.any())
         assert isinstance(transform, ScalarTransform)
@@ -138,7 +138,7 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
     """Pixels (1, C, H, W), nan where they are missing, as :data:`DECODERS` gives them."""
     kind = kind if kind in DECODERS else "feature"
-    image = pixels[0].permute(1, 2, 0).numpy()
+    image = pixels[0].permute(1, 2, 0).float().numpy()  # bfloat16 is unknown to numpy
     if statistics is not None and DECODERS[kind] in (_color, _grey):
         mean, std = (np.array(values, np.float32) for values in statistics)
         image = image * std + mean

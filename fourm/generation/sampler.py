@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
-from fourm.data.modality_info import as_modality
-from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode
+from fourm.data.modality_info import Modality, as_modality
+from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
@@ -102,7 +103,7 @@ class Sampler:
     def __call__(
         self,
         inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
-        targets: Sequence[str],
+        targets: str | Sequence[str],
         seed: Seed = None,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
@@ -115,7 +116,7 @@ class Sampler:
         Args:
             inputs: modality → value, see :func:`fourm.generation.inputs.read_value`; a list of such samples with the
                 same modalities is one batch. Results are inputs too: those that the model cannot read are left out.
-            targets: modalities. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
+            targets: modalities, or a single one. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
                 the tokens that are −1 are generated.
             seed: see :class:`GenerationSampler`; sample b uses ``seed + b``.
             top_k, top_p: see :class:`fourm.models.token_sampling.TokenSampler`.
@@ -128,6 +129,7 @@ class Sampler:
         Raises:
             UserError: inputs, targets or settings that do not suit the model.
         """
+        targets = [targets] if isinstance(targets, str) else targets
         given = [self._readable(sample) for sample in ([inputs] if isinstance(inputs, Mapping) else inputs)]
         if not given or not given[0] or not targets:
             raise UserError("generation needs at least one input and one target")
@@ -146,7 +148,11 @@ class Sampler:
         ]
 
     def schedule(
-        self, given: Mapping[str, int], targets: Sequence[str], cfg_grow_conditioning: bool = True, **settings: Any
+        self,
+        given: Mapping[str, int],
+        targets: str | Sequence[str],
+        cfg_grow_conditioning: bool = True,
+        **settings: Any,
     ) -> list[dict[str, Any]]:
         """What a call with these arguments does, step by step.
 
@@ -156,6 +162,7 @@ class Sampler:
         Raises:
             UserError: targets or settings that do not suit the model.
         """
+        targets = [targets] if isinstance(targets, str) else targets
         chain = [find_modality(name, self.targets, "a target", last=given) for name in targets]
         edited = {name: given[name] for name in chain if given.get(name) and self.targets[name].type == "img"}
         both = [name for name in chain if (name in given and name not in edited) or chain.count(name) > 1]
@@ -175,7 +182,8 @@ class Sampler:
         found = {}
         for name, value in sample.items():
             try:
-                found[find_modality(name, self.inputs, "an input")] = value
+                full_name = find_modality(name, self.inputs, "an input")
+                found[full_name] = _picture(value, self.inputs[full_name]) if torch.is_tensor(value) else value
             except UserError:
                 if not isinstance(value, Decoded):
                     raise
@@ -183,6 +191,23 @@ class Sampler:
 
     def _named(self, value: Decoded) -> Decoded:
         return dataclasses.replace(value, names=self.class_names) if value.kind in CLASSES else value
+
+
+def _picture(value: Tensor, modality: Modality) -> Any:
+    """A tensor of pixels, (C, H, W) or a batch of one: normalised as the model takes it, or a picture in 8 bits."""
+    if not modality.is_pixels:
+        return value
+    pixels = value[0] if value.ndim == 4 and len(value) == 1 else value
+    if pixels.dtype == torch.uint8 and pixels.ndim == 3 and len(pixels) == modality.num_channels:
+        return pixels.permute(1, 2, 0).cpu().numpy()
+    size = modality.input_size or pixels.shape[-1]
+    if not pixels.is_floating_point() or pixels.shape != (modality.num_channels, size, size):
+        raise UserError(
+            f"{modality.name}: a tensor must be {modality.num_channels} x {size} x {size} normalised numbers or a picture in "
+            f"8 bits (uint8), not {tuple(value.shape)} of type {value.dtype}"
+        )
+    known = torch.zeros(modality.max_tokens or 1, dtype=torch.bool)
+    return decode_modality(pixels.detach().float().cpu(), known, modality, {}, None)
 
 
 def _load_model(model: str | Path) -> FM:

@@ -45,13 +45,19 @@ class ImageEncoderEmbedding(ModalityEmbedding):
         self.proj = nn.Linear(self.num_channels * self.patch_size**2, dim_tokens, bias=False)
 
     def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """→ content and position + modality of the selected patches, (n, D) each. Only those are copied."""
+        """→ content and position + modality of the selected patches, (n, D) each. Only those are copied.
+
+        Raises:
+            DataError: another shape, or whole numbers, which nobody has normalised.
+        """
         if tensor.shape[1:] != (expected := (self.num_channels, self.image_size, self.image_size)):
             raise DataError(f"an image of shape {tuple(tensor.shape[1:])} reached an embedding for {expected}")
+        _check_floating(tensor, "an image")
         p, width = self.patch_size, self.grid[1]
         patches = rearrange(tensor, "b c (h p) (w q) -> b h w p q c", p=p, q=p)  # a view
         chosen = patches[rows.sample, rows.index // width, rows.index % width]
-        return self.proj(rearrange(chosen, "n p q c -> n (p q c)")), self.emb(rows.position)
+        chosen = rearrange(chosen, "n p q c -> n (p q c)").to(self.proj.weight.dtype)
+        return self.proj(chosen), self.emb(rows.position)
 
     def empty(self) -> Tensor:
         return self.mod_emb.new_empty((0, self.num_channels, self.image_size, self.image_size))
@@ -100,7 +106,13 @@ class SequenceEmbEncoderEmbedding(ModalityEmbedding):
 
     def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
         """→ content and position + modality of the selected vectors, (n, D) each."""
-        return self.emb_proj(tensor[rows.sample, rows.index]), self.emb(rows.position)
+        _check_floating(tensor, "a row of vectors")
+        return self.emb_proj(tensor[rows.sample, rows.index].to(self.mod_emb.dtype)), self.emb(rows.position)
 
     def empty(self) -> Tensor:
         return self.mod_emb.new_empty((0, 1, self.orig_emb_dim))
+
+
+def _check_floating(tensor: Tensor, what: str) -> None:
+    if not tensor.is_floating_point():
+        raise DataError(f"{what} of type {tensor.dtype} reached the model; it takes normalised floating-point numbers")

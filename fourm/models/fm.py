@@ -90,6 +90,7 @@ class FourM(Encoder):
             encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint, init_std,
             pos_temperature,
         )  # fmt: skip
+        check_ids({name: modality_info[name] for name in {**encoder_embeddings, **decoder_embeddings}})
         self.modality_info = modality_info
         self.decoder_causal_mask, self.decoder_sep_mask = decoder_causal_mask, decoder_sep_mask
         self.share_modality_embeddings = share_modality_embeddings
@@ -131,14 +132,15 @@ class FourM(Encoder):
         Args:
             mod_dict: modality → tensor, input_mask, target_mask, decoder_attention_mask (method section 1).
             num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``plan``.
-            loss_type: ``mod`` = mean over all target modalities of the model of each one's mean cross-entropy;
-                ``token`` = mean over all target tokens.
+            loss_type: ``mod`` = mean over the target modalities that ``mod_dict`` names, with or without targets, of each
+                one's mean cross-entropy; ``token`` = mean over all target tokens.
             return_logits: return the logits of the kept targets instead, {modality: (n_m, V)}.
             plan: the tokens to use, from :meth:`plan`, on the device of the batch. With one, nothing here waits for
                 the device.
 
         Returns:
-            The loss and {modality: its mean cross-entropy}, 0 for a modality without targets.
+            The loss and {modality: its mean cross-entropy} of all target modalities of the model, 0 for one without
+            targets.
         """
         if plan is None:
             plan = self.plan(mod_dict, num_encoder_tokens, num_decoder_tokens)
@@ -207,7 +209,10 @@ class FourM(Encoder):
             sums[name] = F.cross_entropy(logits[name].float(), targets, reduction="sum")
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
-            return torch.stack(list(means.values())).mean(), means
+            named = [mean for name, mean in means.items() if name in mod_dict]
+            absent = [total for name, total in sums.items() if name not in mod_dict]  # zeros, with a gradient for DDP
+            mean = [torch.stack(named).mean()] if named else []
+            return (torch.stack([*mean, *absent]).sum() if absent else mean[0]), means
         if loss_type == "token":
             return torch.stack(list(sums.values())).sum() / max(sum(selection.counts.values()), 1), means
         raise UserError(f"loss_type must be 'mod' or 'token', not {loss_type!r}")
@@ -257,6 +262,25 @@ class FourM(Encoder):
                     f"frozen_embedding_domain: the model has no modality '{name}'{did_you_mean(name, known)}"
                 )
         return [embeddings[name] for name in domains.split("-") if name in embeddings]
+
+
+def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:
+    """The decoder tells modalities apart by their ids alone, 15 bits of a hash of their names.
+
+    Raises:
+        UserError: two have the same one, or an own one is no 15-bit number.
+    """
+    names: dict[int, str] = {}
+    for name, modality in modalities.items():
+        number = modality["id"]
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**15:
+            raise UserError(f"modality {name}: its id must be a whole number from 0 to {2**15 - 1}, not {number!r}")
+        if other := names.get(number):
+            raise UserError(
+                f"modalities {other} and {name} have the same id, {number}, and would see each other's targets; "
+                "give one of them another name, or another 'id' where its entry sets one"
+            )
+        names[number] = name
 
 
 _NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}

@@ -71,11 +71,12 @@ class Conditions:
         """Decoder output (C·B, …) → the weighted sum over the conditions (B, …).
 
         Logits are linear in it, so that this sum and that of the logits say the same, at a fraction of the cost. The
-        weights add up to 1, so there is nothing to do for a single condition.
+        weights add up to 1, so there is nothing to do for a single condition. What is added up in float32 goes on in the
+        precision of the model, whose weights may have been cast.
         """
         if len(self.weights) == 1:
             return y
-        return torch.tensordot(self.weights, y.float().unflatten(0, (len(self.weights), -1)), dims=1)
+        return torch.tensordot(self.weights, y.float().unflatten(0, (len(self.weights), -1)), dims=1).to(y.dtype)
 
 
 def _rows(position: Tensor) -> Rows:

@@ -9,6 +9,7 @@ Shapes: B batch, L tokens of one modality, n selected tokens of one modality in 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,6 +98,26 @@ class ModalityEmbedding(nn.Module):
             self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1], self.pos_temperature))
         else:
             nn.init.normal_(self.pos_emb, std=std)
+
+    def __call__(self, tensor: Any, *selected: Any) -> Any:
+        """→ content and position + modality of the selected tokens, (n, D) each; see ``forward``.
+
+        Raises:
+            UserError: called with the entry of a batch, as the published modules were.
+        """
+        if isinstance(tensor, Mapping):
+            raise UserError(
+                f"{type(self).__name__} embeds selected tokens, not the whole entry of a batch; the embedded inputs of a "
+                "batch are model.embed_encoder(mod_dict, select_inputs(mod_dict, modalities))"
+            )
+        return super().__call__(tensor, *selected)
+
+    def forward_embed(self, entry: Any) -> Any:
+        """The published name; raises a :class:`UserError` that says what there is now."""
+        raise UserError(
+            f"{type(self).__name__} has no forward_embed: targets are embedded by model.embed_decoder(mod_dict, "
+            "model.plan(mod_dict, num_encoder_tokens, num_decoder_tokens).decoder)"
+        )
 
     def emb(self, position: Tensor) -> Tensor:
         """(n,) → position + modality vector (n, D)."""

@@ -47,7 +47,7 @@ def build_evaluations(
             )
         fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
         kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
-        if config.fixed_eval:
+        if config.fixed_eval and dataset.masking != "transfer":  # where nothing is drawn that could be fixed
             kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
         for kind, (inputs, targets, batch_size) in kinds.items():
             loader = build_eval_loader(

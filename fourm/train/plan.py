@@ -27,7 +27,7 @@ import numpy as np
 from torch import nn
 
 from fourm.data.data_config import DataConfig
-from fourm.data.masking import UnifiedMasking
+from fourm.data.unified_datasets import build_masking
 from fourm.models import FM, StepFlops, count_parameters
 from fourm.models.activations import activation_bytes
 from fourm.train.config import TrainConfig, run_length
@@ -90,8 +90,7 @@ def mean_budgets(data: DataConfig, text_tokenizer: Any, batch_size: int) -> tupl
     weight_of_all = sum(data.weights.values())
     rng = np.random.default_rng(0)
     for name, dataset in data.train.items():
-        ranges = dataset.input_tokens_range, dataset.target_tokens_range
-        masking = UnifiedMasking(dataset.modalities, text_tokenizer, *ranges, sampling_weights=dataset.sampling_weights)
+        masking = build_masking(dataset, text_tokenizer)
         share = batch_size * data.weights[name] / weight_of_all / _DRAWS
         for _ in range(_DRAWS):
             budgets = masking.draw_budgets(rng)

@@ -233,8 +233,10 @@ def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
 def test_a_transfer_is_checked_as_one(tmp_path, capsys):
     path = write_shards(tmp_path / "s", 1, 3)
     arguments = config(tmp_path, path, out_domains="tok_rgb@32", in_domains="rgb@32", masking="transfer")
-    status, (found,) = check([*arguments, "--num_input_tokens", "1", "--num_target_tokens", "1"], capsys)
-    assert status == 0, "all tokens, whatever the ranges"
+    with pytest.raises(UserError, match="up to 4 as input .*set num_input_tokens to 4"):
+        check([*arguments, "--num_input_tokens", "3"], capsys)
+    status, (found,) = check([*arguments, "--num_input_tokens", "4", "--num_target_tokens", "5"], capsys)
+    assert status == 0
     assert (found["epoch"]["input_tokens_per_sample"], found["epoch"]["target_tokens_per_sample"]) == (4, 4)
 
 

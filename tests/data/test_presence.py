@@ -149,7 +149,26 @@ def test_transfer_gives_all_of_the_inputs_and_asks_for_all_of_the_targets():
         TransferMasking(INFO, TOKENIZER, ["caption"], ["caption"])
 
 
+@pytest.mark.parametrize("inputs, targets, role, needed", [
+    (["rgb@32"], ["tok_rgb@32"], "input", 4),
+    (["tok_rgb@32", "caption"], ["codes"], "input", 4 + INFO["caption"]["max_tokens"]),
+    (["rgb@32"], ["tok_rgb@32"], "target", 4),
+    (["rgb@32"], ["tok_rgb@32", "caption"], "target", 4 + INFO["caption"]["max_tokens"] + 1),
+])  # fmt: skip
+def test_a_transfer_refuses_to_cut_its_samples_and_says_how_many_tokens_it_needs(inputs, targets, role, needed):
+    ranges = {f"{role}_tokens_range": (1, needed - 1)}
+    with pytest.raises(UserError, match=f"up to {needed} as {role} .*set num_{role}_tokens to {needed}$"):
+        TransferMasking(INFO, TOKENIZER, inputs, targets, **ranges)
+    TransferMasking(INFO, TOKENIZER, inputs, targets, **{f"{role}_tokens_range": needed})
+
+
 def test_transfer_is_a_setting_of_a_data_set(tmp_path, gappy):
-    options = {"in_domains": "rgb@32-caption", "out_domains": "tok_rgb@32", "missing": "skip", "masking": "transfer"}
+    options = {
+        "in_domains": "rgb@32-caption",
+        "out_domains": "tok_rgb@32",
+        "missing": "skip",
+        "masking": "transfer",
+        "num_input_tokens": 16,
+    }
     (batch,) = train(config(tmp_path, gappy, **options, input_alphas=None, target_alphas=None), 1)
     assert not batch.mod_dict["rgb@32"]["input_mask"].any() and not batch.mod_dict["tok_rgb@32"]["target_mask"].any()

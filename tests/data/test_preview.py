@@ -307,6 +307,7 @@ def test_records_of_all_files_and_all_sources_are_shown(config, tmp_path):
 def test_a_transfer_is_one_component_with_all_tokens(config, tmp_path):
     content = yaml.safe_load(config.read_text())
     transfer = {"masking": "transfer", "in_domains": "rgb@32", "out_domains": "tok_rgb@32-caption"}
+    transfer["num_target_tokens"] = 300
     content["train"]["datasets"]["toy<&>"].update(transfer)
     config.write_text(yaml.safe_dump(content))
     (component,) = drawn(config).components

@@ -202,3 +202,19 @@ def test_a_damaged_picture_is_an_error_of_one_sentence(sampler, tmp_path):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG nothing")
     with pytest.raises(DataError, match="rgb@32: .*broken.png"):
         sampler({"rgb": tmp_path / "broken.png"}, ["depth"])
+
+
+def test_pixels_may_be_a_tensor_and_a_single_target_a_string(sampler):
+    modality = next(m for m in sampler.inputs.values() if m.is_pixels)
+    size, target = modality.input_size, next(name for name, m in sampler.targets.items() if m.type == "img")
+    pixels = torch.randn(modality.num_channels, size, size, generator=torch.Generator().manual_seed(0))
+    (alone,), (batched,) = (sampler({modality.name: x}, target, seed=0) for x in (pixels, pixels[None].double()))
+    assert torch.equal(alone[target].tensor, batched[target].tensor)
+    torch.testing.assert_close(alone[modality.name].tensor, pixels)
+    eight_bits = torch.randint(0, 256, pixels.shape, dtype=torch.uint8)
+    mine, theirs = (
+        sampler({modality.name: x}, target, seed=0)[0] for x in (eight_bits, eight_bits.permute(1, 2, 0).numpy())
+    )
+    assert torch.equal(mine[target].tensor, theirs[target].tensor)
+    with pytest.raises(UserError, match="a tensor must be 3 x .* normalised numbers or a picture in 8 bits"):
+        sampler({modality.name: pixels[:, 1:]}, target)

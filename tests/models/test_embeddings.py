@@ -14,6 +14,7 @@ from fourm.models.encoder_embeddings import (
 )
 from fourm.models.modality_embedding import Rows, sincos_table
 from fourm.utils.errors import DataError, UserError
+from tests.models.toy_models import toy_batch, toy_model
 
 
 def rows(*triples):
@@ -114,3 +115,12 @@ def test_sizes_that_do_not_fit_are_errors():
         SequenceEncoderEmbedding(50, max_length=600)
     with pytest.raises(UserError, match="not a multiple of patch_size 16"):
         ImageTokenEncoderEmbedding(50, image_size=100)
+
+
+def test_the_entry_of_a_batch_is_refused_in_a_sentence():
+    model = toy_model()
+    entry = toy_batch(model)["grid"]
+    with pytest.raises(UserError, match="embeds selected tokens, not the whole entry of a batch"):
+        model.encoder_embeddings["grid"](entry)
+    with pytest.raises(UserError, match="has no forward_embed: targets are embedded by model.embed_decoder"):
+        model.decoder_embeddings["grid"].forward_embed(entry)

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from benchmarks.embed_all import embed_all_loss, saved_bytes, synthetic_batch
-from fourm.data.modality_info import MODALITY_INFO
-from fourm.models import FM, count_parameters, model_config
+from fourm.data.modality_info import MODALITY_INFO, Modality
+from fourm.models import FM, FourM, count_parameters, model_config
+from fourm.models.decoder_embeddings import SequenceDecoderEmbedding
+from fourm.models.encoder_embeddings import SequenceEncoderEmbedding
 from fourm.models.modality_embedding import sincos_table
 from fourm.utils.errors import UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, TARGETS, toy_batch, toy_config, toy_model
@@ -129,7 +131,33 @@ def test_modalities_that_the_batch_lacks_keep_their_gradients():
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
     assert set(per_modality) == set(TARGETS)
     assert per_modality["grid"] == 0
-    torch.testing.assert_close(loss, per_modality["text"] / len(TARGETS))
+    torch.testing.assert_close(loss, per_modality["text"])
+
+
+def without_targets(entry):
+    return entry | {"target_mask": torch.ones_like(entry["target_mask"])}
+
+
+@pytest.mark.parametrize(
+    "named, with_targets",
+    [(TARGETS, TARGETS), (TARGETS, ["text"]), (["grid", "text"], ["text"]), (["text"], ["text"]), (["pixels"], [])],
+)
+@pytest.mark.parametrize("loss_type", ["mod", "token"])
+def test_the_loss_is_the_mean_over_the_target_modalities_that_the_batch_names(loss_type, named, with_targets):
+    model = toy_model()
+    batch = {name: entry for name, entry in toy_batch(model).items() if name in named}
+    batch = {name: entry if name in with_targets else without_targets(entry) for name, entry in batch.items()}
+    plan = model.plan(batch, 16, 16)
+    loss, each = model(batch, 16, 16, loss_type, plan=plan)
+    expected = {
+        "mod": sum(each[name].item() for name in with_targets) / max(len({*named} & {*TARGETS}), 1),
+        "token": sum(each[name].item() * count for name, count in plan.decoder.counts.items())
+        / max(sum(plan.decoder.counts.values()), 1),
+    }
+    assert loss.item() == pytest.approx(expected[loss_type], rel=1e-6)
+    assert all(each[name] == 0 for name in TARGETS if name not in with_targets)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters()), "DDP waits for every gradient"
 
 
 def test_sequence_only_targets_keep_the_mask_token_in_the_graph():
@@ -319,3 +347,37 @@ def test_positions_in_images_have_the_temperature_of_the_model_and_sequences_the
         return (unit @ unit.T - 2 * torch.eye(len(unit))).max()
 
     assert nearest(image.pos_emb) < nearest(FM(toy_config(share_embedding=True)).encoder_embeddings["grid"].pos_emb)
+
+
+# SHA-256 of both names is the same modulo 2^15.
+COLLIDING = next(
+    (first, f"m{i}")
+    for seen in [{}]
+    for i in range(2000)
+    if (first := seen.setdefault(Modality(f"m{i}", "seq").id, f"m{i}")) != f"m{i}"
+)
+
+
+def test_two_modalities_of_one_id_cannot_be_in_one_model():
+    text = DECLARATIONS["text"]
+    for inputs, targets in ((COLLIDING, COLLIDING[:1]), (COLLIDING[:1], COLLIDING[1:])):
+        with pytest.raises(UserError, match=f"{'.* and .*'.join(COLLIDING)} have the same id, [0-9]+, .*another name"):
+            toy_model(domains_in=inputs, domains_out=targets, modalities=dict.fromkeys(COLLIDING, text))
+
+
+@pytest.mark.parametrize(
+    "number, message", [(7, "a and b have the same id, 7"), (2**15, "id must be a whole number"), ("7", "not '7'")]
+)
+def test_ids_of_plain_entries_are_checked_too(number, message):
+    info = {"a": {"type": "seq", "id": 7}, "b": {"type": "seq", "id": number}}
+    embeddings = {name: SequenceEncoderEmbedding(50, 12) for name in info}
+    with pytest.raises(UserError, match=message):
+        FourM(
+            embeddings,
+            {"a": SequenceDecoderEmbedding(50, 12)},
+            info,
+            dim=32,
+            encoder_depth=1,
+            decoder_depth=1,
+            num_heads=2,
+        )

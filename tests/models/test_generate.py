@@ -1,5 +1,7 @@
 """Generation equals the method written down plainly, sample by sample, whatever the batch and the guidance."""
 
+import copy
+
 import pytest
 import torch
 from tokenizers import Tokenizer
@@ -13,7 +15,9 @@ from fourm.models.generate import (
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.utils.errors import UserError
+from fourm.models.generation_inputs import emptied
+from fourm.models.token_sampling import TokenSampler
+from fourm.utils.errors import DataError, UserError
 from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
 
@@ -383,3 +387,55 @@ def test_compiled_blocks_generate_the_same_whatever_the_lengths():
         for target in ("grid", "text"):
             assert torch.equal(found[target]["tensor"], expected[target]["tensor"])
     assert 0 < compiled.frame_count < 30  # not once for every length
+
+
+DTYPES = [torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def cast(request):
+    """A model with registers and qk-norm whose weights have 16 bits, and its twin with the same weights in float32."""
+    options = {**SWIGLU, "qk_norm": True, "num_register_tokens": 3, "modalities": MODALITIES}
+    model = toy_model(4, **options).to(request.param).eval()
+    return model, copy.deepcopy(model).float()
+
+
+@pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.8}])
+@pytest.mark.parametrize("target, scheme, tokens", [
+    ("grid", "maskgit", 16), ("grid", "roar", 16), ("text", "autoregressive", 9), ("codes", "autoregressive", 5),
+])  # fmt: skip
+def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, scheme, tokens, limits):
+    """Plainly, with guidance, and under several weighted conditions; the inputs are of any precision."""
+    model, twin = cast
+    pixels = with_target(model, inputs(model), target, tokens)
+    others = [{**pixels, name: emptied(pixels, model.modality_info, [name])[name]} for name in ("pixels", "vectors")]
+    found = {}
+    for name, one_of_them, dtype in (("cast", model, torch.float64), ("twin", twin, torch.float32)):
+        batch, *conditions = (
+            {k: entry | {"tensor": entry["tensor"].to(dtype)} if k in ("pixels", "vectors") else entry for k, entry in b.items()}
+            for b in (pixels, *others)
+        )  # fmt: skip
+        sampler = GenerationSampler(one_of_them)
+        plans = [schedule(model, [target], [scheme], [tokens], [3], scale, 0.5) for scale in (1.0, 2.0, [2.0, -1.0])]
+        options = {"text_tokenizer": TOKENIZER, "seed": 1, **limits}
+        results = [sampler.generate(batch, plan, **options) for plan in plans[:2]]
+        results.append(sampler.generate_multi_guided(batch, conditions, plans[2], **options))
+        found[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
+    assert (found["cast"] == found["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_probabilities_of_tokens_are_computed_in_float32(dtype):
+    logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
+    luck = torch.linspace(0, 1 - 1e-6, 50)
+    for limits in ((0, 0.0), (5, 0.0), (0, 0.7)):
+        mine, exact = (TokenSampler(*limits)(values, 0.7, luck) for values in (logits, logits.float()))
+        assert mine[1].dtype == torch.float32
+        assert all(torch.equal(a, b) for a, b in zip(mine, exact, strict=True))
+
+
+def test_whole_numbers_are_no_normalised_pixels(model):
+    batch = inputs(model)
+    batch["pixels"]["tensor"] = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
+    with pytest.raises(DataError, match=r"an image of type torch.uint8 reached the model; it takes normalised"):
+        generate(model, with_target(model, batch, "grid", 16), schedule(model, ["grid"], ["roar"], [16], [2]))

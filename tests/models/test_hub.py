@@ -90,3 +90,12 @@ def test_saving_leaves_the_callers_config_alone(tmp_path):
     config = toy_config(share_embedding=True)
     FM(config).save_pretrained(tmp_path)
     assert config == toy_config(share_embedding=True)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, value):
+    model = toy_model()
+    model.encoder[1].mlp.fc1.weight.data[3, 2] = value
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model.safetensors: the weights encoder.1.mlp.fc1.weight are not finite"):
+        FM.from_pretrained(str(tmp_path))

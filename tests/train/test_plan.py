@@ -1,10 +1,11 @@
 """``--plan``: every published configuration on paper, without its data."""
 
 import pytest
+import yaml
 
 from fourm.train.config import load_config, parse_args
 from fourm.train.parallel import DDP
-from fourm.train.plan import STRATEGIES, plan_run, state_bytes
+from fourm.train.plan import STRATEGIES, mean_budgets, plan_run, state_bytes
 from fourm.train.run import Run, build_model, load_data
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
@@ -93,3 +94,19 @@ def test_sharing_within_a_machine_accumulation_and_the_average_count(tmp_path):
     assert planned(model_ema=True)["parameters"] - plain["parameters"] == 4 * total / 16
     with pytest.raises(UserError, match="does not divide"):
         planned(fsdp_shard_size=3)
+
+
+def test_a_transfer_is_planned_with_all_of_its_tokens_or_refused(tmp_path):
+    path = write_run(tmp_path / "toys", num_workers=0)
+    data_path = tmp_path / "toys" / "data.yaml"
+    content = yaml.safe_load(data_path.read_text())
+    (name, entry), *_ = content["train"]["datasets"].items()
+    kept = {key: value for key, value in entry.items() if "alphas" not in key and "tokens" not in key}
+    kept |= {"masking": "transfer", "in_domains": "rgb@32", "out_domains": "tok_rgb@32"}
+    data_path.write_text(yaml.safe_dump({**content, "train": {"datasets": {name: kept}}, "val": {}}))
+    config = load_config(path, {"num_input_tokens": 4, "num_target_tokens": 4})
+    data = load_data(config)
+    inputs, targets = mean_budgets(data, load_text_tokenizer(config.text_tokenizer_path), 8)
+    assert (inputs, targets) == (pytest.approx({"rgb@32": 32}), pytest.approx({"tok_rgb@32": 32}))
+    with pytest.raises(UserError, match=f"data set {name}: 'masking' transfer: .*set num_input_tokens to 4"):
+        planned(path, num_input_tokens=3)

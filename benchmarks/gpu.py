@@ -1,0 +1,123 @@
+"""The checks and figures of a GPU, one after another, each a process with a time limit of its own; see ``gpu.sh``.
+
+Every step writes ``OUT/NAME.json``: its command, exit status and seconds, the JSON objects that it printed as ``results``, and
+``error``, the end of its output, if it failed. Whatever fails, the others go on. Exit status: 0 if none has failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+STEP = ["benchmarks/train_step.py", "--no_baseline"]
+FULL_STEP = [*STEP, "--model", "base", "--batch_size", "128", "--tokens", "128", "--device", "cuda", "--dtype", "bfloat16",
+             "--rounds", "3", "--steps", "10"]  # fmt: skip
+TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1"]
+GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
+TESTS = ["-m", "pytest", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
+TOY_TESTS = ["tests/train/test_gpu.py"]
+
+ENVIRONMENT = """
+import json, os, platform, torch
+cuda = torch.cuda.is_available()
+p = torch.cuda.get_device_properties(0) if cuda else None
+print(json.dumps({
+    "python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda, "cpus": os.cpu_count(),
+    "cudnn": torch.backends.cudnn.version() if cuda else None, "nccl": torch.cuda.nccl.version() if cuda else None,
+    "gpu": p.name if p else None, "gpu_memory": p.total_memory if p else None, "gpus": torch.cuda.device_count(),
+    "gpu_tests": "run" if cuda else "are skipped",
+}))
+if not cuda and os.environ.get("GPU_NEEDED"):
+    raise SystemExit("torch finds no GPU")
+"""
+
+
+def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
+    """Name → most seconds and arguments of Python. In all they take at most 345 seconds."""
+    step = TOY_STEP if toy else FULL_STEP
+    model = (
+        ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
+    )
+    return {
+        "environment": (20, ["-c", ENVIRONMENT]),
+        "step_eager": (50, step),
+        "step_compiled": (80, [*step, "--compile"]),
+        "step_fsdp": (50, [*step, "--fsdp"]),
+        "generation": (45, [*GENERATE, *model]),
+        "tests": (100, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
+    }
+
+
+def marked_tests() -> list[str]:
+    """Files with tests for a GPU; the others may import what its machine lacks."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
+
+
+def run(command: list[str], limit: float) -> dict[str, Any]:
+    """A step's process; it and all that it started are ended at the limit."""
+    start = time.monotonic()
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )  # fmt: skip
+    late = False
+    try:
+        out, err = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        late = True
+        os.killpg(process.pid, signal.SIGKILL)
+        out, err = process.communicate()
+    found: dict[str, Any] = {"status": process.returncode, "seconds": round(time.monotonic() - start, 2)}
+    found["results"] = [value for line in out.splitlines() if (value := _object(line)) is not None]
+    if late or process.returncode:
+        ending = f"stopped after {limit:g} seconds\n" if late else ""
+        found["error"] = ending + (err[-3000:] + out[-3000:])
+    elif not found["results"]:
+        found["output"] = out[-1000:]
+    return found
+
+
+def _object(line: str) -> dict[str, Any] | None:
+    if not line.startswith("{"):
+        return None
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "out", nargs="?", default=os.environ.get("OUT") or "gpu_results", help="folder for the JSON files"
+    )
+    parser.add_argument("--toy", action="store_true", help="on the CPU, at toy size")
+    parser.add_argument("--only", nargs="+", help="names of steps")
+    options = parser.parse_args()
+    if not options.toy:
+        os.environ["GPU_NEEDED"] = "1"
+    out = Path(options.out)
+    out.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for name, (limit, arguments) in steps(options.toy).items():
+        if options.only and name not in options.only:
+            continue
+        command = [sys.executable, *arguments]
+        found = {"name": name, "toy": options.toy, "command": arguments} | run(command, limit)
+        (out / f"{name}.json").write_text(json.dumps(found, indent=2))
+        failed += "error" in found
+        print(f"{name}: {'FAILED' if 'error' in found else 'done'} in {found['seconds']} s", flush=True)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
