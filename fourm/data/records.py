@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import expand, split_name
+from fourm.data.layout import expand
+from fourm.data.names import split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.utils.errors import MissingDependency, UserError
