@@ -19,9 +19,9 @@ _WORD = re.compile(r"[A-Za-z_][\w@-]*$")
 def is_clutter(name: str) -> bool:
     """Whether a file is hidden, or one that operating systems leave: it is no sample."""
     folder, _, file = name.rpartition("/")
-    if file.startswith(".") or file.lower() in _CLUTTER_FILES:
+    if file[:1] == "." or (file[-1:] in "biIB\r" and file.lower() in _CLUTTER_FILES):
         return True
-    return bool(folder) and not _CLUTTER_FOLDERS.isdisjoint(folder.split("/"))
+    return folder != "" and not _CLUTTER_FOLDERS.isdisjoint(folder.split("/"))
 
 
 def split_name(name: str, own: tuple[str, ...] = ()) -> tuple[str, str]:
@@ -32,16 +32,16 @@ def split_name(name: str, own: tuple[str, ...] = ()) -> tuple[str, str]:
     Args:
         own: names of the modality that all files belong to, which are not part of the key: ``0001.rgb.jpg`` → ``0001``.
     """
-    if name.startswith(("./", "/")) or "//" in name or "/./" in name:
+    if "/" in name and (name.startswith(("./", "/")) or "//" in name or "/./" in name):
         name = posixpath.normpath(name).lstrip("/")
-    stem, dot, extension = name.rpartition(".")
-    if not dot or "/" in extension or not stem or stem.endswith("/"):
+    stem, _, extension = name.rpartition(".")
+    if not stem or "/" in extension or stem.endswith("/"):
         return name, ""
-    if extension.lower() == "gz":
+    if extension in ("gz", "GZ"):
         inner, dot, before = stem.rpartition(".")
         if dot and before.lower() in FORMATS and inner and not inner.endswith("/"):
             stem, extension = inner, f"{before}.{extension}"
-    for modality in own:
+    for modality in own if "." in stem else ():
         if stem.endswith(f".{modality}") and not stem.endswith(f"/.{modality}") and len(stem) > len(modality) + 1:
             return stem[: -len(modality) - 1], extension
     return stem, extension
@@ -49,7 +49,7 @@ def split_name(name: str, own: tuple[str, ...] = ()) -> tuple[str, str]:
 
 def is_readable(extension: str) -> bool:
     """Whether a decoder is known for files with an extension."""
-    return extension.lower().removesuffix(".gz") in FORMATS
+    return extension in FORMATS or extension.lower().removesuffix(".gz") in FORMATS
 
 
 class MemberNames:

@@ -5,6 +5,7 @@ A *shard* is one tar with every modality (``KEY.MODALITY.EXT``) or one tar per m
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -34,16 +35,20 @@ def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[st
         UserError: the store cannot be read.
         DamagedTar: it is not a tar, cut off or damaged (after everything that can be read has been given).
     """
-    with cache.open(path) if cache else open_regular(path) as file:
+    with _open(path, cache) as file:
         yield from read_members(file.fileno())
 
 
 def members_of(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, Member]]:
     """Name and place of the files in a tar, as :func:`tar_members`; the extension is left open."""
-    with cache.open(path) if cache else open_regular(path) as file:
+    with _open(path, cache) as file:
         version = None if cache else version_of(file.fileno())
         for name, offset, size in read_members(file.fileno()):
             yield name, Member(path, "", offset, size, cache, version)
+
+
+def _open(path: str, cache: ShardCache | None) -> io.FileIO:
+    return cache.open(path) if cache else open_regular(path)
 
 
 class Shards:
@@ -156,18 +161,22 @@ class Shards:
         index: defaultdict[str, MemberIndex] = defaultdict(MemberIndex)
         problem, places = None, 0
         try:
-            if folder is None:
-                for name, member in members_of(path, self._cache):
-                    if not is_clutter(name):
-                        own_folder, key, extension, exact = self._names.split(name)
-                        index[own_folder].add(key, member._replace(extension=extension), exact)
-            else:
-                own = (folder, *(name for name, assigned in self._folders.items() if assigned == folder))
-                single = index[folder]
-                for name, member in members_of(path, self._cache):
-                    if not is_clutter(name):
-                        key, extension = split_name(name, own)
-                        single.add(key, member._replace(extension=extension), is_readable(extension))
+            with _open(path, self._cache) as file:
+                version = None if self._cache else version_of(file.fileno())
+                if folder is None:
+                    for name, offset, size in read_members(file.fileno()):
+                        if not is_clutter(name):
+                            own_folder, key, extension, exact = self._names.split(name)
+                            member = Member(path, extension, offset, size, self._cache, version)
+                            index[own_folder].add(key, member, exact)
+                else:
+                    own = (folder, *(name for name, assigned in self._folders.items() if assigned == folder))
+                    single = index[folder]
+                    for name, offset, size in read_members(file.fileno()):
+                        if not is_clutter(name):
+                            key, extension = split_name(name, own)
+                            member = Member(path, extension, offset, size, self._cache, version)
+                            single.add(key, member, is_readable(extension))
         except DamagedTar as error:
             problem, places = str(error), len(error.problems)
         except OSError as error:
