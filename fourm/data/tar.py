@@ -117,7 +117,9 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
             links.append(_Link(name, target if kind == 49 else posixpath.join(posixpath.dirname(name), target)))
         extended, unnamed = {}, False
     else:
-        if not ended:
+        if compression := _compression(os.pread(descriptor, 8, 0)) if position == 0 else None:
+            problems.append(compression)
+        elif not ended:
             problems.append(f"cut off at byte {end}, before the mark at the end of an archive")
 
 
@@ -139,11 +141,7 @@ def _after_gap(descriptor: int, position: int, end: int, block: bytes, problems:
     if block != _ZEROS:
         following = _next_header(descriptor, position + _BLOCK, end)
         if following is None and position == 0:
-            kind = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
-            if kind:
-                problems.append(f"it is compressed with {kind}, and shards are read at any place: decompress it")
-            else:
-                problems.append("not a tar file, or a damaged one (header at byte 0)")
+            problems.append(_compression(block) or "not a tar file, or a damaged one (header at byte 0)")
         else:
             problems.append(f"a damaged header at byte {position}")
         return following, False
@@ -159,6 +157,12 @@ def _after_gap(descriptor: int, position: int, end: int, block: bytes, problems:
     if blocks == 1 or following is not None:  # else it is what follows the end
         problems.append(f"{blocks} zero blocks in place of a header at byte {start}")
     return following, True
+
+
+def _compression(block: bytes) -> str | None:
+    """What to say of a file that begins so, if it is compressed."""
+    kind = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
+    return f"it is compressed with {kind}, and shards are read at any place: decompress it" if kind else None
 
 
 def _end_of_zeros(descriptor: int, position: int, end: int) -> int:

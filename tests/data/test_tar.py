@@ -57,7 +57,7 @@ def test_contents_are_those_of_tarfile(tmp_path, format, seed):
             kind = rng.integers(5)
             if kind == 0:
                 info.type, info.name = tarfile.DIRTYPE, f"{name}/{'x' * (1 if format == 'ustar' else 200)}"
-            elif kind == 1 and names:
+            elif kind == 1 and names and format != "ustar":
                 info.type, info.linkname = tarfile.LNKTYPE, names[rng.integers(len(names))]
             elif kind == 2 and names and format != "ustar":
                 info.type = tarfile.SYMTYPE
@@ -83,7 +83,7 @@ def test_v7_and_archives_that_follow_each_other_are_read(tmp_path):
     both.write_bytes(first.read_bytes() + second.read_bytes() + b"trailing garbage" * 100)
     assert list(_contents(both)) == [f"{n}{i}.txt" for n in "ab" for i in range(4)]
     v7 = bytearray(first.read_bytes())
-    for name, offset, _ in list(tar_members(str(first))):
+    for _, offset, _ in list(tar_members(str(first))):
         header = v7[offset - 512 : offset]
         header[257:] = bytes(255)
         header[148:156] = b" " * 8
@@ -185,6 +185,10 @@ def test_stars_match_shards_by_name(tmp_path):
     ledger = BadSampleLedger("x", 1.0)
     shards = Shards(f"{tmp_path}/[rgb,caption]/s-*.tar", {"rgb": "rgb", "caption": "caption"})
     assert [s.key for s in shards.all(ledger)] == ["b"] and ledger.collect() == {"x: missing member": 2}
-    for pattern, message in (("t-*.tar", "no file matches"), ("{0..999999999}.tar", "more than"), ("{0..1.tar", "")):
+    for pattern, message in (
+        ("t-*.tar", "no file matches"),
+        ("{0..999999999}.tar", "more than"),
+        ("{0..1.tar", "brace"),
+    ):
         with pytest.raises(UserError, match=message):
             Shards(f"{tmp_path}/[rgb]/{pattern}", {"rgb": "rgb"})
