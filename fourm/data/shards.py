@@ -115,8 +115,8 @@ class Shards:
         indexes: dict[str, MemberIndex] = {}
         damage: dict[str, int] = {}  # path → places
         for folder, path in shard.items():
-            index, problem, places = self._index(path, folder)
-            indexes.update(index)
+            found, problem, places = self._index(path, folder)
+            indexes.update(found)
             if problem:
                 ledger.warn(path, f"{shown(path)}: {problem}; what it should hold is skipped")
             if places:
