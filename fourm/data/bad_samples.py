@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 from fourm.utils.errors import DataError
 
@@ -36,21 +36,21 @@ class BadSampleLedger:
         self._complete = Counter[str]()  # per modality, the samples that have it
         self._lacking = Counter[str]()
 
-    def joined(self, total: int, bad: int, final: bool = False, tolerated: bool = False) -> None:
+    def joined(self, total: int, bad: Mapping[str, int], left_out: int = 0, final: bool = False) -> None:
         """Count the keys of one shard or folder.
 
         Args:
-            bad: how many were dropped.
+            bad: how many were dropped, by reason.
+            left_out: how many the data set asks to drop; only dropping all of them is an error.
             final: there are no more to come.
-            tolerated: dropping them is what the data set asks for; only dropping all of them is an error.
         """
         self._joins += 1
-        self._joined.update(total=total, bad=bad)
-        if not tolerated:
-            self._recent["missing member"] += bad
+        self._joined.update(total=total, bad=sum(bad.values()), left_out=left_out)
+        self._recent.update(bad)
         if final or self._joins >= MIN_JOINS:
-            most = 1.0 if tolerated else self._max_bad_fraction
-            self._judge(self._joined["bad"], self._joined["total"], "cannot be joined by key", most)
+            number, of = self._joined["bad"], self._joined["total"]
+            self._judge(number, of, "cannot be joined by key", self._max_bad_fraction)
+            self._judge(number + self._joined["left_out"], of, "cannot be joined by key", 1.0)
 
     def read(self, reason: str | None = None, tolerated: bool = False) -> None:
         """Count one sample that was drawn and, with a ``reason``, skipped.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import assign_folders, existing_folders, expand, is_remote, split_data_path, split_name
+from fourm.data.layout import assign_folders, existing_folders, expand, is_remote, split_data_path
+from fourm.data.names import is_clutter, is_readable, split_name
 from fourm.data.presence import Presence
-from fourm.data.raw_sample import Member, RawSample, join
+from fourm.data.raw_sample import Member, MemberIndex, RawSample, join, leave_out
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
 from fourm.utils.transfer import shown
@@ -48,16 +48,23 @@ class Folders:
             pattern, folders = f"{pattern}/\0", existing_folders(pattern)
         found = assign_folders(wanted, folders, name_map, data_path)
         roots = {name: expand(pattern, folder)[0] for name, folder in found.items()}
-        indexes = {name: _index(root) for name, root in roots.items()}
-        samples, incomplete = join(indexes, presence)
-        if not samples:
+        indexes = {name: index_folder(root, (found[name], name)) for name, root in roots.items()}
+        for root, index in zip(roots.values(), indexes.values(), strict=True):
+            if index.collisions:
+                ledger.warn(f"collision {root}", f"{root}: {index.collision()}; skipped")
+        columns, bad = leave_out(indexes)
+        samples, incomplete = join(columns, presence)
+        if not samples and not bad:
             raise UserError(f"data_path {data_path}: no key is in all of {', '.join(roots.values())}")
         tolerated = presence.missing == "skip"
         for name, root in roots.items() if not tolerated else ():
-            lacking = sorted(key for key in incomplete if key not in indexes[name])
+            lacking = sorted(key for key in incomplete if key not in columns[name])
             if lacking:
                 ledger.warn(root, f"{root}: no file for key '{lacking[0]}' (and {len(lacking) - 1} more); skipped")
-        ledger.joined(len(samples) + len(incomplete), len(incomplete), final=True, tolerated=tolerated)
+        if not tolerated:
+            bad["missing member"] = len(incomplete)
+        total = len(samples) + len(incomplete) + sum(bad.values()) - bad.get("missing member", 0)
+        ledger.joined(total, bad, len(incomplete) if tolerated else 0, final=True)
         self._samples = sorted(samples, key=lambda sample: sample.key)
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
@@ -80,16 +87,21 @@ class Folders:
         return self._samples
 
 
-def _index(root: str) -> dict[str, Member]:
-    """key → file, of all files below ``root``; hidden ones apart."""
-    index: dict[str, Member] = {}
+def index_folder(root: str, own: tuple[str, ...]) -> MemberIndex:
+    """Key → file, of all files below ``root``; hidden ones, and what operating systems leave, apart.
+
+    Args:
+        own: names of the modality, which are not part of a key.
+    """
+    index = MemberIndex()
     for folder, _, files in os.walk(root, followlinks=True, onerror=_raise):
+        below = os.path.relpath(folder, root)
         for file in sorted(files):
-            if not file.startswith("."):
-                path = os.path.join(folder, file)
-                key, extension = split_name(Path(path).relative_to(root).as_posix())
-                index.setdefault(key, Member(path, extension))
-    return index
+            name = file if below == "." else f"{below}/{file}"
+            if not is_clutter(name):
+                key, extension = split_name(name, own)
+                index.add(key, Member(os.path.join(folder, file), extension), is_readable(extension))
+    return index.complete()
 
 
 def _raise(error: OSError) -> None:

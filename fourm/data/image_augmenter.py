@@ -38,7 +38,7 @@ class AbstractImageAugmenter:
     def __call__(
         self,
         mod_dict: Mapping[str, Any],
-        crop_settings: np.ndarray | None = None,
+        crop_settings: np.ndarray | int | None = None,
         generator: np.random.Generator | None = None,
     ) -> Augmentation:
         raise NotImplementedError
@@ -118,13 +118,19 @@ class RandomCropImageAugmenter(_ImageAugmenter):
 
 @dataclass(frozen=True)
 class PreTokenizedImageAugmenter(_ImageAugmenter):
-    """One of the crops for which tokens were computed; with ``no_aug`` always the first, the centre crop."""
+    """One of the crops for which tokens were computed; with ``no_aug`` always the first, the centre crop.
+
+    Where nothing needs to know where they lie, the number of crops may stand for ``crop_settings``.
+    """
 
     target_size: int | tuple[int, int]
     no_aug: bool = False
     main_domain: str = "rgb"
 
     def __call__(self, mod_dict, crop_settings=None, generator=None) -> Augmentation:
+        if isinstance(crop_settings, int):
+            index = 0 if self.no_aug else int(_generator(generator).integers(crop_settings))
+            return Augmentation(rand_aug_idx=index)
         settings = np.asarray(crop_settings)
         if crop_settings is None or settings.ndim != 2 or settings.shape[1] != 5 or len(settings) == 0:
             found = "none" if crop_settings is None else f"an array of shape {settings.shape}"

@@ -20,7 +20,7 @@ from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import DatasetConfig, build_sample_transform
 from fourm.data.decoding import EncodedImage
 from fourm.data.folders import Folders
-from fourm.data.layout import CROP_SETTINGS, expand, split_data_path, wanted_names
+from fourm.data.layout import CROP_SETTINGS, shard_patterns, split_data_path, wanted_names
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import UnreadableValue, transforms_for
 from fourm.data.object_arrays import ObjectArray
@@ -180,7 +180,7 @@ def _shard_paths(dataset: DatasetConfig) -> list[str]:
     _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
     pattern, folders = split_data_path(dataset.data_path)
     bracket = "" if folders is None else f"[{','.join(folders)}]"
-    return [path.replace("\0", bracket) for path in expand(pattern, "\0")]
+    return [path.replace("\0", bracket) for path in shard_patterns(pattern, folders or ())]
 
 
 def _files_of_records(dataset: DatasetConfig) -> list[str]:
@@ -194,7 +194,10 @@ def _files_of_records(dataset: DatasetConfig) -> list[str]:
 def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
     """The ``wanted`` modalities (and their usual folders) of one part of a data set."""
     place = (data_path, wanted, dataset.modality_name_map)
-    return Shards(*place, remote=dataset.remote) if dataset.use_wds else Folders(*place, ledger)
+    if not dataset.use_wds:
+        return Folders(*place, ledger)
+    known = wanted_names(dataset.modalities)
+    return Shards(*place, remote=dataset.remote, known=[*known, *known.values()])
 
 
 class Inspector:

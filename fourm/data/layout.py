@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import glob
+import itertools
+import math
+import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -9,10 +13,13 @@ from pathlib import Path
 import braceexpand
 
 from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import transforms_for
+from fourm.data.transforms.tokens import PerCropTransform
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.transfer import shown
 
 CROP_SETTINGS = "crop_settings"
+_MOST_FILES = 10**6
 
 
 def is_remote(path: str) -> bool:
@@ -39,16 +46,73 @@ def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
 
 
 def expand(pattern: str, folder: str | None) -> list[str]:
-    """The files that ``pattern`` names for one modality folder: ranges in braces are written out."""
-    return list(braceexpand.braceexpand(pattern if folder is None else pattern.replace("\0", folder), escape=False))
+    """The files that ``pattern`` names for one modality folder: ranges in braces are written out, ``*`` and ``?`` looked up.
+
+    Raises:
+        UserError: braces that cannot be read or name too many files, or ``*`` that nothing matches.
+    """
+    return [
+        path if folder is None else path.replace("\0", folder)
+        for path in shard_patterns(pattern, [] if folder is None else [folder])
+    ]
+
+
+def shard_patterns(pattern: str, folders: Iterable[str]) -> list[str]:
+    """One path for each shard, with ``\0`` in place of its folder; with ``*`` those that any of the ``folders`` has."""
+    paths = expand_braces(pattern)
+    return paths if is_remote(pattern) else [found for path in paths for found in _matching(path, list(folders))]
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All that a pattern with ranges and lists in braces names.
+
+    Raises:
+        UserError: braces that cannot be read or name too many files.
+    """
+    ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MOST_FILES:
+        try:
+            names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MOST_FILES + 1))
+        except ValueError as error:
+            raise UserError(f"{shown(pattern)}: {error}") from None
+        if len(names) <= _MOST_FILES:
+            return names
+    raise UserError(f"{shown(pattern)}: its braces name more than {_MOST_FILES} files")
+
+
+def _matching(path: str, folders: list[str]) -> list[str]:
+    if not re.search("[*?]", path) or os.path.exists(path):
+        return [path]
+    found: set[str] = set()
+    for folder in folders or [""]:
+        wild = "".join(
+            f"([^/]{part})" if part == "*" else "([^/])" if part == "?" else re.escape(part.replace("\0", folder))
+            for part in re.split("([*?])", path)
+        )
+        for match in glob.iglob(re.sub(r"\[", "[[]", path.replace("\0", folder))):
+            groups = iter(re.fullmatch(wild, match).groups())  # type: ignore[union-attr]
+            found.add("".join(next(groups) if part in ("*", "?") else part for part in re.split("([*?])", path)))
+    if not found:
+        shown_path = path.replace("\0", f"[{','.join(folders)}]")
+        raise UserError(f"data_path {shown_path}: no file matches it")
+    return sorted(found)
 
 
 def wanted_names(modalities: Mapping[str, Modality]) -> dict[str, str]:
-    """The entries that a sample must have, with their usual folder; tokens come with the crops they were computed for."""
+    """The entries that a sample must have, with their usual folder.
+
+    Tokens come with the crops that they were computed for, unless nothing else needs to know where these lie.
+    """
     names = {name: modality.path or name for name, modality in modalities.items()}
-    if any(modality.pretokenized for modality in modalities.values()):
+    if any(modality.pretokenized for modality in modalities.values()) and needs_coordinates(modalities):
         names[CROP_SETTINGS] = CROP_SETTINGS
     return names
+
+
+def needs_coordinates(modalities: Mapping[str, Modality]) -> bool:
+    """Whether anything follows the crop itself, rather than having a value for each stored one."""
+    transforms = transforms_for(modalities).values()
+    return any(transform.follows_crop and not isinstance(transform, PerCropTransform) for transform in transforms)
 
 
 def assign_folders(
@@ -77,26 +141,6 @@ def assign_folders(
             )
         found[name] = options[0]
     return found
-
-
-def split_name(name: str) -> tuple[str, str]:
-    """A file's key and extension: ``a/0001.json.gz`` → ``a/0001``, ``json.gz``."""
-    stem, _, extension = name[name.rfind("/") + 1 :].partition(".")
-    return name[: len(name) - len(extension) - 1] if extension else name, extension
-
-
-def split_member(name: str, folder: str | None = None) -> tuple[str, str, str]:
-    """Folder, key and extension of a member of a tar.
-
-    Args:
-        folder: of all members of the tar; None: each names its own, ``0001.rgb.jpg``, or is in that of its extension,
-            ``0001.jpg``.
-    """
-    key, extension = split_name(name)
-    if folder is None:
-        folder, _, rest = extension.partition(".")
-        extension = rest or folder
-    return folder, key, extension
 
 
 def existing_folders(root: str | Path) -> list[str]:

@@ -31,7 +31,7 @@ from fourm.data.transforms.sequence import (
     DetectionTransform,
     MetadataTransform,
 )
-from fourm.data.transforms.tokens import CodebooksTransform, TokTransform
+from fourm.data.transforms.tokens import CodebooksTransform, PerCropTransform, TokTransform
 from fourm.utils.config import convert_fields
 from fourm.utils.errors import DataError, UserError, did_you_mean
 
@@ -154,7 +154,8 @@ class UnifiedDataTransform:
         source = "crop" if crop_settings is None else "crop_settings"
         shared = Augmentation()
         if crop_settings is not None or any(transform.follows_crop for transform in transforms.values()):
-            shared = _named(source, self.image_augmenter, values, crop_settings, generator)
+            crops = _crops_alone(transforms, values) if crop_settings is None else crop_settings
+            shared = _named(source, self.image_augmenter, values, crops, generator)
         for name in names:
             transform, target_size = transforms[name], _resolution(name) or shared.target_size
             if name in skip and isinstance(transform, ImageTransform):
@@ -171,6 +172,19 @@ class UnifiedDataTransform:
         if transform is None:
             raise UserError(f"modality {name}: no transform{did_you_mean(name, self.transforms_dict)}")
         return transform
+
+
+def _crops_alone(transforms: Mapping[str, AbstractTransform], values: Mapping[str, Any]) -> int | None:
+    """The number of stored crops if nothing needs to know where they lie; None otherwise."""
+    following = {name: transform for name, transform in transforms.items() if transform.follows_crop}
+    if not all(isinstance(transform, PerCropTransform) for transform in following.values()):
+        return None
+    crops = {name: transform.stored_crops(values[name]) for name, transform in following.items()}
+    if len(set(crops.values())) > 1:
+        raise DataError(
+            f"the numbers of crops differ: {', '.join(f'{count} of {name}' for name, count in crops.items())}"
+        )
+    return next(iter(crops.values()))
 
 
 def _resolution(name: str) -> tuple[int, int] | None:

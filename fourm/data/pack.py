@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import io
 import tarfile
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -22,11 +22,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.folders import Folders
-from fourm.data.layout import existing_folders, split_member, split_name
+from fourm.data.folders import index_folder
+from fourm.data.layout import existing_folders
+from fourm.data.modality_info import MODALITY_INFO
+from fourm.data.names import MemberNames, is_clutter, split_name
 from fourm.data.raw_sample import Member, OpenFiles
-from fourm.data.shards import tar_members
+from fourm.data.shards import members_of
 from fourm.utils.errors import UserError, did_you_mean, run_cli
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option, parse_options
@@ -62,10 +63,17 @@ def pack(options: PackOptions) -> int:
         The number of files (tars, or unpacked files) that this call wrote.
 
     Raises:
-        UserError: keys do not match, or something else is already there.
+        UserError: keys do not match, a file is damaged, something else is already there, or the disk refuses.
     """
+    try:
+        return _pack(options)
+    except OSError as error:
+        raise UserError(f"{error.filename or options.output}: {error.strerror or error}") from error
+
+
+def _pack(options: PackOptions) -> int:
     source, output = Path(options.source), Path(options.output)
-    plan, files = _whole_tars(source) if options.action == "split" else ({}, {})
+    plan, files = _whole_tars(source, options.modalities) if options.action == "split" else ({}, {})
     there = list(files) or existing_folders(source)
     for name in options.modalities:
         if name not in there:
@@ -95,18 +103,26 @@ def pack(options: PackOptions) -> int:
     return _write_shards(output, plan, files)
 
 
-def _whole_tars(source: Path) -> tuple[Plan, dict[str, dict[str, Member]]]:
-    """The keys of tars that hold all modalities, and modality → key → member."""
+def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[Plan, dict[str, dict[str, Member]]]:
+    """The keys of tars that hold all modalities, and modality → key → member.
+
+    Args:
+        modalities: those to split off, if not all.
+    """
+    declared = {name: info["path"] or name for name, info in MODALITY_INFO.items()}
+    names = MemberNames([*modalities, *declared, *declared.values()])
     plan: Plan = {}
     files: defaultdict[str, dict[str, Member]] = defaultdict(dict)
     for path in sorted(source.glob("*.tar")):
         keys: dict[str, None] = {}
-        for member, offset, size in _members(path):
-            name, key, extension = split_member(member)
+        for member, place in _members(path):
+            name, key, extension, _ = names.split(member)
+            if modalities and name not in modalities:
+                continue
             keys[key] = None
-            first = files[name].setdefault(key, Member(str(path), extension, offset, size))
-            if first.path != str(path) or first.offset != offset:
-                raise UserError(f"{path}: key '{key}' has a second {name}, beside the one in {first.path}")
+            place = place._replace(extension=extension)
+            if (first := files[name].setdefault(key, place)) is not place:
+                raise UserError(f"{path}: key {key!r} has a second {name}, beside the one in {first.path}")
         plan[path.name] = list(keys)
     if not files:
         raise UserError(f"{source}: there are no tars in it, or nothing is in them")
@@ -117,8 +133,12 @@ def _files(source: Path, name: str) -> dict[str, Member]:
     """Key → file of one modality."""
     if any((source / name).glob("*.tar")):
         raise UserError(f"{source / name}: there are shards in it, not files; 'folders' unpacks them")
-    samples = Folders(str(source), {name: name}, {}, BadSampleLedger(name, 1.0)).all(BadSampleLedger(name, 1.0))
-    return {sample.key: sample.members[name] for sample in samples}
+    index = index_folder(str(source / name), (name,))
+    if index.collisions:
+        raise UserError(f"{source / name}: {index.collision()}")
+    if not index:
+        raise UserError(f"{source / name}: there are no files in it")
+    return index
 
 
 def _new_plan(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> Plan:
@@ -162,12 +182,21 @@ def _plan_of(root: Path, exclude: Sequence[str]) -> Plan:
 
 
 def _keys(folder: Path) -> Plan:
-    return {path.name: [split_name(name)[0] for name, _, _ in _members(path)] for path in sorted(folder.glob("*.tar"))}
+    return {path.name: _keys_of(path, folder.name) for path in sorted(folder.glob("*.tar"))}
 
 
-def _members(path: Path) -> list[tuple[str, int, int]]:
+def _keys_of(path: Path, name: str) -> list[str]:
+    """The keys in a tar of modality ``name``."""
+    keys = [split_name(member, (name,))[0] for member, _ in _members(path)]
+    if twice := [key for key, number in Counter(keys).items() if number > 1]:
+        raise UserError(f"{path}: key {twice[0]!r} has two members")
+    return keys
+
+
+def _members(path: Path) -> list[tuple[str, Member]]:
+    """Name and place of what a tar holds; one that is damaged would make a loss permanent, and is an error."""
     try:
-        return list(tar_members(str(path)))
+        return [(name, member) for name, member in members_of(str(path)) if not is_clutter(name)]
     except tarfile.ReadError as error:
         raise UserError(f"{path}: {error}") from error
 
@@ -188,7 +217,7 @@ def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Mem
     with tqdm(total=len(pending), desc=str(output), unit=" shards", disable=None) as bar:
         for name, shard in pending:
             path = output / name / shard
-            contents = ((f"{key}.{files[name][key].extension}", files[name][key]) for key in plan[shard])
+            contents = ((_file_name(key, files[name][key]), files[name][key]) for key in plan[shard])
             if path.exists():
                 _verify(path, contents)
             else:
@@ -197,6 +226,10 @@ def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Mem
                 written += 1
             bar.update()
     return written
+
+
+def _file_name(key: str, member: Member) -> str:
+    return f"{key}.{member.extension}" if member.extension else key
 
 
 def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
@@ -213,7 +246,7 @@ def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
 def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
     """Raise a :class:`UserError` unless a tar holds just these files."""
     files = OpenFiles(2)  # the tar, and the one that its content comes from
-    found = {name: Member(str(path), "", offset, size) for name, offset, size in _members(path)}
+    found = dict(_members(path))
     expected = dict(contents)
     for name, member in expected.items():
         if name not in found or files.read(found[name]) != files.read(member):
@@ -228,25 +261,28 @@ def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
     if empty := sorted(set(names) - {name for name, _ in shards}):
         raise UserError(f"{source / empty[0]}: there are no shards in it")
     members = {path: _members(path) for _, path in shards}
-    plans = {
-        name: {p.name: {split_name(m[0])[0] for m in members[p]} for n, p in shards if n == name} for name in names
-    }
+    plans = {name: {p.name: set(_keys_of(p, name)) for n, p in shards if n == name} for name in names}
     for name, plan in plans.items():
         if plan != plans[names[0]]:
             raise UserError(f"{source}: the shards of {names[0]} and {name} do not have the same keys")
     written, files = 0, OpenFiles(1)
+    places: dict[tuple[int, int], str] = {}
     with tqdm(total=sum(map(len, members.values())), desc=str(output), unit=" files", disable=None) as bar:
         for name, shard in shards:
-            for member, offset, size in members[shard]:
-                if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute():
-                    raise UserError(f"{shard}: member {member} would be written outside its folder")
-                path, content = output / name / member, files.read(Member(str(shard), "", offset, size))
+            for member, place in members[shard]:
+                if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute() or "\0" in member:
+                    raise UserError(f"{shard}: member {member!r} would be written outside its folder")
+                path, content = output / name / member, files.read(place)
                 if not path.exists():
                     with atomic_path(path) as temporary:
                         temporary.write_bytes(content)
                     written += 1
                 elif path.read_bytes() != content:
                     raise UserError(f"{path} is there and differs from {member} of {shard}; choose another output")
+                status = path.stat()  # names may be the same to the disk: by case, or by how accents are written
+                other = places.setdefault((status.st_dev, status.st_ino), f"{shard} {member}")
+                if other != f"{shard} {member}":
+                    raise UserError(f"{path}: member {member!r} of {shard} and {other} are the same file on this disk")
                 bar.update()
     return written
 

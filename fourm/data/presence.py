@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from fourm.data.layout import CROP_SETTINGS
+from fourm.data.layout import CROP_SETTINGS, wanted_names
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import AbstractTransform, DetectionTransform
 
@@ -41,7 +41,7 @@ def presence(
     main_domain: str | None,
 ) -> Presence:
     """What follows a crop needs the stored crops or, without any, the main image; boxes always need the latter's size."""
-    stored = any(modality.pretokenized for modality in modalities.values())
+    stored = CROP_SETTINGS in wanted_names(modalities)
     needs = {}
     for name, transform in transforms.items():
         anchors = {CROP_SETTINGS} if stored and transform.follows_crop else set()

@@ -9,25 +9,69 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
 from fourm.data.decoding import EncodedImage, decode_value
 from fourm.data.presence import Presence
+from fourm.data.regular_files import FileVersion, open_regular, version_of
 from fourm.data.remote import ShardCache
-from fourm.utils.errors import DataError
+from fourm.utils.errors import DataError, UserError
 from fourm.utils.transfer import shown
+
+MOST_BYTES = 2**30
+"""Of one member or file."""
 
 
 class Member(NamedTuple):
     """A file, or a part of one."""
 
     path: str
-    extension: str  # all that follows the first dot: "jpg", "json.gz"
+    extension: str  # "jpg", "json.gz"
     offset: int = 0
     size: int | None = None  # None: up to the end of the file
     cache: ShardCache | None = None  # of a file in a store, whose URL is the path
+    version: FileVersion | None = None  # of the file when its members were found
+
+
+class MemberIndex(dict[str, Member]):
+    """Key → member, of one modality.
+
+    Attributes:
+        collisions: key → two members of it; neither is in the index once it is complete.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.collisions: dict[str, tuple[Member, Member]] = {}
+        self._others: dict[str, list[Member]] = {}
+
+    def add(self, key: str, member: Member, preferred: bool = True) -> None:
+        """Add a member; one that is not ``preferred`` counts only where its key has no other."""
+        if not preferred:
+            self._others.setdefault(key, []).append(member)
+        elif (first := self.setdefault(key, member)) is not member:
+            self.collisions.setdefault(key, (first, member))
+
+    def complete(self) -> MemberIndex:
+        """Settle what was added."""
+        for key, (first, *more) in self._others.items():
+            if key not in self:
+                self[key] = first
+                if more:
+                    self.collisions[key] = (first, more[0])
+        self._others = {}
+        for key in self.collisions:
+            del self[key]
+        return self
+
+    def collision(self) -> str:
+        """The first of the collisions, for messages."""
+        key, (first, second) = next(iter(self.collisions.items()))
+        more = f"; so have {len(self.collisions) - 1} more" if len(self.collisions) > 1 else ""
+        if first.size is None:
+            return f"key {key!r} has two files, {first.path} and {second.path}{more}"
+        return f"key {key!r} has two members, .{first.extension} and .{second.extension}{more}"
 
 
 class BadSample(Exception):
@@ -50,14 +94,28 @@ class OpenFiles:
 
         Raises:
             OSError: the file cannot be read, or ends before the member does.
-            UserError: the store cannot be read.
+            UserError: the store cannot be read, or the file was replaced since its members were found.
         """
         if member.cache:
             assert member.size is not None
             return member.cache.read(member.path, member.offset, member.size)
         if member.size is None:
-            return Path(member.path).read_bytes()
-        file = self._open.pop(member.path, None) or io.FileIO(member.path)
+            with open_regular(member.path) as file:
+                if os.fstat(file.fileno()).st_size > MOST_BYTES:
+                    raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
+                return file.readall()
+        if member.size > MOST_BYTES:
+            raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
+        file = self._open.pop(member.path) if member.path in self._open else open_regular(member.path)
+        if member.version and version_of(file.fileno()) != member.version:
+            file.close()
+            file = open_regular(member.path)
+            if version_of(file.fileno()) != member.version:
+                file.close()
+                raise UserError(
+                    f"{member.path} was replaced or changed while its samples waited to be read: start again, and put "
+                    "new data into new files"
+                )
         self._open[member.path] = file
         if len(self._open) > self._limit:
             self._open.popitem(last=False)[1].close()
@@ -89,7 +147,6 @@ class RawSample:
 
         Raises:
             BadSample: a member is missing, cut off or not what its extension says.
-            DataError: no value can be read from files with this extension.
         """
         values = self._values or {name: self._value(name, files, keep_pixels) for name in self.members}
         if keep_pixels:
@@ -105,8 +162,8 @@ class RawSample:
         try:
             value = decode_value(f"member.{member.extension}", content)
             return EncodedImage(value, keep_pixels) if isinstance(value, bytes) else value
-        except DataError as error:
-            raise DataError(f"{self.where(name)}: {error}") from error
+        except DataError as error:  # an extension that nothing here reads
+            raise BadSample("unreadable format", f"{self.where(name)}: {error}") from error
         except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
             if member.cache and member.cache.renewed(member.path):
                 return self._value(name, files, keep_pixels)
@@ -132,3 +189,27 @@ def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tup
         else:
             incomplete.append(key)
     return samples, incomplete
+
+
+def leave_out(
+    columns: Mapping[str, MemberIndex], damaged: Collection[str] = ()
+) -> tuple[dict[str, Mapping[str, Member]], dict[str, int]]:
+    """The columns without the keys of bad samples, and the number of these by reason.
+
+    Args:
+        columns: modality → its members.
+        damaged: those of the columns that lack what their damaged file should have held.
+    """
+    twice = set[str]().union(*(index.collisions for index in columns.values()))
+    lost = set[str]()
+    for name in damaged:
+        lost |= set[str]().union(*columns.values()) - columns[name].keys()
+    lost -= twice
+    if not twice and not lost:
+        return dict(columns), {}
+    bad = {"two members of one key": len(twice), "damaged shard": len(lost)}
+    left = {
+        name: {key: member for key, member in index.items() if key not in twice and key not in lost}
+        for name, index in columns.items()
+    }
+    return dict(left), {reason: count for reason, count in bad.items() if count}

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import split_name
+from fourm.data.names import split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.record_files import MAX_RECORD_BYTES, is_text, rows_at

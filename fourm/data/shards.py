@@ -5,30 +5,27 @@ A *shard* is one tar with every modality (``KEY.MODALITY.EXT``) or one tar per m
 
 from __future__ import annotations
 
+import io
 import itertools
-import os
-import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.layout import assign_folders, expand, is_remote, split_data_path, split_member
+from fourm.data.layout import assign_folders, expand, is_remote, shard_patterns, split_data_path
+from fourm.data.names import MemberNames, is_clutter, is_part_of_another, is_readable, split_name
 from fourm.data.presence import Presence
-from fourm.data.raw_sample import Member, RawSample, join
+from fourm.data.raw_sample import Member, MemberIndex, RawSample, join, leave_out
+from fourm.data.regular_files import open_regular, version_of
 from fourm.data.remote import RemoteOptions, ShardCache
+from fourm.data.tar import DamagedTar, read_members
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
 from fourm.utils.transfer import shown
 
-_BLOCK = 512
-_WINDOW = 8 * _BLOCK  # read at once: a header, and what often stands around it (extended header, the next small member)
-
 
 def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the regular files in a tar (ustar, GNU and pax names), in their order.
-
-    Several times as fast as ``tarfile``, which builds an object with all metadata for each member.
+    """Name, offset and size of the files in a tar, in their order; then of the links to them.
 
     Args:
         cache: of a tar in a store.
@@ -36,65 +33,22 @@ def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[st
     Raises:
         OSError: the file cannot be read.
         UserError: the store cannot be read.
-        tarfile.ReadError: it is not a tar, or it is cut off (after everything before has been given).
+        DamagedTar: it is not a tar, cut off or damaged (after everything that can be read has been given).
     """
-    with cache.open(path) if cache else open(path, "rb", buffering=0) as file:
-        descriptor, end = file.fileno(), os.fstat(file.fileno()).st_size
-        window, window_start, position = b"", 0, 0
-        long_name, pax = None, dict[str, str]()
-        while position + _BLOCK <= end:
-            header = window[position - window_start : position - window_start + _BLOCK]
-            if len(header) < _BLOCK:
-                window, window_start = os.pread(descriptor, _WINDOW, position), position
-                header = window[:_BLOCK]
-            if not header[0]:
-                return  # the zero blocks at the end
-            kind, is_file = header[156:157], header[156:157] in (b"0", b"\0", b"7")
-            try:
-                size = int(pax["size"]) if is_file and "size" in pax else _number(header[124:136])
-                if header[257:262] != b"ustar" or size < 0:
-                    raise ValueError
-                position += _BLOCK
-                if position + size > end:
-                    raise tarfile.ReadError(f"cut off within a member at byte {end}")
-                if is_file:
-                    yield pax.get("path") or long_name or _plain_name(header), position, size
-                    long_name, pax = None, {}
-                elif kind == b"L":
-                    long_name = _text(os.pread(descriptor, size, position))
-                elif kind == b"x":
-                    pax = _pax_records(os.pread(descriptor, size, position))
-            except ValueError:
-                raise tarfile.ReadError(f"not a tar file, or a damaged one (header at byte {position})") from None
-            position += -(-size // _BLOCK) * _BLOCK
-        raise tarfile.ReadError(f"cut off at byte {end}, before the mark at the end of an archive")
+    with _open(path, cache) as file:
+        yield from read_members(file.fileno())
 
 
-def _number(field: bytes) -> int:
-    """Octal digits, or a big-endian number behind the byte 0x80."""
-    return int.from_bytes(field[1:], "big") if field[0] == 0x80 else int(field.strip(b" \0") or b"0", 8)
+def members_of(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, Member]]:
+    """Name and place of the files in a tar, as :func:`tar_members`; the extension is left open."""
+    with _open(path, cache) as file:
+        version = None if cache else version_of(file.fileno())
+        for name, offset, size in read_members(file.fileno()):
+            yield name, Member(path, "", offset, size, cache, version)
 
 
-def _text(field: bytes) -> str:
-    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
-
-
-def _plain_name(header: bytes) -> str:
-    # GNU tars, magic "ustar ", keep other things where ustar keeps the prefix.
-    prefix = _text(header[345:500]) if header[345] and header[257:263] == b"ustar\0" else ""
-    return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
-
-
-def _pax_records(data: bytes) -> dict[str, str]:
-    records = {}
-    while b"path=" in data or b"size=" in data:  # most are about times only
-        length = int(data[: data.index(b" ")])
-        if length < 1:
-            raise ValueError
-        key, _, value = data[:length].partition(b" ")[2].rstrip(b"\n").partition(b"=")
-        records[key.decode()] = value.decode("utf-8", "surrogateescape")
-        data = data[length:]
-    return records
+def _open(path: str, cache: ShardCache | None) -> io.FileIO:
+    return cache.open(path) if cache else open_regular(path)
 
 
 class Shards:
@@ -106,6 +60,7 @@ class Shards:
         name_map: folder → modality where the names differ.
         presence: which samples are used; unless given, those that have everything.
         remote: how to read from stores.
+        known: more names of modalities, which may stand between key and extension.
 
     Raises:
         UserError: nothing lies at ``data_path``, or a modality is not there.
@@ -113,9 +68,10 @@ class Shards:
 
     def __init__(
         self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None,
-        presence: Presence | None = None, remote: RemoteOptions | None = None,
+        presence: Presence | None = None, remote: RemoteOptions | None = None, known: Iterable[str] = (),
     ):  # fmt: skip
         self._presence = presence or Presence()
+        self._names = MemberNames([*wanted, *wanted.values(), *known], name_map)
         pattern, folders = split_data_path(data_path)
         self._cache = ShardCache(remote or RemoteOptions()) if is_remote(data_path) else None
         shards: list[dict[str | None, str]]
@@ -124,8 +80,10 @@ class Shards:
             self._folders = assign_folders(wanted, self._folders_inside(shards), name_map, shown(data_path))
         else:
             self._folders = assign_folders(wanted, folders, name_map, shown(data_path))
-            columns = {folder: expand(pattern, folder) for folder in self._folders.values()}
-            shards = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+            used = dict.fromkeys(self._folders.values())
+            rows = shard_patterns(pattern, used)
+            shards = [{folder: row.replace("\0", folder) for folder in used} for row in rows]
+            columns = {folder: [shard[folder] for shard in shards] for folder in used}
             for paths in columns.values():
                 if self._cache:
                     self._cache.describe(paths[0])
@@ -146,7 +104,7 @@ class Shards:
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
         """Every sample once, in the order of the shards."""
         samples = [sample for shard in self._fetched(self._shards) for sample in self._join(shard, ledger)]
-        ledger.joined(0, 0, final=True, tolerated=self._presence.missing == "skip")
+        ledger.joined(0, {}, final=True)
         return samples
 
     def _fetched(self, shards: Iterable[dict[str | None, str]]) -> Iterable[dict[str | None, str]]:
@@ -154,49 +112,88 @@ class Shards:
 
     def _join(self, shard: Mapping[str | None, str], ledger: BadSampleLedger) -> list[RawSample]:
         """The samples of a shard that can be used, in their order in the tars."""
-        indexes: dict[str, dict[str, Member]] = {}
+        indexes: dict[str, MemberIndex] = {}
+        damage: dict[str, int] = {}  # path → places
         for folder, path in shard.items():
-            index, problem = self._index(path, folder)
-            indexes.update(index)
+            found, problem, places = self._index(path, folder)
+            indexes.update(found)
             if problem:
-                ledger.warn(path, f"{shown(path)}: {problem}")
-        columns = {name: indexes.get(folder, {}) for name, folder in self._folders.items()}
-        samples, incomplete = join(columns, self._presence)
+                ledger.warn(path, f"{shown(path)}: {problem}; what it should hold is skipped")
+            if places:
+                damage[path] = places
+        paths = {name: shard.get(folder) or shard[None] for name, folder in self._folders.items()}
+        columns = {name: indexes.get(folder, MemberIndex()) for name, folder in self._folders.items()}
+        for name, index in columns.items():
+            if index.collisions:
+                ledger.warn(f"collision {paths[name]} {name}", f"{shown(paths[name])}: {index.collision()}; skipped")
+        whole, bad = leave_out(columns, [name for name, path in paths.items() if path in damage])
+        if damage:
+            bad["damaged shard"] = max(bad.get("damaged shard", 0), sum(damage.values()))
+        samples, incomplete = join(whole, self._presence)
         tolerated = self._presence.missing == "skip"
-        if incomplete and not tolerated:
-            folder = next(self._folders[name] for name, index in columns.items() if incomplete[0] not in index)
-            path = shard.get(folder) or shard[None]
-            more = f" and {len(incomplete) - 1} more keys are" if len(incomplete) > 1 else " is"
-            ledger.warn(f"join {path}", f"{shown(path)}: no {folder} for key '{incomplete[0]}', which{more} skipped")
-        total = len(samples) + len(incomplete)
-        ledger.joined(max(total, 1), len(incomplete) if total else 1, tolerated=tolerated)
+        for name in columns if incomplete and not tolerated else ():
+            lacking = [key for key in incomplete if key not in columns[name]]
+            if lacking:
+                more = f" and {len(lacking) - 1} more keys are" if len(lacking) > 1 else " is"
+                message = f"{shown(paths[name])}: no {self._folders[name]} for key {lacking[0]!r}, which{more} skipped"
+                ledger.warn(f"join {paths[name]} {name}", message)
+        total = len(samples) + len(incomplete) + sum(bad.values())
+        if not tolerated:
+            bad["missing member"] = len(incomplete) if total else 1
+        ledger.joined(max(total, 1), bad, (len(incomplete) if total else 1) if tolerated else 0)
         return samples
 
     def _folders_inside(self, shards: list[dict[str | None, str]]) -> list[str]:
         """The modalities in the first tar that can be read."""
         for shard in shards:
-            index, _ = self._index(shard[None], None)
+            index = self._index(shard[None], None)[0]
             if index:
                 return list(index)
         problem = self._index(shards[0][None], None)[1]
         raise UserError(f"data_path {shown(shards[0][None])}: {problem or 'the tar is empty'}")
 
-    def _index(self, path: str, folder: str | None) -> tuple[dict[str, dict[str, Member]], str | None]:
-        """What a tar holds as folder → key → member, and what is wrong with it.
+    def _index(self, path: str, folder: str | None) -> tuple[dict[str, MemberIndex], str | None, int]:
+        """What a tar holds as folder → members, what is wrong with it, and in how many places.
 
         Args:
             folder: the one folder that all members belong to; None if each names its own.
         """
-        index: defaultdict[str, dict[str, Member]] = defaultdict(dict)
-        problem = None
+        index: defaultdict[str, MemberIndex] = defaultdict(MemberIndex)
+        problem, places = None, 0
         try:
-            for name, offset, size in tar_members(path, self._cache):
-                own_folder, key, extension = split_member(name, folder)
-                first = index[own_folder].setdefault(key, Member(path, extension, offset, size, self._cache))
-                if first.offset != offset:
-                    problem = f"key '{key}' has two members, .{first.extension} and .{extension}; the first is used"
-        except (OSError, tarfile.ReadError) as error:
+            with _open(path, self._cache) as file:
+                version = None if self._cache else version_of(file.fileno())
+                if folder is None:
+                    for name, offset, size in read_members(file.fileno()):
+                        if not is_clutter(name):
+                            own_folder, key, extension, exact = self._names.split(name)
+                            member = Member(path, extension, offset, size, self._cache, version)
+                            index[own_folder].add(key, member, exact)
+                else:
+                    own = (folder, *(name for name, assigned in self._folders.items() if assigned == folder))
+                    single = index[folder]
+                    for name, offset, size in read_members(file.fileno()):
+                        if not is_clutter(name):
+                            key, extension = split_name(name, own)
+                            member = Member(path, extension, offset, size, self._cache, version)
+                            single.add(key, member, is_readable(extension))
+        except (DamagedTar, OSError) as error:
             if self._cache and self._cache.renewed(path):
                 return self._index(path, folder)
-            problem = f"{getattr(error, 'strerror', None) or error}; what it should hold is skipped"
-        return index, problem
+            if isinstance(error, DamagedTar):
+                problem, places = str(error), len(error.problems)
+            else:
+                problem, places = error.strerror or str(error), int(not isinstance(error, FileNotFoundError))
+        for members in index.values():
+            members.complete()
+        if folder is None:
+            _drop_parts(index)
+        return index, problem, places
+
+
+def _drop_parts(index: dict[str, MemberIndex]) -> None:
+    """Of ``0001.png`` and ``0001.depth.png``, where depth is not read, the latter is no sample."""
+    for name, members in index.items():
+        for key in [key for key in members if "." in key and is_part_of_another(key, members)]:
+            if not any(key in others for other, others in index.items() if other != name):
+                del members[key]

@@ -14,14 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
-import braceexpand
 import numpy as np
 from webdataset import TarWriter
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.decoding import decode_value
 from fourm.data.folders import Folders
-from fourm.data.layout import CROP_SETTINGS, split_name
+from fourm.data.layout import CROP_SETTINGS, expand_braces
+from fourm.data.names import is_clutter, split_name
 from fourm.data.raw_sample import Member, OpenFiles, RawSample
 from fourm.data.shards import Shards, tar_members
 from fourm.utils.errors import DataError, UserError
@@ -102,7 +102,7 @@ def open_images(root: str | Path, folders: Mapping[str, str], shards: str | None
         raise UserError(f"{folder}: there is no such folder of images")
     names = _shard_names(folder)
     if shards is not None:
-        chosen = list(braceexpand.braceexpand(shards, escape=False))
+        chosen = expand_braces(shards)
         absent = [name for name in chosen if name not in names]
         if absent:
             raise UserError(f"{folder / absent[0]}: there is no such shard, which shards={shards} names")
@@ -135,7 +135,11 @@ class ShardSet(ImageSet):
         if not Path(path).exists():
             return {}
         try:
-            members = [(split_name(name), offset, size) for name, offset, size in tar_members(path)]
+            members = [
+                (split_name(name, (CROP_SETTINGS,)), offset, size)
+                for name, offset, size in tar_members(path)
+                if not is_clutter(name)
+            ]
         except tarfile.ReadError as error:
             raise DataError(f"{path}: {error}; {_REMOVE_CROPS}") from error
         return {

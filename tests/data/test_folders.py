@@ -1,12 +1,13 @@
 """Folders: joined by key, shared out between streams."""
 
 import itertools
+import os
 
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.folders import Folders
-from fourm.data.raw_sample import OpenFiles
+from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.utils.errors import DataError, UserError
 from tests.data.dataset_files import write_folders
 
@@ -59,3 +60,28 @@ def test_too_many_missing_files_and_empty_folders_are_errors(tmp_path):
         Folders(root, WANTED, NAMES, _ledger())
     with pytest.raises(UserError, match="No such file"):
         Folders(str(tmp_path / "nothing"), WANTED, None, _ledger())
+
+
+def test_files_of_any_picture_format_and_keys_with_dots(tmp_path, caplog):
+    names = ["1305031102.175304.png", "1305031102.208638.JPG", "2024.01.30.webp", "a0.5x.jpeg"]
+    for name in (*names, ".DS_Store", "Thumbs.db", "@eaDir/a.jpg", "twice.jpg", "twice.png"):
+        (tmp_path / "rgb" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "rgb" / name).write_bytes(b"1")
+    ledger = _ledger()
+    samples = Folders(str(tmp_path), {"rgb@224": "rgb"}, None, ledger).all(ledger)
+    assert [s.key for s in samples] == sorted(name.rpartition(".")[0] for name in names)
+    assert ledger.collect() == {"toy: two members of one key": 1}
+    assert "key 'twice' has two files" in caplog.text
+    with pytest.raises(DataError, match="1 of 5 samples"):
+        Folders(str(tmp_path), {"rgb@224": "rgb"}, None, _ledger(0.1))
+
+
+def test_what_cannot_be_read_skips_a_sample(tmp_path):
+    (tmp_path / "rgb").mkdir()
+    (tmp_path / "rgb" / "a.gif").write_bytes(b"GIF89a")
+    os.mkfifo(tmp_path / "rgb" / "b.jpg")
+    first, second = Folders(str(tmp_path), {"rgb@224": "rgb"}, None, _ledger()).all(_ledger())
+    with pytest.raises(BadSample, match="unreadable format"):
+        first.values(OpenFiles(), keep_pixels=False)
+    with pytest.raises(BadSample, match="a FIFO, not a file"):
+        second.values(OpenFiles(), keep_pixels=False)

@@ -194,3 +194,37 @@ def test_bad_input_is_one_line(folders, tmp_path):
     (tmp_path / "evil" / "rgb" / "a.tar").write_bytes(b"x" * 2000)
     with pytest.raises(UserError, match="a.tar: not a tar file"):
         make("folders", tmp_path / "evil", tmp_path / "back")
+
+
+def test_losses_are_not_made_permanent(tmp_path):
+    write_tar(tmp_path / "tars" / "0.tar", [(f"{i}.{name}", b"x") for i in range(9) for name in ("jpg", "txt")])
+    path = tmp_path / "tars" / "0.tar"
+    content = bytearray(path.read_bytes())
+    content[4096:4608] = bytes(512)
+    path.write_bytes(content)
+    with pytest.raises(UserError, match="0.tar: .*zero block"):
+        make("split", tmp_path / "tars", tmp_path / "s", skip_incomplete=True)
+    for name in ("a.jpg", "a.png", "b.jpg"):
+        (tmp_path / "f" / "rgb").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "f" / "rgb" / name).write_bytes(b"x")
+    with pytest.raises(UserError, match="key 'a' has two files"):
+        make("shards", tmp_path / "f", tmp_path / "s", skip_incomplete=True)
+
+
+@pytest.mark.parametrize(
+    "names, message",
+    [
+        (["../a.jpg"], "outside its folder"),
+        (["/a.jpg"], "outside its folder"),
+        (["n" * 300 + ".jpg"], "too long"),
+        (["a/b.jpg", "a//b.jpg"], "two members"),
+    ],
+)
+def test_names_that_a_disk_cannot_hold_are_one_line(tmp_path, names, message):
+    (tmp_path / "t" / "rgb").mkdir(parents=True)
+    with tarfile.open(tmp_path / "t" / "rgb" / "0.tar", "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name))
+    with pytest.raises(UserError, match=message):
+        make("folders", tmp_path / "t", tmp_path / "back")
+    assert not list((tmp_path / "back").rglob("*.jpg"))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.raw_sample import BadSample, OpenFiles
+from fourm.data.raw_sample import OpenFiles
 from fourm.data.shards import Shards, tar_members
 from fourm.utils.errors import DataError, UserError
 from tests.data.dataset_files import sample, write_shards, write_tar
@@ -134,13 +134,24 @@ def test_streams_are_endless_reproducible_and_differ(tmp_path):
     assert len({tuple(keys((seed, "order", epoch), s)) for seed in (0, 1) for epoch in (0, 1) for s in (0, 1)}) == 8
 
 
-def test_member_that_shrinks_after_indexing_is_a_bad_sample(tmp_path):
-    path = write_shards(tmp_path, 1, 2, shuffle=False)
-    samples = Shards(path, WANTED, NAMES).all(_ledger())
-    tar = tmp_path / "caption" / "shard-00000.tar"
-    tar.write_bytes(tar.read_bytes()[:1600])
-    with pytest.raises(BadSample, match=f"{tar}: key '00001': the file ends"):
-        samples[1].values(OpenFiles(), keep_pixels=False)
+def _replaced(path, content):
+    path.with_suffix(".new").write_bytes(content)
+    path.with_suffix(".new").replace(path)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda path, tar: path.write_bytes(tar[:1600]), lambda path, tar: _replaced(path, tar)]
+)
+def test_a_shard_that_is_replaced_while_samples_wait_is_an_error(tmp_path, change):
+    samples = Shards(write_shards(tmp_path, 1, 2, shuffle=False), WANTED, NAMES).all(_ledger())
+    files = OpenFiles()
+    path = tmp_path / "caption" / "shard-00000.tar"
+    change(path, path.read_bytes())
+    with pytest.raises(UserError, match=f"{path} was replaced"):
+        samples[1].values(files, keep_pixels=False)
+    if path.stat().st_size > 1600:
+        again = Shards(f"{tmp_path}/[caption]/shard-00000.tar", {"caption": "caption"}).all(_ledger())
+        assert again[1].values(files, keep_pixels=False)["caption"][0].startswith("sample s1")
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from fourm.data.image_augmenter import (
     PreTokenizedImageAugmenter,
     RandomCropImageAugmenter,
 )
+from fourm.data.layout import CROP_SETTINGS, wanted_names
 from fourm.data.modality_info import MODALITY_INFO, MODALITY_TRANSFORMS, resolve_modalities
 from fourm.data.modality_transforms import (
     CaptionTransform,
@@ -221,3 +222,20 @@ def test_transforms_may_be_replaced_from_python():
     assert out == {"a", "b"}
     with pytest.raises(UserError, match="modality captoin: no transform.*caption"):
         UnifiedDataTransform(transforms, EmptyAugmenter())({"captoin": "a"})
+
+
+def test_tokens_need_no_crop_settings_where_nothing_else_needs_coordinates():
+    modalities = {name: MODALITY_INFO[name] for name in ("tok_rgb@224", "tok_depth@224", "caption")}
+    assert CROP_SETTINGS not in wanted_names(modalities)
+    assert CROP_SETTINGS in wanted_names(modalities | {"det": MODALITY_INFO["det"]})
+    transform = UnifiedDataTransform(transforms_for(modalities), PreTokenizedImageAugmenter(224))
+    rows = np.repeat(np.arange(5, dtype=np.int16)[:, None], 196, axis=1)
+    drawn = set()
+    for seed in range(40):
+        sample = transform({"tok_rgb@224": rows, "tok_depth@224": rows}, np.random.default_rng(seed))
+        assert np.array_equal(sample["tok_rgb@224"], sample["tok_depth@224"])
+        drawn.add(int(sample["tok_rgb@224"][0]))
+    assert drawn == {0, 1, 2, 3, 4}
+    assert np.array_equal(transform({"tok_rgb@224": rows[3]})["tok_rgb@224"], rows[3])
+    with pytest.raises(DataError, match="5 of tok_rgb@224, 4 of tok_depth@224"):
+        transform({"tok_rgb@224": rows, "tok_depth@224": rows[:4]})

@@ -55,6 +55,8 @@ class TokTransform(PerCropTransform):
     def preprocess(self, value: Any) -> np.ndarray:
         """Check all rows: an id outside the vocabulary must not come up in the middle of a run, on a GPU."""
         ids = np.asarray(value)
+        if self.per_crop and (ids.ndim == 1 if self.num_tokens is None else ids.shape == (self.num_tokens,)):
+            ids = ids[None]  # a flat row is one crop
         if ids.dtype.kind not in "iu" or ids.ndim < 1 + self.per_crop:
             shape = "(crops, tokens)" if self.per_crop else "(tokens,)"
             raise DataError(f"expected whole numbers of shape {shape}, not {ids.dtype} of shape {ids.shape}")

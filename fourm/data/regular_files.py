@@ -1,0 +1,44 @@
+"""Opening files that strangers have put into a data set."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import stat
+
+FileVersion = tuple[int, int, int]
+"""Inode, size and time of the last change: another one means that a file was replaced."""
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFDIR: "a folder",
+}  # fmt: skip
+
+
+def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
+    """Open a file for reading; one that is no regular file is not waited for.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a FIFO, a device or a socket.
+    """
+    _require_regular(os.stat(path), path)
+    file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
+    try:
+        _require_regular(os.fstat(file.fileno()), path)
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def version_of(descriptor: int) -> FileVersion:
+    """The version of an open file."""
+    status = os.fstat(descriptor)
+    return status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {kind}, not a file", os.fspath(path))
