@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from fourm.data.modality_info import Modality
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.transfer import shown
 
+_MAX_NAMES = 200_000  # that one pattern may stand for
 CROP_SETTINGS = "crop_settings"
 
 
@@ -39,8 +41,19 @@ def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
 
 
 def expand(pattern: str, folder: str | None) -> list[str]:
-    """The files that ``pattern`` names for one modality folder: ranges in braces are written out."""
-    return list(braceexpand.braceexpand(pattern if folder is None else pattern.replace("\0", folder), escape=False))
+    """The files that ``pattern`` names for one modality folder: ranges in braces are written out.
+
+    Raises:
+        UserError: braces that are not balanced, or name too many files.
+    """
+    pattern = pattern if folder is None else pattern.replace("\0", folder)
+    try:
+        names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MAX_NAMES + 1))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"data_path {shown(pattern)}: its braces are not balanced, or nested too deep") from error
+    if len(names) > _MAX_NAMES:
+        raise UserError(f"data_path {shown(pattern)}: its braces name more than {_MAX_NAMES:,} files")
+    return names
 
 
 def wanted_names(modalities: Mapping[str, Modality]) -> dict[str, str]:

@@ -125,7 +125,7 @@ def convert_fields(
     fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
     check_keys(mapping, fields, where)
     hints = typing.get_type_hints(cls, include_extras=True)
-    values = {}
+    values: dict[str, Any] = {}
     for key, value in mapping.items():
         place = f"{where}: '{key}'"
         if is_unset(value, hints[key], place):
