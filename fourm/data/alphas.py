@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourm.data.modality_info import Modality
-from fourm.utils.config import build, convert, load_yaml
+from fourm.utils.config import Range, build, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
 
 Keep = Literal["random", "all", "binary"]
@@ -131,7 +131,8 @@ def alphas_from_file(
         return mixture
     weights = convert(weights, list[float], f"{path}: 'sampling_weights'")
     count = next(iter(components))
-    if len(weights) != count or min(weights) < 0 or sum(weights) <= 0:
+    Range(at_least=0, at_most=1e9).check(weights, f"{path}: 'sampling_weights'")
+    if len(weights) != count or sum(weights) <= 0:
         raise UserError(
             f"{path}: 'sampling_weights' must be {count} numbers of at least 0, one per component, not {weights}"
         )
@@ -139,6 +140,5 @@ def alphas_from_file(
 
 
 def _non_negative(value: float, where: str) -> float:
-    if not value >= 0:
-        raise UserError(f"{where} must be at least 0, not {value}")
+    Range(at_least=0, at_most=1e9).check(value, where)
     return value

@@ -24,7 +24,7 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.data.options import ReadOptions
 from fourm.data.record_files import local_files
-from fourm.utils.errors import UserError, run_cli
+from fourm.utils.errors import run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
 
@@ -36,15 +36,12 @@ _WORKERS = min(8, os.cpu_count() or 1)
 class CheckOptions(ReadOptions):
     """What to check."""
 
-    max_samples: int = option("samples that are read per data set, spread over at most 32 of its shards", 1000)
+    max_samples: int = option(
+        "samples that are read per data set, spread over at most 32 of its shards", 1000, at_least=1
+    )
     full: bool = option("read every sample of every shard", False)
-    num_workers: int = option("processes that read; 0 = none but this one", _WORKERS)
+    num_workers: int = option("processes that read; 0 = none but this one", _WORKERS, at_least=0, at_most=512)
     json: bool = option("print JSON rather than a table", False)
-
-    def __post_init__(self) -> None:
-        for name, least in {"max_samples": 1, "num_workers": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"'{name}' must be at least {least}, not {getattr(self, name)}")
 
 
 def check(

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fourm.data.alphas import alphas_from_file, alphas_from_values
+from fourm.data.budgets import BudgetSampler
 from fourm.data.image_augmenter import (
     AbstractImageAugmenter,
     CenterCropImageAugmenter,
@@ -20,6 +21,7 @@ from fourm.data.image_augmenter import (
     PreTokenizedImageAugmenter,
     RandomCropImageAugmenter,
 )
+from fourm.data.layout import expand, is_remote, split_data_path
 from fourm.data.modality_info import MODALITY_INFO, Modality, resolve_modalities
 from fourm.data.modality_transforms import (
     MODALITY_TRANSFORMS,
@@ -32,8 +34,13 @@ from fourm.data.modality_transforms import (
 )
 from fourm.data.presence import Missing
 from fourm.data.remote import RemoteOptions
-from fourm.utils.config import build, check_keys, convert, load_yaml
+from fourm.utils.config import Range, build, check_keys, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.options import option
+from fourm.utils.paths import AnyPath, InputPath, expand_path
+from fourm.utils.seeds import generator
+
+_BUDGETS = 200  # draws without a token to predict that mean that there never is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +54,7 @@ class _Options:
             (``allow``).
         masking: budgets from a Dirichlet ``mixture``; or ``transfer``, where all of in_domains is input and all of
             out_domains is target.
-        use_wds: it lies in tar shards; False: in folders.
+        use_wds: it lies in tar shards; False, or if data_path is a folder: in folders.
         wds_n_repeats: how often a sample is used while it is in memory, with other crops and masks.
         wds_shuffle_buffer_tar, wds_shuffle_buffer_repeat: samples that are mixed before and after the repeats.
         main_augment_domain: modality whose image gives the original size; None = the first one of pixels.
@@ -59,21 +66,21 @@ class _Options:
     """
 
     type: Literal["multimodal", "huggingface"] = "multimodal"
-    data_path: str
+    data_path: AnyPath
     missing: Missing = "error"
     masking: Literal["mixture", "transfer"] = "mixture"
     use_wds: bool = False
-    wds_n_repeats: int = 1
-    wds_shuffle_buffer_tar: int = 1000
-    wds_shuffle_buffer_repeat: int = 1000
+    wds_n_repeats: int = option("uses of a sample", 1, at_least=1, at_most=10**6)
+    wds_shuffle_buffer_tar: int = option("samples", 1000, at_least=0, at_most=10**8)
+    wds_shuffle_buffer_repeat: int = option("samples", 1000, at_least=0, at_most=10**8)
     main_augment_domain: str | None = None
     aligned_captions: bool = True
     tok_train_aug: bool = True
-    hflip: float = 0.5
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    hflip: float = option("probability", 0.5, at_least=0, at_most=1)
+    crop_scale: tuple[float, float] = option("share of the area", (0.2, 1.0), above=0, at_most=1)
+    crop_ratio: tuple[float, float] = option("width by height", (3 / 4, 4 / 3), at_least=0.01, at_most=100)
     modality_name_map: dict[str, str] = dataclasses.field(default_factory=dict)
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = option("share of the samples", 0.01, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,11 +91,11 @@ class _Declared(_Options):
     out_domains: str | list[str]
     input_alphas: Any = None
     target_alphas: Any = None
-    alphas_config: str | None = None
-    num_input_tokens: int | None = None
-    num_target_tokens: int | None = None
-    min_input_tokens: int | None = None
-    min_target_tokens: int | None = None
+    alphas_config: InputPath | None = None
+    num_input_tokens: int | None = option("tokens", None, at_least=0, at_most=10**6)
+    num_target_tokens: int | None = option("tokens", None, at_least=0, at_most=10**6)
+    min_input_tokens: int | None = option("tokens", None, at_least=0)
+    min_target_tokens: int | None = option("tokens", None, at_least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +175,7 @@ def load_data_config(
     Raises:
         UserError: anything that cannot work, with file, data set, key and the nearest name.
     """
-    path = Path(path)
+    path = Path(expand_path(str(path), "data_config"))
     content = load_yaml(path)
     check_keys(content, ("train", "val", "modalities"), str(path))
     declarations = _mapping(content, "modalities", str(path))
@@ -235,7 +242,8 @@ def _augmenter(dataset: DatasetConfig, training: bool) -> AbstractImageAugmenter
 def _dataset(
     name: str, fields: Mapping[str, Any], declarations: Mapping[str, Any], path: Path, where: str
 ) -> DatasetConfig:
-    declared = build(_Declared, fields, where)
+    fields = _published_names(fields, where)
+    declared = build(_Declared, fields, where, path)
     known = {**MODALITY_INFO, **declarations}
     inputs = split_domains(declared.in_domains, known, f"{where}: 'in_domains'")
     targets = split_domains(declared.out_domains, known, f"{where}: 'out_domains'")
@@ -247,18 +255,26 @@ def _dataset(
     if declared.alphas_config is not None:
         if declared.input_alphas is not None or declared.target_alphas is not None:
             raise UserError(f"{where}: set either 'alphas_config' or 'input_alphas' and 'target_alphas', not both")
-        alphas_path = _find(declared.alphas_config, path, f"{where}: 'alphas_config'")
-        mixture = alphas_from_file(alphas_path, modalities, inputs, targets)
+        if not Path(declared.alphas_config).is_file():
+            raise UserError(
+                f"{where}: 'alphas_config': there is no file {declared.alphas_config}, neither in the working directory nor "
+                f"beside or above {path}"
+            )
+        mixture = alphas_from_file(Path(declared.alphas_config), modalities, inputs, targets)
     else:
         unset = 1.0 if declared.masking == "transfer" else None
         given = [unset if alphas is None else alphas for alphas in (declared.input_alphas, declared.target_alphas)]
         mixture = alphas_from_values(given[0], given[1], inputs, targets, where)
     _check_kind(declared, modalities, inputs, targets, where)
     check_keys(dict.fromkeys(declared.modality_name_map.values()), modalities, f"{where}: 'modality_name_map'")
-    _check_numbers(declared, where)
+    for key in ("crop_scale", "crop_ratio"):
+        pair = getattr(declared, key)
+        if len(pair) != 2 or pair[0] > pair[1]:
+            raise UserError(f"{where}: '{key}' must be two numbers, the smaller one first, not {list(pair)}")
     options = {f.name: getattr(declared, f.name) for f in dataclasses.fields(_Options)}
+    options["use_wds"] = declared.use_wds and not _is_folder(declared.data_path, where)
     options["main_augment_domain"] = _main_domain(declared.main_augment_domain, modalities, where)
-    return DatasetConfig(
+    dataset = DatasetConfig(
         **options,
         name=name,
         in_domains=inputs,
@@ -268,6 +284,52 @@ def _dataset(
         input_tokens_range=_range(declared.min_input_tokens, declared.num_input_tokens, f"{where}: input"),
         target_tokens_range=_range(declared.min_target_tokens, declared.num_target_tokens, f"{where}: target"),
     )
+    if dataset.masking == "mixture":
+        _check_targets(dataset, where)
+    return dataset
+
+
+def _published_names(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Fields by our names: published data sets of records call their buffer ``shuffle_buffer_load``."""
+    fields = dict(fields)
+    if "shuffle_buffer_load" in fields:
+        if "wds_shuffle_buffer_tar" in fields:
+            raise UserError(f"{where}: 'shuffle_buffer_load' and 'wds_shuffle_buffer_tar' mean the same; keep one")
+        fields["wds_shuffle_buffer_tar"] = fields.pop("shuffle_buffer_load")
+    return fields
+
+
+def _is_folder(data_path: str, where: str) -> bool:
+    """Whether files in folders lie at ``data_path``, rather than shards.
+
+    Raises:
+        UserError: it is a folder, but one of shards.
+    """
+    if is_remote(data_path):
+        return False
+    pattern, names = split_data_path(data_path)
+    first = Path(expand(pattern, names[0] if names else None)[0])
+    if first.suffix == ".tar" or not first.is_dir():
+        return False
+    if any(first.glob("*.tar")) or any(first.glob("*/*.tar")):
+        raise UserError(
+            f"{where}: 'data_path' {data_path} is a folder with shards: name them, ROOT/[rgb,caption]/shard-{{00000..00099}}.tar"
+        )
+    return True
+
+
+def _check_targets(dataset: DatasetConfig, where: str) -> None:
+    """Raise a :class:`UserError` if the budgets of inputs leave nothing to predict: a patch is input or target, not both."""
+    ranges = dataset.input_tokens_range, dataset.target_tokens_range
+    budgets = BudgetSampler(dataset.modalities, *ranges, sampling_weights=dataset.sampling_weights)
+    rng = generator(0, "targets")
+    if not any(any(budgets.draw(rng).target.values()) for _ in range(_BUDGETS)):
+        most = sum(modality.max_tokens or 0 for modality in dataset.modalities.values())
+        raise UserError(
+            f"{where}: nothing is left to predict: samples have at most {most} tokens, and inputs take {ranges[0][0]} to "
+            f"{ranges[0][1]}, targets {ranges[1][0]} to {ranges[1][1]} of them; lower 'num_input_tokens', and "
+            "'min_input_tokens', or raise 'num_target_tokens'"
+        )
 
 
 def _check_kind(
@@ -335,15 +397,6 @@ def _inherit(train: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]
     return {key: value for key, value in train.items() if key not in dropped} | dict(own)
 
 
-def _find(name: str, config: Path, where: str) -> Path:
-    """A file named in a config: relative to the working directory, else to the config's folder and those above it."""
-    candidates = [Path(name).expanduser(), *(folder / name for folder in config.resolve().parents)]
-    for candidate in candidates:
-        if candidate.is_file():
-            return candidate
-    raise UserError(f"{where}: there is no file {name}, neither in the working directory nor beside or above {config}")
-
-
 def _mapping(content: Mapping[str, Any], key: str, where: str) -> dict[str, Any]:
     return convert(content.get(key) or {}, dict[str, Any], f"{where}: '{key}'")
 
@@ -359,7 +412,8 @@ def _weights(value: Any, names: Sequence[str], where: str) -> dict[str, float]:
         check_keys(value, names, where)
         value = [value.get(name, 0) for name in names]
     weights = convert([1.0] * len(names) if value is None else value, list[float], where)
-    if len(weights) != len(names) or min(weights) < 0 or sum(weights) <= 0:
+    Range(at_least=0, at_most=1e9).check(weights, where)
+    if len(weights) != len(names) or sum(weights) <= 0:
         raise UserError(f"{where} must be one number of at least 0 for each of {', '.join(names)}, not {value}")
     return dict(zip(names, weights, strict=True))
 
@@ -370,16 +424,3 @@ def _range(low: int | None, high: int | None, where: str) -> tuple[int, int]:
     if not 0 <= low <= high:
         raise UserError(f"{where} tokens must range from at least 0 to their maximum, not from {low} to {high}")
     return low, high
-
-
-def _check_numbers(declared: _Declared, where: str) -> None:
-    for key, least in (("wds_n_repeats", 1), ("wds_shuffle_buffer_tar", 0), ("wds_shuffle_buffer_repeat", 0)):
-        if getattr(declared, key) < least:
-            raise UserError(f"{where}: '{key}' must be at least {least}, not {getattr(declared, key)}")
-    for key in ("hflip", "max_bad_fraction"):
-        if not 0 <= getattr(declared, key) <= 1:
-            raise UserError(f"{where}: '{key}' must lie between 0 and 1, not {getattr(declared, key)}")
-    for key, most in (("crop_scale", 1.0), ("crop_ratio", float("inf"))):
-        pair = getattr(declared, key)
-        if len(pair) != 2 or not 0 < pair[0] <= pair[1] <= most:
-            raise UserError(f"{where}: '{key}' must be two numbers, the smaller one first, not {list(pair)}")

@@ -73,8 +73,8 @@ def expand_braces(pattern: str) -> list[str]:
     if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MOST_FILES:
         try:
             names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MOST_FILES + 1))
-        except ValueError as error:
-            raise UserError(f"{shown(pattern)}: {error}") from None
+        except (ValueError, RecursionError):
+            raise UserError(f"{shown(pattern)}: its braces are not balanced, or nested too deep") from None
         if len(names) <= _MOST_FILES:
             return names
     raise UserError(f"{shown(pattern)}: its braces name more than {_MOST_FILES} files")

@@ -28,9 +28,11 @@ from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.names import MemberNames, is_clutter, split_name
 from fourm.data.raw_sample import Member, OpenFiles
 from fourm.data.shards import members_of
+from fourm.utils.config import settle
 from fourm.utils.errors import UserError, did_you_mean, run_cli
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 
 Plan = dict[str, list[str]]
 """Shard → the keys of its samples, in their order."""
@@ -43,15 +45,14 @@ class PackOptions:
     action: Literal["shards", "add", "folders", "split"] = option(
         "what to make: shards, folders, a modality of shards (add), or shards of tars with all modalities (split)"
     )
-    source: str = option("folder with a folder per modality; of 'split' with tars")
-    output: str = option("folder for a folder per modality; of 'add' the shards that are there")
+    source: AnyPath = option("folder with a folder per modality; of 'split' with tars")
+    output: AnyPath = option("folder for a folder per modality; of 'add' the shards that are there")
     modalities: tuple[str, ...] = option("names of the folders (default: all; 'add' needs them)", ())
-    shard_size: int = option("samples of a shard", 1000)
+    shard_size: int = option("samples of a shard", 1000, at_least=1, at_most=10**9)
     skip_incomplete: bool = option("leave out keys that a modality lacks, rather than stop", False)
 
     def __post_init__(self) -> None:
-        if self.shard_size < 1:
-            raise UserError(f"'shard_size' must be at least 1, not {self.shard_size}")
+        settle(self)
         if self.action == "add" and not self.modalities:
             raise UserError("'add' needs 'modalities': the folders to add to the shards")
 

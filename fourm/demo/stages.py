@@ -25,10 +25,11 @@ from fourm.demo import generated, network, report, training
 from fourm.demo.annotations import CLASSES
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
-from fourm.utils.config import load_yaml
+from fourm.utils.config import load_yaml, settle
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
 from fourm.vq.fit_codebook import FitOptions, fit_codebook
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
@@ -41,22 +42,20 @@ SHARD_SIZE, FOLDER_SIZE = 250, 100
 class DemoOptions:
     """The command line of the demo."""
 
-    out: str = option("folder for everything that the demo makes", "demo_run")
-    train_scenes: int = option("scenes to train on", 2000)
-    val_scenes: int = option("scenes to validate on", 200)
-    size: int = option("side of the rendered pictures in pixels", 128)
-    seed: int = option("seed of the scenes and codebooks", 0)
-    workers: int = option("processes that render and read", 2)
-    config: str = option("training configuration", "cfgs/demo/main.yaml")
-    generated_scenes: int = option("validation scenes that are generated and measured", 100)
+    out: AnyPath = option("folder for everything that the demo makes", "demo_run")
+    train_scenes: int = option("scenes to train on", 2000, at_least=1, at_most=10**7)
+    val_scenes: int = option("scenes to validate on", 200, at_least=1, at_most=10**7)
+    size: int = option("side of the rendered pictures in pixels", 128, at_least=1, at_most=10_000)
+    seed: int = option("seed of the scenes and codebooks", 0, at_least=0, at_most=2**62)
+    workers: int = option("processes that render and read", 2, at_least=1, at_most=512)
+    config: AnyPath = option("training configuration", "cfgs/demo/main.yaml")
+    generated_scenes: int = option("validation scenes that are generated and measured", 100, at_least=1, at_most=10**7)
     stages: str = option(
         "which stages to run, joined by commas", "render,vocabulary,codebooks,tokenize,train,generate,report"
     )
 
     def __post_init__(self) -> None:
-        for key in ("train_scenes", "val_scenes", "size", "workers", "generated_scenes"):
-            if getattr(self, key) < 1:
-                raise UserError(f"'{key}' must be at least 1, not {getattr(self, key)}")
+        settle(self)
         for stage in self.stages.split(","):
             if stage not in STAGES:
                 raise UserError(f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}; there are {', '.join(STAGES)}")

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.models.remote import find_checkpoint, on_disk
 from fourm.models.sharded import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
+from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 from fourm.utils.plugin import load_plugin
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """Which checkpoint, and where to."""
+
+    checkpoint: AnyPath = option("folder or s3:// URL of a checkpoint, or of a run: its newest one")
+    folder: AnyPath = option("where to write")
+    ema: bool = option("the moving average of the weights, of a run with model_ema", False)
+    plugin: str = option("module of the run's own modalities", "")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Write ``model.safetensors`` and ``config.json``, which ``FM.from_pretrained`` reads; one process, a GiB of memory."""
-    parser = argparse.ArgumentParser(prog="python -m fourm.train.export", description=main.__doc__)
-    parser.add_argument("checkpoint", help="folder or s3:// URL of a checkpoint, or of a run: its newest one")
-    parser.add_argument("folder", type=Path, help="where to write")
-    parser.add_argument("--ema", action="store_true", help="the moving average of the weights, of a run with model_ema")
-    parser.add_argument("--plugin", default="", help="module of the run's own modalities")
-    options = parser.parse_args(argv)
+    options = parse_options(ExportOptions, argv, main.__doc__ or "", positional=("checkpoint", "folder"))
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(on_disk(options.checkpoint, find_checkpoint)))
-    export_model(checkpoint, options.folder, options.ema)
+    export_model(checkpoint, Path(options.folder), options.ema)
     print(f"{checkpoint} -> FM.from_pretrained('{options.folder}')")
 
 

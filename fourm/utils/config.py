@@ -3,38 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import re
+import math
+import stat
 import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.paths import PathKind, expand_path, locate
+from fourm.utils.yaml_text import BadYaml, parse_yaml
 
 T = TypeVar("T")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads ``1e-4`` as a string; researchers mean a number."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?(\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
-    ),
-    list("-+0123456789."),
-)
+_MAX_BYTES = 16 * 2**20  # of a configuration
 
 
 def parse_value(text: str) -> Any:
     """One YAML scalar or flow value, as typed on a command line: ``1e-4``, ``10_000_000``, ``[0.9, 0.95]``."""
     try:
-        return yaml.load(text, _Loader)
-    except yaml.YAMLError:
+        return parse_yaml(text)
+    except BadYaml:
         return text
 
 
@@ -42,16 +31,22 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing, is not YAML, or does not hold a mapping.
+        UserError: the file is missing, is not YAML in UTF-8, or does not hold a mapping whose keys are text.
     """
-    path = Path(path)
+    path = Path(expand_path(str(path), "config file"))
     try:
-        with path.open(encoding="utf-8") as file:
-            content = yaml.load(file, _Loader)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise UserError(f"the config file {path} is {'a folder' if path.is_dir() else 'not a regular file'}")
+        if status.st_size > _MAX_BYTES:
+            raise UserError(f"the config file {path} is too large: more than {_MAX_BYTES >> 20} MiB")
+        content = parse_yaml(path.read_bytes().decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"cannot read the config file {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not text in UTF-8 (byte {error.start}); save it in that encoding") from error
+    except BadYaml as error:
+        raise UserError(f"{path} is not valid YAML: {error}") from error
     if content is None:
         return {}
     if not isinstance(content, dict):
@@ -64,44 +59,194 @@ def check_keys(mapping: Mapping[str, Any], allowed: typing.Iterable[str], where:
     allowed = list(allowed)
     for key in mapping:
         if key not in allowed:
-            raise UserError(f"{where}: unknown key '{key}'{did_you_mean(str(key), allowed)}")
+            raise UserError(f"{where}: unknown key {shorten(key)}{did_you_mean(str(key)[:100], allowed)}")
 
 
-def convert_fields(cls: type, mapping: Mapping[str, Any], where: str) -> dict[str, Any]:
+def shorten(value: Any) -> str:
+    """``repr`` for a message: one line that no value makes long."""
+    text = repr(value)
+    return text if len(text) <= 120 else f"{text[:100]}…"
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a key may have; of a list, each of its numbers.
+
+    Attributes:
+        unset: one more, which means that the key is not set.
+    """
+
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    unset: float | None = None
+
+    def __str__(self) -> str:
+        bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
+        text = " and ".join(f"{name} {_plain(bound)}" for name, bound in bounds.items() if bound is not None)
+        return text if self.unset is None else f"{text}, or {_plain(self.unset)} for none"
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise a :class:`UserError` for a number outside, or not finite; whatever is no number passes."""
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                self.check(item, where)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or value == self.unset:
+            return
+        if not (
+            (isinstance(value, int) or math.isfinite(value))
+            and (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        ):
+            raise UserError(f"{where} must be {self}, not {shorten(value)}")
+
+
+def _plain(number: float) -> str:
+    return f"{number:.6g}" if isinstance(number, float) else str(number)
+
+
+def convert_fields(
+    cls: type, mapping: Mapping[str, Any], where: str, config: str | Path | None = None
+) -> dict[str, Any]:
     """The values of ``mapping``, each converted to the type of the field of that name in the dataclass ``cls``.
+
+    A key of text that is null or empty has the field's default; without one it is left out.
 
     Args:
         where: what error messages name, usually the file.
+        config: the file that holds the mapping; what is named in it is looked for beside it, too.
 
     Raises:
-        UserError: an unknown key, or a value of the wrong type.
+        UserError: an unknown key, a value of the wrong type, or a number out of its range.
     """
-    check_keys(mapping, (f.name for f in dataclasses.fields(cls) if f.init), where)
-    hints = typing.get_type_hints(cls)
-    return {key: convert(value, hints[key], f"{where}: '{key}'") for key, value in mapping.items()}
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    check_keys(mapping, fields, where)
+    hints = typing.get_type_hints(cls, include_extras=True)
+    values: dict[str, Any] = {}
+    for key, value in mapping.items():
+        place = f"{where}: '{key}'"
+        if is_unset(value, hints[key], place):
+            values |= _default(fields[key])
+            continue
+        values[key] = convert(value, hints[key], place, config)
+        if "range" in fields[key].metadata:
+            fields[key].metadata["range"].check(values[key], place)
+    return values
 
 
-def build(cls: type[T], mapping: Mapping[str, Any], where: str) -> T:
+def settle(options: Any) -> None:
+    """Expand the paths of a dataclass of options and check its numbers: for those that are made in Python.
+
+    Raises:
+        UserError: a number out of its range.
+    """
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if "range" in field.metadata:
+            field.metadata["range"].check(value, f"'{field.name}'")
+        if isinstance(value, str) and (kind := _path_kind(hints[field.name])):
+            if not value.strip() and not kind.may_be_empty:
+                raise UserError(f"'{field.name}' must not be empty")
+            object.__setattr__(options, field.name, expand_path(value, f"'{field.name}'"))
+
+
+def is_text(hint: Any) -> bool:
+    """Whether an annotation stands for text alone: a name, a path, either of these or None."""
+    parts = [hint for hint in _parts(hint) if hint is not type(None)]
+    return all(hint is str or _path_kind(hint) is not None for hint in parts)
+
+
+def is_unset(value: Any, hint: Any, where: str) -> bool:
+    """Whether ``value`` is null or empty where text, a list or a mapping is expected: the key is there, but not set.
+
+    Raises:
+        UserError: an empty path where a folder is written to, which is no folder.
+    """
+    if isinstance(value, str) and is_text(hint) and not value.strip():
+        kind = _path_kind(hint)
+        if kind and not kind.may_be_empty:
+            raise UserError(f"{where} must not be empty; leave it out for its default")
+        return True
+    parts = _parts(hint)
+    return value is None and type(None) not in parts and not {int, float, bool, Any} & {*map(_hashable, parts)}
+
+
+def _hashable(hint: Any) -> Any:
+    return hint if isinstance(hint, typing.Hashable) else None
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    """The alternatives of a union, or the one type."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return typing.get_args(hint)
+    return (hint,)
+
+
+def _path_kind(hint: Any) -> PathKind | None:
+    """How the path is read that an annotation stands for, alone or beside other types."""
+    for part in _parts(hint):
+        for extra in getattr(part, "__metadata__", ()):
+            if isinstance(extra, PathKind):
+                return extra
+    return None
+
+
+def _default(field: dataclasses.Field) -> dict[str, Any]:
+    """The field's name and default; nothing if it has none."""
+    if field.default is not dataclasses.MISSING:
+        return {field.name: field.default}
+    if field.default_factory is not dataclasses.MISSING:
+        return {field.name: field.default_factory()}
+    return {}
+
+
+def build(cls: type[T], mapping: Mapping[str, Any], where: str, config: str | Path | None = None) -> T:
     """Make the dataclass ``cls`` from a mapping; errors as of :func:`convert_fields`, and for a required key left out."""
-    values = convert_fields(cls, mapping, where)
+    return make(cls, convert_fields(cls, mapping, where, config), where)
+
+
+def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """The dataclass ``cls`` with converted values.
+
+    Raises:
+        UserError: a required key is left out.
+    """
     for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        required = f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
-        if f.init and required and f.name not in values:
+        if f.init and not _default(f) and f.name not in values:
             raise UserError(f"{where}: the key '{f.name}' is required")
     return cls(**values)
 
 
-def convert(value: Any, hint: Any, where: str) -> Any:
-    """``value`` as the annotated type ``hint``; only lossless conversions (``"1e-4"`` → float, 3.0 → int)."""
+def convert(value: Any, hint: Any, where: str, config: str | Path | None = None) -> Any:
+    """``value`` as the annotated type ``hint``; only lossless conversions (``"1e-4"`` → float, 3.0 → int).
+
+    Args:
+        config: see :func:`convert_fields`.
+
+    Raises:
+        UserError: it is of another type, or a number that is not finite.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
+        _refuse_non_finite(value, where)
         return value
+    if origin is typing.Annotated:
+        text = convert(value, args[0], where)
+        kind = _path_kind(hint)
+        if kind is None:
+            return text
+        text = expand_path(text, where)
+        return locate(text, config) if kind.beside else text
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
         for option in (a for a in args if a is not type(None)):
             try:
-                return convert(value, option, where)
+                return convert(value, option, where, config)
             except UserError as error:
                 failure = error
         raise failure
@@ -109,31 +254,51 @@ def convert(value: Any, hint: Any, where: str) -> Any:
         if value in args:
             return value
         raise UserError(
-            f"{where} must be one of {', '.join(map(repr, args))}, not {value!r}"
-            + did_you_mean(str(value), [str(a) for a in args])
+            f"{where} must be one of {', '.join(map(repr, args))}, not {shorten(value)}"
+            + did_you_mean(str(value)[:100], [str(a) for a in args])
         )
     if origin in (list, tuple):
         if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
-            raise UserError(f"{where} must be a list, not {value!r}")
+            raise UserError(f"{where} must be a list, not {shorten(value)}")
         item = args[0] if args else Any
-        return origin(convert(v, item, where) for v in value)
+        return origin(convert(v, item, where, config) for v in value)
     if origin is dict or hint is dict or origin is Mapping or hint is Mapping:
         if not isinstance(value, Mapping):
-            raise UserError(f"{where} must be a mapping, not {value!r}")
+            raise UserError(f"{where} must be a mapping, not {shorten(value)}")
         item = args[1] if len(args) == 2 else Any
-        return {key: convert(v, item, where) for key, v in value.items()}
+        return {_key(key, where): convert(v, item, where, config) for key, v in value.items()}
     if hint in (int, float) and isinstance(value, str):
         value = parse_value(value)
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
+    if hint in (int, float):
+        _refuse_non_finite(value, where)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise UserError(f"{where} must be {_type_name(hint)}, not {value!r}")
+        raise UserError(f"{where} must be {_type_name(hint)}, not {shorten(value)}")
     return value
 
 
 def _type_name(hint: Any) -> str:
     return {int: "a whole number", float: "a number", str: "a string", bool: "true or false"}.get(hint, str(hint))
+
+
+def _key(key: Any, where: str) -> str:
+    """A key of a mapping; a number is the text that it was written as."""
+    if isinstance(key, str) or (isinstance(key, (int, float)) and not isinstance(key, bool)):
+        return str(key)
+    raise UserError(f"{where}: keys must be text, not {shorten(key)}; put it in quotes")
+
+
+def _refuse_non_finite(value: Any, where: str) -> None:
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where} must be a finite number, not {value}")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            _refuse_non_finite(item, f"{where}: {_key(key, where)}")
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            _refuse_non_finite(item, where)

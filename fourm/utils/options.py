@@ -6,21 +6,34 @@ import argparse
 import dataclasses
 import itertools
 import sys
+import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
-from fourm.utils.config import build, parse_value
+from fourm.utils.config import Range, build, is_text, parse_value
 from fourm.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
 
-def option(text: str, default: Any = MISSING) -> Any:
-    """A field with its help text; required if it has no default."""
+def option(
+    text: str, default: Any = MISSING, *, at_least: float | None = None, above: float | None = None,
+    at_most: float | None = None, below: float | None = None, unset: float | None = None,
+) -> Any:  # fmt: skip
+    """A field with its help text; required if it has no default.
+
+    Args:
+        at_least, above, at_most, below: bounds of its number, or of each of its numbers; see :class:`Range`.
+        unset: a number out of these bounds that means "not set".
+    """
+    bounds = Range(at_least, above, at_most, below, unset)
+    metadata: dict[str, Any] = {"help": text}
+    if bounds != Range():
+        metadata["range"] = bounds
     if isinstance(default, (dict, list)):
-        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
-    return field(default=default, metadata={"help": text})
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def option_group(text: str, cls: type) -> Any:
@@ -44,6 +57,19 @@ def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
         if "options" in item.metadata
     ]
     return [("", "", [item for item in fields if "options" not in item.metadata]), *nested]
+
+
+def _texts(cls: type) -> dict[str, bool]:
+    """Option → whether its value is text, to be taken as it is typed: ``007`` is a name, and ``~`` a folder."""
+    texts = {name: is_text(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
+    for item in dataclasses.fields(cls):
+        if "options" in item.metadata:
+            texts |= {f"{item.name}_{name}": text for name, text in _texts(item.metadata["options"]).items()}
+    return texts
+
+
+def _as_text(text: str) -> str | None:
+    return None if text == "null" else text
 
 
 class _Parser(argparse.ArgumentParser):
@@ -84,7 +110,7 @@ def parse_overrides(
         SystemExit: after ``--help``.
     """
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    flags = []
+    texts, flags = _texts(cls), []
     if config_file:
         flags += ["--config"]
         parser.add_argument("-c", "--config", help="YAML file; keys on the command line override it")
@@ -102,7 +128,9 @@ def parse_overrides(
                 group.add_argument(names[-1], dest=key, action="store_false", help=argparse.SUPPRESS)
             else:
                 count = "+" if "tuple" in str(item.type) else None
-                group.add_argument(*names, dest=key, type=parse_value, help=text, nargs=count)
+                group.add_argument(
+                    *names, dest=key, type=_as_text if texts[key] else parse_value, help=text, nargs=count
+                )
             flags += names
     arguments, unknown = parser.parse_known_args(argv)
     if unknown:

@@ -11,8 +11,10 @@ from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import RawSample
+from fourm.utils.config import settle
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 from fourm.utils.seeds import generator
 from fourm.vq.codebook import Codebook
 from fourm.vq.crops import WORKERS, CropDataset, read_crops, tokenizer_transform
@@ -27,35 +29,41 @@ from fourm.vq.tokenizer import best_device
 class FitOptions:
     """Which images, and which codebook."""
 
-    data_root: str = option("folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders")
+    data_root: AnyPath = option(
+        "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
+    )
     modality: str = option("folder of the images")
-    output: str = option("folder for the codebook")
-    vocab_size: int = option("codes", 1024)
-    patch_size: int = option("side of a patch in pixels", 16)
-    input_size: int = option("side in pixels that crops are resized to", 224)
-    one_hot_classes: int | None = option("for maps of class ids: the number of classes", None)
+    output: AnyPath = option("folder for the codebook")
+    vocab_size: int = option("codes", 1024, at_least=1, at_most=2**31)
+    patch_size: int = option("side of a patch in pixels", 16, at_least=1, at_most=10_000)
+    input_size: int = option("side in pixels that crops are resized to", 224, at_least=1, at_most=100_000)
+    one_hot_classes: int | None = option(
+        "for maps of class ids: the number of classes", None, at_least=1, at_most=10**6
+    )
     backbone: str | None = option(
         "for tokens of features instead of patches: the network in timm; its feature map of stride PATCH_SIZE is taken",
         None,
     )
-    backbone_weights: str | None = option("file of the network's weights (default: those that timm downloads)", None)
+    backbone_weights: AnyPath | None = option(
+        "file of the network's weights (default: those that timm downloads)", None
+    )
     transform: str | None = option("how files are read, a key of MODALITY_TRANSFORMS (default: MODALITY)", None)
     transform_options: dict = option("options of the transform, e.g. '{standardize_depth: false}'", {})
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
-    num_images: int = option("images that patches are taken from, at most", 2000)
-    num_crops: int = option("crops of each image, as save_vq_tokens.py draws them", 5)
-    num_patches: int = option("patches to fit to", 100_000)
-    epochs: int = option("passes over the patches", 10)
-    seed: int = option("seed of everything random", 0)
-    batch_size: int = option("images per batch", 32)
-    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS)
+    num_images: int = option("images that patches are taken from, at most", 2000, at_least=1)
+    num_crops: int = option("crops of each image, as save_vq_tokens.py draws them", 5, at_least=1, at_most=10_000)
+    num_patches: int = option("patches to fit to", 100_000, at_least=1)
+    epochs: int = option("passes over the patches", 10, at_least=1)
+    seed: int = option("seed of everything random", 0, at_least=0, at_most=2**62)
+    batch_size: int = option("images per batch", 32, at_least=1, at_most=10**6)
+    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS, at_least=0, at_most=512)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
-    max_bad_fraction: float = option("stop when more than this share of the images cannot be read", 0.01)
+    max_bad_fraction: float = option(
+        "stop when more than this share of the images cannot be read", 0.01, at_least=0, at_most=1
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_images", "num_crops", "num_patches", "epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"'{name}' must be at least 1, not {getattr(self, name)}")
+        settle(self)
         if self.backbone and self.one_hot_classes:
             raise UserError("'one_hot_classes' is for patches: leave it out, or 'backbone'")
         if self.backbone_weights and not self.backbone:

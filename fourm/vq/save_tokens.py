@@ -17,9 +17,11 @@ from einops import rearrange
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.utils.config import settle
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
 from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
 from fourm.vq.registry import load_tokenizer
@@ -32,29 +34,33 @@ RECORD = ".made_with.json"
 class SaveTokensOptions:
     """What to tokenize, and how."""
 
-    tokenizer: str = option("folder of the tokenizer")
-    data_root: str = option("folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders")
+    tokenizer: AnyPath = option("folder of the tokenizer")
+    data_root: AnyPath = option(
+        "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
+    )
     modality: str | None = option("folder of the images (default: the tokenizer's modality)", None)
     output_modality: str | None = option("folder for the tokens (default: tok_MODALITY@INPUT_SIZE)", None)
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
     main_modality: str | None = option("folder of the images in whose pixels crops are given (default: MODALITY)", None)
-    input_size: int | None = option("side in pixels that crops are resized to (default: the tokenizer's)", None)
-    num_crops: int = option("crops per image; the first is the centre crop, the others are random", 10)
-    hflip: float = option("share of the random crops that are flipped", 0.5)
-    seed: int = option("seed of the random crops", 0)
-    batch_size: int = option("images per batch", 32)
-    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS)
+    input_size: int | None = option(
+        "side in pixels that crops are resized to (default: the tokenizer's)", None, at_least=1, at_most=100_000
+    )
+    num_crops: int = option(
+        "crops per image; the first is the centre crop, the others are random", 10, at_least=1, at_most=10_000
+    )
+    hflip: float = option("share of the random crops that are flipped", 0.5, at_least=0, at_most=1)
+    seed: int = option("seed of the random crops", 0, at_least=0, at_most=2**62)
+    batch_size: int = option("images per batch", 32, at_least=1, at_most=10**6)
+    num_workers: int = option("processes that read images; 0 = none but this one", WORKERS, at_least=0, at_most=512)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
-    max_bad_fraction: float = option("stop when more than this share of the images cannot be read", 0.01)
+    max_bad_fraction: float = option(
+        "stop when more than this share of the images cannot be read", 0.01, at_least=0, at_most=1
+    )
     overwrite: bool = option("tokenize again what is finished", False)
     dry_run: bool = option("say what would be done, and stop", False)
 
     def __post_init__(self) -> None:
-        for name, least in {"num_crops": 1, "batch_size": 1, "num_workers": 0}.items():
-            if getattr(self, name) < least:
-                raise UserError(f"'{name}' must be at least {least}, not {getattr(self, name)}")
-        if not 0 <= self.hflip <= 1:
-            raise UserError(f"'hflip' must lie between 0 and 1, not {self.hflip}")
+        settle(self)
 
 
 def save_tokens(options: SaveTokensOptions) -> int:

@@ -13,6 +13,7 @@ from fourm.data.image_augmenter import (
     PreTokenizedImageAugmenter,
     RandomCropImageAugmenter,
 )
+from fourm.data.layout import expand
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.utils.errors import UserError
 
@@ -119,7 +120,7 @@ def test_weights_may_be_a_mapping_or_left_out(load):
     assert load({"train": {"datasets": sets}}).weights == {"a": 1.0, "b": 1.0}
     assert load({"train": {"datasets": sets, "weights": {"b": 3, "a": 1}}}).weights == {"a": 1.0, "b": 3.0}
     for weights in ([1], [1, -1], [0, 0]):
-        with pytest.raises(UserError, match="train.weights must be one number.*a, b"):
+        with pytest.raises(UserError, match="train.weights must be"):
             load({"train": {"datasets": sets, "weights": weights}})
     with pytest.raises(UserError, match="unknown key 'c'"):
         load({"train": {"datasets": sets, "weights": {"c": 1}}})
@@ -163,7 +164,7 @@ def test_joined_names_are_split_at_the_longest_known_one():
         ({"in_domains": "caption-det", "out_domains": "tok_rgb@224", "target_alphas": 1}, "boxes that follow crops"),
         ({"modality_name_map": {"images": "rgb"}}, "'modality_name_map': unknown key 'rgb'.*rgb@224"),
         ({"wds_n_repeats": 0}, "'wds_n_repeats' must be at least 1"),
-        ({"hflip": 2}, "'hflip' must lie between 0 and 1"),
+        ({"hflip": 2}, "'hflip' must be at least 0 and at most 1"),
         ({"crop_scale": [0.5, 0.2]}, "'crop_scale' must be two numbers"),
         ({"crop_ratio": [1]}, "'crop_ratio' must be two numbers"),
         ({"type": "multimodel"}, "'type'.*multimodal"),
@@ -299,3 +300,39 @@ def test_the_main_domain_is_a_picture(load):
     assert (
         load({"train": {"datasets": {"cc": fields}}, "modalities": block}).train["cc"].main_augment_domain == "rgb@224"
     )
+
+
+def test_a_path_to_a_folder_is_read_as_folders(dataset, tmp_path):
+    (tmp_path / "val" / "rgb" / "0").mkdir(parents=True)
+    (tmp_path / "tars" / "rgb").mkdir(parents=True)
+    (tmp_path / "tars" / "rgb" / "0.tar").touch()
+    shards = dataset({"use_wds": True, "data_path": f"{tmp_path}/tars/[rgb]/0.tar"})
+    assert shards.use_wds and not dataset({"use_wds": True, "data_path": f"{tmp_path}/val/[rgb]"}).use_wds
+    assert not dataset({"use_wds": True, "data_path": str(tmp_path / "val")}).use_wds
+    with pytest.raises(UserError, match="is a folder with shards"):
+        dataset({"use_wds": True, "data_path": str(tmp_path / "tars")})
+
+
+@pytest.mark.parametrize("path", ["a-{0..9.tar", "a-{0..999999999}.tar", "{" * 3000 + "a,b" + "}" * 3000])
+def test_braces_are_balanced_and_bounded(path):
+    with pytest.raises(UserError, match="its braces"):
+        expand(path, None)
+
+
+def test_inputs_that_take_every_token_leave_nothing_to_predict(dataset):
+    fields = {"in_domains": "tok_rgb@224", "out_domains": "tok_rgb@224", "input_alphas": 1, "target_alphas": 1}
+    with pytest.raises(UserError, match="cc: nothing is left to predict: samples have at most 196 tokens"):
+        dataset({**fields, "num_input_tokens": 196})
+    assert dataset({**fields, "num_input_tokens": 195}).input_tokens_range == (195, 195)
+
+
+def test_the_published_name_of_the_buffer_of_records(dataset):
+    assert dataset({"shuffle_buffer_load": 7}).wds_shuffle_buffer_tar == 7
+
+
+@pytest.mark.parametrize(
+    "fields", [{"input_alphas": ".nan"}, {"hflip": ".nan"}, {"crop_ratio": [1, ".inf"]}, {"wds_n_repeats": -1}]
+)
+def test_numbers_of_data_sets_are_finite_and_in_their_range(dataset, fields):
+    with pytest.raises(UserError, match=f"cc: '{next(iter(fields))}' must be"):
+        dataset(fields)

@@ -97,7 +97,6 @@ def test_the_preview_reads_a_store(remote, tmp_path):
 def test_what_cannot_work_is_one_line(command):
     for options, message in (
         (["--data_cache_gb", "0"], "'data_cache_gb' must be above 0"),
-        (["--s3_data_endpoint", "store:9000"], "'s3_data_endpoint' must be a URL"),
         (["--s3_max_io_queue", "0"], "'s3_max_io_queue' must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -69,7 +69,7 @@ def test_the_resolved_config_builds_itself_again(main_yaml, tmp_path):
         (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine or inverse_sqrt-T"),
         (["--epochs", "1", "--dtype", "float8"], "'dtype' must be one of"),
         (["--epochs", "1", "--s3_save_dir", "/bucket"], "'s3_save_dir' must be s3://BUCKET"),
-        (["--epochs", "1", "--s3_data_endpoint", "store:9000"], "'s3_data_endpoint' must be a URL"),
+        (["--epochs", "1", "--s3_endpoint", "x:9", "--resume", "s3://b/c"], "'s3_endpoint' must be a URL"),
         (["--epochs", "1", "--data_cache_gb", "0"], "'data_cache_gb' must be above 0"),
     ],
 )

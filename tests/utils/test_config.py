@@ -1,3 +1,4 @@
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -5,6 +6,7 @@ import pytest
 
 from fourm.utils.config import build, load_yaml, parse_value
 from fourm.utils.errors import UserError
+from fourm.utils.options import option
 
 
 @dataclass
@@ -66,3 +68,76 @@ def test_build_converts_without_loss():
 def test_build_names_the_file_and_the_key(mapping, message):
     with pytest.raises(UserError, match=message):
         build(Toy, mapping, "f.yaml")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is there already, in line 1"),
+        ("a: ü".encode("utf-16"), "not text in UTF-8"),
+        ("a: ü".encode("latin-1"), "not text in UTF-8"),
+        (b"a: \x07\n", "special characters"),
+        (b"[" * 5000, "nested more than 100 deep"),
+        (b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 110)),
+         "aliases"),
+        (b"a: &a [*a]\n", "holds itself"),
+        (b"a: !!timestamp 2024-13-45\n", "timestamp"),
+        (b"a: !!bool x\n", "not valid YAML"),
+        (b"a: !!int ''\n", "not valid YAML"),
+        (b"a: !!set {b}\n", "constructor"),
+        (b"a: !!python/object/apply:os.getcwd []\n", "constructor"),
+        (b"- 1\n", "mapping"),
+    ],
+)  # fmt: skip
+def test_yaml_of_strangers_is_one_sentence_that_names_the_file(tmp_path, content, message):
+    (tmp_path / "bad.yaml").write_bytes(content)
+    with pytest.raises(UserError, match=message) as error:
+        load_yaml(tmp_path / "bad.yaml")
+    assert "bad.yaml" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.yaml")
+    for name, message in (("pipe.yaml", "not a regular file"), ("", "is a folder")):
+        with pytest.raises(UserError, match=message):
+            load_yaml(tmp_path / name)
+
+
+def test_dates_are_text_and_no_value_on_a_command_line_is_a_traceback(tmp_path):
+    (tmp_path / "c.yaml").write_text("run_name: 2024-01-31\n")
+    assert load_yaml(tmp_path / "c.yaml") == {"run_name": "2024-01-31"}
+    assert parse_value("{a: 2024-13-45}") == {"a": "2024-13-45"}
+    for text in ("!!bool x", "{a: 1, a: 2}", "[" * 5000, "a: !!int ''"):
+        assert parse_value(text) == text
+
+
+@dataclass
+class Ranged:
+    rate: float | None = option("rate", None, above=0, at_most=1)
+    betas: tuple[float, float] = option("betas", (0.9, 0.95), at_least=0, below=1)
+    epochs: int = option("epochs", -1, at_least=0, unset=-1)
+    name: str = option("name", "auto")
+    free: dict = option("any values", {})
+
+
+@pytest.mark.parametrize(
+    ("mapping", "message"),
+    [
+        ({"rate": 0}, "f.yaml: 'rate' must be above 0 and at most 1, not 0.0"),
+        ({"betas": [0.9, 1]}, "'betas' must be at least 0 and below 1, not 1.0"),
+        ({"epochs": -2}, "'epochs' must be at least 0, or -1 for none, not -2"),
+        ({"rate": float("nan")}, "'rate' must be a finite number"),
+        ({"rate": "1e999"}, "'rate' must be a finite number"),
+        ({"rate": 10**400}, "'rate' must be a number"),
+        ({"free": {"a": [float("inf")]}}, "'free' must be a finite number"),
+        ({"free": {None: 1}}, "'free': keys must be text, not None"),
+    ],
+)
+def test_numbers_have_a_range_beside_their_declaration(mapping, message):
+    with pytest.raises(UserError, match=message):
+        build(Ranged, mapping, "f.yaml")
+
+
+def test_null_and_empty_text_are_not_set():
+    assert build(Ranged, {"name": None, "free": None, "rate": None, "epochs": -1}, "f.yaml") == Ranged()
+    assert build(Ranged, {"name": ""}, "f.yaml").name == "auto"

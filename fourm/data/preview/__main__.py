@@ -27,6 +27,7 @@ from fourm.generation.plotting import as_image
 from fourm.utils.errors import UserError, run_cli
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath, InputPath
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 
@@ -35,20 +36,22 @@ from fourm.vq import load_tokenizer
 class PreviewOptions(ReadOptions):
     """What to show, and where."""
 
-    out: str = option("the page to write, .html; a .png of the same name is written too", "preview.html")
+    out: AnyPath = option("the page to write, .html; a .png of the same name is written too", "preview.html")
     split: Literal["train", "val"] = option("train or val", "train")
     datasets: tuple[str, ...] = option("names of the data sets (default: all of the split)", ())
-    samples: int = option("samples per data set; each is shown under every component of its mixture", 3)
-    draws: int = option("draws of budgets per component", 2000)
-    seed: int = option("of samples, crops, masks and budgets", 0)
-    tokenizers: str | None = option("folder of image tokenizers, one per modality (default: a colour per id)", None)
+    samples: int = option(
+        "samples per data set; each is shown under every component of its mixture", 3, at_least=1, at_most=10_000
+    )
+    draws: int = option("draws of budgets per component", 2000, at_least=1, at_most=10**7)
+    seed: int = option("of samples, crops, masks and budgets", 0, at_least=0, at_most=2**62)
+    tokenizers: InputPath | None = option(
+        "folder of image tokenizers, one per modality (default: a colour per id)", None
+    )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if Path(self.out).suffix != ".html":
             raise UserError(f"'out' must end with .html, not {self.out}")
-        for name in ("samples", "draws"):
-            if getattr(self, name) < 1:
-                raise UserError(f"'{name}' must be at least 1, not {getattr(self, name)}")
 
 
 def _painter(tokenizers: Tokenizers) -> Painter:

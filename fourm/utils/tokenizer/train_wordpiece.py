@@ -11,9 +11,11 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from fourm.utils.config import settle
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
+from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, SENTINELS, UNK
 
 DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates and
@@ -28,10 +30,13 @@ _WORDNET = {f"data.{part}" for part in ("noun", "verb", "adj", "adv")}
 class TrainOptions:
     """Which corpus, and how many tokens."""
 
-    input: str | list[str] = option("a file or folder of text, or a list of them: '[corpus.txt, folder]'")
-    output: str = option("file to write, e.g. text_tokenizer.json")
-    vocab_size: int = option("tokens in all", 30_000)
-    min_frequency: int = option("pieces that are rarer than this are not learned", 2)
+    input: AnyPath | list[AnyPath] = option("a file or folder of text, or a list of them: '[corpus.txt, folder]'")
+    output: AnyPath = option("file to write, e.g. text_tokenizer.json")
+    vocab_size: int = option("tokens in all", 30_000, at_least=1, at_most=2**31 - 1)
+    min_frequency: int = option("pieces that are rarer than this are not learned", 2, at_least=0, at_most=2**31 - 1)
+
+    def __post_init__(self) -> None:
+        settle(self)
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:

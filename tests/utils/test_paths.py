@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+
+from fourm.data.pack import PackOptions
+from fourm.train.config import load_config, parse_args
+from fourm.utils.errors import UserError
+from fourm.utils.paths import expand_path, locate
+
+
+def test_home_and_variables_are_expanded_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("DATA", "/data")
+    assert expand_path("~/x") == "/home/me/x" and expand_path("$DATA/[rgb,caption]/a-{0..9}.tar").startswith(
+        "/data/[rgb"
+    )
+    assert expand_path("${DATA}2/*.tar") == "/data2/*.tar" and expand_path("a$") == "a$"
+    for same in ("s3://b/~/$DATA", "EPFL-VILAB/4M-7_B", "a/~b", ""):
+        assert expand_path(same) == same
+    for path, message in (
+        ("$NO_SUCH/x", r"'data_path': the environment variable \$NO_SUCH"),
+        ("~nobody9/x", "no user"),
+    ):
+        with pytest.raises(UserError, match=message):
+            expand_path(path, "'data_path'")
+
+
+def test_paths_of_options_expand_in_yaml_on_the_command_line_and_in_python(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", "/home/me")
+    (tmp_path / "c.yaml").write_text("epochs: 1\noutput_dir: ~/runs/auto\n")
+    assert load_config(tmp_path / "c.yaml").output_dir == "/home/me/runs/c"
+    assert parse_args(["--epochs", "1", "--data_config=~/d.yaml", "--output_dir", "~"]).data_config == "/home/me/d.yaml"
+    assert parse_args(["--epochs", "1", "--output_dir", "~"]).output_dir == "/home/me"
+    assert PackOptions("shards", "~/a", "$HOME/b").output == "/home/me/b"
+
+
+def test_what_a_configuration_names_is_found_beside_and_above_it(tmp_path, monkeypatch):
+    config = tmp_path / "a" / "b" / "main.yaml"
+    config.parent.mkdir(parents=True)
+    (tmp_path / "a" / "data.yaml").touch()
+    assert locate("data.yaml", config) == str(tmp_path / "a" / "data.yaml")
+    assert locate("data.yaml", None) == "data.yaml" and locate("other.yaml", config) == "other.yaml"
+    config.write_text("epochs: 1\ndata_config: data.yaml\n")
+    assert Path(load_config(config).data_config) == tmp_path / "a" / "data.yaml"
+    monkeypatch.chdir(tmp_path / "a")
+    assert load_config(config).data_config == "data.yaml"
