@@ -38,6 +38,21 @@ class HubModel(PyTorchModelHubMixin):
         (save_directory / "config.json").write_text(config)
 
     @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
+        """A model from a folder, or from the hub.
+
+        Raises:
+            UserError: there is none, or its files are damaged, malformed or do not fit together.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
+        except UserError:
+            raise
+        except Exception as error:  # the hub's client, json, safetensors and torch each have errors of their own
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise UserError(f"{pretrained_model_name_or_path}: no model could be loaded: {reason}") from error
+
+    @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
         return _load(model, load_file(model_file, device=str(map_location)), model_file)
 

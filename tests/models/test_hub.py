@@ -99,3 +99,21 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     model.save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"model.safetensors: the weights encoder.1.mlp.fc1.weight are not finite"):
         FM.from_pretrained(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "config", ["{", "[" * 100_000, "[1]", '{"dim": "wide"}', "null", '{"domains_in": 3, "domains_out": 4}']
+)
+def test_a_malformed_configuration_is_one_sentence(tmp_path, config):
+    toy_model().save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(config)
+    with pytest.raises(UserError):
+        FM.from_pretrained(str(tmp_path))
+
+
+def test_weights_that_are_cut_off_or_missing_are_one_sentence(tmp_path):
+    toy_model().save_pretrained(tmp_path)
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(UserError, match="no model could be loaded"):
+        FM.from_pretrained(str(tmp_path))
