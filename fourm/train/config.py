@@ -80,7 +80,8 @@ class TrainConfig:
     compute_grad_norm: bool = option("log the gradient norm", True)
     clip_grad: float | None = option("clip the global gradient norm to this", None)
     skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None)
-    skip_nan_grad: bool = option("skip steps whose gradient norm is not finite", False)
+    skip_nan_grad: bool = option("published; steps whose loss or gradient norm is not finite are always skipped", False)
+    max_skipped_steps: int = option("stop after so many steps in a row whose loss or gradient norm was not finite", 10)
     weight_decay: float = option("on everything but norms and biases", 0.05)
     weight_decay_end: float | None = option("cosine from weight_decay to this (default: constant)", None)
     blr: float = option("learning rate per 256 samples", 1e-4)
@@ -111,6 +112,7 @@ class TrainConfig:
         None,
     )
     pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
+    data_timeout: float = option("stop after waiting so many minutes for a batch", 30.0)
     max_bad_fraction: float = option("stop when more than this share of the samples is unusable", 0.01)
 
     # Evaluation
@@ -129,6 +131,9 @@ class TrainConfig:
     async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
     resume: str = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
     auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
+    allow_changes: bool = option(
+        "go on from a checkpoint although the data, seed or schedule have changed since", False
+    )
     start_epoch: int = option("first epoch, when weights come without a checkpoint's position", 0)
 
     # Remote storage
@@ -194,7 +199,7 @@ FIELDS = {f.name: f for f in dataclasses.fields(TrainConfig)}
 _AT_LEAST = {
     1: (
         "batch_size", "accum_iter", "plan_world_size", "epoch_size", "num_input_tokens", "num_target_tokens", "log_interval",
-        "act_checkpoint_every",
+        "act_checkpoint_every", "max_skipped_steps",
         "fixed_eval_input_tokens", "fixed_eval_target_tokens", "fixed_eval_batch_size",
     ),
     0: (
@@ -218,6 +223,8 @@ def _check(config: TrainConfig) -> None:
             f"'fsdp_param_dtype' {config.fsdp_param_dtype} needs 'dtype' bfloat16 or float16: without autocast nothing "
             "converts what meets these parameters"
         )
+    if not config.data_timeout > 0:
+        raise UserError(f"'data_timeout' must be above 0 minutes, not {config.data_timeout}")
     if not 0 < config.plan_mfu <= 1:
         raise UserError(f"'plan_mfu' must lie above 0 and up to 1, not {config.plan_mfu}")
     if (config.epochs >= 0) == (config.total_tokens >= 0) and not config.eval:
@@ -336,6 +343,8 @@ def run_length(config: TrainConfig, world_size: int) -> RunLength:
     """
     samples = config.batch_size * world_size
     per_epoch = config.epoch_size // (samples * config.accum_iter) * config.accum_iter
+    if per_epoch == 0 and config.eval:
+        per_epoch = 1  # nothing is trained
     if per_epoch == 0:
         raise UserError(
             f"'epoch_size' {config.epoch_size} is smaller than one optimizer step of batch_size {config.batch_size} x "
