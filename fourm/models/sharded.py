@@ -117,7 +117,7 @@ def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], I
     if ema and not any(name.startswith(EMA) for name in known):
         raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
     sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in _names(config)}
-    for name, source in sources.items():
+    for source in sources.values():
         if source not in known:
             raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} is of another model")
     return config, _read(checkpoint, sources, known)

@@ -203,8 +203,8 @@ def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer | None,
     if average and any(name.startswith(EMA) for name in known):
         tensors |= {EMA + name: value for name, value in average.average.items()}
     for name, parameter in model.named_parameters():
-        for key in _STATES[type(optimizer).__name__] if optimizer else ():
-            if (full := f"{OPTIMIZER}{name}/{key}") in known:
+        for key in () if optimizer is None else _STATES[type(optimizer).__name__]:
+            if optimizer is not None and (full := f"{OPTIMIZER}{name}/{key}") in known:
                 state = torch.zeros_like(parameter, requires_grad=False)
                 tensors[full] = torch.zeros((), device=parameter.device) if key == "step" else state
                 optimizer.state[parameter][key] = tensors[full]
