@@ -52,7 +52,7 @@ log = logging.getLogger("fourm")
 _DISK = {
     errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another output_dir",
     errno.EACCES: "allow it, or choose another output_dir", errno.EPERM: "allow it, or choose another output_dir",
-    errno.ENOTDIR: "choose another output_dir", errno.EEXIST: "choose another output_dir",
+    errno.ENOTDIR: "choose another output_dir", errno.ENOENT: "choose another output_dir", errno.EEXIST: "choose another output_dir",
     errno.EISDIR: "move it away", errno.EIO: "look at the disk", errno.ENAMETOOLONG: "choose a shorter output_dir",
 }  # fmt: skip
 
