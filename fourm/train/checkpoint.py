@@ -41,7 +41,7 @@ STATE, OPTIMIZER = "state.json", "optimizer/"
 _KINDS = (MODEL, EMA, OPTIMIZER)  # each has files of its own, so that weights are read without optimizer states
 _STATES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 _STATE_TYPES = {"step": int, "config": dict, "global_batch": int, "layout": dict, "loss_scale": list, "ranks": list}
-SAVED = ".saved"  # in a run folder: there was a checkpoint once, even if it has been removed
+SAVED = ".saved.txt"  # in a run folder: there was a checkpoint once, even if it has been removed
 
 
 class CheckpointWriter:
