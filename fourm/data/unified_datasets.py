@@ -17,9 +17,6 @@ because what the shuffle buffers hold are references.
 from __future__ import annotations
 
 import itertools
-import os
-import signal
-import threading
 from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -28,11 +25,11 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import IterableDataset, get_worker_info
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.batch_loader import BatchLoader, note_reading
 from fourm.data.collate import MaskedSample, collate
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
@@ -44,7 +41,7 @@ from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.records import Records
 from fourm.data.shards import Shards
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError
 from fourm.utils.seeds import generator
 
 
@@ -200,6 +197,7 @@ def read_sample(
     dataset: SampleDataset, sample: RawSample, rng: np.random.Generator, ledger: BadSampleLedger
 ) -> MaskedSample | None:
     """The masked sample; None, counted and with a warning, if it cannot be read."""
+    note_reading(sample)
     try:
         masked = dataset.masked(sample, rng)
     except BadSample as error:
@@ -207,6 +205,8 @@ def read_sample(
             ledger.warn(sample.where(""), f"{error}; skipped")
         ledger.read(error.reason, error.tolerated)
         return None
+    finally:
+        note_reading(None)
     ledger.read()
     if dataset.may_lack:
         ledger.has(masked, dataset.modalities)
@@ -292,62 +292,6 @@ class EvalBatches(IterableDataset):
                 skipped = Counter()
 
 
-class BatchLoader:
-    """Batches made in worker processes. Bad input met there is raised here, as the same one-line error."""
-
-    def __init__(self, batches: TrainBatches | EvalBatches, num_workers: int, pin_memory: bool = False):
-        self._batches = batches
-        self._num_workers, self._pin_memory = num_workers, pin_memory
-
-    def __len__(self) -> int:
-        return len(self._batches)  # type: ignore[arg-type]  # TypeError for the endless ones
-
-    def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
-            _ErrorsAsItems(self._batches), batch_size=None, collate_fn=_unchanged, num_workers=self._num_workers,
-            pin_memory=self._pin_memory, worker_init_fn=_heed_the_parent_alone,
-            generator=torch.Generator(),  # else it draws from the global one, even unused
-        )  # fmt: skip
-        for item in loader:
-            if isinstance(item, UserError):
-                raise item
-            yield item
-
-
-class _ErrorsAsItems(IterableDataset):
-    """Hands errors for the user through the queue; the DataLoader would wrap them into tracebacks."""
-
-    def __init__(self, batches: Iterable[Batch]):
-        self._batches = batches
-
-    def __iter__(self) -> Iterator[Batch | UserError]:
-        try:
-            yield from self._batches
-        except UserError as error:
-            yield (DataError if isinstance(error, DataError) else UserError)(str(error))
-
-
-def _heed_the_parent_alone(worker: int) -> None:
-    """Let signals to all processes of a run end the main ones only: they need batches until their last step is done.
-
-    A worker that took no SIGTERM at all would outlast a parent that ends without closing its loader, and keep it waiting.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_for_the_parent, daemon=True).start()
-
-
-def _end_for_the_parent() -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
-        pass
-    os._exit(0)
-
-
-def _unchanged(item: Any) -> Any:
-    return item
-
-
 def _collated(samples: Sequence[MaskedSample], modalities: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
     return collate(samples, modalities, shared=get_worker_info() is not None)
 
@@ -421,7 +365,7 @@ def build_train_loader(
     config: DataConfig, text_tokenizer: Any, *, batch_size: int, batches_per_epoch: int, num_workers: int, rank: int,
     world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None,
     num_streams: int | None = None, pin_memory: bool = False, raw_pixels: bool = False,
-) -> Iterable[Batch]:  # fmt: skip
+) -> BatchLoader:  # fmt: skip
     """The endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
 
     Args:

@@ -23,6 +23,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
+from fourm.models.finite import check_finite
 from fourm.models.fm import FM
 from fourm.models.hub import published_config
 from fourm.utils.errors import UserError
@@ -56,9 +57,11 @@ def files_of(checkpoint: Path) -> dict[str, list[int]]:
             found = (checkpoint / name).stat().st_size
             if found != size:
                 raise UserError(f"checkpoint {checkpoint} is damaged: {name} has {found} bytes, not {size}")
+        if not {CONFIG} <= files.keys() or any(Path(name).name != name for name in files):
+            raise ValueError(f"{CHECKSUMS} is no list of its files")
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise UserError(f"checkpoint {checkpoint} is damaged, or of an earlier version: {error}") from error
     return files
 
@@ -107,15 +110,40 @@ def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], I
         ema: the moving average of the parameters instead of the parameters.
 
     Raises:
-        UserError: the checkpoint is damaged, or has no moving average.
+        UserError: the checkpoint is damaged, or has no moving average. While reading: a value is not finite.
     """
     verify(checkpoint)
-    config = json.loads((checkpoint / CONFIG).read_text())
-    known = _reader(checkpoint).read_metadata().state_dict_metadata
+    config, known = _config(checkpoint), tensors_in(checkpoint)
     if ema and not any(name.startswith(EMA) for name in known):
         raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
     sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in _names(config)}
+    for source in sources.values():
+        if source not in known:
+            raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} is of another model")
     return config, _read(checkpoint, sources, known)
+
+
+def tensors_in(checkpoint: Path) -> dict[str, Any]:
+    """Name → metadata of every tensor of a checkpoint.
+
+    Raises:
+        UserError: a shard cannot be read.
+    """
+    try:
+        return dict(_reader(checkpoint).read_metadata().state_dict_metadata)
+    except Exception as error:  # of whatever kind: the reader parses headers that anybody may have written
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {reason}") from error
+
+
+def _config(checkpoint: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((checkpoint / CONFIG).read_bytes())
+        if isinstance(config, dict):
+            return config
+        raise ValueError("it is no object")
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"checkpoint {checkpoint}: {CONFIG} is no configuration of a model: {error}") from error
 
 
 def load_model(checkpoint: Path, ema: bool = False) -> FM:
@@ -178,4 +206,6 @@ def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> I
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that this is a single process
             dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
-        yield from ((name, tensors[sources[name]]) for name in names)
+        for name in names:
+            check_finite(sources[name], tensors[sources[name]], checkpoint)
+            yield name, tensors[sources[name]]

@@ -29,8 +29,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fourm.models import FM
-from fourm.models.sharded import CHECKSUMS, CONFIG, EMA, MODEL, checksum
+from fourm.models.sharded import CHECKSUMS, CONFIG, EMA, MODEL, checksum, tensors_in
 from fourm.train import ema
+from fourm.train.nonfinite import first_not_finite
 from fourm.train.parallel import Processes
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path
@@ -38,7 +39,9 @@ from fourm.utils.files import atomic_path
 log = logging.getLogger("fourm")
 STATE, OPTIMIZER = "state.json", "optimizer/"
 _KINDS = (MODEL, EMA, OPTIMIZER)  # each has files of its own, so that weights are read without optimizer states
-_STATES = ("step", "exp_avg", "exp_avg_sq", "momentum_buffer")
+_STATES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+_STATE_TYPES = {"step": int, "config": dict, "global_batch": int, "layout": dict, "loss_scale": list, "ranks": list}
+SAVED = ".saved.txt"  # in a run folder: there was a checkpoint once, even if it has been removed
 
 
 class CheckpointWriter:
@@ -70,7 +73,7 @@ class CheckpointWriter:
             state: of this run, for JSON; the main process's counts.
 
         Raises:
-            UserError: of this checkpoint or the one before: it could not be written.
+            UserError: of this checkpoint or the one before: it could not be written, or holds values that are not finite.
         """
         self.wait()
         options = StagingOptions(
@@ -95,6 +98,10 @@ class CheckpointWriter:
         parallel, group = self._parallel, self._group
         with contextlib.ExitStack() as stack:
 
+            def check() -> None:
+                if name := first_not_finite(tensors.items()):
+                    raise UserError(f"{name} holds values that are not finite. {advice(target.parent)}")
+
             def begin() -> Path:
                 path = stack.enter_context(atomic_path(target))
                 path.mkdir()
@@ -117,12 +124,14 @@ class CheckpointWriter:
                 assert set(files) == {file.name for file in path.iterdir()}
                 (path / CHECKSUMS).write_text(json.dumps(files))
                 stack.close()
+                (target.parent.parent / SAVED).touch()
                 before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
                 for old in before[self._keep_last :] if self._keep_last else ():
                     # Never half a checkpoint; what cannot be removed now goes at the next start.
                     shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
 
             try:
+                parallel.together(check, group)
                 path = parallel.from_main(begin, group)
                 shards = parallel.together(write_shards, group)
                 parallel.from_main(finish, group)
@@ -133,8 +142,31 @@ class CheckpointWriter:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint."""
-    return json.loads((path / STATE).read_text())
+    """The ``state.json`` of a checkpoint.
+
+    Raises:
+        UserError: it is not there, or is something else.
+    """
+    try:
+        state = json.loads((path / STATE).read_bytes())
+        found = {key: isinstance(state[key], kind) for key, kind in _STATE_TYPES.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
+    if not all(found.values()):
+        wrong = next(key for key, right in found.items() if not right)
+        raise UserError(f"checkpoint {path}: {STATE} is damaged: it has no proper '{wrong}'")
+    return state
+
+
+def advice(folder: Path) -> str:
+    """What to do when training has diverged, with the last good checkpoint in ``folder``."""
+    good = max((path.name for path in folder.glob("step-*")), default=None)
+    if good is None:
+        return "There is no checkpoint yet: look at the data, lower blr or set clip_grad, and start again"
+    return (
+        f"The last good checkpoint is {folder / good}, from which the same command goes on: look at the data first, or lower "
+        "blr or set clip_grad, with --allow_changes"
+    )
 
 
 def remove_unfinished(folder: Path) -> None:
@@ -155,8 +187,10 @@ def tensors_to_save(model: FM, optimizer: torch.optim.Optimizer, average: ema.EM
     return _model_tensors(model) | averages | states
 
 
-def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> None:
+def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer | None, average: ema.EMA | None) -> None:
     """Load weights, their moving average and the optimizer state in place; all processes must call this.
+
+    Of the states of another optimizer none are loaded; without ``optimizer`` none at all.
 
     A checkpoint without a moving average lets it start from the weights.
 
@@ -164,13 +198,13 @@ def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer, averag
         UserError: the checkpoint is of another model.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
-    known: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    known = tensors_in(path)
     tensors = _model_tensors(model)
     if average and any(name.startswith(EMA) for name in known):
         tensors |= {EMA + name: value for name, value in average.average.items()}
     for name, parameter in model.named_parameters():
-        for key in _STATES:
-            if (full := f"{OPTIMIZER}{name}/{key}") in known:
+        for key in () if optimizer is None else _STATES[type(optimizer).__name__]:
+            if optimizer is not None and (full := f"{OPTIMIZER}{name}/{key}") in known:
                 state = torch.zeros_like(parameter, requires_grad=False)
                 tensors[full] = torch.zeros((), device=parameter.device) if key == "step" else state
                 optimizer.state[parameter][key] = tensors[full]

@@ -85,7 +85,10 @@ class TrainConfig:
     compute_grad_norm: bool = option("log the gradient norm", True)
     clip_grad: float | None = option("clip the global gradient norm to this", None, above=0)
     skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None, above=0)
-    skip_nan_grad: bool = option("skip steps whose gradient norm is not finite", False)
+    skip_nan_grad: bool = option("published; steps whose loss or gradient norm is not finite are always skipped", False)
+    max_skipped_steps: int = option(
+        "stop after so many steps in a row whose loss or gradient norm was not finite", 10, at_least=1
+    )
     weight_decay: float = option("on everything but norms and biases", 0.05, at_least=0)
     weight_decay_end: float | None = option("cosine from weight_decay to this (default: constant)", None, at_least=0)
     blr: float = option("learning rate per 256 samples", 1e-4, at_least=0)
@@ -124,6 +127,7 @@ class TrainConfig:
         at_most=10**7,
     )
     pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
+    data_timeout: float = option("stop after waiting so many minutes for a batch", 30.0, above=0)
     max_bad_fraction: float = option(
         "stop when more than this share of the samples is unusable", 0.01, at_least=0, at_most=1
     )
@@ -144,6 +148,9 @@ class TrainConfig:
     async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
     resume: InputPath = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
     auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
+    allow_changes: bool = option(
+        "go on from a checkpoint although the data, seed or schedule have changed since", False
+    )
     start_epoch: int = option(
         "first epoch, when weights come without a checkpoint's position", 0, at_least=0, at_most=10**9
     )
@@ -342,6 +349,8 @@ def run_length(config: TrainConfig, world_size: int) -> RunLength:
     """
     samples = config.batch_size * world_size
     per_epoch = config.epoch_size // (samples * config.accum_iter) * config.accum_iter
+    if per_epoch == 0 and config.eval:
+        per_epoch = 1  # nothing is trained
     if per_epoch == 0:
         raise UserError(
             f"'epoch_size' {config.epoch_size} is smaller than one optimizer step of batch_size {config.batch_size} x "

@@ -33,8 +33,10 @@ class EMA:
     def in_place(self) -> Iterator[None]:
         """Within it the model has the averages as its parameters."""
         self._exchange()
-        yield
-        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:

@@ -15,6 +15,7 @@ from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, to_device
 from fourm.train.metrics import count_missing, missing_shares
 from fourm.train.parallel import Processes, Strategy
+from fourm.train.waiting import Waiting
 from fourm.utils.errors import DataError, UserError
 
 
@@ -66,7 +67,9 @@ _NOTHING = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position
 
 
 @torch.no_grad()
-def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: Strategy) -> dict[str, Any]:
+def evaluate(
+    model: FM, evaluation: Evaluation, config: TrainConfig, parallel: Strategy, waiting: Waiting
+) -> dict[str, Any]:  # fmt: skip
     """Go through a validation set once.
 
     Every target token counts the same, so that neither the batch size nor the number of processes matters.
@@ -78,13 +81,14 @@ def evaluate(model: FM, evaluation: Evaluation, config: TrainConfig, parallel: S
 
     Raises:
         DataError: there is nothing to predict.
+        Stopped: a process was told to stop.
     """
     was_training = model.training
     model.eval()
     inputs, targets = evaluation.num_input_tokens, evaluation.num_target_tokens
     order = torch.Generator().manual_seed(config.seed)
     sums, counts, bad, present = totals = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
-    for batch in parallel.in_step(evaluation.loader, model):
+    for batch in parallel.in_step(waiting.all_of(evaluation.loader), model):
         plan = model.plan((batch or _NOTHING).mod_dict, inputs, targets, generator=order)
         with autocast(config, parallel.device):
             mod_dict, plan_there = to_device(batch or _NOTHING, plan, parallel.device)

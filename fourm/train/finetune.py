@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fourm.models import FM, sharded
+from fourm.models.finite import check_finite
 from fourm.train.fsdp import set_shard
 from fourm.utils.errors import UserError
 
@@ -43,17 +45,20 @@ def read_weights(source: str) -> dict[str, Tensor]:
         raise UserError(f"'finetune': '{source}' is no file, no folder and not on the hub: {_brief(error)}") from error
     except FileNotFoundError:
         raise UserError(f"'finetune': {path} does not exist") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
+            AttributeError, TypeError, struct.error, MemoryError) as error:  # fmt: skip
         raise UserError(f"'finetune': {path} cannot be read as weights: {_brief(error)}") from error
-    content = content.get("model", content)
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    content = content.get("model", content) if isinstance(content, dict) else content
+    if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
+        raise UserError(f"'finetune': {path} holds no weights: a dictionary of tensors, alone or under 'model'")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def load_weights(model: FM, source: str) -> None:
     """Load what ``model`` and the weights have in common; the rest of the model keeps its initial values, with a notice.
 
     Raises:
-        UserError: a tensor has another shape, or there is nothing in common.
+        UserError: a tensor has another shape or values that are not finite, or there is nothing in common.
     """
     weights, own = read_weights(source), model.state_dict()
     common = {name: tensor for name, tensor in weights.items() if name in own}
@@ -68,6 +73,7 @@ def load_weights(model: FM, source: str) -> None:
             f"'finetune': {source} holds none of the model's weights, but e.g. {next(iter(weights), 'nothing')}"
         )
     for name, tensor in common.items():
+        check_finite(name, tensor, f"'finetune': {source}")
         set_shard(own[name], tensor)
     log.info("finetune: %d of %d tensors from %s", len(common), len(own), source)
     for what, names in (("new in the model", own.keys() - common), ("not in the model", weights.keys() - common)):
@@ -81,4 +87,4 @@ def _module(name: str) -> str:
 
 
 def _brief(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return " ".join(str(error).split())[:200] or type(error).__name__

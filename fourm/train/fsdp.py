@@ -85,17 +85,13 @@ class FSDP(DDP):
         norm = super().gradient_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def in_step(self, batches: Iterable[T], model: FM) -> Iterable[T | None]:
-        """Forward passes gather parameters: all processes must make the same number of them."""
-        iterator = iter(batches)
-        while True:
-            batch = next(iterator, None)
-            if not self.any(batch is not None)[0]:
-                break
-            yield batch
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()  # the root would otherwise wait gathered for a backward pass
+    def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
+        try:
+            yield from batches  # forward passes gather parameters: all processes must make the same number of them
+        finally:
+            for module in model.modules():
+                if isinstance(module, FSDPModule):
+                    module.reshard()  # the root would otherwise wait gathered for a backward pass
 
 
 class _InitialiseShards(TorchDispatchMode):

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
+import re
 import sys
 import uuid
 from collections.abc import Iterator
@@ -14,7 +16,8 @@ from typing import Any
 from tqdm import tqdm
 
 from fourm.train.config import TrainConfig, to_dict
-from fourm.utils.errors import MissingDependency
+from fourm.train.nonfinite import without_not_finite
+from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.files import atomic_path
 
 log = logging.getLogger("fourm")
@@ -27,8 +30,17 @@ class _Console(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "in_bar", False):
             return
-        tqdm.write(self.format(record), file=sys.stdout)
-        sys.stdout.flush()
+        with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end
+            tqdm.write(self.format(record), file=sys.stdout)
+            sys.stdout.flush()
+
+
+class _LogFile(logging.FileHandler):
+    """``log.txt``, which ends with a warning if it cannot be written any more."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        log.removeHandler(self)
+        log.warning("%s: %s; it goes on without", self.baseFilename, sys.exc_info()[1])
 
 
 @contextlib.contextmanager
@@ -40,7 +52,7 @@ def logging_of(config: TrainConfig, main: bool) -> Iterator[None]:
     handlers: list[logging.Handler] = [_Console()]
     if main and not config.dry_run:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(Path(config.output_dir) / "log.txt", encoding="utf-8"))
+        handlers.append(_LogFile(Path(config.output_dir) / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -68,14 +80,20 @@ class Journal:
     def __init__(self, config: TrainConfig, step: int, total_steps: int, main: bool):
         self._main, self._total = main and not config.dry_run, total_steps
         self._path = Path(config.output_dir) / ("eval.jsonl" if config.eval else LOG)
-        kept = [line for line in _lines(self._path) if config.eval or line["step"] <= step]
+        lines, damaged = _lines(self._path)
+        kept = [line for line in lines if config.eval or line["step"] <= step]
         self.evaluated = any("eval" in line for line in kept if line["step"] == step)
         self._wandb = None
         self._bar = None
         if not self._main:
             return
         with atomic_path(self._path) as path:
-            path.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            path.write_text("".join(_json(line) + "\n" for line in kept))
+        if damaged:
+            aside = self._path.with_name(f"{self._path.name}.damaged")
+            with aside.open("ab") as file:
+                file.writelines(line + b"\n" for line in damaged)
+            log.warning("%s: %d lines are damaged; moved to %s", self._path, len(damaged), aside.name)
         self._file = self._path.open("a")
         if config.log_wandb:
             self._wandb = _wandb_run(config)
@@ -98,8 +116,13 @@ class Journal:
             "step %d/%d, %s, ETA %s", line["step"], self._total, facts, duration(line["eta_seconds"]),
             extra={"in_bar": self._bar is not None},
         )  # fmt: skip
-        for key, what in (("skipped_steps", "steps skipped: gradient norm"), ("bad_samples", "bad samples")):
-            if line[key]:
+        notes = {
+            "skipped_steps": "steps skipped for their loss or gradient norm",
+            "not_finite": "the loss was not finite (share of the targets)",
+            "bad_samples": "bad samples",
+        }
+        for key, what in notes.items():
+            if line.get(key):
                 log.warning("step %d: %s: %s", line["step"], what, line[key])
         if line["missing"]:
             log.info(
@@ -114,14 +137,19 @@ class Journal:
         for name, kind, result in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
             parts = ", ".join(f"{modality} {loss:.3f}" for modality, loss in result["per_modality"].items())
             log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result["loss"], parts)
+            if not math.isfinite(result["loss"]):
+                log.warning("eval %s: the loss is not finite", name)
             if result["bad_samples"]:
                 log.warning("eval %s: bad samples: %s", name, result["bad_samples"])
             if result["missing"]:
                 log.info("eval %s: missing values: %s", name, _percent(result["missing"]))
 
     def _write(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(_json(line) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise UserError(f"{self._path}: {error.strerror or error}; make room there and start again") from error
         if self._wandb is not None:
             self._wandb.log(dict(_flat(line)), step=line["step"])
 
@@ -144,13 +172,25 @@ def duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of an earlier process; it may have been killed within the last one."""
-    lines = path.read_text().splitlines() if path.exists() else []
-    with contextlib.suppress(IndexError, json.JSONDecodeError):
-        json.loads(lines[-1])
-        return [json.loads(line) for line in lines]
-    return [json.loads(line) for line in lines[:-1]]
+def _json(line: dict[str, Any]) -> str:
+    """An object of JSON, which has no numbers that are not finite: null stands there, and ``null`` names the places."""
+    line, places = without_not_finite(line)
+    return json.dumps(line | ({"null": places} if places else {}), allow_nan=False)
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """The lines of an earlier process, and those that are no lines of a log, as when it was killed within the last one."""
+    lines, damaged, seen = [], [], set()
+    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+        try:
+            line = json.loads(text)
+            if type(line["step"]) is not int or (text in seen and path.name == LOG):
+                raise ValueError
+            lines.append(line)
+            seen.add(text)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            damaged += [text] if text.strip() else []
+    return lines, damaged
 
 
 def _flat(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -171,10 +211,14 @@ def _wandb_run(config: TrainConfig) -> Any:
     except ImportError as error:
         raise MissingDependency("wandb", "'log_wandb'") from error
     identity = Path(config.output_dir) / WANDB_ID
-    if not identity.exists():
+    name = identity.read_bytes().strip() if identity.exists() else b""
+    if not re.fullmatch(rb"[\w-]{1,128}", name):
+        if name:
+            log.warning("%s holds no name of a run; Weights & Biases gets a new one", identity)
+        name = uuid.uuid4().hex.encode()
         with atomic_path(identity) as path:
-            path.write_text(uuid.uuid4().hex)
+            path.write_bytes(name)
     return wandb.init(
-        project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name, id=identity.read_text(),
+        project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name, id=name.decode(),
         resume="allow", dir=config.output_dir, config=to_dict(config),
     )  # fmt: skip

@@ -15,6 +15,7 @@ from fourm.train.config import TrainConfig
 from fourm.train.device import autocast, peak_tflops, to_device
 from fourm.train.ema import EMA
 from fourm.train.metrics import Interval
+from fourm.train.nonfinite import LostSteps
 from fourm.train.optimizer import GradientStep, set_hyperparameters
 from fourm.train.parallel import Strategy
 from fourm.train.schedules import Schedule
@@ -45,7 +46,9 @@ class Trainer:
         self.gradient_step = GradientStep(self.optimizer, self.config, self.parallel)
         self.ema = EMA(self.model, self.config.model_ema_decay) if self.config.model_ema else None
         device = self.parallel.device
-        self.interval = Interval(list(self.model.decoder_embeddings), device, peak_tflops(self.config, device))
+        modalities = list(self.model.decoder_embeddings)
+        self.interval = Interval(modalities, device, peak_tflops(self.config, device))
+        self.lost = LostSteps(modalities, self.config.max_skipped_steps, device)
         self._flops = StepFlops(self.model)
         self._wrapped: nn.Module | None = None
         self._frozen: bool | None = None
@@ -61,6 +64,7 @@ class Trainer:
         first = self.step * config.accum_iter
         set_hyperparameters(self.optimizer, self.schedule.lr(first), self.schedule.weight_decay(first))
         wrapped = self._model_of_phase(self.schedule.frozen(first))
+        not_finite = []
         for index, batch in enumerate(batches):
             seed_of_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
             with phase("select_and_copy"):
@@ -71,25 +75,27 @@ class Trainer:
                 with phase("forward"), autocast(config, parallel.device):
                     loss, losses = wrapped(mod_dict, *slots, config.loss_type, plan=plan)
                 with phase("backward"):
-                    (loss * (self.gradient_step.scale / len(batches))).backward()
-            self._count(batch, host_plan, loss, losses)
+                    # 0 · loss is 0; or NaN, and with it the gradients, so that all processes skip the step.
+                    (loss * (self.gradient_step.scale / len(batches) + 0 * loss.detach())).backward()
+            not_finite.append(self._count(batch, host_plan, loss, losses))
         with phase("optimizer"):
             norm, skipped = self.gradient_step(list(self.model.parameters()))
             if self.ema is not None:
                 self.ema.update(self.step + 1)
         self.interval.add_step(norm, skipped)
         self.step += 1
+        self.lost.add(self.step, self.gradient_step.failed(norm), torch.stack(not_finite).amax(0))
 
-    def _count(self, batch: Batch, plan: TokenPlan, loss: Tensor, losses: dict[str, Tensor]) -> None:
-        """Remember a micro-batch for the log, and where its stream of data stands."""
+    def _count(self, batch: Batch, plan: TokenPlan, loss: Tensor, losses: dict[str, Tensor]) -> Tensor:
+        """Remember a micro-batch for the log, and where its stream of data stands; returns as :meth:`Interval.add_batch`."""
         inputs, targets = plan.encoder.counts, plan.decoder.counts
         samples = len(plan.encoder.modality)
-        self.interval.add_batch(
+        self.positions[batch.position["stream"]] = batch.position
+        return self.interval.add_batch(
             loss, losses, targets, batch.position, samples=samples,
             tokens=sum(inputs.values()) + sum(targets.values()),
             flops=self._flops(samples, self.num_input_tokens, self.num_target_tokens, inputs, targets),
         )  # fmt: skip
-        self.positions[batch.position["stream"]] = batch.position
 
     def _model_of_phase(self, frozen: bool) -> nn.Module:
         """The wrapped model; wrapped anew when the frozen phase begins or ends."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ class Interval:
         self._names = ["loss", "grad_norm", "skipped_steps", *(f"loss {name}" for name in modalities)]
         self._modalities = list(modalities)
         self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        # Per loss, the batches (targets) where it was not finite.
+        self._left_out = torch.zeros(1 + len(self._modalities), dtype=torch.float64, device=device)
         self._counts: Counter[str] = Counter()
         self._bad: Counter[str] = Counter()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -37,7 +40,7 @@ class Interval:
     def add_batch(
         self, loss: Tensor, losses: Mapping[str, Tensor], targets: Mapping[str, int], position: Mapping[str, Any],
         **amounts: float,
-    ) -> None:  # fmt: skip
+    ) -> Tensor:  # fmt: skip
         """Count a micro-batch.
 
         Args:
@@ -45,14 +48,22 @@ class Interval:
             targets: target tokens per modality.
             position: :attr:`Batch.position`, for the samples that were skipped and the modalities that were missing.
             amounts: ``samples``, ``tokens`` and ``flops``.
+
+        Returns:
+            (modalities,) 1 where the loss was not finite, else 0; the means leave such a one out.
         """
-        sums = torch.stack([loss, *(losses[name] * targets[name] for name in self._modalities)]).detach()
+        values = torch.stack([loss, *(losses[name] for name in self._modalities)]).detach()
+        finite, weights = values.isfinite(), [1, *(targets[name] for name in self._modalities)]
+        not_finite = (~finite).float()
+        sums = _weighted(torch.where(finite, values, 0), weights)
         self._sums[0] += sums[0]
         self._sums[3:] += sums[1:]
+        self._left_out += _weighted(not_finite, weights)
         self._counts.update({f"targets {name}": count for name, count in targets.items()})
         self._counts.update(batches=1, **amounts)  # type: ignore[call-overload]
         self._bad.update(position["skipped"])
         count_missing(self._counts, position)
+        return not_finite[1:]
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """Count an optimizer step; the norm of a skipped one does not enter the mean."""
@@ -104,7 +115,8 @@ class Interval:
         """The line for the log, over all processes; begins a new interval.
 
         Returns:
-            ``loss``, ``losses`` per modality (over its target tokens), ``grad_norm``, ``skipped_steps``,
+            ``loss``, ``losses`` per modality (over its target tokens), ``grad_norm``, ``skipped_steps``, (where a loss was
+            not finite) ``not_finite``: its modality → its share of the targets,
             ``samples_per_second``, ``tokens_per_second``, ``tflops`` (10¹² operations of the model per second and
             process), ``mfu`` (their share of what the device could do, if that is known), ``data_wait`` (share of the
             time spent waiting for data), ``seconds`` per phase (mean over processes), ``peak_memory`` (bytes, of the
@@ -113,21 +125,26 @@ class Interval:
         """
         total, bad, memory = Counter[str](), Counter[str](), 0
         self._read_events()
-        shares = parallel.gather((self._sums.tolist(), self._counts, self._bad, peak_memory(self._device)))
-        for sums, counts, skipped, peak in shares:
+        losses = ["loss", *(f"loss {name}" for name in self._modalities)]
+        own = self._sums.tolist(), self._left_out.tolist(), self._counts, self._bad, peak_memory(self._device)
+        for sums, left_out, counts, skipped, peak in parallel.gather(own):
             total.update(dict(zip(self._names, sums, strict=True)))
+            total.update({f"not finite {name}": count for name, count in zip(losses, left_out, strict=True)})
             total.update(counts)
             bad.update(skipped)
             memory = max(memory, peak)
         seconds = time.perf_counter() - self._start
         self._sums.zero_()
+        self._left_out.zero_()
         self._counts, self._bad, self._start = Counter(), Counter(), time.perf_counter()
         phases = {name.split()[1]: total[name] / parallel.world_size for name in total if name.startswith("seconds ")}
         tflops = total["flops"] / seconds / parallel.world_size / 1e12
-        per_modality = {name: (total[f"loss {name}"], total[f"targets {name}"]) for name in self._modalities}
+        targets = {name: total[f"targets {name}"] for name in self._modalities if total[f"targets {name}"]}
+        not_finite = {name: share for name in targets if (share := total[f"not finite loss {name}"] / targets[name])}
         return {
-            "loss": total["loss"] / total["batches"],
-            "losses": {name: loss / count for name, (loss, count) in per_modality.items() if count},
+            "loss": _mean(total, "loss", total["batches"]),
+            "losses": {name: _mean(total, f"loss {name}", count) for name, count in targets.items()},
+            **({"not_finite": not_finite} if not_finite else {}),
             "grad_norm": total["grad_norm"] / max(total["steps"] - total["skipped_steps"], 1),
             "skipped_steps": round(total["skipped_steps"] / parallel.world_size),
             "samples_per_second": total["samples"] / seconds,
@@ -145,12 +162,28 @@ class Interval:
         """For a checkpoint within the interval: a resumed run logs the same means."""
         self._read_events()
         seconds = time.perf_counter() - self._start
-        return {"sums": self._sums.tolist(), "counts": self._counts, "bad": self._bad, "seconds": seconds}
+        return {
+            "sums": self._sums.tolist(), "left_out": self._left_out.tolist(), "counts": self._counts, "bad": self._bad,
+            "seconds": seconds,
+        }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        if "left_out" in state:  # not in checkpoints of old
+            self._left_out.copy_(torch.tensor(state["left_out"], dtype=torch.float64))
         self._counts, self._bad = Counter(state["counts"]), Counter(state["bad"])
         self._start = time.perf_counter() - state["seconds"]
+
+
+def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
+    """The product, in one kernel whose weights need no copy to the device."""
+    return torch.stack(torch._foreach_mul(values.unbind(), [float(weight) for weight in weights]))
+
+
+def _mean(total: Mapping[str, float], name: str, count: float) -> float:
+    """Over what was finite; NaN if nothing was."""
+    finite = count - total[f"not finite {name}"]
+    return total[name] / finite if finite else math.nan
 
 
 def count_missing(counts: Counter[str], position: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_deca
 
 
 class GradientStep:
-    """An optimizer step that may clip the gradients, or skip.
+    """An optimizer step that may clip the gradients, and skips if they are not finite.
 
     Whether to skip is decided on the device: the fused optimizers read ``found_inf`` (1 = leave everything as it is) and
     ``grad_scale`` (a divisor of the gradients), as they do for ``torch.amp.GradScaler``. Clipping is part of that divisor
@@ -56,9 +56,6 @@ class GradientStep:
         self._optimizer, self._parallel = optimizer, parallel
         self._half = config.autocast_dtype == "float16"
         self._clip, self._max_norm = config.clip_grad, config.skip_grad
-        self._skip_not_finite = config.skip_nan_grad or self._half
-        self._may_skip = self._skip_not_finite or self._max_norm is not None
-        self._needs_norm = config.compute_grad_norm or self._may_skip or self._clip is not None
         self.scale = torch.tensor(_INITIAL_SCALE if self._half else 1.0, device=parallel.device)
         self._good = torch.zeros_like(self.scale)
 
@@ -66,26 +63,29 @@ class GradientStep:
         """Step and forget the gradients.
 
         Returns:
-            The norm of the unscaled gradients (0 if nothing needs it), and 1 if the step was skipped, else 0.
+            The norm of the unscaled gradients, and 1 if the step was skipped, else 0.
         """
-        norm, skip = torch.zeros_like(self.scale), torch.zeros_like(self.scale)
-        if self._needs_norm:
-            gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-            norm = self._parallel.gradient_norm(gradients) / self.scale
-            if self._skip_not_finite:
-                skip = (~norm.isfinite()).float()
-            if self._max_norm is not None:
-                skip = torch.maximum(skip, (~(norm <= self._max_norm)).float())
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        norm = self._parallel.gradient_norm(gradients) / self.scale
+        finite = norm.isfinite()
+        skip = (~finite).float()
+        if self._max_norm is not None:
+            skip = torch.maximum(skip, (~(norm <= self._max_norm)).float())
         divisor = self.scale if self._half else None
         if self._clip is not None:
             divisor = self.scale * ((norm + 1e-6) / self._clip).clamp(min=1)
         self._optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-        self._optimizer.found_inf = skip if self._may_skip else None  # type: ignore[attr-defined]
+        self._optimizer.found_inf = skip  # type: ignore[attr-defined]
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self._half:
-            self._adapt_scale(norm.isfinite())
+            self._adapt_scale(finite)
         return norm, skip
+
+    def failed(self, norm: Tensor) -> Tensor:
+        """1 if the last step was lost, for its ``norm`` was not finite, else 0; overflows that the loss scale mends are none."""
+        lost = ~norm.isfinite()
+        return (lost & (self.scale < 1) if self._half else lost).float()
 
     def _adapt_scale(self, finite: Tensor) -> None:
         self._good = torch.where(finite, self._good + 1, 0)

@@ -9,7 +9,7 @@ import contextlib
 import inspect
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
+from fourm.utils.transfer import shown
 
 T = TypeVar("T")
 
@@ -37,9 +38,7 @@ class Processes:
     """
 
     def __init__(self, config: TrainConfig):
-        self.rank, self.world_size, local_rank = (
-            int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-        )
+        self.rank, self.world_size, local_rank = _ranks()
         self.device = _device(config.device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -47,7 +46,14 @@ class Processes:
         if self.distributed:
             # Decisions of the host travel through gloo: they must not wait for the GPUs.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            dist.init_process_group(backend, config.dist_url, rank=self.rank, world_size=self.world_size)
+            try:
+                dist.init_process_group(backend, config.dist_url, rank=self.rank, world_size=self.world_size)
+            except (ValueError, RuntimeError, OSError) as error:
+                reason = " ".join(str(error).split())[:200]
+                raise UserError(
+                    f"the {self.world_size} processes did not meet at 'dist_url' {shown(config.dist_url)}: {reason}; start them "
+                    "with torchrun, and leave dist_url out"
+                ) from error
 
     @property
     def is_main(self) -> bool:
@@ -121,8 +127,12 @@ class Strategy(Processes, ABC):
         """The global 2-norm, alike in all processes, without waiting for the device."""
 
     @abstractmethod
-    def in_step(self, batches: Iterable[T], model: FM) -> Iterable[T | None]:
-        """``batches``, for forward passes without training. None = the others still need this process to take part."""
+    def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
+        """``batches``, for forward passes without training. None = the others still need this process to take part.
+
+        Args:
+            batches: the same number in all processes, with None where only others have some left.
+        """
 
 
 class DDP(Strategy):
@@ -151,8 +161,26 @@ class DDP(Strategy):
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
 
-    def in_step(self, batches: Iterable[T], model: FM) -> Iterable[T | None]:
-        return batches
+    def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
+        return (batch for batch in batches if batch is not None)
+
+
+def _ranks() -> tuple[int, int, int]:
+    """Rank, number of processes, and rank on this machine, from the variables that torchrun sets."""
+    found = {}
+    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
+        text = os.environ.get(name, default)
+        if not text.isascii() or not text.isdigit():
+            raise UserError(
+                f"the environment has {name}={text!r}, which is no number; unset it, or start with torchrun"
+            )
+        found[name] = int(text)
+    if found["RANK"] >= found["WORLD_SIZE"]:
+        raise UserError(
+            f"the environment has RANK={found['RANK']} and WORLD_SIZE={found['WORLD_SIZE']}: ranks begin with 0; start with "
+            "torchrun"
+        )
+    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -8,12 +8,13 @@ from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
 from fourm.models import remote
-from fourm.models.sharded import CHECKSUMS, complete_checkpoints, verify
-from fourm.train.checkpoint import load_tensors, read_state
+from fourm.models.sharded import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
+from fourm.train.checkpoint import SAVED, load_tensors, read_state
 from fourm.train.config import TrainConfig, num_streams, to_dict
 from fourm.train.loop import Trainer
 from fourm.train.parallel import Processes
 from fourm.train.remote import RemoteRun, here
+from fourm.train.same_run import check_same_run, check_vocabulary
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
@@ -65,24 +66,41 @@ def _candidates(config: TrainConfig, folder: Path, copy: RemoteRun) -> list[str]
     if not config.resume:
         if not own and any(folder.glob("step-*")):
             raise UserError(f"{folder} has only damaged checkpoints; to start anew choose another output_dir")
+        left = [name for name in (WEIGHTS, SAVED) if (folder.parent / name).exists()]
+        if left and not (config.eval or config.dry_run):
+            raise UserError(
+                f"{folder.parent} holds {'the model' if left[0] == WEIGHTS else 'the log'} of an earlier run whose checkpoints "
+                "were removed: choose another output_dir to start anew, which would overwrite it"
+            )
         return []
     if config.resume.startswith("s3://"):
         return [config.resume]
     named = Path(config.resume)
+    if config.eval and finished_model(config, named):
+        return []
     found = [named] if (named / CHECKSUMS).exists() else complete_checkpoints(named / "checkpoints")
     if not found:
         raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
     return [str(path) for path in found]
 
 
-def restore(trainer: Trainer, path: Path) -> dict[int, int]:
+def finished_model(config: TrainConfig, folder: Path) -> Path | None:
+    """For an evaluation: the run folder ``folder`` if it holds a finished model, but no checkpoint any more."""
+    there = config.eval and (folder / WEIGHTS).exists() and not any(folder.glob("checkpoints/step-*"))
+    return folder if there else None
+
+
+def restore(trainer: Trainer, path: Path, identity: dict[str, Any]) -> dict[int, int]:
     """Continue from a checkpoint: weights, optimizer, step, positions in the data, the open interval of the log.
+
+    Args:
+        identity: of the data and the vocabulary, :func:`identity_of`.
 
     Returns:
         Draws of every stream in the epoch of the next batch, for ``build_train_loader``.
 
     Raises:
-        UserError: it is of another model or global batch size.
+        UserError: it is of another model or global batch size, or something else has changed.
     """
     config, parallel = trainer.config, trainer.parallel
     state = read_state(path)
@@ -93,7 +111,33 @@ def restore(trainer: Trainer, path: Path) -> dict[int, int]:
             "choose batch_size x accum_iter x processes accordingly"
         )
     load_tensors(path, trainer.model, trainer.optimizer, trainer.ema)
+    parallel.from_main(lambda: check_same_run(config, state, identity, path))
     trainer.step = state["step"]
+    try:
+        return _restore_position(trainer, state, path)
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"checkpoint {path}: state.json is damaged ({type(error).__name__}: {error})") from error
+
+
+def restore_weights(trainer: Trainer, path: Path, identity: dict[str, Any]) -> int:
+    """Of a checkpoint only the weights and their moving average, for an evaluation with other options.
+
+    Returns:
+        The epoch of its last step.
+
+    Raises:
+        UserError: it is of another model or vocabulary.
+    """
+    state = read_state(path)
+    check_vocabulary(trainer.config, state, identity, path)
+    load_tensors(path, trainer.model, None, trainer.ema)
+    trainer.step = state["step"]
+    steps = state["config"].get("epoch_size", 0) // max(state["global_batch"], 1)
+    return max(trainer.step - 1, 0) // max(steps, 1)
+
+
+def _restore_position(trainer: Trainer, state: dict[str, Any], path: Path) -> dict[int, int]:
+    config, parallel = trainer.config, trainer.parallel
     trainer.gradient_step.load_state(state["loss_scale"])
     layout, ranks = layout_of(trainer), state["ranks"]
     if [*state["layout"].values()] != [*layout.values()]:  # num_streams had another name once
@@ -118,13 +162,14 @@ def layout_of(trainer: Trainer) -> dict[str, int]:
     return {"num_streams": num_streams(config, trainer.parallel.world_size), "batch_size": config.batch_size}
 
 
-def state_of(trainer: Trainer) -> dict[str, Any]:
+def state_of(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
     """The state that :func:`restore` reads; all processes must call it."""
     config, parallel = trainer.config, trainer.parallel
     own = {"positions": list(trainer.positions.values()), "interval": trainer.interval.state()}
     return {
         "step": trainer.step,
         "config": to_dict(config),
+        "identity": identity,
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": layout_of(trainer),
         "loss_scale": trainer.gradient_step.state(),

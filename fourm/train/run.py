@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import itertools
 import logging
 import os
 import resource
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
 
+from fourm.data.batch_loader import BatchIterator
 from fourm.data.data_config import DataConfig
 from fourm.data.modality_info import REGISTERED
 from fourm.data.options import read_data
@@ -24,10 +25,10 @@ from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.models.remote import find_model
 from fourm.models.sharded import export_model
-from fourm.train.checkpoint import CheckpointWriter, remove_unfinished, tensors_to_save
+from fourm.train.checkpoint import CheckpointWriter, advice, remove_unfinished, tensors_to_save
 from fourm.train.config import TrainConfig, num_streams, run_length, to_dict
 from fourm.train.device import keep_freed_memory
-from fourm.train.evaluate import build_evaluations, evaluate
+from fourm.train.evaluate import Evaluation, build_evaluations, evaluate
 from fourm.train.finetune import load_weights
 from fourm.train.journal import FILES, Journal, logging_of
 from fourm.train.loop import Trainer
@@ -36,9 +37,11 @@ from fourm.train.parallel import Strategy
 from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
 from fourm.train.remote import RemoteRun, here
-from fourm.train.resume import find_checkpoint, restore, state_of
+from fourm.train.resume import find_checkpoint, finished_model, restore, restore_weights, state_of
+from fourm.train.same_run import identity_of
 from fourm.train.schedules import build_schedule
-from fourm.train.signals import STOP_SIGNALS, StopSignals
+from fourm.train.signals import StopSignals
+from fourm.train.waiting import Stopped, Waiting
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.plugin import load_plugin
@@ -46,6 +49,12 @@ from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.transfer import shown
 
 log = logging.getLogger("fourm")
+_DISK = {
+    errno.ENOSPC: "make room", errno.EDQUOT: "make room", errno.EROFS: "choose another output_dir",
+    errno.EACCES: "allow it, or choose another output_dir", errno.EPERM: "allow it, or choose another output_dir",
+    errno.ENOTDIR: "choose another output_dir", errno.ENOENT: "choose another output_dir", errno.EEXIST: "choose another output_dir",
+    errno.EISDIR: "move it away", errno.EIO: "look at the disk", errno.ENAMETOOLONG: "choose a shorter output_dir",
+}  # fmt: skip
 
 
 def train(config: TrainConfig, strategy: type[Strategy]) -> int:
@@ -71,7 +80,7 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     _set_up_process(config)
     if parallel.device.type == "cpu":
         keep_freed_memory()
-    with logging_of(config, parallel.is_main):
+    with _no_traceback_of_the_disk(config), logging_of(config, parallel.is_main):
         try:
             if parallel.is_main:
                 _warn_of_restarts()
@@ -81,8 +90,6 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
             else:
                 status = run.evaluate_only() if config.eval else run.train()
         except (OSError, RuntimeError) as error:
-            if getattr(error, "errno", None) == errno.ENOSPC:
-                raise UserError(f"{config.output_dir}: no space left on the disk; make room and start again") from error
             if not parallel.is_loss_of_contact(error):
                 raise
             reason = " ".join(str(error).split())[:200]
@@ -91,6 +98,17 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
             return 1  # without closing, which would wait for the others
     parallel.close()
     return status
+
+
+@contextlib.contextmanager
+def _no_traceback_of_the_disk(config: TrainConfig) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename or config.output_dir
+        raise UserError(f"{where}: {os.strerror(error.errno)}; {_DISK[error.errno]}, and start again") from error
 
 
 class Run:
@@ -102,26 +120,39 @@ class Run:
         self.checkpoints = self.folder / "checkpoints"
         self.data = load_data(config)
         self.length = run_length(config, parallel.world_size)
-        num_streams(config, parallel.world_size)  # wrong ones are found out before anything is loaded
+        if not config.eval:
+            num_streams(config, parallel.world_size)  # wrong ones are found out before anything is loaded
         self.total_steps = self.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
         self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
         self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
         self.copy_in_store = RemoteRun(config)
         checkpoint = find_checkpoint(config, self.checkpoints, self.copy_in_store, parallel)
-        self.trainer = self._build_trainer(resumed=checkpoint is not None)
-        self.draws = restore(self.trainer, checkpoint) if checkpoint else None
-        self._describe(f"resumed from {checkpoint}" if checkpoint else config.finetune or "new weights")
+        self._identity = parallel.from_main(lambda: identity_of(self.data, self.text_tokenizer))
+        weights = config.finetune if not checkpoint else ""
+        if not checkpoint and not weights and (finished := finished_model(config, Path(config.resume or self.folder))):
+            weights = str(finished)
+        self.trainer = self._build_trainer(weights)
+        self._epoch_before, self.draws = 0, None
+        if checkpoint and config.eval:
+            self._epoch_before = restore_weights(self.trainer, checkpoint, self._identity)
+        elif checkpoint:
+            self.draws = restore(self.trainer, checkpoint, self._identity)
+        elif config.eval:
+            self.trainer.ema = None  # which would be these weights again
+        self._has_weights = bool(checkpoint or weights)
+        self._waiting = Waiting(parallel, config.data_timeout)
+        self._describe(f"resumed from {checkpoint}" if checkpoint else weights or "new weights")
 
-    def _build_trainer(self, resumed: bool) -> Trainer:
+    def _build_trainer(self, weights: str) -> Trainer:
         config, data, world_size = self.config, self.data, self.parallel.world_size
         model = build_model(config, data)
         if config.compile:
             model.compile_blocks()
         torch.manual_seed(config.seed)
         self.parallel.place(model)
-        if config.finetune and not resumed:
-            load_weights(model, here(config.finetune, find_model, config, self.parallel))
+        if weights:
+            load_weights(model, here(weights, find_model, config, self.parallel))
         sets = data.train.values()
         return Trainer(
             config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),
@@ -153,8 +184,8 @@ class Run:
 
     def try_out(self) -> int:
         """One step, whose results are shown and forgotten."""
-        batches = self._batches()
-        self._step(batches)
+        with contextlib.closing(self._batches()) as batches:
+            self.trainer.train_step(self._fetch(batches, late=False)[0])
         line = self.trainer.interval.means(self.parallel)
         log.info("dry run: one step, loss %.4f, gradient norm %.3g; %s", line["loss"], line["grad_norm"],
                  ", ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items()))  # fmt: skip
@@ -163,7 +194,7 @@ class Run:
     def evaluate_only(self) -> int:
         if not self.evaluations:
             raise UserError(f"{self.data.path}: nothing to evaluate; declare validation sets under 'val'")
-        if self.draws is None and not self.config.finetune:
+        if not self._has_weights:
             raise UserError(f"no weights to evaluate: {self.checkpoints} has no checkpoint; set finetune or resume")
         journal = Journal(self.config, self.trainer.step, self.total_steps, self.parallel.is_main)
         self._evaluate(journal)
@@ -178,39 +209,42 @@ class Run:
                 f"nothing to train: the run has {self.total_steps} steps and begins with step {trainer.step}"
             )
         parallel.from_main(self._take_folder)
+        self._saved_step = -1
         self._writer = CheckpointWriter(
             self.checkpoints, parallel, config.keep_last, config.async_save, self.copy_in_store.copy_checkpoint
         )
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         parallel.from_main(self._write_config)
         traced = self.folder if config.profile and parallel.is_main else None
-        with StopSignals() as signals, profiler(traced) as step_is_done:
+        with StopSignals() as signals, profiler(traced) as step_is_done, contextlib.ExitStack() as stack:
+            self._waiting = waiting = Waiting(parallel, config.data_timeout, signals)
             if self._evaluation_is_due() and not parallel.from_main(lambda: journal.evaluated):
                 self._evaluate(journal)  # the run was stopped between a checkpoint and its evaluation
-            batches = self._batches()
+                self._saved_step = trainer.step
+            batches = stack.enter_context(contextlib.closing(self._batches()))
             saved_at = time.monotonic()
-            while trainer.step < self.total_steps:
-                self._step(batches)
+            fetched, late = self._fetch(batches, late=False)
+            while trainer.step < self.total_steps and not waiting.stop:
+                trainer.train_step(fetched)
                 with trainer.interval.host_phase("profile", paused=True) if traced else contextlib.nullcontext():
                     step_is_done()
-                # Before anything that waits for the device, which would wait for ever if another process had died.
                 late = 0 < config.save_every_minutes <= (time.monotonic() - saved_at) / 60 and parallel.is_main
-                late, *stops = parallel.any(late, *(signals.received == number for number in STOP_SIGNALS))
-                stop = max(itertools.compress(STOP_SIGNALS, stops), default=0)
+                fetched, late = self._fetch(batches, late)
                 if trainer.step % config.log_interval == 0 or trainer.step == self.total_steps:
                     self._log(journal)
-                if stop or late or self._checkpoint_is_due():
+                    self._check_lost_steps()
+                if waiting.stop or late or self._checkpoint_is_due():
                     self._save()
                     saved_at = time.monotonic()
-                if stop and trainer.step < self.total_steps:
-                    break
-                if self._evaluation_is_due():
+                if self._evaluation_is_due() and not waiting.stop:
                     self._evaluate(journal)
+                    if waiting.stop and self._saved_step != trainer.step:
+                        self._save()
             self._writer.wait()  # a further signal must not end it half-way
         journal.close()
-        if trainer.step < self.total_steps:
+        if waiting.stop:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
-            return 128 + stop
+            return 128 + waiting.stop
         last = self.checkpoints / f"step-{trainer.step:08d}"
         if not parallel.from_main(last.exists):
             self._save()  # resumed from the last checkpoint of another run
@@ -229,7 +263,7 @@ class Run:
             path.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
         self.copy_in_store.copy("config.yaml")  # a store that cannot be written to is found out now
 
-    def _batches(self) -> Iterator[Batch]:
+    def _batches(self) -> BatchIterator:
         config, parallel = self.config, self.parallel
         return iter(
             build_train_loader(
@@ -241,14 +275,29 @@ class Run:
             )
         )  # fmt: skip
 
-    def _step(self, batches: Iterator[Batch]) -> None:
-        with self.trainer.interval.host_phase("data_wait"):
-            micro_batches = list(itertools.islice(batches, self.config.accum_iter))
-        self.trainer.train_step(micro_batches)
+    def _fetch(self, batches: BatchIterator, late: bool) -> tuple[list[Batch], bool]:
+        """The micro-batches of the next step, if there is one; see :meth:`Waiting.fetch`."""
+        number = self.config.accum_iter if self.trainer.step < self.total_steps else 0
+        return self._waiting.fetch(batches, number, partial(self.trainer.interval.host_phase, "data_wait"), late)
+
+    def _check_lost_steps(self) -> None:
+        """Raise a :class:`UserError` in all processes after too many steps whose loss or gradients were not finite."""
+        lost = self.trainer.lost.read()
+        if lost is None:
+            return
+        first, last, _ = lost
+        names = sorted({name for share in self.parallel.gather(lost[2]) for name in share})
+        what = f"the loss was not finite, of {', '.join(names)}" if names else "the gradient norm was not finite"
+        raise UserError(
+            f"training has diverged: in steps {first} to {last} ({last - first + 1} in a row, max_skipped_steps) {what}. They "
+            f"were skipped and changed no weights. {advice(self.checkpoints)}"
+        )
 
     @property
     def _epoch(self) -> int:
         """The epoch of the step done last."""
+        if self.config.eval:
+            return self._epoch_before
         return max(self.trainer.step - 1, 0) // self.steps_per_epoch
 
     def _is_due(self, every_epochs: int) -> bool:
@@ -274,9 +323,11 @@ class Run:
     def _save(self) -> None:
         """A checkpoint of the step done last; all processes must call this."""
         trainer = self.trainer
+        self._check_lost_steps()
+        self._saved_step = trainer.step
         with trainer.interval.host_phase("save", paused=True):
             tensors = tensors_to_save(trainer.model, trainer.optimizer, trainer.ema)
-            self._writer.save(trainer.step, trainer.model.config, tensors, state_of(trainer))
+            self._writer.save(trainer.step, trainer.model.config, tensors, state_of(trainer, self._identity))
 
     def _export(self, checkpoint: Path) -> None:
         export_model(checkpoint, self.folder)
@@ -286,17 +337,19 @@ class Run:
         self.copy_in_store.copy("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []), *FILES)
 
     def _evaluate(self, journal: Journal) -> None:
+        """Evaluate and report; nothing is reported if the run was told to stop meanwhile."""
         trainer = self.trainer
-        with trainer.interval.host_phase("evaluation", paused=True):
+        with trainer.interval.host_phase("evaluation", paused=True), contextlib.suppress(Stopped):
             results: dict[str, dict[str, Any]] = {evaluation.dataset: {} for evaluation in self.evaluations}
             for evaluation in self.evaluations:
-                result = evaluate(trainer.model, evaluation, self.config, self.parallel)
-                results[evaluation.dataset][evaluation.kind] = result
+                results[evaluation.dataset][evaluation.kind] = self._evaluated(evaluation)
                 if trainer.ema is not None:
                     with trainer.ema.in_place():
-                        result = evaluate(trainer.model, evaluation, self.config, self.parallel)
-                    results[evaluation.dataset][f"{evaluation.kind}_ema"] = result
+                        results[evaluation.dataset][f"{evaluation.kind}_ema"] = self._evaluated(evaluation)
             journal.evaluation(trainer.step, self._epoch, results)
+
+    def _evaluated(self, evaluation: Evaluation) -> dict[str, Any]:
+        return evaluate(self.trainer.model, evaluation, self.config, self.parallel, self._waiting)
 
 
 def build_model(config: TrainConfig, data: DataConfig) -> FM:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class Interrupted(BaseException):
+    """What :meth:`StopSignals.interrupting` was entered for is not waited for any longer."""
 
 
 class StopSignals:
@@ -20,9 +26,11 @@ class StopSignals:
     def __init__(self) -> None:
         self.received: int | None = None
         self._before: dict[int, object] = {}
+        self._interrupting = False
 
     def __enter__(self) -> StopSignals:
-        self._before = {number: signal.signal(number, self._note) for number in STOP_SIGNALS}
+        handlers = dict.fromkeys(STOP_SIGNALS, self._note) | {signal.SIGALRM: self._interrupt}
+        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -30,6 +38,25 @@ class StopSignals:
             self._restore()
             raise KeyboardInterrupt
         self.received = number
+        self._interrupt(number, frame)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if self._interrupting:
+            self._interrupting = False
+            raise Interrupted
+
+    @contextlib.contextmanager
+    def interrupting(self, seconds: float) -> Iterator[None]:
+        """Within it a signal, or that many ``seconds``, raise :class:`Interrupted`, whatever this process waits for."""
+        try:
+            signal.setitimer(signal.ITIMER_REAL, seconds)
+            self._interrupting = self.received is None
+            if self.received is not None:
+                raise Interrupted
+            yield
+        finally:
+            self._interrupting = False
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def __exit__(self, *_: object) -> None:
         self._restore()

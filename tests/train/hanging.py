@@ -1,0 +1,18 @@
+"""A plugin whose transform never returns, once as many samples have been made as the environment says."""
+
+import itertools
+import os
+import time
+
+from fourm.data.unified_datasets import SampleDataset
+
+_masked, _count = SampleDataset.masked, itertools.count()
+
+
+def masked(self, sample, rng):
+    while next(_count) >= int(os.environ["FOURM_TEST_HANGS"]):
+        time.sleep(1000)
+    return _masked(self, sample, rng)
+
+
+SampleDataset.masked = masked  # type: ignore[method-assign]
