@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import gzip
 import itertools
-import json
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.decoding import parse_json
 from fourm.data.layout import expand, split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
@@ -78,7 +78,7 @@ class Record(RawSample):
         row = self._content
         if isinstance(row, bytes):
             try:
-                row = {"text": row.decode("utf-8")} if _is_of(self._where, ".txt") else json.loads(row)
+                row = {"text": row.decode("utf-8")} if _is_of(self._where, ".txt") else parse_json(row)
                 row = row if isinstance(row, dict) else {"text": row}
             except ValueError as error:
                 raise BadSample("corrupt record", f"{self.where('')}: {error}") from error
