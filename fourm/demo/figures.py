@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fourm.data.images import open_image
 from fourm.demo.report import Line
 from fourm.generation.plotting import class_colors
 from fourm.utils.errors import MissingDependency

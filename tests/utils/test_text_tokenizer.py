@@ -108,3 +108,29 @@ def test_file_without_the_special_tokens(tmp_path, token, found):
     with pytest.raises(UserError) as error:
         load_text_tokenizer(path)
     assert f"token {token} must have id" in str(error.value) and found in str(error.value)
+
+
+def test_control_tokens_that_somebody_writes_are_text():
+    encode, plain = TextEncoder(PATH), load_text_tokenizer(PATH)
+    for token in ("[PAD]", "[EOS]", "[SOS]", "[UNK]", "[S_1]", "[S_199]"):
+        ids = encode(f"a cat {token}dog")
+        assert plain.token_to_id(token) not in ids
+        expected = [
+            t
+            for part in ("a", "cat", "[", token[1:-1], "]", "dog")
+            for t in plain.encode(part, add_special_tokens=False).ids
+        ]
+        assert ids == expected
+    assert encode("v0=12 v1=3 hot dog") == [plain.token_to_id(t) for t in ("v0=12", "v1=3", "hot dog")]
+
+
+@pytest.mark.parametrize("text", ["a dog \ud83d", "\udc00", "a\0b"])
+def test_texts_that_no_tokenizer_takes_are_named(text):
+    with pytest.raises(UnreadableText, match="character"):
+        TextEncoder(PATH)(text)
+
+
+def test_a_huge_text_is_cut_before_it_is_tokenized():
+    encode = TextEncoder(PATH)
+    assert encode("a cat " * 4_000_000)[:300] == encode("a cat " * 200)[:300]
+    assert len(encode("hot dog " * 100_000)) == 2**16 // 8
