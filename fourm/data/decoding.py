@@ -134,8 +134,8 @@ def _unzipped(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
     if info.compress_type != zipfile.ZIP_STORED:
         if info.compress_type != zipfile.ZIP_DEFLATED:  # numpy writes no other, and zipfile bounds no other
             raise zipfile.BadZipFile(f"{info.filename} is compressed by method {info.compress_type}")
-        with archive.open(info) as file:
-            return file.read(info.file_size)  # without a number all of it would be decompressed at once
+        with archive.open(info) as packed:
+            return packed.read(info.file_size)  # without a number all of it would be decompressed at once
     # Before the file stand 30 bytes, its name and further fields; the lengths of these two end the 30.
     name, more = struct.unpack_from("<HH", content, info.header_offset + 26)
     start = info.header_offset + 30 + name + more

@@ -137,7 +137,10 @@ class ImageTransform(AbstractTransform):
 
     def preprocess(self, value: Any) -> Any:
         """A PIL image becomes one of the right mode, upright; everything else is decoded when the crop is known."""
-        return upright(self._of_a_mode(value), self.mode) if isinstance(value, Image.Image) else value
+        if not isinstance(value, Image.Image):
+            return value
+        self._of_a_mode(value)
+        return upright(value, self.mode)
 
     def _of_a_mode(self, value: Picture) -> Picture:
         value = EncodedImage(value) if isinstance(value, bytes) else value
