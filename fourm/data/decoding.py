@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gzip
 import io
 import json
 import math
@@ -16,55 +15,15 @@ from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
+from fourm.data.images import EncodedImage
+from fourm.data.limits import MAX_ARRAY_BYTES, MAX_NPY_HEADER, MAX_NPZ_MEMBERS, MAX_TEXT_BYTES
 from fourm.data.object_arrays import ObjectArray
-from fourm.utils.errors import DataError
+
+__all__ = ["FORMATS", "IMAGE_EXTENSIONS", "EncodedImage", "decode_value", "parse_json"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-
-
-class EncodedImage:
-    """An image that is decoded when its pixels are wanted; until then only its header is read.
-
-    Args:
-        keep: decode all of it, once for all that ask; else each time anew, and only as finely as is asked for.
-
-    Attributes:
-        shape: (height, width).
-
-    Raises:
-        OSError: not an image.
-    """
-
-    def __init__(self, content: bytes, keep: bool = False):
-        self.content, self._keep = content, keep
-        try:
-            self._opened: Image.Image | None = Image.open(io.BytesIO(content))
-        except UnidentifiedImageError:
-            raise OSError("not an image, or a damaged one") from None
-        self._kept: dict[str | None, np.ndarray] = {}
-        self.shape = (self._opened.height, self._opened.width)
-
-    def pixels(self, mode: str | None, scale: int = 1) -> np.ndarray:
-        """(h, w) or (h, w, C), to be read only.
-
-        Args:
-            mode: PIL mode to convert to; None = as stored.
-            scale: a JPEG that is not kept may come so many times smaller: 1, 2, 4 or 8.
-
-        Raises:
-            OSError: the image is damaged.
-        """
-        if mode in self._kept:
-            return self._kept[mode]
-        image, self._opened = self._opened or Image.open(io.BytesIO(self.content)), None
-        if scale > 1 and not self._keep:
-            image.draft(None, (self.shape[1] // scale, self.shape[0] // scale))  # type: ignore[arg-type]
-        pixels = np.asarray(image if mode in (None, image.mode) else image.convert(mode))
-        if self._keep:
-            self._kept[mode] = pixels
-        return pixels
+_TEXTS = ("txt", "text")
 
 
 def decode_value(filename: str, content: bytes) -> Any:
@@ -77,19 +36,62 @@ def decode_value(filename: str, content: bytes) -> Any:
         JSON for json.
 
     Raises:
-        DataError: an extension that nothing here reads.
-        Exception: content that is not what the extension says, mostly ValueError or OSError.
+        ValueError: an extension that nothing here reads.
+        Exception: content that is not what the extension says or takes more than :mod:`fourm.data.limits` allow, mostly
+            ValueError or OSError.
     """
     extensions = PurePath(filename).name.lower().split(".")[1:]
-    if extensions[-1:] == ["gz"]:
-        content = gzip.decompress(content)
+    compressed = extensions[-1:] == ["gz"]
+    if compressed:
         extensions.pop()
     extension = extensions[-1] if extensions else ""
     if extension not in FORMATS:
-        raise DataError(
+        raise ValueError(
             f"{filename}: cannot read files that end in '.{extension}' (known: {', '.join(FORMATS)}; each also with .gz)"
         )
+    if compressed:
+        content = _decompressed(content, MAX_TEXT_BYTES if extension in (*_TEXTS, "json") else MAX_ARRAY_BYTES)
     return FORMATS[extension](content)
+
+
+def _decompressed(content: bytes, most: int) -> bytes:
+    """What gzip compressed, without ever making more than ``most`` bytes of it."""
+    parts: list[bytes] = []
+    room = most
+    while content:
+        stream = zlib.decompressobj(wbits=31)  # gzip, whose checksum it compares
+        parts.append(stream.decompress(content, room + 1))
+        room -= len(parts[-1])
+        if room < 0:
+            raise ValueError(f"more than {most} bytes when decompressed")
+        if not stream.eof:
+            raise EOFError("the compressed file ends too early")
+        content = stream.unused_data.lstrip(b"\0")  # another stream, or padding
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def parse_json(content: bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, too long, nested too deep, or has half a character (a lone surrogate) in it.
+    """
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"{len(content)} bytes of JSON are more than {MAX_TEXT_BYTES}")
+    try:
+        # Given bytes, json would let encoded halves of characters pass.
+        value = json.loads(content.decode(json.detect_encoding(content)))
+        if b"\\ud" in content or b"\\uD" in content:  # only so they can be written
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except RecursionError:
+        raise ValueError("JSON that is nested too deep") from None
+    return value
+
+
+def _read_text(content: bytes) -> str:
+    if len(content) > MAX_TEXT_BYTES:
+        raise ValueError(f"{len(content)} bytes of text are more than {MAX_TEXT_BYTES}")
+    return content.decode("utf-8").strip()
 
 
 def _read_npy(content: bytes | memoryview) -> np.ndarray | ObjectArray:
@@ -98,6 +100,8 @@ def _read_npy(content: bytes | memoryview) -> np.ndarray | ObjectArray:
         raise ValueError("not an npy file")
     start = 10 if content[6] == 1 else 12  # format version 1 counts the header's bytes in 2 bytes, later ones in 4
     end = start + int.from_bytes(content[8:start], "little")
+    if end - start > MAX_NPY_HEADER:
+        raise ValueError(f"an npy header of {end - start} bytes, more than {MAX_NPY_HEADER}")
     dtype, order, shape = _parse_npy_header(bytes(content[start:end]))
     if dtype.hasobject:
         return ObjectArray(content[end:])
@@ -107,20 +111,31 @@ def _read_npy(content: bytes | memoryview) -> np.ndarray | ObjectArray:
 @lru_cache(maxsize=1024)
 def _parse_npy_header(header: bytes) -> tuple[np.dtype, Literal["C", "F"], tuple[int, ...]]:
     fields = ast.literal_eval(header.decode("utf-8"))
-    dtype = np.dtype(fields["descr"])
-    return dtype, "F" if fields["fortran_order"] else "C", fields["shape"]
+    dtype, shape = np.dtype(fields["descr"]), fields["shape"]
+    # Of an array without any bytes the other sides could be of any length, and loops over them would not end.
+    if not all(type(side) is int and 0 <= side < (2**20 if 0 in shape else 2**48) for side in shape):
+        raise ValueError(f"an npy file of shape {shape!r:.80}")
+    return dtype, "F" if fields["fortran_order"] else "C", shape
 
 
 def _read_npz(content: bytes) -> dict[str, np.ndarray | ObjectArray]:
     """``np.load`` without running pickles, or copying what is not compressed."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
-        files = {info.filename.removesuffix(".npy"): _unzipped(content, archive, info) for info in archive.infolist()}
+        members = archive.infolist()
+        if len(members) > MAX_NPZ_MEMBERS:
+            raise ValueError(f"{len(members)} arrays in one npz file, more than {MAX_NPZ_MEMBERS}")
+        if (total := sum(info.file_size for info in members)) > max(MAX_ARRAY_BYTES, len(content)):
+            raise ValueError(f"an npz file of {total} bytes when decompressed, more than {MAX_ARRAY_BYTES}")
+        files = {info.filename.removesuffix(".npy"): _unzipped(content, archive, info) for info in members}
     return {name: _read_npy(file) for name, file in files.items()}
 
 
 def _unzipped(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes | memoryview:
     if info.compress_type != zipfile.ZIP_STORED:
-        return archive.read(info)
+        if info.compress_type != zipfile.ZIP_DEFLATED:  # numpy writes no other, and zipfile bounds no other
+            raise zipfile.BadZipFile(f"{info.filename} is compressed by method {info.compress_type}")
+        with archive.open(info) as packed:
+            return packed.read(info.file_size)  # without a number all of it would be decompressed at once
     # Before the file stand 30 bytes, its name and further fields; the lengths of these two end the 30.
     name, more = struct.unpack_from("<HH", content, info.header_offset + 26)
     start = info.header_offset + 30 + name + more
@@ -132,8 +147,8 @@ def _unzipped(content: bytes, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -
 
 FORMATS: dict[str, Callable[[bytes], Any]] = {
     **dict.fromkeys(IMAGE_EXTENSIONS, bytes),
-    **dict.fromkeys(("txt", "text"), lambda content: content.decode("utf-8").strip()),
-    "json": json.loads,
+    **dict.fromkeys(_TEXTS, _read_text),
+    "json": parse_json,
     "npy": _read_npy,
     "npz": _read_npz,
 }

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
 from fourm.data.modality_info import Modality, as_modality
+from fourm.data.modality_transforms import UnreadableValue
 from fourm.data.span_masking import (
     KEEP_SCHEMES,
     cut_target,
@@ -28,6 +29,7 @@ from fourm.data.span_masking import (
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.tokenizer import TextEncoder, split_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
+from fourm.utils.tokenizer.text_tokenizer import UnreadableText
 
 __all__ = ["Budgets", "TransferMasking", "UnifiedMasking"]
 
@@ -99,6 +101,7 @@ class UnifiedMasking:
 
         Raises:
             DataError: a value that does not fit its modality, beginning with ``modality NAME:``.
+            UnreadableValue: a text that no tokenizer takes, beginning alike.
         """
         masked = {}
         for name, modality in self.modality_info.items():
@@ -107,6 +110,8 @@ class UnifiedMasking:
                     masked[name] = self._mask(modality, sample[name], budgets, generator)
                 except DataError as error:
                     raise DataError(f"modality {name}: {error}") from error
+                except UnreadableText as error:
+                    raise UnreadableValue(f"modality {name}: {error}") from error
         return masked
 
     def _mask(self, modality: Modality, value: Any, budgets: Budgets, generator: np.random.Generator) -> Masked:

@@ -15,7 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fourm.data.limits import MAX_ITEMS, MAX_PICKLE_BYTES
+
 _ORDERS: tuple[Literal["C"], Literal["F"]] = ("C", "F")
+_CONTAINERS = frozenset({list, tuple, dict})
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 _DTYPE = re.compile(r"[biuf][1248]|[US]\d{1,6}|O8?")
 
@@ -112,6 +115,53 @@ _NAMES: dict[tuple[str, str], type[_Record]] = {
 }
 
 
+# Instructions of a fixed length, as they follow each other in pickles of plain values and arrays (protocols 2 to 5).
+# The group is the end of the pickle.
+_FIXED_RUN = re.compile(
+    rb"(?:[\x80Khq].|M..|[Jj]....|G........|[()\]}N\x88\x89\x85-\x87\x93\x94tlaesuRb012])*(\.?)", re.DOTALL
+)
+_GLOBAL, _FRAME, _PUT = b"c\x95r"
+_SIZED = {b: size for size, names in ((1, b"\x8cCU\x8a"), (4, b"XBT\x8b"), (8, b"\x8d\x8e")) for b in names}
+
+
+def check_instructions(content: bytes | memoryview) -> None:
+    """Refuse a pickle that would make Python take memory for more than there is, or that is not of plain values.
+
+    ``pickle`` believes every number in it: the length of a string, a place in its table of values.
+
+    Raises:
+        pickle.UnpicklingError: such a number, or an instruction that arrays of plain values do not need.
+    """
+    if len(content) > MAX_PICKLE_BYTES:
+        raise pickle.UnpicklingError(f"an array of objects of {len(content)} bytes, more than {MAX_PICKLE_BYTES}")
+    content = bytes(content)
+    at, end = 0, len(content)
+    while at < end:
+        run = _FIXED_RUN.match(content, at)
+        if run and run.end() > at:
+            at = run.end()
+            if run[1]:
+                return
+            continue
+        code = content[at]
+        if code in _SIZED:
+            start = at + 1 + _SIZED[code]
+            at = start + int.from_bytes(content[at + 1 : start], "little")
+        elif code == _FRAME:
+            at += 9
+            if int.from_bytes(content[at - 8 : at], "little") > end - at:
+                break
+        elif code == _PUT:
+            if int.from_bytes(content[at + 1 : at + 5], "little") > end:
+                raise pickle.UnpicklingError("an array of objects that claims a table larger than itself")
+            at += 5
+        elif code == _GLOBAL:
+            at = content.find(b"\n", content.find(b"\n", at) + 1) + 1 or end + 1
+        else:
+            raise pickle.UnpicklingError(f"instruction {code} does not belong to an array of plain values")
+    raise pickle.UnpicklingError("an array of objects that ends too early")
+
+
 class _Reader(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[_Record]:
         if (module, name) not in _NAMES:
@@ -133,6 +183,7 @@ class ObjectArray(Sequence[Any]):
     """
 
     def __init__(self, content: bytes | memoryview):
+        check_instructions(content)
         self._content = content
         self._loaded: np.ndarray | None = self._load()  # for the first one who asks
         self.shape = self._loaded.shape
@@ -155,14 +206,26 @@ class ObjectArray(Sequence[Any]):
         """
         records = self._load() if self._loaded is None else self._loaded
         self._loaded = None
-        known: dict[int, Any] = {}
+        known: dict[int, tuple[Any, int]] = {}
+        items = 0  # of what is made, counted anew at every reference: a few levels of ten references each are millions
 
         def value(record: Any) -> Any:
+            nonlocal items
             if type(record) in _PLAIN:
                 return record
-            if id(record) not in known:
-                known[id(record)] = new_value(record)
-            return known[id(record)]
+            found = known.get(id(record))
+            if found is None:
+                before = items
+                made = new_value(record)
+                items += (
+                    made.size if isinstance(made, np.ndarray) else len(record) if type(record) in _CONTAINERS else 1
+                )
+                found = known[id(record)] = made, items - before
+            else:
+                items += found[1]
+            if items > MAX_ITEMS:
+                raise pickle.UnpicklingError(f"more than {MAX_ITEMS} values, counted wherever they are referred to")
+            return found[0]
 
         def new_value(record: Any) -> Any:
             kind = type(record)

@@ -7,11 +7,11 @@ record, and the data position counts records as any other samples.
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.decoding import parse_json
 from fourm.data.names import split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
@@ -65,7 +65,7 @@ class Record(RawSample):
             raise BadSample("record too large", f"{self.where('')}: a line has at most {MAX_RECORD_BYTES} bytes")
         if isinstance(row, bytes):
             try:
-                row = {"text": row.decode("utf-8")} if is_text(self._where) else json.loads(row)
+                row = {"text": row.decode("utf-8")} if is_text(self._where) else parse_json(row)
                 row = row if isinstance(row, dict) else {"text": row}
             except ValueError as error:
                 raise BadSample("corrupt record", f"{self.where('')}: {error}") from error

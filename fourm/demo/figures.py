@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
+from fourm.data.images import open_image
 from fourm.demo.report import Line
 from fourm.generation.plotting import class_colors
 from fourm.utils.errors import MissingDependency
@@ -51,7 +51,7 @@ def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], 
     figure.suptitle("Samples of the demonstration data: rendered scenes with exact ground truth", fontsize=13)
     colors = class_colors(len(classes))
     for row, sample in zip(grid, samples, strict=True):
-        image = {m: np.asarray(Image.open(f)) for m, f in sample.items() if f.suffix in (".jpg", ".png")}
+        image = {m: np.asarray(open_image(f.read_bytes())) for m, f in sample.items() if f.suffix in (".jpg", ".png")}
         parsed = {m: json.loads(f.read_text()) for m, f in sample.items() if f.suffix == ".json"}
         size = len(image["rgb"])
         row[0].imshow(image["rgb"])

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -21,6 +20,7 @@ from fourm.generation.decoding import Decoded, Tokenizers, kind_of
 from fourm.models.generate import init_full_input_modality
 from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
+from fourm.utils.tokenizer.text_tokenizer import written_text
 from fourm.vq.crops import tokenizer_transform
 
 
@@ -180,7 +180,7 @@ def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None, fram
     value = _load(value) if isinstance(value, Path) else value
     if not isinstance(value, str):
         value = _written(value, modality, frame)
-    ids = text_tokenizer.encode(value, add_special_tokens=False).ids
+    ids = text_tokenizer.encode(written_text(value), add_special_tokens=False).ids
     return torch.tensor([*ids, EOS_ID][: modality.max_tokens])
 
 
@@ -204,9 +204,12 @@ def _load(value: Any) -> Any:
         path = Path(value)
         if not path.is_file():
             raise UserError(f"there is no file {value}")
-        value = decode_value(path.name, path.read_bytes())
-        return EncodedImage(value, False) if isinstance(value, bytes) else value
-    return np.asarray(value) if isinstance(value, Image.Image) and value.mode == "I;16" else value
+        try:
+            value = decode_value(path.name, path.read_bytes())
+            return EncodedImage(value, False) if isinstance(value, bytes) else value
+        except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
+            raise DataError(f"{path} cannot be read: {error}") from error
+    return value
 
 
 def _stack(values: Iterable[Tensor]) -> Tensor:

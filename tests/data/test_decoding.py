@@ -1,7 +1,10 @@
 """npy and npz files are read without pickle and as ``np.load`` would."""
 
+import gzip
 import io
+import tracemalloc
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
@@ -62,3 +65,46 @@ def test_npz_is_not_copied_and_damage_is_found():
     for damaged in (content[: at + 9] + b"x" + content[at + 10 :], content[:-9], b"PK"):
         with pytest.raises((zipfile.BadZipFile, ValueError)):
             decode_value("a.npz", damaged)
+
+
+@pytest.mark.parametrize("shape", [(2**31,), (2**40, 0), (-1,), (True,), (10**6, 10**6)])
+def test_an_npy_cannot_claim_more_than_it_has(shape):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': {shape}, }}".encode()
+    with pytest.raises(ValueError):
+        decode_value("a.npy", b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+
+
+def test_compressed_files_are_not_decompressed_beyond_a_limit():
+    bomb = gzip.compress(bytes(2**28 + 1), 1)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+        archive.writestr("a.npy", bytes(2**28 + 1))
+    lying = buffer.getvalue().replace((2**28 + 1).to_bytes(4, "little"), (1000).to_bytes(4, "little"))
+    tracemalloc.start()
+    for name, content in (("a.npy.gz", bomb), ("a.json.gz", bomb), ("a.npz", lying), ("a.npz", buffer.getvalue())):
+        tracemalloc.reset_peak()
+        with pytest.raises((ValueError, zipfile.BadZipFile)):
+            decode_value(name, content)
+        assert tracemalloc.get_traced_memory()[1] < 2**29 + 2**27
+    tracemalloc.stop()
+
+
+def test_gzip_of_several_streams_and_cut_off_ones():
+    parts = gzip.compress(b"[1, ") + gzip.compress(b"2]") + bytes(5)
+    assert decode_value("a.json.gz", parts) == [1, 2]
+    for damaged in (parts[:-12], gzip.compress(b"[1]")[:-4], b"[1]"):
+        with pytest.raises((EOFError, zlib.error)):
+            decode_value("a.json.gz", damaged)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'"a dog \\ud83d"', b'{"\\uD83D": 1}', b'["\xed\xa0\xbd"]', b"[" * 100_000 + b"]" * 100_000, b'"' + b"a" * 2**24 + b'"',
+    ],
+    ids=["half an emoji", "in a key", "as bytes", "deep", "long"],
+)  # fmt: skip
+def test_json_that_cannot_be_used_is_refused(content):
+    with pytest.raises(ValueError):
+        decode_value("a.json", content)
+    assert decode_value("a.json", b'"\\ud83d\\ude00"') == "\U0001f600"

@@ -111,3 +111,29 @@ def test_states_that_lie_are_refused(state):
 
     with pytest.raises((pickle.UnpicklingError, ValueError, TypeError)):
         ObjectArray(pickle.dumps(Lies(), 4))[:]
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"\x80\x04Nr\xff\xff\xff\x7f.", b"\x80\x04K.Nr\xff\xff\xff\x7f.", b"\x80\x04\x95\xff\xff\xff\xff\xff\0\0\0N.",
+        b"\x80\x04\x8e\0\0\0\0\xff\0\0\0a.", b"\x80\x04X\xff\xff\xff\x7fa.", b"\x80\x04\x8f.", b"\x80\x04Vp\np2147483647\n.",
+        b"\x80\x04N", b"",
+    ],
+    ids=["memo", "memo behind an argument", "frame", "bytes", "text", "set", "text memo", "no end", "empty"],
+)  # fmt: skip
+def test_numbers_in_a_pickle_are_not_believed(pickled):
+    with pytest.raises(pickle.UnpicklingError):
+        ObjectArray(pickled)
+
+
+def test_references_to_references_are_counted():
+    laughs = [0.0] * 10
+    for _ in range(9):
+        laughs = [laughs] * 10
+    with pytest.raises(pickle.UnpicklingError, match="wherever they are referred to"):
+        ObjectArray(pickle.dumps(object_array([laughs]), 4))[0]
+    itself: list = []
+    itself.append(itself)
+    with pytest.raises(RecursionError):
+        ObjectArray(pickle.dumps(object_array([itself]), 4))[0]

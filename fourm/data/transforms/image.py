@@ -8,8 +8,10 @@ multiply-add turns uint8 pixels into normalised float32 channels.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
 import numpy as np
@@ -17,12 +19,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from fourm.data.decoding import EncodedImage
+from fourm.data.images import EncodedImage, open_image, pixels_of, upright, upright_size
 from fourm.data.transforms.base import AbstractTransform, CropCoords
 from fourm.utils.errors import DataError, UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLE_MODES = ("nearest", "bilinear", "bicubic")
+_GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
+_SAME_FRAME = 0.02  # aspect ratios that differ by less do so because sides are whole pixels
 _TRUNCATED = 0.1  # share of a depth map's values left out at either end when it is standardised
 
 Picture: TypeAlias = bytes | EncodedImage | Image.Image | np.ndarray
@@ -30,9 +34,9 @@ Picture: TypeAlias = bytes | EncodedImage | Image.Image | np.ndarray
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """(height, width), without decoding."""
+    """(height, width), upright and without decoding."""
     if isinstance(picture, Image.Image):
-        return picture.height, picture.width
+        return upright_size(picture)
     height, width = (EncodedImage(picture) if isinstance(picture, bytes) else picture).shape[:2]
     return height, width
 
@@ -59,6 +63,7 @@ def cut(
 
     Raises:
         DataError: the crop reaches beyond the picture.
+        ValueError: the picture has another aspect ratio than ``orig_size``: it does not show the same.
     """
     if isinstance(picture, bytes):
         picture = EncodedImage(picture)
@@ -67,6 +72,7 @@ def cut(
     top, left, h, w = (0, 0, height, width) if crop is None else crop
     if top < 0 or left < 0 or h < 1 or w < 1 or top + h > height or left + w > width:
         raise DataError(f"crop (top {top}, left {left}, {h}x{w}) does not lie inside the image of {height}x{width}")
+    _check_frame(full, (height, width))
     if isinstance(picture, EncodedImage):
         spare = 1.0
         if target_size is not None:
@@ -74,10 +80,21 @@ def cut(
         # The largest of 1, 2, 4, 8 with two decoded pixels to each of the target.
         picture = picture.pixels(mode, 1 << (max(int(min(spare / 2, 8)), 1).bit_length() - 1))
     elif isinstance(picture, Image.Image):
-        picture = np.asarray(picture if mode in (None, picture.mode) else picture.convert(mode))
+        picture = pixels_of(picture, mode)
     y, x = picture.shape[0] / height, picture.shape[1] / width
     bottom, right = round((top + h) * y), round((left + w) * x)
     return picture[min(round(top * y), bottom - 1) : bottom, min(round(left * x), right - 1) : right].copy()
+
+
+def _check_frame(size: tuple[int, int], frame: tuple[int, int]) -> None:
+    """A picture of ``size`` may be larger or smaller than the one that the crop was drawn for, but not of another shape."""
+    if size != frame:
+        wide, high = size[1] * frame[0], size[0] * frame[1]
+        # A side that was rounded to a whole pixel changes the products by one side of the frame.
+        if abs(math.log(high / wide)) > _SAME_FRAME and abs(high - wide) > max(frame):
+            raise ValueError(
+                f"a picture of {size[0]}x{size[1]} pixels beside one of {frame[0]}x{frame[1]}: they do not show the same"
+            )
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -111,6 +128,29 @@ class ImageTransform(AbstractTransform):
     mode: ClassVar[str | None] = None
     resample: ClassVar[str] = "nearest"
     channels: ClassVar[int] = 1
+    takes_grey: ClassVar[bool] = True  # where several channels are wanted
+
+    def load(self, path: str | Path) -> Any:
+        """The PIL image in a file, upright; of npy files the array."""
+        value = super().load(path)
+        return self.preprocess(open_image(value)) if isinstance(value, bytes) else value
+
+    def preprocess(self, value: Any) -> Any:
+        """A PIL image becomes one of the right mode, upright; everything else is decoded when the crop is known."""
+        if not isinstance(value, Image.Image):
+            return value
+        self._of_a_mode(value)
+        return upright(value, self.mode)
+
+    def _of_a_mode(self, value: Picture) -> Picture:
+        value = EncodedImage(value) if isinstance(value, bytes) else value
+        if not self.takes_grey and getattr(value, "mode", None) in _GREY:
+            raise DataError(f"expected {self.channels} channels, not a picture in grey")
+        return value
+
+    def _like(self, value: Picture, result: np.ndarray) -> Any:
+        """A tensor for whoever works with PIL images, as notebooks do."""
+        return torch.from_numpy(np.ascontiguousarray(result)) if isinstance(value, Image.Image) else result
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -121,6 +161,7 @@ class ImageTransform(AbstractTransform):
             raise UserError(f"resample_mode must be one of {', '.join(_RESAMPLE_MODES)}, not {mode!r}")
         target = (self.size, self.size) if self.size else target_size
         # Draft mode averages pixels: that would invent values where only the nearest one may be taken.
+        value = self._of_a_mode(value)
         image = self.as_array(cut(value, crop_coords, orig_size, target if mode != "nearest" else None, self.mode))
         if target is not None:
             image = resize(image, target, mode)
@@ -128,7 +169,9 @@ class ImageTransform(AbstractTransform):
 
     def pixels(self, value: Picture) -> np.ndarray:
         """``value`` itself after :meth:`image_augment`; a picture that nobody cropped is decoded."""
-        return value if isinstance(value, np.ndarray) else self.as_array(cut(value, None, mode=self.mode))
+        if isinstance(value, np.ndarray):
+            return value
+        return self.as_array(cut(self._of_a_mode(value), None, mode=self.mode))
 
     def as_array(self, image: np.ndarray) -> np.ndarray:
         """Check the decoded crop, and give it a type that can be resized."""
@@ -180,15 +223,16 @@ class PixelTransform(ImageTransform):
             raise DataError(f"expected {self.channels} channels of 8 bits, not {channels} of {image.dtype}")
         return image
 
-    def postprocess(self, value: Picture) -> np.ndarray:
-        image = self.pixels(value)
+    def postprocess(self, value: Picture) -> Any:
+        """An array; of a PIL image a tensor."""
+        image = self.as_array(self.pixels(value))
         image = image.reshape(*image.shape[:2], self.channels).transpose(2, 0, 1)
         if self.raw:
-            return np.ascontiguousarray(image)
+            return self._like(value, np.ascontiguousarray(image))
         scale, bias = self._scale_and_bias
         out = np.empty(image.shape, np.float32)
         np.multiply(image, scale, out=out)
-        return np.add(out, bias, out=out)
+        return self._like(value, np.add(out, bias, out=out))
 
     def empty(self, target_size: tuple[int, int]) -> np.ndarray:
         return super().empty(target_size).astype(np.uint8 if self.raw else np.float32, copy=False)
@@ -242,6 +286,7 @@ class NormalTransform(PixelTransform):
     mode: ClassVar[str | None] = "RGB"
     channels: ClassVar[int] = 3
     resample: ClassVar[str] = "bilinear"
+    takes_grey: ClassVar[bool] = False
 
     def hflip(self, image: np.ndarray) -> np.ndarray:
         flipped = image[:, ::-1].copy()
@@ -264,26 +309,44 @@ class DepthTransform(ImageTransform):
     def as_array(self, image: np.ndarray) -> np.ndarray:
         if image.ndim != 2 or image.dtype not in (np.uint16, np.int32):
             raise DataError(f"expected one channel of 16 bits, not {image.shape} of {image.dtype}")
+        if image.dtype == np.int32 and image.size and not 0 <= image.min() <= image.max() <= 65535:
+            raise ValueError(f"depth of {image.min()} to {image.max()}, not of 16 bits: 0 to 65535")
         return image.astype(np.float32)
 
-    def postprocess(self, value: Picture) -> np.ndarray:
-        depth = self.pixels(value) / np.float32(65535)
+    def postprocess(self, value: Picture) -> Any:
+        """An array; of a PIL image a tensor."""
+        depth = self.pixels(value)
+        if depth.dtype != np.float32:
+            depth = self.as_array(depth)
+        elif not (np.isfinite(farthest := depth.max()) and (farthest == 0 or farthest > 1)):
+            raise DataError(f"expected depth up to 65535, the share of which is taken here, not up to {farthest}")
+        depth = depth / np.float32(65535)
         if self.standardize_depth:
             middle = np.sort(depth, axis=None)
             middle = middle[int(_TRUNCATED * middle.size) : int((1 - _TRUNCATED) * middle.size)]
             depth = (depth - middle.mean()) / np.sqrt(middle.var(ddof=1) + np.float32(1e-6))
-        return depth[None]
+        return self._like(value, depth[None])
 
 
 @dataclass(frozen=True)
 class SemsegTransform(ImageTransform):
-    """Class ids: int64 (H, W)."""
+    """Class ids: int64 (H, W). Of a picture with a palette they are the places in it."""
 
-    def postprocess(self, value: Picture) -> np.ndarray:
-        ids = self.pixels(value)
-        if ids.ndim != 2:
-            raise DataError(f"expected one channel of class ids, not {ids.shape}")
-        return ids.astype(np.int64)
+    def image_augment(
+        self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
+    ) -> np.ndarray:
+        if resample_mode not in (None, "nearest"):
+            raise UserError(f"class ids cannot be averaged: resample_mode must be nearest, not {resample_mode!r}")
+        return super().image_augment(value, crop_coords, flip, orig_size, target_size, rand_aug_idx)
+
+    def as_array(self, image: np.ndarray) -> np.ndarray:
+        if image.ndim != 2 or image.dtype.kind not in "iub":
+            raise DataError(f"expected one channel of class ids, not {image.shape} of {image.dtype}")
+        return image
+
+    def postprocess(self, value: Picture) -> Any:
+        """An array; of a PIL image a tensor."""
+        return self._like(value, self.as_array(self.pixels(value)).astype(np.int64))
 
 
 @dataclass(frozen=True)
@@ -292,6 +355,9 @@ class MaskTransform(ImageTransform):
 
     mode: ClassVar[str | None] = "L"
 
-    def postprocess(self, value: Picture) -> np.ndarray:
+    def postprocess(self, value: Picture) -> Any:
+        """An array; of a PIL image a tensor."""
         mask = self.pixels(value)
-        return (mask == (1 if mask.dtype == np.bool_ else 255))[None]
+        if mask.ndim != 2 or mask.dtype not in (np.bool_, np.uint8):
+            raise DataError(f"expected one channel of 8 bits or booleans, not {mask.shape} of {mask.dtype}")
+        return self._like(value, (mask == (1 if mask.dtype == np.bool_ else 255))[None])

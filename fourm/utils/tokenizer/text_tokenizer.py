@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -14,6 +15,39 @@ from fourm.utils.tokenizer.special_tokens import CONTROL, EOS, sentinel
 
 _JOINT = "\0"
 _MOST_KNOWN = 20_000
+_LONG = 2_000  # characters; beyond, looking for class names would cost more than it saves
+_CONTROL = re.compile(r"\[(?=(?:PAD|UNK|SOS|EOS|BOS|MASK|CLS|SEP|S_\d+)\])", re.IGNORECASE)
+
+MAX_TEXT_CHARS = 2**16
+"""Of a text that is tokenized; the rest is cut off. No modality takes more than a few hundred tokens, so nothing of what it
+takes is lost unless they have 200 characters each; a text of 20 MB would otherwise take gigabytes."""
+
+
+class UnreadableText(ValueError):
+    """A text that no tokenizer takes."""
+
+
+def written_text(text: str) -> str:
+    """What a person or a file wrote, without control over the model: ``[EOS]`` or ``[S_1]`` in it are brackets and letters.
+
+    They get the ids that they have where the vocabulary has no such tokens: a pre-tokenizer cuts at the bracket in any case.
+    Coordinates (``v0=12``) and class names stay single tokens in any text, as the published vocabulary has it: boxes and
+    metadata are written with them, and they mean nothing to masking.
+
+    Raises:
+        UnreadableText: it has half a character (a lone surrogate) or a NUL in it.
+    """
+    if len(text) > MAX_TEXT_CHARS:
+        text = text[:MAX_TEXT_CHARS]
+    if "\0" in text:
+        raise UnreadableText("a text with a NUL character in it")
+    if not text.isascii():
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            half = ascii(text[error.start])
+            raise UnreadableText(f"a text with half a character in it: {half} at {error.start}") from None
+    return _CONTROL.sub("[ ", text) if "[" in text else text
 
 
 def load_text_tokenizer(path: str | Path) -> Tokenizer:
@@ -82,8 +116,13 @@ class TextEncoder:
         self._known: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of ``text``, nothing added."""
-        if not self._is_plain(text):
+        """The ids of ``text``, nothing added.
+
+        Raises:
+            UnreadableText: see :func:`written_text`.
+        """
+        text = written_text(text)
+        if len(text) > _LONG or not self._is_plain(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
         for part in self._parts(text):
