@@ -106,7 +106,7 @@ class UnifiedMasking:
                 try:
                     masked[name] = self._mask(modality, sample[name], budgets, generator)
                 except DataError as error:
-                    raise DataError(f"modality {name}: {error}") from error
+                    raise DataError(f"modality {name}: {error}", name, str(error)) from error
         return masked
 
     def _mask(self, modality: Modality, value: Any, budgets: Budgets, generator: np.random.Generator) -> Masked:
