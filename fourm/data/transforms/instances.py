@@ -46,7 +46,7 @@ def _box(person: Any) -> Box:
     box = person["box"]
     if isinstance(box, (list, tuple)) and any(isinstance(c, float) and not math.isfinite(c) for c in box):
         raise UnreadableValue(f"expected finite numbers, not {box!r:.80}")
-    return checked_box(box)
+    return checked_box(box, margin=1.0)  # people reach beyond a stored crop
 
 
 PARTS: dict[str, Callable[[Sequence], list[str]]] = {

@@ -37,8 +37,11 @@ _ROUNDING = 0.02  # coordinates may lie outside [0, 1], or sides be the wrong wa
 _TEXTS = ("caption", "text", "captions")  # keys that a caption may have
 
 
-def checked_box(box: Any) -> Box:
+def checked_box(box: Any, margin: float = _ROUNDING) -> Box:
     """A box of four numbers in [0, 1], to which rounding errors are clipped.
+
+    Args:
+        margin: how far it may reach beyond.
 
     Raises:
         DataError: it follows another convention, with the one that is suspected.
@@ -46,7 +49,7 @@ def checked_box(box: Any) -> Box:
     if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(type(c) in (float, int) for c in box):
         raise DataError(f"expected a box of four numbers xmin, ymin, xmax, ymax, not {box!r:.80}")
     xmin, ymin, xmax, ymax = box
-    low, high = -_ROUNDING, 1 + _ROUNDING
+    low, high = -margin, 1 + margin
     if not (low <= min(box) and max(box) <= high and all(map(math.isfinite, box))):
         why = "are they in pixels?" if all(map(math.isfinite, box)) else "they are not finite"
         raise DataError(f"expected a box of xmin, ymin, xmax, ymax in [0, 1], not {list(box)}: {why}")
@@ -274,9 +277,20 @@ class MetadataTransform(AbstractTransform):
 
     Attributes:
         shuffle: False keeps the order of the file.
+        random_trunc: a random number of chunks is left out at the end, but not all.
+        return_chunks: False joins them into one string.
     """
 
     shuffle: bool = True
+    random_trunc: bool = False
+    return_chunks: bool = True
+
+    def metadata_to_string(self, metadata: Mapping[str, float]) -> str | list[str]:
+        """All that is to be done with a sample's metadata, for those who have no loader."""
+        return self.postprocess(self.choose(self.preprocess(metadata), np.random.default_rng()))
+
+    def postprocess(self, value: list[str]) -> str | list[str]:
+        return value if self.return_chunks else " ".join(value)
 
     def preprocess(self, value: Mapping[str, float]) -> list[str]:
         chunks = []
@@ -298,7 +312,8 @@ class MetadataTransform(AbstractTransform):
         return super().is_missing(value) or (isinstance(value, Mapping) and all(v is None for v in value.values()))
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
-        return [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
+        value = [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
+        return value[: generator.integers(1, len(value) + 1)] if self.random_trunc and value else value
 
 
 @dataclass(frozen=True)
