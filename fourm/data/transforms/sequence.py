@@ -98,7 +98,7 @@ class CaptionTransform(AbstractTransform):
 
     aligned_captions: bool = True
 
-    def preprocess(self, value: Any) -> list[str]:
+    def preprocess(self, value: Any) -> list[Any]:
         """A string, ``{"caption": …}`` (or ``text``) or a list of either, as a list; null or empty ones are ``None``."""
         captions = [None if _is_null(caption) else caption for caption in _captions(value)]
         there = [caption for caption in captions if caption is not None]
@@ -322,7 +322,7 @@ class ColorPaletteTransform(AbstractTransform):
 
     max_colors: int = 7
 
-    def preprocess(self, value: Any) -> dict[str, list[list[int]]]:
+    def preprocess(self, value: Any) -> Mapping[str, list[list[int]]]:
         palettes = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
         if not isinstance(palettes, Mapping):
             raise DataError(f'expected palettes {{"1": [[r, g, b]], …}}, not {value!r:.80}')
@@ -339,10 +339,10 @@ class ColorPaletteTransform(AbstractTransform):
                     raise DataError(f"expected a colour of three whole numbers from 0 to 255, not {color!r:.80}")
         return palettes
 
-    def choose(self, value: dict[str, list[list[int]]], generator: np.random.Generator) -> list[list[int]]:
+    def choose(self, value: Mapping[str, list[list[int]]], generator: np.random.Generator) -> list[list[int]]:
         return value[str(generator.integers(1, self.max_colors + 1))]
 
-    def postprocess(self, value: list[list[int]]) -> str:
+    def postprocess(self, value: list[list[int]] | Mapping[str, list[list[int]]]) -> str:
         if isinstance(value, Mapping):  # the steps were called by hand, and nothing was chosen
             value = self.choose(value, np.random.default_rng())
         return " ".join([f"v1={len(value)}", *(f"v0={channel}" for color in value for channel in color)])
