@@ -1,6 +1,13 @@
 """Data: what a modality is, how it is read, cropped alike, masked and batched."""
 
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform, load_data_config
+from fourm.data.image_augmenter import (
+    AbstractImageAugmenter,
+    CenterCropImageAugmenter,
+    EmptyAugmenter,
+    PreTokenizedImageAugmenter,
+    RandomCropImageAugmenter,
+)
 from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import (
     MODALITY_INFO,
@@ -21,5 +28,5 @@ __all__ = [
     "MODALITY_INFO", "MODALITY_TRANSFORMS", "Batch", "DataConfig", "DatasetConfig", "Modality", "UnifiedDataTransform",
     "UnifiedMasking", "build_eval_loader", "build_fm_pretraining_dataset", "build_mixture_dataloader",
     "build_sample_transform", "build_train_loader", "build_wds_fm_pretraining_dataloader", "draws_in_epoch",
-    "load_data_config", "register_modality", "resolve_modalities",
+    "load_data_config", "AbstractImageAugmenter", "CenterCropImageAugmenter", "EmptyAugmenter", "PreTokenizedImageAugmenter", "RandomCropImageAugmenter", "register_modality", "resolve_modalities",
 ]  # fmt: skip

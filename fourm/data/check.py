@@ -189,6 +189,8 @@ def table(split: str, found: dict[str, Any]) -> str:
     if why := found.get("not_checked"):
         return f"{split} {found['dataset']}: not checked: {why}"
     verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
+    if not found["problems"] and (lacking := found["keys"] - found["complete_keys"]):
+        verdict = f"no problems, but {lacking:,} are left out because they lack something"
     lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
     rows = [("modality", "keys", "missing", "files", "content")]
     for name, entry in found["modalities"].items():

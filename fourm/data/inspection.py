@@ -349,6 +349,15 @@ class Inspector:
         while CROP_SETTINGS in raw or CROP_SETTINGS not in self._wanted:
             if main is not None and main not in raw:
                 raw = {name: raw[name] for name in raw if name == CROP_SETTINGS or modalities[name].pretokenized}
+            lacking = self._transform.lacking(raw)
+            for name in lacking:
+                report.present[name] -= 1
+                if self._dataset.missing == "error":
+                    report.problem(name, MISSING, "the value is null or empty", sample.where(name))
+            if lacking:
+                report.complete -= self._dataset.missing != "allow"
+                raw = {name: value for name, value in raw.items() if name not in lacking}
+                raw = {name: raw[name] for name in self._presence.usable(raw, self._wanted)}
             if raw.keys() <= {CROP_SETTINGS}:
                 return
             rng = generator("check", sample.key)
@@ -356,9 +365,7 @@ class Inspector:
                 values = self._transform(raw, rng)
                 masked = self._masking(values, rng)
             except (DataError, UnreadableValue) as error:
-                # Both begin with "modality NAME:", or with what draws the crop.
-                source, _, what = str(error).partition(": ")
-                name = source.removeprefix("modality ")
+                name, what = error.modality or "", error.detail
                 kind = CONTRACT if isinstance(error, DataError) else "corrupt value"
                 report.problem(name if name in raw else CROP_SETTINGS, kind, what, sample.where(name))
                 if name not in raw or name == CROP_SETTINGS:

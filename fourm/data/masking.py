@@ -16,7 +16,6 @@ from tokenizers import Tokenizer
 
 from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
 from fourm.data.modality_info import Modality, as_modality
-from fourm.data.modality_transforms import UnreadableValue
 from fourm.data.span_masking import (
     KEEP_SCHEMES,
     cut_target,
@@ -26,7 +25,7 @@ from fourm.data.span_masking import (
     run_starts,
     sequence_row,
 )
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.tokenizer import TextEncoder, split_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
 from fourm.utils.tokenizer.text_tokenizer import UnreadableText
@@ -109,9 +108,9 @@ class UnifiedMasking:
                 try:
                     masked[name] = self._mask(modality, sample[name], budgets, generator)
                 except DataError as error:
-                    raise DataError(f"modality {name}: {error}") from error
+                    raise DataError(f"modality {name}: {error}", name, str(error)) from error
                 except UnreadableText as error:
-                    raise UnreadableValue(f"modality {name}: {error}") from error
+                    raise UnreadableValue(f"modality {name}: {error}", name, str(error)) from error
         return masked
 
     def _mask(self, modality: Modality, value: Any, budgets: Budgets, generator: np.random.Generator) -> Masked:

@@ -103,6 +103,10 @@ class Modality(Mapping[str, Any]):
 _FIELDS = tuple(f.name for f in dataclasses.fields(Modality))
 
 
+_SIZES = ("vocab_size", "num_channels", "patch_size", "image_size", "dim_tokens")
+"""What embeddings take from the other fields of a modality."""
+
+
 def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
     """An entry of a table of modalities; a plain dict may hold fewer keys, or others too."""
     if isinstance(entry, Modality):
@@ -110,6 +114,14 @@ def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
     if "type" not in entry:
         raise UserError(f"modality {name}: 'type' is required ({KINDS})")
     fields = {key: value for key, value in entry.items() if key in _FIELDS and value is not None}
+    for side in ("encoder_embedding", "decoder_embedding"):
+        if callable(module := fields.get(side)):  # a class, or a partial one, as published tables have it
+            fields[side] = getattr(module, "func", module).__name__
+            given = {k: v for k, v in getattr(module, "keywords", {}).items() if k not in _SIZES}
+            fields["embedding_options"] = fields.get("embedding_options", {}) | given
+    if fields["type"] in ("seq", "seq_token", "seq_emb"):
+        options = {"max_length": fields.get("max_tokens")} | fields.get("embedding_options", {})
+        fields["embedding_options"] = options
     return Modality(**{"name": name} | fields)
 
 
@@ -208,7 +220,7 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     where = f"{where}: modality {name}"
     check_keys(fields, set(_FIELDS) - {"name"}, where)
     if name in MODALITY_INFO:
-        base = MODALITY_INFO[name]
+        base = as_modality(name, MODALITY_INFO[name])
         # A grid's max_tokens follows from its sizes and must not survive a change of them.
         merged = {key: getattr(base, key) for key in _FIELDS if base.type != "img" or key != "max_tokens"} | dict(
             fields
@@ -261,5 +273,5 @@ def resolve_modalities(
             raise UserError(
                 f"{where}: unknown modality '{name}'{did_you_mean(name, known)}; declare it in a 'modalities:' block"
             )
-        resolved[name] = known[name]
+        resolved[name] = as_modality(name, known[name])
     return resolved

@@ -33,7 +33,7 @@ from fourm.data.transforms.sequence import (
 )
 from fourm.data.transforms.tokens import CodebooksTransform, PerCropTransform, TokTransform
 from fourm.utils.config import convert_fields
-from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.utils.errors import DataError, UnreadableValue, UserError, did_you_mean
 
 __all__ = [
     "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "AbstractTransform",
@@ -71,10 +71,6 @@ MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
     "codebooks": CodebooksTransform(),
 }
 """By the part of a modality's name before ``@``, or by its declared ``transform``."""
-
-
-class UnreadableValue(ValueError):
-    """A value of this sample cannot be decoded or parsed: skip the sample (a broken contract is a DataError)."""
 
 
 def transforms_for(
@@ -150,7 +146,7 @@ class UnifiedDataTransform:
         result = {name: value for name, value in sample.items() if name.startswith("__")}
         names = [name for name in sample if name not in result and name != "crop_settings"]
         transforms = {name: self._transform(name) for name in names}
-        values = {name: _named(f"modality {name}", transforms[name].preprocess, sample[name]) for name in names}
+        values = {name: _named(name, transforms[name].preprocess, sample[name]) for name in names}
         source = "crop" if crop_settings is None else "crop_settings"
         shared = Augmentation()
         if crop_settings is not None or any(transform.follows_crop for transform in transforms.values()):
@@ -164,8 +160,13 @@ class UnifiedDataTransform:
             else:
                 augmentation = shared._replace(target_size=target_size)
                 arguments = (transform, values[name], augmentation, crop_settings, generator)
-                result[name] = _named(f"modality {name}", _augment, *arguments)
+                result[name] = _named(name, _augment, *arguments)
         return result
+
+    def lacking(self, sample: Mapping[str, Any]) -> list[str]:
+        """The modalities of a raw sample whose value says that there is none: null, or empty."""
+        names = (name for name in sample if name != "crop_settings" and not name.startswith("__"))
+        return [name for name in names if self._transform(name).is_missing(sample[name])]
 
     def _transform(self, name: str) -> AbstractTransform:
         transform = self.transforms_dict.get(name) or self.transforms_dict.get(name.split("@")[0])
@@ -209,10 +210,16 @@ def _augment(
 
 
 def _named(name: str, function: Callable, *arguments: Any) -> Any:
-    """Call ``function``; errors name what they are about, and tell broken contracts from unreadable content."""
+    """Call ``function`` for modality ``name``, or for the crop; errors name it, and tell broken contracts from unreadable content."""
+    label = name if name in ("crop", "crop_settings") else f"modality {name}"
     try:
         return function(*arguments)
+    except DataError as error:
+        raise DataError(f"{label}: {error}", name, str(error)) from error
     except UserError as error:
-        raise type(error)(f"{name}: {error}") from error
+        raise UserError(f"{label}: {error}") from error
+    except UnreadableValue as error:
+        raise UnreadableValue(f"{label}: {error}", name, str(error)) from error
     except Exception as error:
-        raise UnreadableValue(f"{name}: {type(error).__name__}: {error}") from error
+        detail = f"{type(error).__name__}: {error}"
+        raise UnreadableValue(f"{label}: {detail}", name, detail) from error

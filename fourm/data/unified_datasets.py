@@ -36,12 +36,12 @@ from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
 from fourm.data.masking import TransferMasking, UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, UnreadableValue, transforms_for
-from fourm.data.presence import presence
+from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, transforms_for
+from fourm.data.presence import Presence, presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.records import Records
 from fourm.data.shards import Shards
-from fourm.utils.errors import DataError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.seeds import generator
 
 
@@ -84,6 +84,7 @@ class SampleDataset:
         repeats: how often a sample is used while it is in memory, with different crops and masks.
         repeat_buffer: references mixed after the repeats, ``wds_shuffle_buffer_repeat``.
         may_lack: samples may lack modalities, whose token budgets then go to the others (``missing: allow``).
+        presence: which samples are used; a null or empty value is one that is missing.
     """
 
     name: str
@@ -96,6 +97,7 @@ class SampleDataset:
     repeat_buffer: int = 0
     max_bad_fraction: float = 0.01
     may_lack: bool = False
+    presence: Presence = field(default_factory=Presence)
     _files: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
     def draw(
@@ -115,6 +117,22 @@ class SampleDataset:
         transforms = self.transform.transforms_dict.items()
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
+    def present(self, sample: RawSample, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Of the values of ``sample`` those that can be used.
+
+        Raises:
+            BadSample: a value is null or empty, and the data set does not do without it.
+        """
+        lacking = self.transform.lacking(raw)
+        if not lacking:
+            return raw
+        usable = self.presence.usable([name for name in raw if name not in lacking], raw)
+        if not usable:
+            name = lacking[0]
+            message = f"{sample.where(name)}: modality {name}: the value is null or empty"
+            raise BadSample("missing value", message, tolerated=self.presence.missing != "error")
+        return {name: raw[name] for name in usable}
+
     def masked(self, sample: RawSample, rng: np.random.Generator) -> MaskedSample:
         """Read, transform and mask a sample.
 
@@ -122,7 +140,7 @@ class SampleDataset:
             BadSample: it cannot be read.
             DataError: it breaks the contract of one of its modalities.
         """
-        raw = sample.values(self._files, keep_pixels=self.repeats > 1)
+        raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
         budgets = self.masking.draw_budgets(rng, raw if self.may_lack else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
         with errors_name_the_file(sample):
@@ -135,8 +153,7 @@ def errors_name_the_file(sample: RawSample) -> Iterator[None]:
     try:
         yield
     except (DataError, UnreadableValue) as error:
-        # Both begin with "modality NAME:"; the file is that modality's.
-        where = sample.where(str(error).removeprefix("modality ").split(":")[0])
+        where = sample.where(error.modality or "")
         if isinstance(error, DataError):
             raise DataError(f"{where}: {error}") from error
         raise BadSample("corrupt value", f"{where}: {error}") from error
@@ -358,6 +375,9 @@ def build_dataset(
         repeat_buffer=config.wds_shuffle_buffer_repeat,
         max_bad_fraction=config.max_bad_fraction,
         may_lack=config.missing == "allow",
+        presence=presence(
+            config.missing, config.modalities, transforms_for(config.modalities), config.main_augment_domain
+        ),
     )
 
 

@@ -11,8 +11,25 @@ class UserError(ValueError):
     """Bad input (a key, a file, a value): one sentence that names it and the fix."""
 
 
-class DataError(UserError):
+class _OfModality(ValueError):
+    """An error that knows what it is about.
+
+    Attributes:
+        modality: whose value is at fault; None: not known (yet).
+        detail: the message without the name of the modality.
+    """
+
+    def __init__(self, message: str, modality: str | None = None, detail: str | None = None):
+        super().__init__(message)
+        self.modality, self.detail = modality, message if detail is None else detail
+
+
+class DataError(_OfModality, UserError):
     """A sample, file or shard breaks its modality's contract."""
+
+
+class UnreadableValue(_OfModality):
+    """A value of this sample cannot be decoded or parsed: skip the sample (a broken contract is a :class:`DataError`)."""
 
 
 class MissingDependency(UserError):

@@ -59,8 +59,8 @@ EXPECTED = {
     8: ("tok_rgb@32", "broken contract", "expected N tokens, found N"),
     9: ("crop_settings", "broken contract", "tokens need crop_settings of shape (crops, N)"),
     10: ("rgb@32", "broken contract", "crop (top N, left N, NxN) does not lie inside the image of NxN"),
-    11: ("caption", "corrupt value", "KeyError: 'caption'"),
-    13: ("det", "corrupt value", "KeyError: 'instances'"),
+    11: ("caption", "broken contract", "expected a caption"),
+    13: ("det", "corrupt value", "no key instances"),
     14: ("caption", "broken contract", "it has values of N crops, but crop_settings has N"),
 }
 

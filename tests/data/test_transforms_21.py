@@ -16,7 +16,7 @@ from fourm.data.modality_transforms import (
 )
 from fourm.data.transforms.instances import Polygons
 from fourm.generation.sequences import SEQUENCES, read_words
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.tokenizer import TextEncoder, load_text_tokenizer
 
 VOCABULARY = load_text_tokenizer("fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json")
@@ -196,7 +196,7 @@ def test_scalars_are_bins_and_come_back():
     for transform in (linear, ratio):
         assert [int(run(transform, transform.decode(i))[0]) for i in range(10)] == list(range(10))
     assert linear.decode(5) == 1.0
-    with pytest.raises(DataError, match="finite"):
+    with pytest.raises(UnreadableValue, match="finite"):
         run(linear, float("nan"))
     for options in ({"low": 1, "high": 1}, {"low": 0, "high": 1, "log": True}):
         with pytest.raises(UserError, match="modality t: transform_options 'low' and 'high'"):

@@ -149,7 +149,8 @@ def _transformed(
             continue
         try:
             with errors_name_the_file(sample):
-                values = dataset.transform(sample.values(files, keep_pixels=False), generator(seed, "crop", number))
+                raw = dataset.present(sample, sample.values(files, keep_pixels=False))
+                values = dataset.transform(raw, generator(seed, "crop", number))
         except BadSample as error:
             if not error.tolerated:
                 ledger.warn(where, f"{error}; skipped")

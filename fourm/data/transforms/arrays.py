@@ -12,7 +12,22 @@ import numpy as np
 from fourm.data.transforms.base import AbstractTransform
 from fourm.data.transforms.sequence import of_stored_crop
 from fourm.data.transforms.tokens import PerCropTransform
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
+
+
+def finite(array: np.ndarray) -> np.ndarray:
+    """``array`` itself; one value that is not finite would make every weight of a model so.
+
+    Raises:
+        UnreadableValue: it holds NaN or infinity.
+    """
+    if array.dtype == np.float16:  # numpy's own test takes ten times as long: all bits of the exponent are set
+        bad = array.size and (np.ascontiguousarray(array).view(np.uint16) & 0x7C00).max() == 0x7C00
+    else:
+        bad = array.dtype.kind == "f" and not np.isfinite(array).all()
+    if bad:
+        raise UnreadableValue("it holds values that are not finite")
+    return array
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,14 @@ class CaptionEmbTransform(AbstractTransform):
 
     def postprocess(self, value: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         vectors, valid = value
-        return vectors[valid] if vectors.dtype == np.float16 else vectors[valid].astype(np.float32, copy=False)
+        vectors = vectors[valid]
+        return finite(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32, copy=False))
+
+    def is_missing(self, value: Any) -> bool:
+        """No vectors at all, or none that counts."""
+        if super().is_missing(value):
+            return True
+        return isinstance(value, Mapping) and "mask_valid" in value and not np.any(value["mask_valid"])
 
     def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
         return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))
@@ -89,7 +111,8 @@ class GridTransform(PerCropTransform):
         return grid
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
-        return (value.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        grid = (value.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
+        return grid if value.dtype.kind in "iu" else finite(grid)
 
     def bind(self, modality: Mapping[str, Any]) -> GridTransform:
         channels, side = modality["num_channels"], modality["input_size"]
@@ -117,7 +140,7 @@ class ScalarTransform(AbstractTransform):
     def preprocess(self, value: Any) -> float:
         number = float(np.asarray(value).item())
         if not math.isfinite(number):
-            raise DataError(f"expected a finite number, not {number}")
+            raise UnreadableValue(f"expected a finite number, not {number}")
         return number
 
     def postprocess(self, value: float) -> np.ndarray:

@@ -65,6 +65,12 @@ class AbstractTransform:
         """The value in the form that masking takes."""
         return value
 
+    def is_missing(self, value: Any) -> bool:
+        """Whether a raw value says that there is none: null, no text, or nothing in a list or mapping."""
+        if isinstance(value, str):
+            return not value or value.isspace()
+        return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)
+
     def stored_crops(self, value: Any) -> int | None:
         """For how many stored crops a preprocessed ``value`` has entries; None where crops do not matter."""
         return None

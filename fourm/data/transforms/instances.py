@@ -5,6 +5,7 @@ Codes below 512 are the words ``v0=0`` … ``v0=511``, those from there on ``v1=
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -13,8 +14,8 @@ import numpy as np
 
 from fourm.data.object_arrays import ObjectArray
 from fourm.data.transforms.base import AbstractTransform
-from fourm.data.transforms.sequence import Box, box_words, crop_box, of_stored_crop
-from fourm.utils.errors import DataError
+from fourm.data.transforms.sequence import Box, box_words, checked_box, crop_box, of_stored_crop
+from fourm.utils.errors import DataError, UnreadableValue
 
 
 def code_words(codes: Sequence[int], count: int) -> list[str]:
@@ -31,14 +32,21 @@ def _numbers(count: int, low: float, high: float) -> Callable[[Sequence[float]],
     def words(values: Sequence[float]) -> list[str]:
         if len(values) != count or not all(isinstance(value, (int, float)) for value in values):
             raise DataError(f"expected {count} numbers, not {values}")
+        if not all(map(math.isfinite, values)):
+            raise UnreadableValue(f"expected finite numbers, not {values}")
         return [f"v0={round(999 * (min(max(value, low), high) - low) / (high - low))}" for value in values]
 
     return words
 
 
-def _clipped(box: Sequence[float]) -> Box:
-    xmin, ymin, xmax, ymax = (min(max(side, 0.0), 1.0) for side in box)
-    return xmin, ymin, xmax, ymax
+def _box(person: Any) -> Box:
+    """The box of a person."""
+    if not isinstance(person, Mapping) or "box" not in person:
+        raise DataError(f"expected a person with a 'box', not {person!r:.80}")
+    box = person["box"]
+    if isinstance(box, (list, tuple)) and any(isinstance(c, float) and not math.isfinite(c) for c in box):
+        raise UnreadableValue(f"expected finite numbers, not {box!r:.80}")
+    return checked_box(box, margin=1.0)  # people reach beyond a stored crop
 
 
 PARTS: dict[str, Callable[[Sequence], list[str]]] = {
@@ -76,8 +84,8 @@ class HumanPoseTransform(AbstractTransform):
             DataError: people of the whole picture were to be mirrored, which codes of a pose cannot be.
         """
         if self.stored_crops(value) is not None:
-            return [(person, _clipped(person["box"])) for person in of_stored_crop(value, rand_aug_idx)]
-        boxes = [crop_box(person["box"], crop_coords, flip, orig_size) for person in value]
+            return [(person, _box(person)) for person in of_stored_crop(value, rand_aug_idx)]
+        boxes = [crop_box(_box(person), crop_coords, flip, orig_size) for person in value]
         kept = [(person, box) for person, box in zip(value, boxes, strict=True) if box]
         if flip and kept:
             raise DataError(
@@ -89,13 +97,19 @@ class HumanPoseTransform(AbstractTransform):
         words = []
         for person, box in value:
             words += ["human", *box_words(box)]
-            parts = [name for name in PARTS if name in person]
+            parts = [name for name in PARTS if person.get(name) is not None]
             for index in generator.permutation(len(parts)):
                 name = parts[index]
                 words += [name, *PARTS[name](person[name])]
         return words or ["none"]
 
+    def is_missing(self, value: Any) -> bool:
+        """Nobody is a value, null is none."""
+        return value is None
+
     def postprocess(self, value: list[str]) -> str:
+        if not value or not isinstance(value[0], str):  # the steps were called by hand, and nothing was chosen
+            value = self.choose(value, np.random.default_rng())  # type: ignore[arg-type]
         return " ".join(value)
 
 
@@ -176,6 +190,8 @@ class Polygons:
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
         arrays = [np.asarray(outline, float) for outline in outlines]
         for array in arrays:
+            if not np.isfinite(array).all():
+                raise UnreadableValue("a polygon has corners that are not finite")
             if array.ndim != 2 or array.shape[1] != 2 or len(array) < 3:
                 raise DataError(f"expected a polygon of shape (3 or more, 2), not {array.shape}")
         lengths = [len(array) for array in arrays]

@@ -5,6 +5,7 @@ Numbers are single words of the vocabulary: ``v0=17`` is number 17 in role 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 import numpy as np
 
 from fourm.data.transforms.base import AbstractTransform, CropCoords
-from fourm.utils.errors import DataError, did_you_mean
+from fourm.utils.errors import DataError, UnreadableValue, did_you_mean
 
 T = TypeVar("T")
 Box = tuple[float, float, float, float]
@@ -30,6 +31,33 @@ def of_stored_crop(values: Sequence[T], index: int | None) -> T:
     if index >= len(values):
         raise DataError(f"stored crop {index} was chosen, but there are values of only {len(values)} crops")
     return values[index]
+
+
+_ROUNDING = 0.02  # coordinates may lie outside [0, 1], or sides be the wrong way round, by so much
+_TEXTS = ("caption", "text", "captions")  # keys that a caption may have
+
+
+def checked_box(box: Any, margin: float = _ROUNDING) -> Box:
+    """A box of four numbers in [0, 1], to which rounding errors are clipped.
+
+    Args:
+        margin: how far it may reach beyond.
+
+    Raises:
+        DataError: it follows another convention, with the one that is suspected.
+    """
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(type(c) in (float, int) for c in box):
+        raise DataError(f"expected a box of four numbers xmin, ymin, xmax, ymax, not {box!r:.80}")
+    xmin, ymin, xmax, ymax = box
+    low, high = -margin, 1 + margin
+    if not (low <= min(box) and max(box) <= high and all(map(math.isfinite, box))):
+        why = "are they in pixels?" if all(map(math.isfinite, box)) else "they are not finite"
+        raise DataError(f"expected a box of xmin, ymin, xmax, ymax in [0, 1], not {list(box)}: {why}")
+    if xmin > xmax + _ROUNDING or ymin > ymax + _ROUNDING:
+        raise DataError(f"a box's maximum is below its minimum, {list(box)}: is it x, y, width, height?")
+    if min(box) < 0 or max(box) > 1:
+        xmin, ymin, xmax, ymax = (min(max(c, 0.0), 1.0) for c in box)
+    return xmin, ymin, xmax, ymax
 
 
 def crop_box(
@@ -70,15 +98,23 @@ class CaptionTransform(AbstractTransform):
 
     aligned_captions: bool = True
 
-    def preprocess(self, value: Any) -> list[str]:
-        """A string, ``{"caption": …}`` or a list of either, as a list."""
-        captions = value["caption"] if isinstance(value, Mapping) else value
-        if not isinstance(captions, (list, tuple)):
-            captions = [captions]
-        captions = [c["caption"] if isinstance(c, Mapping) else c for c in captions]
-        if not captions or not all(isinstance(c, str) for c in captions):
+    def preprocess(self, value: Any) -> list[Any]:
+        """A string, ``{"caption": …}`` (or ``text``) or a list of either, as a list; null or empty ones are ``None``."""
+        captions = [None if _is_null(caption) else caption for caption in _captions(value)]
+        there = [caption for caption in captions if caption is not None]
+        if not there or not all(isinstance(caption, str) for caption in there):
             raise DataError(f"expected a caption or a list of them, not {value!r:.80}")
-        return captions
+        return captions if len(there) > 1 else there
+
+    def is_missing(self, value: Any) -> bool:
+        if isinstance(value, str):
+            return super().is_missing(value)
+        if isinstance(value, (list, tuple, Mapping)) and any(isinstance(c, Mapping) for c in (value, *value)):
+            try:
+                return all(map(_is_null, _captions(value)))
+            except UnreadableValue:
+                return not value
+        return all(map(_is_null, value)) if isinstance(value, (list, tuple)) else _is_null(value)
 
     def stored_crops(self, value: list[str]) -> int | None:
         return len(value) if self.aligned_captions and len(value) > 1 else None
@@ -88,14 +124,39 @@ class CaptionTransform(AbstractTransform):
     ) -> list[str]:
         """The caption of stored crop ``rand_aug_idx``, where there is one per crop."""
         if rand_aug_idx is None or self.stored_crops(value) is None:
-            return value
-        return [of_stored_crop(value, rand_aug_idx)]
+            return [caption for caption in value if caption is not None]
+        chosen = of_stored_crop(value, rand_aug_idx)
+        return [caption for caption in value if caption is not None] if chosen is None else [chosen]
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
         return [value[generator.integers(len(value))]] if len(value) > 1 else value
 
     def postprocess(self, value: list[str]) -> str:
+        if len(value) > 1:  # the steps were called by hand, and nothing was chosen
+            value = self.choose([caption for caption in value if caption is not None], np.random.default_rng())
         return value[0]
+
+
+def _is_null(caption: Any) -> bool:
+    """Whether a caption says that there is none; a table writes NaN."""
+    return caption is None or caption != caption or (isinstance(caption, str) and not caption.strip())
+
+
+def _captions(value: Any) -> list[Any]:
+    """What a file has as its captions.
+
+    Raises:
+        UnreadableValue: a mapping without any of the keys.
+    """
+    if isinstance(value, Mapping):
+        key = next((key for key in _TEXTS if value.get(key) is not None), next((k for k in _TEXTS if k in value), None))
+        if key is None:
+            there = ", ".join(map(str, value)) or "none"
+            raise UnreadableValue(f"no key {' or '.join(_TEXTS)} (there are {there:.200})")
+        value = value[key]
+    if isinstance(value, (list, tuple)):
+        return [text for item in value for text in (_captions(item) if isinstance(item, Mapping) else [item])]
+    return [value]
 
 
 @dataclass(frozen=True)
@@ -113,11 +174,18 @@ class DetectionTransform(AbstractTransform):
     follows_crop: ClassVar[bool] = True
 
     def preprocess(self, value: Mapping[str, Any]) -> list[tuple[str, Box]]:
-        found = [i for i in value["instances"] if i.get("score", 1.0) >= self.det_threshold]
-        for instance in found:
-            if len(instance["boxes"]) != 4:
-                raise DataError(f"expected a box of xmin, ymin, xmax, ymax, not {instance['boxes']}")
-        return [(str(i["class_name"]), tuple(i["boxes"])) for i in found]
+        if isinstance(value, Mapping) and "annotations" in value and "instances" not in value:
+            raise DataError('this is COCO\'s annotation file; expected a file per image with its {"instances": …}')
+        if isinstance(value, Mapping) and "instances" not in value:
+            raise UnreadableValue(f"no key instances (there are {', '.join(map(str, value)):.200})")
+        if not isinstance(value, Mapping) or not isinstance(value["instances"], list):
+            raise DataError(f'expected {{"instances": […]}}, not {value!r:.80}')
+        found = [_instance(instance) for instance in value["instances"] if instance is not None]
+        return [(name, box) for name, box, score in found if score >= self.det_threshold]
+
+    def is_missing(self, value: Any) -> bool:
+        """No instances is a value, null is none."""
+        return super().is_missing(value) or (isinstance(value, Mapping) and value.get("instances", "") is None)
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -131,6 +199,27 @@ class DetectionTransform(AbstractTransform):
         for name, box in sorted(value, key=lambda item: item[1][0] ** 2 + item[1][1] ** 2):
             words += [*box_words(box, self.coord_bins), name]
         return " ".join(words)
+
+
+def _instance(instance: Any) -> tuple[str, Box, float]:
+    """Class name, box and score.
+
+    Raises:
+        DataError: the instance has another form.
+    """
+    if not isinstance(instance, Mapping):
+        raise DataError(f'expected an instance {{"boxes", "class_name", "score"}}, not {instance!r:.80}')
+    for key in ("boxes", "class_name"):
+        if key not in instance:
+            coco = "; COCO's annotations have x, y, width, height in pixels" if "bbox" in instance else ""
+            raise DataError(f"an instance has no '{key}' (there are {', '.join(map(str, instance)):.200}){coco}")
+    name, score = instance["class_name"], instance.get("score")
+    score = 1.0 if score is None else score
+    if not isinstance(name, str) or not name.strip():
+        raise DataError(f"'class_name' must be a name, not {name!r:.80}")
+    if type(score) not in (float, int) or not math.isfinite(score):
+        raise DataError(f"'score' must be a number, not {score!r:.80}")
+    return name, checked_box(instance["boxes"]), score
 
 
 class Scale(NamedTuple):
@@ -188,22 +277,43 @@ class MetadataTransform(AbstractTransform):
 
     Attributes:
         shuffle: False keeps the order of the file.
+        random_trunc: a random number of chunks is left out at the end, but not all.
+        return_chunks: False joins them into one string.
     """
 
     shuffle: bool = True
+    random_trunc: bool = False
+    return_chunks: bool = True
+
+    def metadata_to_string(self, metadata: Mapping[str, float]) -> str | list[str]:
+        """All that is to be done with a sample's metadata, for those who have no loader."""
+        return self.postprocess(self.choose(self.preprocess(metadata), np.random.default_rng()))
+
+    def postprocess(self, value: list[str]) -> str | list[str]:
+        return value if self.return_chunks else " ".join(value)
 
     def preprocess(self, value: Mapping[str, float]) -> list[str]:
         chunks = []
+        if not isinstance(value, Mapping):
+            raise DataError(f"expected a mapping of metadata, not {value!r:.80}")
         for key, number in value.items():
+            if number is None:
+                continue
             if key not in METADATA:
                 raise DataError(f"unknown metadata key '{key}'{did_you_mean(key, METADATA)}")
             if isinstance(number, bool) or not isinstance(number, (int, float)):
                 raise DataError(f"metadata '{key}' must be a number, not {number!r}")
+            if not math.isfinite(number):
+                raise UnreadableValue(f"metadata '{key}' is not finite")
             chunks.append(f"v1={_METADATA_INDEX[key]} v0={METADATA[key].encode(number)}")
         return chunks
 
+    def is_missing(self, value: Any) -> bool:
+        return super().is_missing(value) or (isinstance(value, Mapping) and all(v is None for v in value.values()))
+
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
-        return [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
+        value = [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
+        return value[: generator.integers(1, len(value) + 1)] if self.random_trunc and value else value
 
 
 @dataclass(frozen=True)
@@ -212,11 +322,27 @@ class ColorPaletteTransform(AbstractTransform):
 
     max_colors: int = 7
 
-    def preprocess(self, value: Any) -> dict[str, list[list[int]]]:
-        return value[0] if isinstance(value, (list, tuple)) else value
+    def preprocess(self, value: Any) -> Mapping[str, list[list[int]]]:
+        palettes = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
+        if not isinstance(palettes, Mapping):
+            raise DataError(f'expected palettes {{"1": [[r, g, b]], …}}, not {value!r:.80}')
+        for count in map(str, range(1, self.max_colors + 1)):
+            colors = palettes.get(count)
+            if not isinstance(colors, list) or len(colors) != int(count):
+                raise DataError(f"expected {count} colours under '{count}', not {colors!r:.80}")
+            for color in colors:
+                if (
+                    not isinstance(color, list)
+                    or len(color) != 3
+                    or not all(type(c) is int and 0 <= c < 256 for c in color)
+                ):
+                    raise DataError(f"expected a colour of three whole numbers from 0 to 255, not {color!r:.80}")
+        return palettes
 
-    def choose(self, value: dict[str, list[list[int]]], generator: np.random.Generator) -> list[list[int]]:
+    def choose(self, value: Mapping[str, list[list[int]]], generator: np.random.Generator) -> list[list[int]]:
         return value[str(generator.integers(1, self.max_colors + 1))]
 
-    def postprocess(self, value: list[list[int]]) -> str:
+    def postprocess(self, value: list[list[int]] | Mapping[str, list[list[int]]]) -> str:
+        if isinstance(value, Mapping):  # the steps were called by hand, and nothing was chosen
+            value = self.choose(value, np.random.default_rng())
         return " ".join([f"v1={len(value)}", *(f"v0={channel}" for color in value for channel in color)])
