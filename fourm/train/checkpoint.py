@@ -29,11 +29,11 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fourm.models import FM
-from fourm.models.sharded import CHECKSUMS, CONFIG, EMA, MODEL, checksum
+from fourm.models.sharded import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, checksum
 from fourm.train import ema
 from fourm.train.parallel import Processes
 from fourm.utils.errors import UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_folder
 
 log = logging.getLogger("fourm")
 STATE, OPTIMIZER = "state.json", "optimizer/"
@@ -96,8 +96,7 @@ class CheckpointWriter:
         with contextlib.ExitStack() as stack:
 
             def begin() -> Path:
-                path = stack.enter_context(atomic_path(target))
-                path.mkdir()
+                path = stack.enter_context(atomic_folder(target, CHECKPOINT_FILES))
                 (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
                 (path / STATE).write_text(json.dumps(state))
                 return path
