@@ -75,7 +75,7 @@ def pixels_of(image: Image.Image, mode: str | None) -> np.ndarray:
     try:
         if mode is None:
             factor = (
-                _SHARED_BITS.get(image.tile[0][3], 1) if image.format == "PNG" and getattr(image, "tile", None) else 1
+                _SHARED_BITS.get(image.tile[0][3], 1) if image.format == "PNG" and getattr(image, "tile", None) else 1  # type: ignore[attr-defined]
             )
             pixels = np.asarray(image)
             if pixels.dtype.byteorder == ">":

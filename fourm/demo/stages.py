@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import signal
 import sys
 import time
@@ -72,13 +71,29 @@ class Demo:
         self.vocabulary, self._record = self.out / "vocabulary.json", self.out / "demo.json"
         given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
         self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
-        if self._record.exists():
-            self.record = json.loads(self._record.read_text())
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"out: {self.out} is a file: give the path of a folder")
+        if not self._record.exists():
+            if self.out.exists() and any(self.out.iterdir()):
+                raise UserError(f"out: {self.out} holds what the demo did not make: choose a new folder")
+        else:
+            self.record = self._read_record()
             for key, value in self.record["options"].items():
-                if given[key] != value:
+                if given.get(key) != value:
                     raise UserError(
-                        f"{self.out} was made with {key} {value}, not {given[key]}: choose another --out, or remove it"
+                        f"{self.out} was made with {key} {value}, not {given.get(key)}: choose another --out, or remove it"
                     )
+
+    def _read_record(self) -> dict[str, Any]:
+        try:
+            record = json.loads(self._record.read_bytes())
+            if {"options": dict, "seconds": dict}.items() <= {
+                key: type(value) for key, value in record.items()
+            }.items():
+                return {"stopped_at": None, **record}
+        except (ValueError, AttributeError, RecursionError):
+            pass
+        raise UserError(f"{self._record} is damaged, or not the demo's: choose another --out, or remove the folder")
 
     def save(self) -> None:
         with atomic_path(self._record) as path:
@@ -181,7 +196,6 @@ def train(demo: Demo) -> None:
     """The training command, stopped in the middle and resumed."""
     if (demo.run / "model.safetensors").exists():
         return
-    shutil.rmtree(demo.generation, ignore_errors=True)  # of another model
     data_config = demo.out / "data.yaml"
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))

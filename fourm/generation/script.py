@@ -1,13 +1,14 @@
 """The command ``run_generation.py``: a configuration → a folder of results and a contact sheet.
 
 Sample i draws with seed ``seed + i`` whatever the batch and the process, so an interrupted command that is given again
-makes what is missing, and the same.
+makes what is missing, and the same. Results say what they were made from: those of other inputs or models are made again.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,17 +24,20 @@ from fourm.data.modality_info import Modality
 from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.generation.inputs import find_modality
 from fourm.generation.options import GenerationOptions, parse
+from fourm.generation.origins import digest_of_inputs, digest_of_models
 from fourm.generation.plotting import plot
-from fourm.generation.results import RESULT, read_result, write_result
+from fourm.generation.prompts import check_prompts, read_prompts
+from fourm.generation.results import check_result, origin_of, read_result, write_result
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import COLUMNS
 from fourm.generation.stages import Stage, generate
 from fourm.utils.errors import DataError, UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
+_TABLES = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".md", ".parquet"}
 
 
 # What a folder of results may be continued with: everything else changes them.
@@ -44,11 +48,26 @@ _FREE = {
 
 
 class Job(NamedTuple):
-    """One result to make."""
+    """One result to make.
+
+    Attributes:
+        inputs: modality → value; or "" → a sample of a folder.
+        models: digest of what makes it.
+    """
 
     name: str
     seed: int
     inputs: Mapping[str, Any]
+    models: str = ""
+
+    def origin(self) -> dict[str, Any]:
+        """What its result depends on, beside the settings in ``settings.json``."""
+        return {"seed": self.seed, "inputs": digest_of_inputs(self.inputs), "models": self.models}
+
+    def is_done(self, out: Path) -> bool:
+        """Whether there is a result of just this."""
+        before = origin_of(out / self.name)
+        return before is not None and before == self.origin()
 
 
 def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
@@ -57,21 +76,26 @@ def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
     Raises:
         UserError: options or data that do not suit the models.
     """
-    stages = load_stages(options)
     out = Path(options.output_dir)
+    _check_output(out)
+    stages = load_stages(options)
     every = jobs(options, {name: stages[0].sampler.inputs[name] for name in stages[0].conditions})
-    _check_settings(out, options)
+    models = digest_of_models(stages)
+    every = [job._replace(models=models) for job in every]
     mine = every[rank::world_size]
-    pending = [job for job in mine if not (out / job.name / RESULT).exists()]
+    pending = [job for job in mine if not job.is_done(out)]
+    for job in pending:
+        check_result(out / job.name)
+    _check_settings(out, options)
     with tqdm(total=len(mine), initial=len(mine) - len(pending), unit=" samples", disable=None) as bar:
         for start in range(0, len(pending), options.batch_size):
             batch = pending[start : start + options.batch_size]
             results = generate(stages, [_read(job) for job in batch], [job.seed for job in batch])
             for job, result in zip(batch, results, strict=True):
-                write_result(out / job.name, result)
+                write_result(out / job.name, result, job.origin())
             bar.update(len(batch))
-    finished = [job for job in every if (out / job.name / RESULT).exists()]
-    if len(finished) == len(every):  # the last process sees them all
+    others = (job for index, job in enumerate(every) if index % world_size != rank)
+    if all(job.is_done(out) for job in others):  # the last process sees them all
         shown = [read_result(out / job.name) for job in every[: options.sheet_samples]]
         with atomic_path(out / SHEET) as path:
             plot(shown).savefig(path)
@@ -130,16 +154,18 @@ def jobs(options: GenerationOptions, conditions: Mapping[str, Modality]) -> list
 def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, Mapping[str, Any]]]:
     """Key and inputs of every sample."""
     if isinstance(data, (list, tuple)):
-        (text,) = _only(conditions, "seq", "prompts")
-        return [(f"{index:05d}", {text: str(prompt)}) for index, prompt in enumerate(data)]
+        return _prompts(check_prompts(data, "data"), conditions)
     path = Path(str(data))
-    if path.is_file() and path.suffix == ".txt":
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return _samples([line for line in lines if line.strip()], conditions)
-    pictures = [path] if path.is_file() else sorted(p for p in path.glob("*") if p.suffix.lower() in _PICTURES)
+    if path.is_file() and path.suffix.lower() == ".txt":
+        return _prompts(read_prompts(path), conditions)
+    if path.is_file() and path.suffix.lower() in _TABLES:
+        raise UserError(f"data: {path} is neither a picture nor a .txt file with a prompt per line")
+    pictures = [path] if path.is_file() else sorted(path.glob("*"))
+    if path.is_dir():
+        pictures = [p for p in pictures if p.suffix.lower() in _PICTURES and not p.name.startswith(".") and p.is_file()]
     if pictures:
         (image,) = _only(conditions, "img", "pictures")
-        return [(picture.stem, {image: picture}) for picture in pictures]
+        return [(name, {image: picture}) for name, picture in unique_names(pictures).items()]
     if not path.is_dir():
         raise UserError(
             f"data: there is neither a file nor a folder {data}; a list of prompts is written [one, another]"
@@ -150,6 +176,20 @@ def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, M
     if not names:
         raise UserError(f"data: {path} has no folder {' or '.join(wanted.values())}, and no pictures")
     return [(sample.key, {"": sample}) for sample in Folders(str(path), wanted, None, ledger).all(ledger)]
+
+
+def _prompts(prompts: Sequence[str], conditions: Mapping[str, Modality]) -> list[tuple[str, Mapping[str, Any]]]:
+    (text,) = _only(conditions, "seq", "prompts")
+    return [(f"{index:05d}", {text: prompt}) for index, prompt in enumerate(prompts)]
+
+
+def unique_names(pictures: Sequence[Path]) -> dict[str, Path]:
+    """The files of a folder by their stems, or by their whole names where these are not unique."""
+    stems = Counter(picture.stem.casefold() for picture in pictures)  # some disks do not tell A from a
+    taken = {SETTINGS, SHEET, *(picture.name.casefold() for picture in pictures)}
+    names = [p.name if stems[p.stem.casefold()] > 1 or p.stem.casefold() in taken else p.stem for p in pictures]
+    names = [f"{name}_" if name in (SETTINGS, SHEET) else name for name in names]
+    return dict(zip(names, pictures, strict=True))
 
 
 def _read(job: Job) -> Mapping[str, Any]:
@@ -175,6 +215,22 @@ def _split(names: str | Sequence[str], known: Mapping[str, Modality], where: str
     return split_domains(names, {*known, *short}, where)
 
 
+def _check_output(out: Path) -> None:
+    """See, before any model is loaded, whether results can go to ``out``, and nothing is lost there.
+
+    Raises:
+        UserError: they cannot.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"output_dir: {out} is a file: give the path of a folder")
+    for name in (SETTINGS, SHEET):
+        check_file(out / name)
+    if (out / SHEET).exists() and not (out / SETTINGS).exists():
+        raise UserError(
+            f"output_dir: {out / SHEET} is there and is no contact sheet: choose another folder, or remove it"
+        )
+
+
 def _check_settings(out: Path, options: GenerationOptions) -> None:
     """Results of other settings must not get mixed.
 
@@ -185,7 +241,7 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
     current = json.loads(json.dumps(current, default=str))
     record = out / SETTINGS
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
+        before = _read_settings(record)
         for key in {**current, **before}:
             if before.get(key) != current.get(key):
                 raise UserError(
@@ -195,6 +251,16 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
     else:
         with atomic_path(record) as path:
             path.write_text(json.dumps(current, indent=1) + "\n", encoding="utf-8")
+
+
+def _read_settings(record: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(record.read_bytes())
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise UserError(f"{record} does not hold the settings of results: choose another output_dir, or remove it")
+    return content
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fourm.models.fm_utils import LayerNorm
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.files import atomic_path, check_file, save_tensors
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -25,6 +28,15 @@ class HubModel(PyTorchModelHubMixin):
         """What of a file's weights the model wants; the rest of the loading is strict."""
         return state_dict
 
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
+        """As of the base class.
+
+        Raises:
+            UserError: another kind of model is in the folder, or it cannot be written to; nothing is changed.
+        """
+        check_export(Path(save_directory))  # the base class begins by removing config.json
+        return super().save_pretrained(save_directory, **options)
+
     def _save_pretrained(self, save_directory: Path) -> None:
         """Write tied weights under each of their names: the published layout does not know ties."""
         assert isinstance(self, nn.Module)
@@ -33,9 +45,9 @@ class HubModel(PyTorchModelHubMixin):
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
-        save_file(tensors, save_directory / "model.safetensors", metadata={"format": "pt"})
-        config = json.dumps(published_config(self.config), indent=2, sort_keys=True)
-        (save_directory / "config.json").write_text(config)
+        write_config(save_directory, self.config)
+        with atomic_path(save_directory / WEIGHTS) as path:
+            save_tensors(tensors, path, metadata={"format": "pt"})
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
@@ -64,6 +76,32 @@ class HubModel(PyTorchModelHubMixin):
 def published_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration beside published weights, which stand under each of their names whether tied or not."""
     return {key: value for key, value in config.items() if key != "share_embedding"}
+
+
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``. It goes before the weights: by it :func:`check_export` knows a folder that was begun."""
+    with atomic_path(folder / CONFIG) as path:
+        path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True))
+
+
+def check_export(folder: Path) -> None:
+    """See whether a model may be written to ``folder``, beside whatever else is there.
+
+    Raises:
+        UserError: there are weights or a ``config.json`` of something else, or the folder cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the path of a folder")
+    for name in (CONFIG, WEIGHTS):
+        check_file(folder / name)
+    try:
+        config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).exists() else None
+    except (ValueError, RecursionError):
+        config = None
+    own = isinstance(config, dict) and bool({"domains_in", "encoder_depth"} & config.keys())
+    for name in (CONFIG, WEIGHTS):
+        if (folder / name).exists() and not own:
+            raise UserError(f"{folder} holds '{name}', which is not of a 4M model: choose another folder, or move it")
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

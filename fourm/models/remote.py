@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from fourm.models.sharded import CHECKSUMS, CONFIG, WEIGHTS
+from fourm.models.sharded import CHECKPOINT_FILES, CHECKSUMS, CONFIG, WEIGHTS
 from fourm.utils.errors import UserError
-from fourm.utils.files import atomic_path, locked
+from fourm.utils.files import atomic_folder, locked
 from fourm.utils.s3 import S3Store, upload
 from fourm.utils.transfer import DamagedObject, MissingObject, RemoteObject, hash_file, new_hasher, shown
 
@@ -176,6 +176,5 @@ def _fetch(files: dict[str, RemoteObject], target: Path, store: S3Store) -> None
         if found.size != known.size:
             raise DamagedObject(f"{known.url} has {found.size} bytes, not {known.size}")
         items[name] = replace(found, digest=known.digest)
-    with atomic_path(target) as folder:
-        folder.mkdir()
+    with atomic_folder(target, CHECKPOINT_FILES) as folder:
         store.download({folder / name: item for name, item in items.items()})

@@ -25,13 +25,15 @@ from torch import Tensor
 
 from fourm.models.finite import check_finite
 from fourm.models.fm import FM
-from fourm.models.hub import published_config
+from fourm.models.hub import CONFIG, WEIGHTS, check_export, published_config, write_config
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path
 
 log = logging.getLogger("fourm")
-CHECKSUMS, CONFIG, WEIGHTS = "checksums.json", "config.json", "model.safetensors"
+CHECKSUMS = "checksums.json"
 MODEL, EMA = "model/", "ema/"
+CHECKPOINT_FILES = ("shard-*.safetensors", CONFIG, "state.json", CHECKSUMS)
+"""Patterns of all files in a checkpoint: a folder that holds others is not replaced by one."""
 _AT_ONCE = 2**30  # bytes of tensors that are in memory together
 _SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
 
@@ -158,7 +160,12 @@ def load_model(checkpoint: Path, ema: bool = False) -> FM:
 
 
 def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
-    """Write ``model.safetensors`` and ``config.json`` for :meth:`FM.from_pretrained`; raises like :func:`read_weights`."""
+    """Write ``model.safetensors`` and ``config.json`` for :meth:`FM.from_pretrained`.
+
+    Raises:
+        UserError: as :func:`read_weights` and :func:`fourm.models.hub.check_export`.
+    """
+    check_export(folder)
     config, weights = read_weights(checkpoint, ema)
     with torch.device("meta"):
         layout = FM(config).state_dict()
@@ -171,12 +178,11 @@ def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
         }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
+    write_config(folder, config)
     with atomic_path(folder / WEIGHTS) as path, path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights:
             file.write(tensor.to(layout[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-    with atomic_path(folder / CONFIG) as path:
-        path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True))
 
 
 def _names(config: dict[str, Any]) -> Iterable[tuple[str, str]]:

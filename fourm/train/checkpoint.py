@@ -29,12 +29,12 @@ from torch import Tensor
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fourm.models import FM
-from fourm.models.sharded import CHECKSUMS, CONFIG, EMA, MODEL, checksum, tensors_in
+from fourm.models.sharded import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, checksum, tensors_in
 from fourm.train import ema
 from fourm.train.nonfinite import first_not_finite
 from fourm.train.parallel import Processes
 from fourm.utils.errors import UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_folder
 
 log = logging.getLogger("fourm")
 STATE, OPTIMIZER = "state.json", "optimizer/"
@@ -103,8 +103,7 @@ class CheckpointWriter:
                     raise UserError(f"{name} holds values that are not finite. {advice(target.parent)}")
 
             def begin() -> Path:
-                path = stack.enter_context(atomic_path(target))
-                path.mkdir()
+                path = stack.enter_context(atomic_folder(target, CHECKPOINT_FILES))
                 (path / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
                 (path / STATE).write_text(json.dumps(state))
                 return path

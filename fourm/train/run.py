@@ -23,6 +23,7 @@ from fourm.data.modality_info import REGISTERED
 from fourm.data.options import read_data
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
+from fourm.models.hub import check_export
 from fourm.models.remote import find_model
 from fourm.models.sharded import export_model
 from fourm.train.checkpoint import CheckpointWriter, advice, remove_unfinished, tensors_to_save
@@ -256,6 +257,7 @@ class Run:
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.folder)
+        check_export(self.folder)  # rather than when the model is there
         remove_unfinished(self.checkpoints)
 
     def _write_config(self) -> None:

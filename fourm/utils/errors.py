@@ -3,12 +3,41 @@
 from __future__ import annotations
 
 import difflib
+import errno
+import os
+import re
+import signal
 import sys
 from collections.abc import Callable, Iterable
 
+# Control characters other than tab and newline, what reorders text, and halves of a character. Names and texts of strangers
+# can hold them: a terminal would obey them, and halves cannot be written as UTF-8.
+_UNPRINTABLE = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_REASONS = {
+    errno.EACCES: "permission denied",
+    errno.EPERM: "permission denied",
+    errno.EROFS: "its disk is read-only",
+    errno.ENOSPC: "no space left on the disk; make room, and start again",
+    errno.EDQUOT: "the disk quota is used up; make room, and start again",
+    errno.EFBIG: "files may not get so large here: a limit of the file system, or of ulimit -f",
+    errno.EISDIR: "this is a folder, not a file",
+    errno.ENOTDIR: "a part of this path is a file, not a folder",
+    errno.ENOENT: "there is no such file or folder",
+    errno.EEXIST: "it is there already",
+    errno.ENAMETOOLONG: "this name is too long",
+    errno.ELOOP: "its symbolic links go round in circles",
+    errno.EMFILE: "too many files are open; raise the limit with ulimit -n",
+    errno.ENOMEM: "no memory left",
+}
+
 
 class UserError(ValueError):
-    """Bad input (a key, a file, a value): one sentence that names it and the fix."""
+    """Bad input (a key, a file, a value): one sentence that names it and the fix. Its text is safe to print."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
 
 
 class _OfModality(ValueError):
@@ -45,10 +74,73 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
+def printable(text: str) -> str:
+    """``text`` with control characters, such as those of escape sequences, written out: ``\\x1b[2J``."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
+def reason(error: OSError) -> str:
+    """What has gone wrong, without the file's name: ``no space left on the disk; …``."""
+    if error.errno in _REASONS:
+        return _REASONS[error.errno]
+    return " ".join(str(error.strerror or error or type(error).__name__).split())
+
+
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run an entry script: exit status 2 and one line for a :class:`UserError`, without a traceback."""
+    """Run an entry script: what the user or the machine causes is one line and exit status 2, without a traceback.
+
+    What takes long to import is to be imported within ``main``: Ctrl-C is expected only there. It ends with status 130.
+    """
     try:
-        sys.exit(main())
+        status = main()
+        sys.stdout.flush()
+        sys.exit(status)
+    except KeyboardInterrupt:
+        end_interrupted()
+    except RecursionError:
+        _fail("something in the files or the configuration is nested too deeply")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:
+        if _stdout_is_closed():  # by head, for example
+            sys.exit(1)
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        _fail(f"{names}: {reason(error)}" if names else reason(error))
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        _fail(
+            f"out of memory: use a smaller batch_size or num_workers, or less data ({' '.join(str(error).split())[:200]})"
+        )
+
+
+def end_interrupted() -> None:
+    """End this process as one that Ctrl-C has ended: with status 130, and no traceback of its threads either."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    print("interrupted", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
+
+
+def _fail(message: str) -> None:
+    print(f"error: {printable(message)}", file=sys.stderr)
+    _stdout_is_closed()
+    sys.exit(2)
+
+
+def _stdout_is_closed() -> bool:
+    """Whether nobody reads the output any more; what cannot be written is then forgotten, or Python would complain at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return isinstance(error, BrokenPipeError)
+    return False
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """torch has an error of its own for GPUs, and none for CPUs."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "DefaultCPUAllocator" in str(error)
+    )

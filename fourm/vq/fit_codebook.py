@@ -22,7 +22,7 @@ from fourm.vq.dataset import PIXELS, ImageSet, open_images
 from fourm.vq.feature_codebook import FeatureCodebook, FeatureCodebookConfig, create_backbone
 from fourm.vq.kmeans import KMeansReport
 from fourm.vq.patch_codebook import PatchCodebook, PatchCodebookConfig
-from fourm.vq.tokenizer import best_device
+from fourm.vq.tokenizer import best_device, check_output
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,10 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
     """Fit the codebook and save it to ``options.output``.
 
     Raises:
-        UserError: options that do not fit together or to the images, or fewer items than codes.
+        UserError: options that do not fit together or to the images, or fewer items than codes; or ``output`` cannot be
+            written.
     """
+    check_output(options.output)
     modality = options.transform or options.modality
     transform = tokenizer_transform(modality, options.transform_options)
     ledger = BadSampleLedger(options.modality, options.max_bad_fraction)

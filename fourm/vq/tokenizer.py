@@ -14,11 +14,10 @@ from typing import ClassVar
 
 import torch
 from einops import rearrange
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from fourm.utils.errors import DataError, UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_folder, check_folder, save_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
@@ -107,16 +106,39 @@ class ImageTokenizer(nn.Module, ABC):
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``; what is at ``folder`` is replaced as a whole."""
-        with atomic_path(folder) as temporary:
-            temporary.mkdir()
-            save_file({name: tensor.contiguous() for name, tensor in self.state_dict().items()}, temporary / WEIGHTS)
+        """Write ``model.safetensors`` and ``config.json``; a tokenizer at ``folder`` is replaced as a whole.
+
+        Raises:
+            UserError: as :func:`check_output`.
+        """
+        with atomic_folder(folder, _own_files(Path(folder))) as temporary:
+            tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
+            save_tensors(tensors, temporary / WEIGHTS)
             content = {"type": self.kind, **dataclasses.asdict(self.config)}
             (temporary / CONFIG).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
     @property
     def device(self) -> torch.device:
         return next(iter(self.state_dict().values()), torch.empty(0)).device
+
+
+def check_output(folder: str | Path) -> None:
+    """See, before it is fitted, whether a tokenizer can be saved to ``folder``.
+
+    Raises:
+        UserError: the folder holds anything but a tokenizer, or cannot be written to.
+    """
+    check_folder(folder, _own_files(Path(folder)))
+
+
+def _own_files(folder: Path) -> tuple[str, ...]:
+    """The names of a tokenizer's files, if there is one at ``folder``; models have files of the same names."""
+    try:
+        content = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return ()
+    own = isinstance(content, dict) and {"type", "modality", "vocab_size"} <= content.keys()
+    return (CONFIG, WEIGHTS) if own else ()
 
 
 def best_device(name: str) -> torch.device:

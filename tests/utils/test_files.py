@@ -1,8 +1,12 @@
 import os
+import resource
+import shutil
 
 import pytest
+import torch
 
-from fourm.utils.files import atomic_path
+from fourm.utils.errors import UserError
+from fourm.utils.files import atomic_folder, atomic_path, save_tensors
 from fourm.utils.seeds import generator
 
 
@@ -23,8 +27,8 @@ def test_what_a_killed_process_of_the_same_number_has_left_is_not_in_the_way(tmp
         left = tmp_path / f".tmp-{os.getpid()}-{name}"
         left.mkdir()
         (left / "half").touch()
-    with atomic_path(tmp_path / "folder") as temporary:
-        temporary.mkdir()
+    with atomic_folder(tmp_path / "folder"):
+        pass
     with atomic_path(tmp_path / "file") as temporary, open(temporary, "x"):
         pass
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
@@ -33,11 +37,112 @@ def test_what_a_killed_process_of_the_same_number_has_left_is_not_in_the_way(tmp
 def test_folders_appear_whole(tmp_path):
     target = tmp_path / "sub" / "checkpoint"
     for content in ("1", "2"):
-        with atomic_path(target) as temporary:
-            temporary.mkdir()
+        with atomic_folder(target, ["x"]) as temporary:
             (temporary / "x").write_text(content)
             assert not target.exists() or (target / "x").read_text() == "1"
     assert (target / "x").read_text() == "2" and os.listdir(tmp_path / "sub") == ["checkpoint"]
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.is_file() and path.read_text() for path in sorted(folder.rglob("*"))}
+
+
+def test_a_file_never_replaces_a_folder_or_a_device(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "thesis.txt").write_text("precious")
+    (tmp_path / "link").symlink_to(tmp_path / "work")
+    os.mkfifo(tmp_path / "pipe")
+    before = tree(tmp_path / "work")
+    for name, problem in (("work", "is a folder"), ("link", "is a folder"), ("pipe", "device or a pipe")):
+        with (
+            pytest.raises(UserError, match=f"{tmp_path / name} is .*{problem.split()[-1]}"),
+            atomic_path(tmp_path / name),
+        ):
+            raise AssertionError("nothing may begin")
+    assert tree(tmp_path / "work") == before and sorted(os.listdir(tmp_path)) == ["link", "pipe", "work"]
+
+
+def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
+    target = tmp_path / "codebook"
+    for foreign in ("thesis.txt", "model.safetensors/x", ".hidden"):
+        (target / foreign).parent.mkdir(parents=True)
+        (target / foreign).write_text("precious")
+        (target / "zz.json").write_text("own")
+        before = tree(target)
+        with pytest.raises(UserError, match=f"{target} holds '{foreign.split('/')[0]}'"):
+            with atomic_folder(target, ["*.json", "model.safetensors"]):
+                raise AssertionError("nothing may begin")
+        assert tree(target) == before and os.listdir(tmp_path) == ["codebook"]
+        shutil.rmtree(target)
+    target.mkdir()
+    with atomic_folder(target, ["a.json"]) as temporary:
+        (temporary / "a.json").write_text("new")
+    assert tree(target) == {"a.json": "new"}
+
+
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    target = tmp_path / "codebook"
+    with pytest.raises(UserError, match="holds 'thesis.txt'"), atomic_folder(target, ["a"]):
+        target.mkdir()
+        (target / "thesis.txt").write_text("precious")
+    assert tree(tmp_path) == {"codebook": False, "codebook/thesis.txt": "precious"}
+
+
+def test_what_links_point_at_stays(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "own").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(UserError, match="is a symbolic link"), atomic_folder(tmp_path / "link", ["own"]):
+        pass
+    file = tmp_path / "file"
+    file.symlink_to(tmp_path / "real" / "own")
+    with atomic_path(file) as temporary:
+        temporary.write_text("new")
+    assert file.read_text() == "new" and not file.is_symlink()
+    assert (tmp_path / "link").is_symlink() and tree(tmp_path / "real") == {"own": "old"}
+
+
+def test_paths_that_cannot_be_written_are_named_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "kept").write_text("old")
+    (tmp_path / "kept").chmod(0o444)
+    cases = {
+        "file/x": "file is not a folder", "kept": "kept is read-only", "x" * 300: "name is too long", "a\0b": "such a name",
+        "a\ud83d": "such a name",
+    }  # fmt: skip
+    for name, problem in cases.items():
+        for writer in (atomic_path, atomic_folder):
+            match = problem if writer is atomic_path or name != "kept" else "kept is a file"
+            with pytest.raises(UserError, match=match), writer(tmp_path / name):
+                raise AssertionError("nothing may begin")
+    assert tree(tmp_path) == {"file": "old", "kept": "old"}
+
+
+def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(UserError, match=f"{target} cannot be written: files may not get so large"):
+            with atomic_path(target) as temporary:
+                temporary.write_bytes(bytes(2000))
+        with pytest.raises(UserError, match=f"{tmp_path / 'w.safetensors'} cannot be written: files may not"):
+            with atomic_path(tmp_path / "w.safetensors") as temporary:
+                save_tensors({"a": torch.zeros(2000)}, temporary)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    with pytest.raises(FileNotFoundError), atomic_path(target):
+        (tmp_path / "an input").read_text()  # what is read is not blamed on what is written
+    assert tree(tmp_path) == {"a.txt": "old"}
+
+
+def test_names_may_be_as_long_as_the_disk_allows(tmp_path):
+    name = "x" * 250 + ".npy"
+    with atomic_path(tmp_path / name) as temporary:
+        assert temporary.suffix == ".npy"
+        temporary.write_text("1")
+    assert os.listdir(tmp_path) == [name]
 
 
 def test_generators_depend_on_their_key_alone():

@@ -18,14 +18,14 @@ from tokenizers import Tokenizer
 
 from fourm.data.modality_info import Modality
 from fourm.data.options import ReadOptions
-from fourm.data.preview.page import page
+from fourm.data.preview.page import BEGINNING, page
 from fourm.data.preview.samples import Painter, preview
 from fourm.data.preview.sequences import Reader
 from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
 from fourm.utils.errors import UserError, run_cli
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
 from fourm.utils.tokenizer import load_text_tokenizer
@@ -82,10 +82,28 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
     return {tokenizer.config.modality: tokenizer for tokenizer in found}
 
 
+def _check_output(page: Path, picture: Path) -> None:
+    """See, before anything is read, whether both may be written.
+
+    Raises:
+        UserError: something else than an earlier preview is there, or they cannot be written.
+    """
+    own = False
+    for path in (page, picture):
+        check_file(path)
+        if path == page and path.exists():
+            own = path.read_bytes().startswith(BEGINNING.encode())
+        if path.exists() and not own:
+            raise UserError(f"out: {path} is there and is no preview: choose another name, or remove it")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Write page and PNG."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
     logging.basicConfig(format="%(levelname)s: %(message)s")
+    out = Path(options.out)
+    picture = out.with_suffix(".png")
+    _check_output(out, picture)
     config = options.load()
     known = config.train if options.split == "train" else config.val
     for name in options.datasets:
@@ -102,12 +120,11 @@ def main(argv: list[str] | None = None) -> int:
         if name in options.datasets or not options.datasets
     ]  # fmt: skip
     title = Path(options.data_config).name
-    out = Path(options.out)
     with atomic_path(out) as path:
         path.write_text(page(title, previews), encoding="utf-8")
-    with atomic_path(out.with_suffix(".png")) as path:
+    with atomic_path(picture) as path:
         sheet(title, previews).save(path, optimize=True)
-    print(f"{out} and {out.with_suffix('.png')}")
+    print(f"{out} and {picture}")
     return 0
 
 

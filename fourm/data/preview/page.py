@@ -16,6 +16,8 @@ from fourm.utils.transfer import shown as without_secrets
 
 INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"
 BINS = 24
+BEGINNING = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview of '
+"""Of every page, by which one is told from others."""
 
 _STYLE = f"""
 :root {{ --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --input: {INPUT}; --target: {TARGET}; }}
@@ -80,7 +82,7 @@ def page(title: str, previews: Sequence[Preview]) -> str:
         )
     )
     return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview of {escape(title)}</title>'
+        f"{BEGINNING}{escape(title)}</title>"
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{"".join(styles)}</style>'
         f"<body><h1>{escape(title)}</h1>"
         '<div class="soft">What training sees: samples after cropping, flipping and masking. '

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from fourm.utils.config import settle
 from fourm.utils.errors import UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, SENTINELS, UNK
@@ -43,14 +43,18 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 
     """A vocabulary of at most ``vocab_size`` tokens, :func:`layout` first.
 
     Raises:
-        UserError: there is no room for the fixed tokens and the letters.
+        UserError: there is no text, or no room for the fixed tokens and the letters.
     """
     fixed = layout()
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    texts = [tokenizer.normalizer.normalize_str(text) for text in texts]
+    # JSON can hold halves of characters, which no text can.
+    whole = (text.encode(errors="ignore").decode() for text in texts)
+    texts = [tokenizer.normalizer.normalize_str(text) for text in whole]
+    if not any(texts):
+        raise UserError("input: there is no text in it")
     words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
     # The trainer numbers inner letters in the order in which a hash table lists words, and settles ties by number.
     # Naming them beforehand makes the result a function of the corpus; they are no special tokens afterwards.
@@ -92,17 +96,26 @@ def corpus(paths: list[str]) -> Iterator[str]:
         UserError: a path that does not exist, or a file that is not text.
     """
     for path in map(Path, paths):
-        if not path.exists():
-            raise UserError(f"input: {path} does not exist")
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        if not (path.is_dir() or path.is_file()):
+            raise UserError(f"input: there is neither a file nor a folder {path}")
+        files = [path]
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if _is_text(p.relative_to(path)) and p.is_file())
         if path / "data.noun" in files:  # beside its data, WordNet has indices
             files = [file for file in files if file.stem == "data"]
         for file in files:
             try:
                 for name, content in _members(file):
                     yield from _texts(name, content.decode())
-            except (UnicodeDecodeError, json.JSONDecodeError, tarfile.TarError) as error:
+            except RecursionError:
+                raise UserError(f"input: {file} cannot be read as text: it is nested too deeply") from None
+            except (ValueError, IndexError, EOFError, tarfile.TarError) as error:
                 raise UserError(f"input: {file} cannot be read as text: {error}") from error
+
+
+def _is_text(path: Path) -> bool:
+    """Not what operating systems leave in folders."""
+    return not any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in path.parts)
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
@@ -144,8 +157,29 @@ def _strings(value: object) -> Iterator[str]:
             yield from _strings(item)
 
 
+def check_output(path: Path) -> None:
+    """See whether a vocabulary may be written to ``path``: whoever confuses input and output must not lose the corpus.
+
+    Raises:
+        UserError: there is something else than a vocabulary, or the file cannot be written.
+    """
+    check_file(path)
+    try:
+        content = json.loads(path.read_bytes()) if path.exists() and path.stat().st_size else {"model": {}}
+        own = isinstance(content, dict) and "model" in content
+    except (ValueError, RecursionError):
+        own = False
+    if not own:
+        raise UserError(f"output: {path} is there and is no text vocabulary: choose another name, or remove it")
+
+
 def train_vocabulary(options: TrainOptions) -> None:
-    """Read the corpus, write the vocabulary."""
+    """Read the corpus, write the vocabulary.
+
+    Raises:
+        UserError: the corpus cannot be read or holds no text, or the vocabulary cannot be written.
+    """
+    check_output(Path(options.output))
     paths = [options.input] if isinstance(options.input, str) else options.input
     tokenizer = train_wordpiece(corpus(paths), options.vocab_size, options.min_frequency)
     with atomic_path(options.output) as path:
