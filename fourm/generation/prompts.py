@@ -26,9 +26,9 @@ def read_prompts(path: Path) -> list[str]:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"data: {path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
     lines = _NEWLINE.split(text)
-    for index, line in enumerate(lines):
-        _check(line, f"data: {path}, line {index + 1}")
-    return _some([line for line in lines if line.strip()], f"data: {path}")
+    for number, prompt in enumerate(lines, 1):
+        _check(prompt, f"data: {path}, line {number}")
+    return _some([prompt for prompt in lines if prompt.strip()], f"data: {path}")
 
 
 def check_prompts(prompts: Sequence[Any], where: str) -> list[str]:

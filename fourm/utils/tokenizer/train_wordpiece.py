@@ -97,7 +97,7 @@ def corpus(paths: list[str]) -> Iterator[str]:
     """
     for path in map(Path, paths):
         if not (path.is_dir() or path.is_file()):
-            raise UserError(f"input: there is neither a file nor a folder {path}")
+            raise UserError(f"input: {path} does not exist")
         files = [path]
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if _is_text(p.relative_to(path)) and p.is_file())
