@@ -149,7 +149,9 @@ def convert_arguments(
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     check_keys(mapping, known, where)
     try:
-        hints = typing.get_type_hints(function.__init__ if isinstance(function, type) else function)
+        hints = typing.get_type_hints(
+            vars(function).get("__init__", function) if isinstance(function, type) else function
+        )
     except NameError:  # a class of the user's own, whose annotations need not be there
         hints = {}
     fields = [
