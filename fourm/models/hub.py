@@ -62,7 +62,9 @@ class HubModel(PyTorchModelHubMixin):
             raise UserError(f"{pretrained_model_name_or_path}: {error}") from error
         except Exception as error:  # the hub's client, json, safetensors and torch each have errors of their own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{pretrained_model_name_or_path}: no model could be loaded: {reason}") from error
+            if Path(place := str(pretrained_model_name_or_path)).is_dir():
+                raise UserError(f"{place}: no model could be loaded: {reason}") from error
+            raise UserError(f"{place} is neither a folder with a model nor a model of the hub: {reason}") from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
