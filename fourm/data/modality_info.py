@@ -88,8 +88,6 @@ class Modality(Mapping[str, Any]):
         for item in dataclasses.fields(self):
             if "range" in item.metadata and (value := getattr(self, item.name)) != item.default:
                 item.metadata["range"].check(value, f"{where}: '{item.name}'")
-        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            raise UserError(f"{where}: 'min_tokens' {self.min_tokens} are more than its {self.max_tokens} tokens")
         if self.is_pixels and (self.num_channels or 0) * (self.input_size or 0) ** 2 > _MOST_PIXELS:
             raise UserError(
                 f"{where}: {self.num_channels} channels of input_size {self.input_size} are too large to be read"
@@ -263,6 +261,8 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     for key in needed.get(modality.type, ("vocab_size", "max_tokens")):
         if getattr(modality, key) is None:
             raise UserError(f"{where}: '{key}' is required for type {modality.type}")
+    if modality.max_tokens is not None and modality.max_tokens < modality.min_tokens:
+        raise UserError(f"{where}: 'min_tokens' {modality.min_tokens} are more than its {modality.max_tokens} tokens")
     plain = _KIND_DEFAULTS["seq_emb"]["encoder_embedding"]
     if modality.encoder_embedding == plain and "orig_emb_dim" not in modality.embedding_options:
         raise UserError(f"{where}: 'embedding_options' must have 'orig_emb_dim', the width of the vectors")
