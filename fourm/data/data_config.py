@@ -7,6 +7,9 @@ set from the training set of that name. ``modalities:`` declares modalities that
 from __future__ import annotations
 
 import dataclasses
+import glob
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +24,7 @@ from fourm.data.image_augmenter import (
     PreTokenizedImageAugmenter,
     RandomCropImageAugmenter,
 )
-from fourm.data.layout import expand, is_remote, split_data_path
+from fourm.data.layout import expand, expand_braces, is_remote, split_data_path
 from fourm.data.modality_info import MODALITY_INFO, Modality, resolve_modalities
 from fourm.data.modality_transforms import (
     MODALITY_TRANSFORMS,
@@ -244,6 +247,7 @@ def _dataset(
 ) -> DatasetConfig:
     fields = _published_names(fields, where)
     declared = build(_Declared, fields, where, path)
+    declared = replace(declared, data_path=_located(declared.data_path, path))
     known = {**MODALITY_INFO, **declarations}
     inputs = split_domains(declared.in_domains, known, f"{where}: 'in_domains'")
     targets = split_domains(declared.out_domains, known, f"{where}: 'out_domains'")
@@ -289,6 +293,19 @@ def _dataset(
     return dataset
 
 
+def _located(data_path: str, config: Path) -> str:
+    """Data that are not there from the working directory, but beside the configuration or above it."""
+    if is_remote(data_path) or re.match(r"\w+://", data_path) or os.path.isabs(data_path):
+        return data_path
+    pattern, folders = split_data_path(re.sub(r":\w+$", "", data_path))  # a split of records
+    firsts = [expand_braces(pattern)[0].replace("\0", folder) for folder in folders or [""]]
+    for place in ("", *map(str, config.resolve().parents)):
+        for first in firsts:
+            if next(glob.iglob(os.path.join(glob.escape(place), first)), None):
+                return os.path.join(place, data_path)
+    return data_path
+
+
 def _published_names(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Fields by our names: published data sets of records call their buffer ``shuffle_buffer_load``."""
     fields = dict(fields)
@@ -318,16 +335,22 @@ def _is_folder(data_path: str, where: str) -> bool:
     return True
 
 
-def _check_targets(dataset: DatasetConfig, where: str) -> None:
-    """Raise a :class:`UserError` if the budgets of inputs leave nothing to predict: a patch is input or target, not both."""
+def leaves_targets(dataset: DatasetConfig) -> bool:
+    """Whether the budgets of inputs leave something to predict: a patch is input or target, not both."""
     ranges = dataset.input_tokens_range, dataset.target_tokens_range
     budgets = BudgetSampler(dataset.modalities, *ranges, sampling_weights=dataset.sampling_weights)
     rng = generator(0, "targets")
-    if not any(any(budgets.draw(rng).target.values()) for _ in range(_BUDGETS)):
+    return any(any(budgets.draw(rng).target.values()) for _ in range(_BUDGETS))
+
+
+def _check_targets(dataset: DatasetConfig, where: str) -> None:
+    """Raise a :class:`UserError` if nothing is left to predict."""
+    if not leaves_targets(dataset):
+        inputs, targets = dataset.input_tokens_range, dataset.target_tokens_range
         most = sum(modality.max_tokens or 0 for modality in dataset.modalities.values())
         raise UserError(
-            f"{where}: nothing is left to predict: samples have at most {most} tokens, and inputs take {ranges[0][0]} to "
-            f"{ranges[0][1]}, targets {ranges[1][0]} to {ranges[1][1]} of them; lower 'num_input_tokens', and "
+            f"{where}: nothing is left to predict: samples have at most {most} tokens, and inputs take {inputs[0]} to "
+            f"{inputs[1]}, targets {targets[0]} to {targets[1]} of them; lower 'num_input_tokens', and "
             "'min_input_tokens', or raise 'num_target_tokens'"
         )
 

@@ -76,7 +76,7 @@ def expand_braces(pattern: str) -> list[str]:
         except (ValueError, RecursionError):
             raise UserError(f"{shown(pattern)}: its braces are not balanced, or nested too deep") from None
         if len(names) <= _MOST_FILES:
-            return names
+            return [os.path.expanduser(name) if name.startswith("~") else name for name in names]
     raise UserError(f"{shown(pattern)}: its braces name more than {_MOST_FILES} files")
 
 

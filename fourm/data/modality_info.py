@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS
-from fourm.utils.config import build, check_keys
+from fourm.utils.config import build, check_keys, convert
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.options import option
 
 __all__ = ["MODALITY_INFO", "MODALITY_TRANSFORMS", "Modality", "declare", "register_modality", "resolve_modalities"]
 
 TEXT_VOCAB_SIZE = 30_000
+MOST_TOKENS = 10**6  # of a modality
+_MOST_PIXELS = 2**29  # values of a picture or a feature map
 
 
 @dataclass(frozen=True)
@@ -49,22 +52,22 @@ class Modality(Mapping[str, Any]):
 
     name: str
     type: Literal["img", "seq", "seq_token", "seq_emb"]
-    vocab_size: int | None = None
-    input_size: int | None = None
-    patch_size: int | None = None
-    num_channels: int | None = None
-    max_tokens: int | None = None
-    min_tokens: int = 0
+    vocab_size: int | None = option("ids", None, at_least=1, at_most=10**8)
+    input_size: int | None = option("pixels", None, at_least=1, at_most=100_000)
+    patch_size: int | None = option("pixels", None, at_least=1, at_most=100_000)
+    num_channels: int | None = option("channels", None, at_least=1, at_most=100_000)
+    max_tokens: int | None = option("tokens", None, at_least=1, at_most=MOST_TOKENS)
+    min_tokens: int = option("tokens", 0, at_least=0, at_most=MOST_TOKENS)
     path: str | None = None
     transform: str | None = None
     transform_options: dict = field(default_factory=dict)
     pretokenized: bool = False
-    vocab_offset: int = 0
+    vocab_offset: int = option("ids", 0, at_least=0, at_most=10**8)
     encoder_embedding: str | None = None
     decoder_embedding: str | None = None
     embedding_options: dict = field(default_factory=dict)
-    input_alphas: tuple[float, ...] = ()
-    target_alphas: tuple[float, ...] = ()
+    input_alphas: tuple[float, ...] = option("one per component", (), at_least=0, at_most=1e9)
+    target_alphas: tuple[float, ...] = option("one per component", (), at_least=0, at_most=1e9)
     keep: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -77,6 +80,22 @@ class Modality(Mapping[str, Any]):
                     f"modality {self.name}: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"
                 )
             fill("max_tokens", (self.input_size // self.patch_size) ** 2)
+        self._check()
+
+    def _check(self) -> None:
+        """Raise a :class:`UserError` for sizes that no modality can have."""
+        where = f"modality {self.name}"
+        for item in dataclasses.fields(self):
+            if "range" in item.metadata and (value := getattr(self, item.name)) != item.default:
+                item.metadata["range"].check(value, f"{where}: '{item.name}'")
+        if self.is_pixels and (self.num_channels or 0) * (self.input_size or 0) ** 2 > _MOST_PIXELS:
+            raise UserError(
+                f"{where}: {self.num_channels} channels of input_size {self.input_size} are too large to be read"
+            )
+        if self.vocab_size is not None and self.vocab_offset >= self.vocab_size:
+            raise UserError(
+                f"{where}: 'vocab_offset' {self.vocab_offset} leaves no ids of 'vocab_size' {self.vocab_size}"
+            )
 
     @property
     def id(self) -> int:
@@ -242,6 +261,8 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     for key in needed.get(modality.type, ("vocab_size", "max_tokens")):
         if getattr(modality, key) is None:
             raise UserError(f"{where}: '{key}' is required for type {modality.type}")
+    if modality.max_tokens is not None and modality.max_tokens < modality.min_tokens:
+        raise UserError(f"{where}: 'min_tokens' {modality.min_tokens} are more than its {modality.max_tokens} tokens")
     plain = _KIND_DEFAULTS["seq_emb"]["encoder_embedding"]
     if modality.encoder_embedding == plain and "orig_emb_dim" not in modality.embedding_options:
         raise UserError(f"{where}: 'embedding_options' must have 'orig_emb_dim', the width of the vectors")
@@ -265,7 +286,10 @@ def resolve_modalities(
     Raises:
         UserError: a name that neither knows, with the nearest one that they do.
     """
-    declared = {name: declare(name, fields or {}, where) for name, fields in (declarations or {}).items()}
+    declared = {
+        name: declare(name, convert(fields or {}, dict, f"{where}: modality {name}"), where)
+        for name, fields in (declarations or {}).items()
+    }
     known = {**MODALITY_INFO, **declared}
     resolved = {}
     for name in names:

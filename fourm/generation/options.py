@@ -38,7 +38,9 @@ class StageOptions:
     cfg_scales: Any = option("guidance; 1 = none", None)
     cfg_schedules: Any = option("constant", None)
     cfg_grow_conditioning: bool = option("finished targets guide those after them", True)
-    top_k: Any = option("only the likeliest tokens: a count, or a share of the vocabulary", 0.0)
+    top_k: int | float = option(
+        "only the likeliest tokens: a count, or a share of the vocabulary", 0.0, at_least=0, at_most=10**8
+    )
     top_p: float = option("only the likeliest tokens that have this probability together", 0.0, at_least=0, at_most=1)
 
 

@@ -214,13 +214,7 @@ def _load_model(model: str | Path) -> FM:
     folder = Path(model)
     if folder.is_dir() and not (folder / WEIGHTS).exists():
         return load_model(newest_checkpoint(folder))
-    try:
-        return FM.from_pretrained(str(folder if folder.is_dir() else model))
-    except UserError:
-        raise
-    except Exception as error:  # the hub's client, json and safetensors each have errors of their own
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{model} is neither a folder with a model nor a model of the hub: {reason}") from error
+    return FM.from_pretrained(str(folder if folder.is_dir() else model))
 
 
 def _vocabulary_of(folder: Path) -> str | None:

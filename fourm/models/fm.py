@@ -7,8 +7,11 @@ modality m in the whole batch, D model width, V vocabulary. Masks: True = masked
 from __future__ import annotations
 
 import copy
+import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +25,9 @@ from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNor
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Batch, Selection, TokenPlan, plan_tokens
-from fourm.utils.config import check_keys
+from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.options import option
 
 
 class FourM(Encoder):
@@ -283,11 +287,76 @@ def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:
         names[number] = name
 
 
+@dataclass(kw_only=True)
+class _ConfigKeys:
+    """The keys of a hub configuration that are not those of :class:`FourM`, or of another type there."""
+
+    domains_in: list[str]
+    domains_out: list[str]
+    image_size: int = option("side in pixels", 224, at_least=1, at_most=100_000)
+    patch_size: int = option("side in pixels", 16, at_least=1, at_most=10_000)
+    act_layer: str = option("class in torch.nn", "GELU")
+    norm_bias: bool = True
+    modalities: dict[str, Any] = option("declarations", {})
+    share_embedding: bool = False
+
+
+_SIZE, _RATE = Range(at_least=1, at_most=2**16), Range(at_least=0, below=1)
+_RANGES = {
+    "dim": _SIZE,
+    "num_heads": _SIZE,
+    "encoder_depth": Range(at_least=1, at_most=1000),
+    "decoder_depth": Range(at_least=1, at_most=1000),
+    "mlp_ratio": Range(above=0, at_most=100),
+    "drop_path_rate_encoder": _RATE,
+    "drop_path_rate_decoder": _RATE,
+    "num_register_tokens": Range(at_least=0, at_most=100_000),
+    "use_act_checkpoint": Range(at_least=0, at_most=1000),
+    "init_std": Range(at_least=0, at_most=1000),
+    "pos_temperature": Range(above=0, at_most=1e9),
+}
 _NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}
+_OWN_KEYS = tuple(field.name for field in dataclasses.fields(_ConfigKeys))
 CONFIG_KEYS = (
-    *(key for key in inspect.signature(FourM.__init__).parameters if key not in _NOT_IN_CONFIGS),
-    *("domains_in", "domains_out", "image_size", "patch_size", "norm_bias", "modalities", "share_embedding"),
+    *(key for key in inspect.signature(FourM.__init__).parameters if key not in _NOT_IN_CONFIGS | {"act_layer"}),
+    *_OWN_KEYS,
 )
+_MOST_PARAMETERS = 10**12
+
+
+def check_config(config: Mapping[str, Any], where: str = "model config") -> dict[str, Any]:
+    """The values of a hub configuration, or of a part of one, each of its type.
+
+    Raises:
+        UserError: an unknown key, a value of another type, or a number that makes no model.
+    """
+    check_keys(config, CONFIG_KEYS, where)
+    own = {key: value for key, value in config.items() if key in _OWN_KEYS}
+    trunk = {key: value for key, value in config.items() if key not in _OWN_KEYS}
+    values = convert_arguments(FourM, trunk, where, _RANGES) | convert_fields(_ConfigKeys, own, where)
+    return {key: value for key, value in values.items() if config[key] is not None}
+
+
+def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) -> None:
+    """Raise a :class:`UserError` for a model that this machine cannot hold: the system would end the process."""
+    defaults = inspect.signature(FourM.__init__).parameters
+    dim, encoder, decoder, ratio = (
+        options.get(key, defaults[key].default) for key in ("dim", "encoder_depth", "decoder_depth", "mlp_ratio")
+    )
+    parameters = dim * dim * (encoder * (4 + 2 * ratio) + decoder * (8 + 2 * ratio))
+    for modality in modalities:
+        patch = (modality.num_channels or 0) * (modality.patch_size or 0) ** 2
+        parameters += dim * max(modality.vocab_size or 0, patch, modality.max_tokens or 0)
+    if parameters > _MOST_PARAMETERS:
+        raise UserError(
+            f"model config: about {parameters:.1e} parameters are more than any model has; lower 'dim' or the depths"
+        )
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if torch.get_default_device().type == "cpu" and 4 * parameters > memory:
+        raise UserError(
+            f"model config: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, and this machine has "
+            f"{memory / 1e9:.0f}; lower 'dim' or the depths"
+        )
 
 
 class FM(FourM, HubModel):
@@ -304,8 +373,7 @@ class FM(FourM, HubModel):
     """
 
     def __init__(self, config: dict):
-        check_keys(config, CONFIG_KEYS, "model config")
-        options = dict(config)
+        options = check_config(config)
         try:
             domains_in, domains_out = options.pop("domains_in"), options.pop("domains_out")
         except KeyError as missing:
@@ -314,6 +382,7 @@ class FM(FourM, HubModel):
         modalities = resolve_modalities([*domains_in, *domains_out], declarations, "model config")
         sizes = {key: options.pop(key, default) for key, default in (("image_size", 224), ("patch_size", 16))}
         share = options.pop("share_embedding", False)
+        _check_memory(options, modalities.values())
         super().__init__(
             {name: build_embedding(modalities[name], "encoder", sizes) for name in domains_in},
             {name: build_embedding(modalities[name], "decoder", sizes, share_embedding=share) for name in domains_out},
@@ -331,6 +400,12 @@ def own_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict[st
             found[cls.__name__] = cls
         found |= own_embeddings(cls)
     return found
+
+
+_OF_EMBEDDINGS = dict.fromkeys(
+    ("vocab_size", "max_length", "max_sincos_pos_emb", "dim_tokens", "num_channels", "patch_size", "image_size", "orig_emb_dim",
+     "bottleneck_dim"), Range(at_least=1, at_most=10**8)
+)  # fmt: skip
 
 
 def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:
@@ -357,6 +432,7 @@ def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **o
     elif modality.type != "seq_emb":
         options["vocab_size"] = modality.vocab_size
     cls = classes[class_name]
-    known = inspect.signature(cls).parameters
-    check_keys(modality.embedding_options, known, f"modality {modality.name}: embedding_options")
-    return cls(**options | modality.embedding_options)
+    own = convert_arguments(
+        cls, modality.embedding_options, f"modality {modality.name}: embedding_options", _OF_EMBEDDINGS
+    )
+    return cls(**options | own)

@@ -54,6 +54,8 @@ class BlockOptions:
     def __post_init__(self) -> None:
         if self.dim % self.num_heads:
             raise UserError(f"dim {self.dim} is not a multiple of num_heads {self.num_heads}")
+        if int(self.dim * self.mlp_ratio) < 2:
+            raise UserError(f"mlp_ratio {self.mlp_ratio} leaves no hidden units at dim {self.dim}")
 
     def norm(self) -> nn.Module:
         return self.norm_layer(self.dim)

@@ -13,12 +13,11 @@ from torch import Tensor, nn
 
 from fourm.data.modality_info import resolve_modalities
 from fourm.models.encoder import Encoder, drop_path_rates
-from fourm.models.fm import CONFIG_KEYS, build_embedding
+from fourm.models.fm import CONFIG_KEYS, build_embedding, check_config
 from fourm.models.fm_utils import BlockOptions, LayerNorm
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import ModalityEmbedding
 from fourm.models.token_selection import Selection
-from fourm.utils.config import check_keys
 from fourm.utils.errors import UserError
 
 
@@ -82,7 +81,7 @@ class FMViT(FourMViT, HubModel):
     """
 
     def __init__(self, config: dict, output_head: nn.Module | None = None):
-        check_keys(config, CONFIG_KEYS, "model config")
+        given, config = config, check_config(config)
         sizes = {"image_size": config.get("image_size", 224), "patch_size": config.get("patch_size", 16)}
         if "domains_in" in config:
             names = [name for name in config["domains_in"] if name.split("@")[0] == "rgb"]
@@ -102,7 +101,7 @@ class FMViT(FourMViT, HubModel):
         modality = resolve_modalities([name], declarations, "model config")[name]
         options = trunk_options({key: value for key, value in config.items() if key in _KEYS})
         super().__init__(build_embedding(modality, "encoder", sizes), name, **options, output_head=output_head)
-        self.config = copy.deepcopy(config)
+        self.config = copy.deepcopy(given)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         mine = self.state_dict()

@@ -10,6 +10,7 @@ import numpy as np
 
 from fourm.data.modality_info import MODALITY_INFO, as_modality
 from fourm.models.token_sampling import LOWEST_TEMPERATURE
+from fourm.utils.config import Range
 from fourm.utils.errors import UserError, did_you_mean
 
 Schedule = Sequence[Mapping[str, Any]]
@@ -65,7 +66,15 @@ def temperatures(schedule: str, temperature: float, token_schedule: Sequence[int
 
 
 def _is_number(text: str) -> bool:
-    return text.replace(".", "", 1).isdigit()
+    return text.isascii() and text.replace(".", "", 1).isdigit() and len(text) < 20
+
+
+_RANGES = {
+    "tokens_per_target": Range(at_least=1, at_most=10**6),
+    "decoding_steps": Range(at_least=1, at_most=10**5),
+    "temps": Range(at_least=0, at_most=1e6),
+    "cfg_scales": Range(at_least=0, at_most=1e6),
+}
 
 
 def build_chained_generation_schedules(
@@ -112,6 +121,9 @@ def build_chained_generation_schedules(
     for name, column in columns.items():
         if isinstance(column, str) or len(column) != len(target_domains):
             raise UserError(f"{name} must have one entry for each of the {len(target_domains)} target_domains")
+        for target, value in zip(target_domains, column, strict=True):
+            if name in _RANGES and not isinstance(value, (list, tuple)):  # several conditions have any weights
+                _RANGES[name].check(value, f"{name} of {target}")
     conditions, schedule = [*cond_domains], []
     for target, tokens, scheme, steps, token_schedule, temp, temp_schedule, scale, scale_schedule in zip(
         target_domains, *columns.values(), strict=True
@@ -148,8 +160,6 @@ def build_chained_generation_schedules(
 def _token_schedule(target: str, name: str, steps: int, tokens: int) -> list[int]:
     if name not in TOKEN_SCHEDULES:
         raise UserError(f"token_decoding_schedules: '{name}' of {target} is none of {', '.join(TOKEN_SCHEDULES)}")
-    if steps < 1 or tokens < 1:
-        raise UserError(f"{target} needs at least one token and one step, not {tokens} in {steps}")
     return TOKEN_SCHEDULES[name](steps, tokens)
 
 

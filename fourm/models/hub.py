@@ -58,19 +58,22 @@ class HubModel(PyTorchModelHubMixin):
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
-        except UserError:
-            raise
+        except UserError as error:
+            raise UserError(f"{pretrained_model_name_or_path}: {error}") from error
         except Exception as error:  # the hub's client, json, safetensors and torch each have errors of their own
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            raise UserError(f"{pretrained_model_name_or_path}: no model could be loaded: {reason}") from error
+            if Path(place := str(pretrained_model_name_or_path)).is_dir():
+                raise UserError(f"{place}: no model could be loaded: {reason}") from error
+            raise UserError(f"{place} is neither a folder with a model nor a model of the hub: {reason}") from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        return _load(model, load_file(model_file, device=str(map_location)), model_file)
+        return _load(model, load_file(model_file, device=str(map_location)), Path(model_file).name)
 
     @classmethod
     def _load_as_pickle(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
-        return _load(model, torch.load(model_file, map_location=map_location, weights_only=True), model_file)
+        weights = torch.load(model_file, map_location=map_location, weights_only=True)
+        return _load(model, weights, Path(model_file).name)
 
 
 def published_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -126,9 +129,20 @@ def trunk_options(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of FourM from those of a hub config: classes instead of ``act_layer``'s name and ``norm_bias``."""
     options = dict(config)
     name = options.pop("act_layer", "GELU")
-    if not isinstance(getattr(nn, name, None), type):
+    kind = getattr(nn, name, None)
+    if not isinstance(kind, type):
         raise UserError(f"model config: act_layer '{name}' is not in torch.nn{did_you_mean(name, dir(nn))}")
+    if not _is_activation(kind):
+        raise UserError(f"model config: act_layer '{name}' is not an activation, such as GELU or SiLU")
     return options | {
-        "act_layer": getattr(nn, name),
+        "act_layer": kind,
         "norm_layer": partial(LayerNorm, bias=options.pop("norm_bias", True)),
     }
+
+
+def _is_activation(kind: type) -> bool:
+    try:
+        with torch.device("meta"):
+            return kind()(torch.empty(1, 2, 8)).shape == (1, 2, 8)
+    except Exception:  # whatever a module that is something else raises
+        return False

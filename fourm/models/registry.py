@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from fourm.models.fm import CONFIG_KEYS
-from fourm.utils.config import check_keys
+from fourm.models.fm import check_config
+from fourm.utils.config import convert
 from fourm.utils.errors import UserError, did_you_mean
 
 _SIZES = {  # width, depth of the encoder and of the decoder, attention heads
@@ -66,12 +66,14 @@ def model_config(
     """
     if name not in _TABLE:
         raise UserError(f"unknown model '{name}'{did_you_mean(name, MODEL_NAMES)}")
-    check_keys(overrides, CONFIG_KEYS, f"model {name}")
+    overrides = check_config(overrides, f"model {name}")
     config = _TABLE[name] | {"image_size": image_size, "patch_size": patch_size} | overrides
     if not name.startswith("fm_vit_"):
         config |= {"domains_in": list(domains_in), "domains_out": list(domains_out)}
     if modalities:
-        config["modalities"] = {key: dict(fields or {}) for key, fields in modalities.items()}
+        where = f"model {name}: 'modalities'"
+        declared = convert(modalities, dict[str, Any], where)
+        config["modalities"] = {key: convert(fields or {}, dict, f"{where}: {key}") for key, fields in declared.items()}
     return config
 
 

@@ -59,7 +59,7 @@ class TokenSampler:
     top_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.top_k < 0 or (isinstance(self.top_k, float) and self.top_k > 1):
+        if not self.top_k >= 0 or (isinstance(self.top_k, float) and self.top_k > 1):
             raise UserError(f"top_k is a count (int) or a fraction of the vocabulary (float), not {self.top_k}")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"top_p must lie between 0 and 1, not {self.top_p}")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from fourm.data.data_config import DataConfig
+from fourm.data.data_config import DataConfig, leaves_targets
 from fourm.data.unified_datasets import Batch, BatchLoader, build_eval_loader
 from fourm.models import FM
 from fourm.train.config import TrainConfig
@@ -17,6 +18,8 @@ from fourm.train.metrics import count_missing, missing_shares
 from fourm.train.parallel import Processes, Strategy
 from fourm.train.waiting import Waiting
 from fourm.utils.errors import DataError, UserError
+
+log = logging.getLogger("fourm")
 
 
 @dataclass(frozen=True)
@@ -49,7 +52,13 @@ def build_evaluations(
         fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
         kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
         if config.fixed_eval and dataset.masking != "transfer":  # where nothing is drawn that could be fixed
-            kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
+            if leaves_targets(replace(dataset, input_tokens_range=fixed[0], target_tokens_range=fixed[1])):
+                kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
+            elif parallel.is_main:
+                log.warning(
+                    "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d take all of its tokens "
+                    "and leave nothing to predict; lower it, or set --no_fixed_eval", name, fixed[0][0],
+                )  # fmt: skip
         for kind, (inputs, targets, batch_size) in kinds.items():
             loader = build_eval_loader(
                 dataset, text_tokenizer, batch_size=batch_size, num_workers=config.num_workers, rank=rank,

@@ -359,12 +359,18 @@ def build_model(config: TrainConfig, data: DataConfig) -> FM:
     options = {
         "num_register_tokens": config.num_register_tokens,
         "use_act_checkpoint": config.use_act_checkpoint and config.act_checkpoint_every,
+        "image_size": config.input_size,
+        "patch_size": config.patch_size,
+        "share_embedding": True,
     }
+    for key in ("domains_in", "domains_out", "modalities"):
+        if key in config.model_kwargs:
+            raise UserError(f"'model_kwargs': '{key}' follows from the data configuration; leave it out")
     with torch.device("meta"):
         return FM(
             model_config(
-                config.model, data.in_domains, data.out_domains, image_size=config.input_size, patch_size=config.patch_size,
-                modalities=_declarations(data), share_embedding=True, **options | config.model_kwargs,
+                config.model, data.in_domains, data.out_domains, modalities=_declarations(data),
+                **options | config.model_kwargs,
             )
         )  # fmt: skip
 

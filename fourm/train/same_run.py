@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.data_config import DataConfig, DatasetConfig
-from fourm.data.layout import expand, is_remote, split_data_path
+from fourm.data.layout import existing_folders, expand, is_remote, split_data_path, wanted_names
+from fourm.data.names import is_clutter
+from fourm.data.record_files import local_files
 from fourm.train.config import TrainConfig, to_dict
 from fourm.utils.errors import UserError
 from fourm.utils.transfer import shown
@@ -84,18 +86,40 @@ def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def _files(dataset: DatasetConfig) -> str:
-    """Of shards names and, on disks, sizes; of other data the path."""
-    if not dataset.use_wds or dataset.type != "multimodal":
-        return shown(dataset.data_path)
+    """Of shards and files of records their names and, on disks, sizes; of folders what is in them. Where they lie is free."""
+    if dataset.type != "multimodal":
+        records = local_files(dataset.data_path)
+        return shown(dataset.data_path) if records is None else _digest("files", [_named(path) for path in records])
     pattern, folders = split_data_path(dataset.data_path)
+    if not dataset.use_wds:
+        return _digest("folders and files", _in_folders(dataset, pattern, folders))
     columns: list[str | None] = [*folders] if folders else [None]
     paths = [path for folder in columns for path in expand(pattern, folder)]
     remote = is_remote(dataset.data_path)
-    digest = hashlib.sha256()
-    for path in paths:
-        size = 0 if remote or not os.path.exists(path) else os.stat(path).st_size
-        digest.update(f"{path.rpartition('/')[2]} {size}\n".encode())
-    return f"{len(paths)} shards {digest.hexdigest()[:12]}"
+    return _digest("shards", [_named(path, remote) for path in paths])
+
+
+def _in_folders(dataset: DatasetConfig, pattern: str, folders: list[str] | None) -> list[str]:
+    """The first level below the folders of the modalities: all files would take as long as the data set's own index."""
+    if folders is None:
+        pattern, folders = f"{pattern}/\0", existing_folders(pattern)
+    wanted = wanted_names(dataset.modalities)
+    read = {*wanted, *wanted.values(), *dataset.modality_name_map}
+    roots = {folder: expand(pattern, folder)[0] for folder in sorted(folders) if folder in read}
+    found = [
+        f"{folder}/{name}" for folder, root in roots.items() if os.path.isdir(root) for name in sorted(os.listdir(root))
+    ]
+    return [name for name in found if not is_clutter(name)]
+
+
+def _named(path: str, remote: bool = False) -> str:
+    size = 0 if remote or not os.path.exists(path) else os.stat(path).st_size
+    return f"{path.rpartition('/')[2]} {size}"
+
+
+def _digest(what: str, lines: list[str]) -> str:
+    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    return f"{len(lines)} {what} {digest.hexdigest()[:12]}"
 
 
 def _plain(value: Any) -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 import stat
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -137,6 +138,35 @@ def convert_fields(
     return values
 
 
+def convert_arguments(
+    function: Callable[..., Any], mapping: Mapping[str, Any], where: str, ranges: Mapping[str, Range]
+) -> dict[str, Any]:
+    """As :func:`convert_fields`, for the parameters of a function or class; what is not set is left out.
+
+    Args:
+        ranges: parameter → the numbers that it may have.
+    """
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    check_keys(mapping, known, where)
+    try:
+        hints = typing.get_type_hints(
+            vars(function).get("__init__", function) if isinstance(function, type) else function
+        )
+    except NameError:  # a class of the user's own, whose annotations need not be there
+        hints = {}
+    fields = [
+        (name, _plain_hint(hints.get(name, Any)), dataclasses.field(default=None, metadata={"range": ranges.get(name, Range())}))
+        for name in known
+    ]  # fmt: skip
+    given = convert_fields(dataclasses.make_dataclass("Arguments", fields), mapping, where)
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _plain_hint(hint: Any) -> Any:
+    """An annotation of plain values; of others nothing is known."""
+    return hint if {*map(_hashable, _parts(hint))} <= {int, float, bool, str, dict, list, type(None)} else Any
+
+
 def settle(options: Any) -> None:
     """Expand the paths of a dataclass of options and check its numbers: for those that are made in Python.
 
@@ -242,8 +272,8 @@ def convert(value: Any, hint: Any, where: str, config: str | Path | None = None)
         text = expand_path(text, where)
         return locate(text, config) if kind.beside else text
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
+        if type(value) in args:  # 1.0 is a share where 1 is a count
+            return convert(value, type(value), where, config)
         for option in (a for a in args if a is not type(None)):
             try:
                 return convert(value, option, where, config)
@@ -266,7 +296,7 @@ def convert(value: Any, hint: Any, where: str, config: str | Path | None = None)
         if not isinstance(value, Mapping):
             raise UserError(f"{where} must be a mapping, not {shorten(value)}")
         item = args[1] if len(args) == 2 else Any
-        return {_key(key, where): convert(v, item, where, config) for key, v in value.items()}
+        return {_key(key, where): convert(v, item, f"{where}: {_key(key, where)}", config) for key, v in value.items()}
     if hint in (int, float) and isinstance(value, str):
         value = parse_value(value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:

@@ -119,8 +119,13 @@ def test_weights_may_be_a_mapping_or_left_out(load):
     sets = {"a": DATASET, "b": DATASET}
     assert load({"train": {"datasets": sets}}).weights == {"a": 1.0, "b": 1.0}
     assert load({"train": {"datasets": sets, "weights": {"b": 3, "a": 1}}}).weights == {"a": 1.0, "b": 3.0}
-    for weights in ([1], [1, -1], [0, 0]):
-        with pytest.raises(UserError, match="train.weights must be"):
+    for weights, message in (
+        ([1], "train.weights must be one number of at least 0 for each of a, b, not "),
+        ([0, 0], "train.weights must be one number of at least 0 for each of a, b, not "),
+        ([1, -1], r"data.yaml: train.weights must be at least 0 and at most 1e\+09, not -1.0"),
+        ([1, float("nan")], "data.yaml: 'train': weights must be a finite number, not nan"),
+    ):
+        with pytest.raises(UserError, match=message):
             load({"train": {"datasets": sets, "weights": weights}})
     with pytest.raises(UserError, match="unknown key 'c'"):
         load({"train": {"datasets": sets, "weights": {"c": 1}}})
@@ -164,7 +169,7 @@ def test_joined_names_are_split_at_the_longest_known_one():
         ({"in_domains": "caption-det", "out_domains": "tok_rgb@224", "target_alphas": 1}, "boxes that follow crops"),
         ({"modality_name_map": {"images": "rgb"}}, "'modality_name_map': unknown key 'rgb'.*rgb@224"),
         ({"wds_n_repeats": 0}, "'wds_n_repeats' must be at least 1"),
-        ({"hflip": 2}, "'hflip' must be at least 0 and at most 1"),
+        ({"hflip": 2}, "data.yaml: train.datasets.cc: 'hflip' must be at least 0 and at most 1, not 2.0"),
         ({"crop_scale": [0.5, 0.2]}, "'crop_scale' must be two numbers"),
         ({"crop_ratio": [1]}, "'crop_ratio' must be two numbers"),
         ({"type": "multimodel"}, "'type'.*multimodal"),

@@ -65,6 +65,36 @@ def test_registering_makes_it_known(monkeypatch):
         ("x", {"type": "img", "input_size": 64, "patch_size": 16}, "needs 'num_channels'"),
         ("x", {"type": "img", "input_size": 65, "patch_size": 16, "num_channels": 1}, "not a multiple"),
         ("x", {"type": "seq_token", "max_tokens": 3}, "'vocab_size' is required"),
+        ("x", {"type": "seq", "max_tokens": -5}, "modality x: 'max_tokens' must be at least 1 .*, not -5"),
+        ("x", {"type": "seq", "max_tokens": 4, "min_tokens": 5}, "'min_tokens' 5 are more than its 4 tokens"),
+        ("x", {"type": "seq_token", "max_tokens": 3, "vocab_size": 0}, "'vocab_size' must be at least 1"),
+        (
+            "x",
+            {"type": "seq_token", "max_tokens": 3, "vocab_size": 9, "vocab_offset": -1},
+            "'vocab_offset' must be at least 0",
+        ),
+        (
+            "x",
+            {"type": "seq_token", "max_tokens": 3, "vocab_size": 9, "vocab_offset": 9},
+            "'vocab_offset' 9 leaves no ids",
+        ),
+        ("x", {"type": "img", "vocab_size": 8, "input_size": 64, "patch_size": 0}, "'patch_size' must be at least 1"),
+        (
+            "x",
+            {"type": "img", "vocab_size": 8, "input_size": 10**9, "patch_size": 16},
+            "'input_size' must be .* at most 100000",
+        ),
+        (
+            "x",
+            {"type": "img", "vocab_size": 8, "input_size": 65536, "patch_size": 1},
+            "'max_tokens' must be .* at most 1000000",
+        ),
+        (
+            "x",
+            {"type": "img", "num_channels": 0, "input_size": 64, "patch_size": 16},
+            "'num_channels' must be at least 1",
+        ),
+        ("x", {"type": "img", "num_channels": 99999, "input_size": 9600, "patch_size": 96}, "too large to be read"),
         ("x", {"type": "seq_emb", "max_tokens": 3}, "'embedding_options' must have 'orig_emb_dim'"),
     ],
 )

@@ -101,3 +101,15 @@ def test_what_cannot_work_is_one_line(command):
     ):
         with pytest.raises(UserError, match=message):
             command(["data.yaml", *options])
+
+
+def test_an_endpoint_is_judged_once_something_in_a_store_is_read(remote, tmp_path):
+    _, arguments = remote
+    arguments += ["--s3_data_endpoint", "store:9000", "--num_workers", "0"]
+    with pytest.raises(UserError, match="'s3_data_endpoint' must be a URL, https://HOST, not 'store:9000'"):
+        check(arguments)
+    local = yaml.safe_load((tmp_path / "data.yaml").read_text())
+    path = local["train"]["datasets"]["toy"]["data_path"].removeprefix(f"s3://{BUCKET}")
+    local["train"]["datasets"]["toy"]["data_path"] = f"{tmp_path}/s{path}"
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(local))
+    assert check(arguments) == 0  # a placeholder is in the way of nothing

@@ -86,7 +86,7 @@ def test_a_chain_of_targets_with_growing_conditioning():
         ({"token_decoding_schedules": ["sqrt", "linear"]}, "'sqrt' of tok_depth@224 is none of linear, cosine"),
         ({"temp_schedules": ["onex", "constant"]}, "'onex' is none of constant, linear and onex:MIN:POWER"),
         ({"cfg_schedules": ["cosine", "constant"]}, "'cosine' of tok_depth@224"),
-        ({"decoding_steps": [0, 1]}, "at least one token and one step"),
+        ({"decoding_steps": [0, 1]}, "decoding_steps of tok_depth@224 must be at least 1 and at most 100000, not 0"),
     ],
 )
 def test_what_does_not_fit_is_one_clear_error(changes, message):

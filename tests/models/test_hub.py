@@ -107,7 +107,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
 def test_a_malformed_configuration_is_one_sentence(tmp_path, config):
     toy_model().save_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(config)
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=str(tmp_path)):
         FM.from_pretrained(str(tmp_path))
 
 

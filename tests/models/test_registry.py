@@ -99,3 +99,35 @@ def test_mistakes_name_the_nearest_key():
         FM(config | {"modalities": {"caption": {"embedding_options": {"sincos": False, "max_length": 5}}}})
     with pytest.raises(UserError, match="'domains_out' is required"):
         FM({"domains_in": DOMAINS})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dim": "abc"}, "'dim' must be a whole number, not 'abc'"),
+        ({"dim": 10**12}, "'dim' must be at least 1 and at most 65536, not 1000000000000"),
+        ({"num_heads": 0}, "'num_heads' must be at least 1"),
+        ({"encoder_depth": 10**9}, "'encoder_depth' must be at least 1 and at most 1000"),
+        ({"dim": 100, "num_heads": 7}, "dim 100 is not a multiple of num_heads 7"),
+        ({"mlp_ratio": -1}, "'mlp_ratio' must be above 0"),
+        ({"mlp_ratio": 1e-6}, "mlp_ratio 1e-06 leaves no hidden units"),
+        ({"act_layer": "nonsense"}, "act_layer 'nonsense' is not in torch.nn"),
+        ({"act_layer": "Linear"}, "act_layer 'Linear' is not an activation"),
+        ({"qkv_bias": "yes"}, "'qkv_bias' must be true or false, not 'yes'"),
+        ({"drop_path_rate_encoder": 1.5}, "'drop_path_rate_encoder' must be at least 0 and below 1"),
+        ({"image_size": [224]}, "'image_size' must be a whole number"),
+        ({"dim": 65536, "num_heads": 64, "encoder_depth": 1000}, "parameters are more than any model has"),
+        ({"modalities": 3}, "'modalities' must be a mapping"),
+        ({"modalities": {"caption": 3}}, "caption must be a mapping, not 3"),
+        ({"modalities": {"caption": {"embedding_options": {"max_length": "x"}}}}, "'max_length' must be a whole number"),
+    ],
+)  # fmt: skip
+def test_sizes_and_types_that_make_no_model_are_one_sentence(options, message):
+    with torch.device("meta"), pytest.raises(UserError, match=message):
+        FM(model_config("fm_tiny_6e_6d_gelu", DOMAINS, DOMAINS[1:], **options))
+
+
+def test_a_model_that_the_machine_cannot_hold_is_not_begun():
+    config = model_config("fm_tiny_6e_6d_gelu", ["caption"], ["caption"], dim=32768, num_heads=64, encoder_depth=60)
+    with pytest.raises(UserError, match="parameters take .* GB, and this machine has"):
+        FM(config)

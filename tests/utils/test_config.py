@@ -129,7 +129,7 @@ class Ranged:
         ({"rate": float("nan")}, "'rate' must be a finite number"),
         ({"rate": "1e999"}, "'rate' must be a finite number"),
         ({"rate": 10**400}, "'rate' must be a number"),
-        ({"free": {"a": [float("inf")]}}, "'free' must be a finite number"),
+        ({"free": {"a": [float("inf")]}}, "'free': a must be a finite number"),
         ({"free": {None: 1}}, "'free': keys must be text, not None"),
     ],
 )

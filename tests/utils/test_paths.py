@@ -1,7 +1,9 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fourm.data.data_config import load_data_config
 from fourm.data.pack import PackOptions
 from fourm.train.config import load_config, parse_args
 from fourm.utils.errors import UserError
@@ -44,3 +46,27 @@ def test_what_a_configuration_names_is_found_beside_and_above_it(tmp_path, monke
     assert Path(load_config(config).data_config) == tmp_path / "a" / "data.yaml"
     monkeypatch.chdir(tmp_path / "a")
     assert load_config(config).data_config == "data.yaml"
+
+
+def test_data_are_found_from_the_working_directory_first_then_beside_the_configuration(tmp_path, monkeypatch):
+    config = tmp_path / "there" / "data.yaml"
+    fields = {"in_domains": "caption", "out_domains": "caption", "input_alphas": 1, "target_alphas": 1}
+    for folder in (tmp_path / "there", tmp_path / "here"):
+        for name in ("a-0.tar", "a-1.tar"):
+            (folder / "s" / "caption").mkdir(parents=True, exist_ok=True)
+            (folder / "s" / "caption" / name).touch()
+    for pattern in ("s/[caption]/a-{0..1}.tar", "s/[caption]/a-*.tar"):
+        text = yaml.safe_dump({"train": {"datasets": {"a": {**fields, "use_wds": True, "data_path": pattern}}}})
+        config.write_bytes(text.replace("\n", "\r\n").encode())  # as Windows writes it
+        monkeypatch.chdir(tmp_path)
+        assert load_data(config) == f"{tmp_path}/there/{pattern}"
+        monkeypatch.chdir(tmp_path / "here")
+        assert load_data(config) == pattern
+        monkeypatch.setenv("HOME", str(tmp_path / "here"))
+        for place in ("~", "$HOME", "${HOME}"):
+            config.write_text(text.replace("data_path: s/", f"data_path: {place}/s/"))
+            assert load_data(config) == f"{tmp_path}/here/{pattern}"
+
+
+def load_data(config):
+    return load_data_config(config, num_input_tokens=8, num_target_tokens=8).train["a"].data_path
