@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import pickle
 import signal
@@ -168,7 +169,8 @@ class _ErrorsAsItems(IterableDataset):
 def _portable(error: UserError) -> UserError:
     """The error itself with its attributes, where it can be sent to another process; otherwise its sentence."""
     try:
-        pickle.loads(pickle.dumps(error))
+        pickle.dumps(error)
+        copy.copy(error)  # is made as one that was sent
         return error
     except Exception:  # of many kinds: what errors of others hold
         return (DataError if isinstance(error, DataError) else UserError)(str(error))

@@ -113,11 +113,24 @@ _PUBLISHED_KEYS = ("name", "id", "shared_vocab", "eval_input_alphas", "eval_targ
 
 
 def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
-    """An entry of a table of modalities, which may be a plain dict as published tables have them.
+    """An entry of a table of modalities; a plain dict may hold fewer keys, or others too."""
+    if isinstance(entry, Modality):
+        return entry
+    if "type" not in entry:
+        raise UserError(f"modality {name}: 'type' is required ({KINDS})")
+    fields = own_fields(name, {key: value for key, value in entry.items() if key in _FIELDS})
+    if fields["type"] in ("seq", "seq_token", "seq_emb"):
+        fields["embedding_options"] = {"max_length": fields.get("max_tokens")} | fields.get("embedding_options", {})
+    return Modality(**{"name": name} | fields)
+
+
+def _in_table(name: str) -> Modality:
+    """The table's own entry.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or a dict that is not complete.
+        UserError: a plain dict with an unknown key or a value of the wrong type, or one that is not complete.
     """
+    entry = MODALITY_INFO[name]
     return entry if isinstance(entry, Modality) else _complete(name, own_fields(name, entry), _TABLE)
 
 
@@ -260,7 +273,7 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
         UserError: an unknown field, a value of the wrong type, or a declaration that is not complete.
     """
     check_keys(fields, set(_FIELDS) - {"name"}, f"{where}: modality {name}")
-    base = as_modality(name, MODALITY_INFO[name]) if name in MODALITY_INFO else None
+    base = _in_table(name) if name in MODALITY_INFO else None
     return _complete(name, fields, where, base)
 
 
@@ -313,12 +326,12 @@ def resolve_modalities(
         UserError: a name that neither knows, with the nearest one that they do.
     """
     declared = {name: declare(name, fields or {}, where) for name, fields in (declarations or {}).items()}
-    known = {**MODALITY_INFO, **declared}
+    known = MODALITY_INFO.keys() | declared.keys()
     resolved = {}
     for name in names:
         if name not in known:
             raise UserError(
                 f"{where}: unknown modality '{name}'{did_you_mean(name, known)}; declare it in a 'modalities:' block"
             )
-        resolved[name] = as_modality(name, known[name])
+        resolved[name] = declared[name] if name in declared else _in_table(name)
     return resolved

@@ -209,7 +209,7 @@ def test_a_folder_of_one_split_or_of_none_is_read_whole(tmp_path):
         ("./nowhere/at/all", "there is no such file or folder"),
         ("../nowhere", "there is no such file or folder"),
         ("~/nowhere", "there is no such file or folder"),
-        ("nowhere/*.json", "there is no such file"),
+        ("nowhere/*.json", "no file matches it"),
         ("{tmp}/empty", "holds no file of records: .json, .jsonl, .txt"),
         ("{tmp}/strange", "holds no file of records"),
         ("{tmp}/strange/a.csv", "a.csv has no extension that can be read"),
