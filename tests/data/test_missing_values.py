@@ -1,7 +1,7 @@
 """Null, empty and absent values of files and records, from the data configuration to the batches."""
 
-import json
 import copy
+import json
 
 import numpy as np
 import pytest
@@ -75,7 +75,9 @@ def test_missing_decides_about_null_and_empty_values(tmp_path, source, null, cap
     samples, captions, skipped = counted(loader(tmp_path, options, missing="allow", **strict))
     assert samples == COUNT and skipped == 0 and captions <= whole
     assert not caplog.records
-    assert counted(loader(tmp_path, options, max_bad_fraction=0.5))[::2] == (whole, len(GAP))
+    samples, _, skipped = counted(loader(tmp_path, options, max_bad_fraction=0.5))
+    # Files of folders are joined, and what they lack is warned about, before there is a batch.
+    assert (samples, skipped) == (whole, 0 if (source, null) == ("folders", "absent") else len(GAP))
     with pytest.raises(DataError, match="of 12 samples cannot be"):
         counted(loader(tmp_path, options, **strict))
 
