@@ -312,9 +312,9 @@ def _complete(name: str, fields: Mapping[str, Any], where: str, base: Modality |
 
 def register_modality(name: str, **fields: Any) -> Modality:
     """Add a modality to the table, or override fields of one that is there. Fields as in :class:`Modality`."""
-    MODALITY_INFO[name] = declare(name, fields, "register_modality")
+    MODALITY_INFO[name] = modality = declare(name, fields, "register_modality")
     REGISTERED[name] = REGISTERED.get(name, {}) | fields
-    return MODALITY_INFO[name]
+    return modality
 
 
 def resolve_modalities(
