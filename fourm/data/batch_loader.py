@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 import signal
 import threading
 import time
@@ -153,7 +155,7 @@ class _ErrorsAsItems(IterableDataset):
         try:
             yield from self._batches
         except UserError as error:
-            yield (DataError if isinstance(error, DataError) else UserError)(str(error))
+            yield _portable(error)
         except OSError as error:
             yield UserError(f"{error.filename or 'reading data'}: {error.strerror or error}")
         except MemoryError:
@@ -162,6 +164,16 @@ class _ErrorsAsItems(IterableDataset):
             )
         except Exception:
             yield RuntimeError(f"in a data loader process:\n{traceback.format_exc()}")
+
+
+def _portable(error: UserError) -> UserError:
+    """The error itself with its attributes, where it can be sent to another process; otherwise its sentence."""
+    try:
+        pickle.dumps(error)
+        copy.copy(error)  # is made as one that was sent
+        return error
+    except Exception:  # of many kinds: what errors of others hold
+        return (DataError if isinstance(error, DataError) else UserError)(str(error))
 
 
 def _forget_the_loaders_handler(before: Any) -> None:

@@ -20,10 +20,14 @@ from fourm.data.images import EncodedImage
 from fourm.data.limits import MAX_ARRAY_BYTES, MAX_NPY_HEADER, MAX_NPZ_MEMBERS, MAX_TEXT_BYTES
 from fourm.data.object_arrays import ObjectArray
 
-__all__ = ["FORMATS", "IMAGE_EXTENSIONS", "EncodedImage", "decode_value", "parse_json"]
+__all__ = ["FORMATS", "IMAGE_EXTENSIONS", "EncodedImage", "UnreadableFormat", "decode_value", "parse_json"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-_TEXTS = ("txt", "text")
+_TEXTS = ("txt", "text", "cls")  # cls: the number of a class, as webdataset writes it
+
+
+class UnreadableFormat(ValueError):
+    """Files with such an extension are not read."""
 
 
 def decode_value(filename: str, content: bytes) -> Any:
@@ -32,11 +36,11 @@ def decode_value(filename: str, content: bytes) -> Any:
     Images stay encoded: whether, where and how finely to decode is known only once the crop and the budgets are.
 
     Returns:
-        ``bytes`` for an image, ``str`` for txt, an array for npy (of objects an :class:`ObjectArray`), a dict of arrays for npz, parsed
+        ``bytes`` for an image, ``str`` for txt and cls, an array for npy (of objects an :class:`ObjectArray`), a dict of arrays for npz, parsed
         JSON for json.
 
     Raises:
-        ValueError: an extension that nothing here reads.
+        UnreadableFormat: an extension that nothing here reads.
         Exception: content that is not what the extension says or takes more than :mod:`fourm.data.limits` allow, mostly
             ValueError or OSError.
     """
@@ -46,7 +50,7 @@ def decode_value(filename: str, content: bytes) -> Any:
         extensions.pop()
     extension = extensions[-1] if extensions else ""
     if extension not in FORMATS:
-        raise ValueError(
+        raise UnreadableFormat(
             f"{filename}: cannot read files that end in '.{extension}' (known: {', '.join(FORMATS)}; each also with .gz)"
         )
     if compressed:

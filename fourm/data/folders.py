@@ -56,7 +56,7 @@ class Folders:
         samples, incomplete = join(columns, presence)
         if not samples and not bad:
             raise UserError(f"data_path {data_path}: no key is in all of {', '.join(roots.values())}")
-        tolerated = presence.missing == "skip"
+        tolerated = presence.missing != "error"
         for name, root in roots.items() if not tolerated else ():
             lacking = sorted(key for key in incomplete if key not in columns[name])
             if lacking:

@@ -74,9 +74,7 @@ def pixels_of(image: Image.Image, mode: str | None) -> np.ndarray:
     orientation = orientation_of(image)
     try:
         if mode is None:
-            factor = (
-                _SHARED_BITS.get(image.tile[0][3], 1) if image.format == "PNG" and getattr(image, "tile", None) else 1  # type: ignore[attr-defined]
-            )
+            factor = _spread(image)
             pixels = np.asarray(image)
             if pixels.dtype.byteorder == ">":
                 pixels = pixels.astype(pixels.dtype.newbyteorder("="))
@@ -90,6 +88,13 @@ def pixels_of(image: Image.Image, mode: str | None) -> np.ndarray:
     return pixels if orientation == 1 else _UPRIGHT[orientation](pixels)
 
 
+def _spread(image: Image.Image) -> int:
+    """By what Pillow will multiply the values of an image that is not yet decoded."""
+    if image.format == "PNG" and getattr(image, "tile", None):
+        return _SHARED_BITS.get(image.tile[0][3], 1)  # type: ignore[attr-defined]
+    return 1
+
+
 def upright(image: Image.Image, mode: str | None) -> Image.Image:
     """The same as an image, without the orientation.
 
@@ -97,8 +102,11 @@ def upright(image: Image.Image, mode: str | None) -> Image.Image:
         UnreadableImage: as of :func:`pixels_of`.
     """
     try:
+        factor = _spread(image) if mode is None else 1
         image.load()
         turned = image if orientation_of(image) == 1 else ImageOps.exif_transpose(image)
+        if factor > 1:
+            return Image.fromarray(np.asarray(turned) // np.uint8(factor))
         return turned if mode in (None, turned.mode) else in_mode(turned, mode)
     except UnreadableImage:
         raise

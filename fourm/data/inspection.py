@@ -29,6 +29,7 @@ from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.record_files import local_files
 from fourm.data.records import Record, Records
 from fourm.data.shards import Shards
+from fourm.data.transforms.image import same_frame
 from fourm.data.unified_datasets import Source, build_masking
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
@@ -43,7 +44,6 @@ MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
 
 _EXAMPLES = 3
 _SLICE = 64  # keys of folders that are one part
-_SAME_SHAPE = 0.02  # aspect ratios that differ by less do so because sides are whole pixels
 
 
 class _Sum:
@@ -307,8 +307,7 @@ class Inspector:
     def _read(self, sample: RawSample, report: Report) -> None:
         before = sum(problem.count for problem in report.problems.values())
         raw = self._columns(sample, report) if isinstance(sample, Record) else self._members(sample, report)
-        self._compare_shapes(sample, raw, report)
-        self._use(sample, raw, report)
+        self._use(sample, self._of_one_frame(sample, raw, report), report)
         report.samples += 1
         report.bad += sum(problem.count for problem in report.problems.values()) > before
 
@@ -330,15 +329,18 @@ class Inspector:
                 _measure(raw[name], self._dataset.modalities.get(name), report.content[name])
         return raw
 
-    def _compare_shapes(self, sample: RawSample, raw: Mapping[str, Any], report: Report) -> None:
-        """One crop for all is right only if all pictures show the same frame."""
+    def _of_one_frame(self, sample: RawSample, raw: dict[str, Any], report: Report) -> dict[str, Any]:
+        """What can be cropped with the main picture: one crop for all is right only if all show the same frame."""
         main = raw.get(self._dataset.main_augment_domain or "")
-        if isinstance(main, EncodedImage):
-            for name, value in raw.items():
-                height, width = value.shape[:2] if isinstance(value, EncodedImage) else main.shape
-                if abs(math.log(height * main.shape[1] / (width * main.shape[0]))) > _SAME_SHAPE:
-                    what = f"{height}x{width} pixels beside {main.shape[0]}x{main.shape[1]} of the main modality"
-                    report.problem(name, SHAPES, what, sample.where(name))
+        if not isinstance(main, EncodedImage):
+            return raw
+        others = {name: value for name, value in raw.items() if isinstance(value, EncodedImage)}
+        differing = [name for name, value in others.items() if not same_frame(value.shape, main.shape)]
+        for name in differing:
+            size = "{}x{}".format(*others[name].shape)
+            what = f"{size} pixels beside {main.shape[0]}x{main.shape[1]} of the main modality"
+            report.problem(name, SHAPES, what, sample.where(name))
+        return {name: value for name, value in raw.items() if name not in differing}
 
     def _use(self, sample: RawSample, raw: dict[str, Any], report: Report) -> None:
         """What a run does with a sample; at each problem once more without the modality that has it.

@@ -122,8 +122,13 @@ class Modality(Mapping[str, Any]):
 _FIELDS = tuple(f.name for f in dataclasses.fields(Modality))
 
 
+_TABLE = "MODALITY_INFO"
 _SIZES = ("vocab_size", "num_channels", "patch_size", "image_size", "dim_tokens")
 """What embeddings take from the other fields of a modality."""
+
+
+_PUBLISHED_KEYS = ("name", "id", "shared_vocab", "eval_input_alphas", "eval_target_alphas", "dim_tokens")
+"""Of the dicts in published tables, what follows from the rest here, or is set elsewhere."""
 
 
 def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
@@ -132,16 +137,66 @@ def as_modality(name: str, entry: Mapping[str, Any]) -> Modality:
         return entry
     if "type" not in entry:
         raise UserError(f"modality {name}: 'type' is required ({KINDS})")
-    fields = {key: value for key, value in entry.items() if key in _FIELDS and value is not None}
-    for side in ("encoder_embedding", "decoder_embedding"):
-        if callable(module := fields.get(side)):  # a class, or a partial one, as published tables have it
-            fields[side] = getattr(module, "func", module).__name__
-            given = {k: v for k, v in getattr(module, "keywords", {}).items() if k not in _SIZES}
-            fields["embedding_options"] = fields.get("embedding_options", {}) | given
+    fields = own_fields(name, {key: value for key, value in entry.items() if key in _FIELDS})
     if fields["type"] in ("seq", "seq_token", "seq_emb"):
-        options = {"max_length": fields.get("max_tokens")} | fields.get("embedding_options", {})
-        fields["embedding_options"] = options
+        fields["embedding_options"] = {"max_length": fields.get("max_tokens")} | fields.get("embedding_options", {})
     return Modality(**{"name": name} | fields)
+
+
+def _in_table(name: str) -> Modality:
+    """The table's own entry.
+
+    Raises:
+        UserError: a plain dict with an unknown key or a value of the wrong type, or one that is not complete.
+    """
+    entry = MODALITY_INFO[name]
+    return entry if isinstance(entry, Modality) else _complete(name, own_fields(name, entry), _TABLE)
+
+
+def own_fields(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A plain dict of a table as the declaration of modality ``name``: modules by their names, with their arguments.
+
+    Raises:
+        UserError: an unknown key, or an embedding that is neither a class nor a name.
+    """
+    where = f"{_TABLE}: modality {name}"
+    if not isinstance(entry, Mapping):
+        raise UserError(f"{where}: expected a dict, not {entry!r:.80}")
+    check_keys(entry, (*_FIELDS, *_PUBLISHED_KEYS), where)
+    fields = {key: value for key, value in entry.items() if key not in _PUBLISHED_KEYS and value is not None}
+    kind = fields.get("type")
+    sizes = _SIZES if kind != "img" or fields.get("vocab_size") is None else (*_SIZES, "num_channels")
+    for side in ("encoder_embedding", "decoder_embedding"):
+        module = fields.get(side)
+        if module is None:
+            if side in entry:
+                fields[side] = None  # it says that there is none
+        elif not isinstance(module, str):
+            cls = getattr(module, "func", module)  # a class, or a partial one
+            if not isinstance(cls, type):
+                raise UserError(f"{where}: '{side}' must be a class, a partial of one or its name, not {module!r:.80}")
+            given = getattr(module, "keywords", {})
+            fields[side] = cls.__name__
+            for key in sizes:
+                if key in given:
+                    fields.setdefault(key, given[key])
+            options = {key: value for key, value in given.items() if key not in (*_SIZES, "num_channels", "dim_tokens")}
+            fields["embedding_options"] = dict(fields.get("embedding_options") or {}) | options
+    if kind == "seq_emb":  # as published, where the embedding has this default
+        fields["embedding_options"] = {"orig_emb_dim": 4096} | dict(fields.get("embedding_options") or {})
+    return fields
+
+
+def own_declarations(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """What a model must keep of its modalities ``names`` to be loaded without the program that added them to the table."""
+    found = {}
+    for name in names:
+        entry = MODALITY_INFO.get(name)
+        if name in REGISTERED:
+            found[name] = REGISTERED[name]
+        elif entry is not None and not isinstance(entry, Modality):
+            found[name] = own_fields(name, entry)
+    return found
 
 
 def _pixels(name: str, num_channels: int, size: int | None = None, **options: Any) -> Modality:
@@ -198,7 +253,7 @@ _BUILTIN = (
     _pixels("ImageBind-H14", 1280), _pixels("ImageBind-H14-global", 1280),
 )  # fmt: skip
 
-MODALITY_INFO: dict[str, Modality] = {modality.name: modality for modality in _BUILTIN}
+MODALITY_INFO: dict[str, Modality | Mapping[str, Any]] = {modality.name: modality for modality in _BUILTIN}
 
 REGISTERED: dict[str, dict[str, Any]] = {}
 """What :func:`register_modality` was called with; a model of these modalities keeps it in its configuration."""
@@ -236,10 +291,15 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
     Raises:
         UserError: an unknown field, a value of the wrong type, or a declaration that is not complete.
     """
+    check_keys(fields, set(_FIELDS) - {"name"}, f"{where}: modality {name}")
+    base = _in_table(name) if name in MODALITY_INFO else None
+    return _complete(name, fields, where, base)
+
+
+def _complete(name: str, fields: Mapping[str, Any], where: str, base: Modality | None = None) -> Modality:
+    """:func:`declare`, with what ``fields`` leave out from ``base``."""
     where = f"{where}: modality {name}"
-    check_keys(fields, set(_FIELDS) - {"name"}, where)
-    if name in MODALITY_INFO:
-        base = as_modality(name, MODALITY_INFO[name])
+    if base is not None:
         # A grid's max_tokens follows from its sizes and must not survive a change of them.
         merged = {key: getattr(base, key) for key in _FIELDS if base.type != "img" or key != "max_tokens"} | dict(
             fields
@@ -273,9 +333,9 @@ def declare(name: str, fields: Mapping[str, Any], where: str = "modality declara
 
 def register_modality(name: str, **fields: Any) -> Modality:
     """Add a modality to the table, or override fields of one that is there. Fields as in :class:`Modality`."""
-    MODALITY_INFO[name] = declare(name, fields, "register_modality")
+    MODALITY_INFO[name] = modality = declare(name, fields, "register_modality")
     REGISTERED[name] = REGISTERED.get(name, {}) | fields
-    return MODALITY_INFO[name]
+    return modality
 
 
 def resolve_modalities(
@@ -290,12 +350,12 @@ def resolve_modalities(
         name: declare(name, convert(fields or {}, dict, f"{where}: modality {name}"), where)
         for name, fields in (declarations or {}).items()
     }
-    known = {**MODALITY_INFO, **declared}
+    known = MODALITY_INFO.keys() | declared.keys()
     resolved = {}
     for name in names:
         if name not in known:
             raise UserError(
                 f"{where}: unknown modality '{name}'{did_you_mean(name, known)}; declare it in a 'modalities:' block"
             )
-        resolved[name] = as_modality(name, known[name])
+        resolved[name] = declared[name] if name in declared else _in_table(name)
     return resolved

@@ -12,11 +12,11 @@ from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
-from fourm.data.decoding import EncodedImage, decode_value
+from fourm.data.decoding import EncodedImage, UnreadableFormat, decode_value
 from fourm.data.presence import Presence
 from fourm.data.regular_files import FileVersion, open_regular, version_of
 from fourm.data.remote import ShardCache
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import UserError
 from fourm.utils.transfer import shown
 
 MOST_BYTES = 2**30
@@ -162,7 +162,7 @@ class RawSample:
         try:
             value = decode_value(f"member.{member.extension}", content)
             return EncodedImage(value, keep_pixels) if isinstance(value, bytes) else value
-        except DataError as error:  # an extension that nothing here reads
+        except UnreadableFormat as error:
             raise BadSample("unreadable format", f"{self.where(name)}: {error}") from error
         except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
             if member.cache and member.cache.renewed(member.path):

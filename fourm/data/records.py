@@ -44,10 +44,11 @@ class Record(RawSample):
         """
         row = self.row()
         found = self.found(row)
-        if not self._presence.usable(found, self._columns):
+        usable = self._presence.usable(found, self._columns)
+        if not usable:
             lacking = next(name for name in self._columns if name not in found)
-            raise BadSample("missing column", self.lacks(lacking, row), tolerated=self._presence.missing == "skip")
-        return found
+            raise BadSample("missing column", self.lacks(lacking, row), tolerated=self._presence.missing != "error")
+        return {name: found[name] for name in usable}
 
     @property
     def extension(self) -> str:

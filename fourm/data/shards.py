@@ -130,7 +130,7 @@ class Shards:
         if damage:
             bad["damaged shard"] = max(bad.get("damaged shard", 0), sum(damage.values()))
         samples, incomplete = join(whole, self._presence)
-        tolerated = self._presence.missing == "skip"
+        tolerated = self._presence.missing != "error"
         for name in columns if incomplete and not tolerated else ():
             lacking = [key for key in incomplete if key not in columns[name]]
             if lacking:

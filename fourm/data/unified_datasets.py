@@ -83,8 +83,8 @@ class SampleDataset:
         shuffle_buffer: references mixed before the repeats, ``wds_shuffle_buffer_tar``.
         repeats: how often a sample is used while it is in memory, with different crops and masks.
         repeat_buffer: references mixed after the repeats, ``wds_shuffle_buffer_repeat``.
-        may_lack: samples may lack modalities, whose token budgets then go to the others (``missing: allow``).
-        presence: which samples are used; a null or empty value is one that is missing.
+        presence: which samples are used; a null or empty value is one that is missing. With ``missing: allow`` the token
+            budgets of what a sample lacks go to the others.
     """
 
     name: str
@@ -96,7 +96,6 @@ class SampleDataset:
     repeats: int = 1
     repeat_buffer: int = 0
     max_bad_fraction: float = 0.01
-    may_lack: bool = False
     presence: Presence = field(default_factory=Presence)
     _files: OpenFiles = field(default_factory=OpenFiles, repr=False)
 
@@ -141,7 +140,7 @@ class SampleDataset:
             DataError: it breaks the contract of one of its modalities.
         """
         raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
-        budgets = self.masking.draw_budgets(rng, raw if self.may_lack else None)
+        budgets = self.masking.draw_budgets(rng, raw if self.presence.missing == "allow" else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
         with errors_name_the_file(sample):
             return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
@@ -155,7 +154,7 @@ def errors_name_the_file(sample: RawSample) -> Iterator[None]:
     except (DataError, UnreadableValue) as error:
         where = sample.where(error.modality or "")
         if isinstance(error, DataError):
-            raise DataError(f"{where}: {error}") from error
+            raise DataError(f"{where}: {error}", error.modality, error.detail) from error
         raise BadSample("corrupt value", f"{where}: {error}") from error
 
 
@@ -225,7 +224,7 @@ def read_sample(
     finally:
         note_reading(None)
     ledger.read()
-    if dataset.may_lack:
+    if dataset.presence.missing == "allow":
         ledger.has(masked, dataset.modalities)
     return masked
 
@@ -374,7 +373,6 @@ def build_dataset(
         repeats=config.wds_n_repeats if training else 1,
         repeat_buffer=config.wds_shuffle_buffer_repeat,
         max_bad_fraction=config.max_bad_fraction,
-        may_lack=config.missing == "allow",
         presence=presence(
             config.missing, config.modalities, transforms_for(config.modalities), config.main_augment_domain
         ),

@@ -19,7 +19,7 @@ import yaml
 
 from fourm.data.batch_loader import BatchIterator
 from fourm.data.data_config import DataConfig
-from fourm.data.modality_info import REGISTERED
+from fourm.data.modality_info import own_declarations
 from fourm.data.options import read_data
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
@@ -385,9 +385,9 @@ def _warn_of_restarts() -> None:
 
 
 def _declarations(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """What a model must know of its modalities beside the table: the data YAML's block, and what a plugin registered."""
-    registered = {name: REGISTERED[name] for name in data.modalities if name in REGISTERED}
-    return {**registered, **data.declarations}
+    """What a model must know of its modalities beside the built-in table: the data YAML's block, and what a program added."""
+    own = own_declarations(data.modalities)
+    return {**own, **{name: own.get(name, {}) | dict(fields or {}) for name, fields in data.declarations.items()}}
 
 
 def _set_up_process(config: TrainConfig) -> None:

@@ -101,7 +101,7 @@ class CropDataset(Dataset):
         transform: of the modality.
         size: side in pixels that crops are resized to.
         num_crops, hflip, seed: of the crops that have to be drawn.
-        stored: (K, 5) by key, of the samples whose crops were drawn before.
+        stored: (K, 5) by key, of the samples whose crops were drawn before; or why they cannot be read.
     """
 
     samples: Sequence[RawSample]
@@ -110,7 +110,7 @@ class CropDataset(Dataset):
     num_crops: int
     hflip: float
     seed: int
-    stored: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
+    stored: Mapping[str, np.ndarray | BadSample] = dataclasses.field(default_factory=dict)
     files: OpenFiles = dataclasses.field(default_factory=OpenFiles)
 
     def __len__(self) -> int:
@@ -139,6 +139,8 @@ class CropDataset(Dataset):
                 )
                 for index, (top, left, height, width, flip) in enumerate(crops.tolist())
             ]
+        except BadSample:
+            raise
         except UserError as error:
             raise DataError(f"{sample.where(PIXELS)}: {error}") from error
         except Exception as error:  # the decoder of the image: its bytes are damaged
@@ -151,6 +153,8 @@ class CropDataset(Dataset):
         crops = self.stored.get(key)
         if crops is None:
             return draw_crops(key, orig_size, self.num_crops, self.hflip, self.seed)
+        if isinstance(crops, BadSample):
+            raise crops
         if crops.shape != (self.num_crops, 5):
             raise UserError(
                 f"crop_settings has shape {crops.shape}, not ({self.num_crops}, 5): set num_crops to {len(crops)}, "

@@ -22,7 +22,7 @@ from fourm.data.decoding import decode_value
 from fourm.data.folders import Folders
 from fourm.data.layout import CROP_SETTINGS, expand_braces
 from fourm.data.names import is_clutter, split_name
-from fourm.data.raw_sample import Member, OpenFiles, RawSample
+from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample
 from fourm.data.shards import Shards, tar_members
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
@@ -34,6 +34,10 @@ _REMOVE_CROPS = "remove crop_settings and all tokens made with it, and they are 
 
 Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
 """Key, tokens (K, L) and crops (K, 5) of samples."""
+
+
+StoredCrops: TypeAlias = np.ndarray | BadSample
+"""(K, 5) of a sample, or what is wrong with their file. New ones would not fit the tokens that were made with them."""
 
 
 class ImageSet(ABC):
@@ -67,8 +71,8 @@ class ImageSet(ABC):
         """The parts that have tokens in the folder ``output``, at least some; also those that are no longer there."""
 
     @abstractmethod
-    def crops(self, part: str) -> dict[str, np.ndarray]:
-        """The stored crops, by key."""
+    def crops(self, part: str) -> dict[str, StoredCrops]:
+        """The stored crops, by key; of a damaged file why its sample cannot be used."""
 
     @abstractmethod
     def write(self, part: str, output: str, results: Results) -> int:
@@ -130,7 +134,7 @@ class ShardSet(ImageSet):
     def tokenized(self, output: str) -> list[str]:
         return _shard_names(self.root / output)
 
-    def crops(self, part: str) -> dict[str, np.ndarray]:
+    def crops(self, part: str) -> dict[str, StoredCrops]:
         path, files = str(self.root / CROP_SETTINGS / part), OpenFiles()
         if not Path(path).exists():
             return {}
@@ -155,8 +159,12 @@ class ShardSet(ImageSet):
                 raise DataError(f"{self.root / self.folders[PIXELS] / part}: none of its images can be read")
             stored = self.crops(part)  # by now: another process may have tokenized another modality meanwhile
             if not crops.keys() <= stored.keys():
+                kept = {key: own for key, own in stored.items() if not isinstance(own, BadSample)}
+                if len(kept) < len(stored):
+                    problem = next(own for own in stored.values() if isinstance(own, BadSample))
+                    raise DataError(f"{problem}; {_REMOVE_CROPS}")
                 with atomic_path(self.root / CROP_SETTINGS / part) as beside:
-                    _write_tar(beside, (crops | stored).items())
+                    _write_tar(beside, (crops | kept).items())
         return len(crops)
 
     def remove(self, part: str, output: str) -> None:
@@ -186,7 +194,7 @@ class FileSet(ImageSet):
     def tokenized(self, output: str) -> list[str]:
         return [""] if self._keys(output) else []
 
-    def crops(self, part: str) -> dict[str, np.ndarray]:
+    def crops(self, part: str) -> dict[str, StoredCrops]:
         files = OpenFiles()
         return {
             key: _read_crops(Member(str(self._file(CROP_SETTINGS, key)), "npy"), key, files)
@@ -243,8 +251,10 @@ def _npy(array: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _read_crops(member: Member, key: str, files: OpenFiles) -> np.ndarray:
+def _read_crops(member: Member, key: str, files: OpenFiles) -> StoredCrops:
     try:
         return np.asarray(decode_value(f"crops.{member.extension}", files.read(member)), dtype=np.int32)
-    except (OSError, ValueError) as error:
-        raise DataError(f"{member.path}: key '{key}': {error}; {_REMOVE_CROPS}") from error
+    except UserError:
+        raise
+    except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
+        return BadSample("unreadable crops", f"{member.path}: key '{key}': {error}")

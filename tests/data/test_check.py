@@ -50,7 +50,7 @@ DAMAGE = {
 # key → modality, kind and problem of each
 EXPECTED = {
     1: ("rgb@32", "corrupt member", ""),
-    2: ("rgb@32", "corrupt value", "OSError: "),
+    2: ("rgb@32", "corrupt value", "UnreadableImage: "),
     3: ("caption", "missing", ""),
     4: ("det", "corrupt member", ""),
     5: ("tok_rgb@32", "broken contract", "token id N lies outside the vocabulary of N"),

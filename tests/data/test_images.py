@@ -18,7 +18,7 @@ from fourm.data.transforms.image import (
     cut,
     image_size,
 )
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
 
 PIXELS = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 
@@ -139,7 +139,7 @@ def test_pictures_of_another_kind_are_refused():
         SemsegTransform().postprocess(encode(PIXELS))
     with pytest.raises(DataError, match="grey"):
         NormalTransform().image_augment(encode(PIXELS[..., 0]), None, False, None, None, None)
-    with pytest.raises(DataError, match="16 bits"):
+    with pytest.raises(UnreadableValue, match="16 bits"):
         DepthTransform().postprocess(encode(GREY.astype(np.float32), "TIFF"))
     with pytest.raises(ValueError, match="-5"):
         DepthTransform().postprocess(np.array([[-5, 70000]], np.int32))
@@ -191,5 +191,5 @@ def test_the_steps_of_a_notebook(tmp_path):
     ],
 )
 def test_values_of_another_range_are_not_taken_for_pixels(transform, value):
-    with pytest.raises(DataError, match="expected"):
+    with pytest.raises((DataError, UnreadableValue), match="expected"):
         transform.postprocess(value)

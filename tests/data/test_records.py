@@ -140,6 +140,37 @@ def test_bad_records_are_counted_or_left_out(files, caplog):
         train(config(files, path, **TEXT, missing="skip"), 1)
 
 
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'\xef\xbb\xbf{"text": "sample s2"}\r', None),
+        (b'{"text": "sample s3", "text": "sample s2"}', None),  # the last one counts, as in all of JSON's readers
+        (b'{"text": "sample s2", "score": NaN}', None),
+        (b'{"text": NaN}', "missing value"),
+        (b'{"text": null}', "missing column"),
+        (b'["sample s2"]', None),  # a list of captions
+        (b"[1, 2]", "modality caption"),
+        (b'{"text": "' + b"a" * 20_000_000 + b'"}', "record too large"),
+        (b'{"text": "a dog \\ud83d"}', "corrupt record"),
+        (b"[" * 100_000, "corrupt record"),
+    ],
+    ids=["BOM", "twice", "NaN elsewhere", "NaN", "null", "list", "numbers", "20 MB", "half an emoji", "deep"],
+)  # fmt: skip
+def test_lines_of_many_kinds(files, line, reason):
+    path = files / "kinds.jsonl"
+    path.write_bytes(
+        (b"" if line[:1] == b"\xef" else b'{"text": "sample s1"}\r\n') + line + b'\n{"text": "sample s1"}\n'
+    )
+    if reason and reason.startswith("modality"):
+        with pytest.raises(DataError, match=reason):
+            train(config(files, path, **TEXT), 5)
+        return
+    batches = train(config(files, path, **TEXT, max_bad_fraction=0.9), 5)
+    skipped = sum((Counter(b.position["skipped"]) for b in batches), Counter())
+    assert set(skipped) == ({f"d0: {reason}"} if reason else set())
+    assert set(numbers(batches)) <= ({1} if reason else {1, 2}) and (reason or 2 in numbers(batches))
+
+
 def test_what_is_not_there_is_named(files):
     with pytest.raises(UserError, match="nothing.json: there is no such file"):
         train(config(files, files / "nothing.json", **TEXT), 1)
@@ -209,7 +240,7 @@ def test_a_folder_of_one_split_or_of_none_is_read_whole(tmp_path):
         ("./nowhere/at/all", "there is no such file or folder"),
         ("../nowhere", "there is no such file or folder"),
         ("~/nowhere", "there is no such file or folder"),
-        ("nowhere/*.json", "there is no such file"),
+        ("nowhere/*.json", "no file matches it"),
         ("{tmp}/empty", "holds no file of records: .json, .jsonl, .txt"),
         ("{tmp}/strange", "holds no file of records"),
         ("{tmp}/strange/a.csv", "a.csv has no extension that can be read"),

@@ -46,7 +46,9 @@ class CaptionEmbTransform(AbstractTransform):
 
     def preprocess(self, value: Any) -> list[tuple[np.ndarray, np.ndarray]]:
         """The vectors of each variant, and which of them count."""
-        vectors, valid = np.asarray(value["emb"]), np.asarray(value["mask_valid"]).astype(bool)
+        if not isinstance(value, Mapping) or not {"emb", "mask_valid"} <= value.keys():
+            raise DataError(f"expected an npz file with emb and mask_valid, not {_names(value)}")
+        vectors, valid = np.asarray(value["emb"]), finite(np.asarray(value["mask_valid"])).astype(bool)
         if vectors.ndim != 3 or not len(vectors) or vectors.shape[:2] != valid.shape:
             raise DataError(
                 f"expected emb (variants, L, D) and mask_valid (variants, L), not {vectors.shape} and {valid.shape}"
@@ -71,8 +73,9 @@ class CaptionEmbTransform(AbstractTransform):
     ) -> tuple[np.ndarray, np.ndarray]:
         return value[generator.integers(len(value)) if len(value) > 1 else 0]
 
-    def postprocess(self, value: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
-        vectors, valid = value
+    def postprocess(self, value: tuple[np.ndarray, np.ndarray] | list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        # Of a list the steps were called by hand, and nothing was chosen.
+        vectors, valid = self.choose(value, np.random.default_rng()) if isinstance(value, list) else value
         vectors = vectors[valid]
         return finite(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32, copy=False))
 
@@ -84,6 +87,10 @@ class CaptionEmbTransform(AbstractTransform):
 
     def bind(self, modality: Mapping[str, Any]) -> CaptionEmbTransform:
         return replace(self, width=modality["embedding_options"].get("orig_emb_dim"))
+
+
+def _names(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, Mapping) else type(value).__name__
 
 
 @dataclass(frozen=True)

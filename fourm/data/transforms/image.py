@@ -21,7 +21,7 @@ from PIL import Image
 
 from fourm.data.images import EncodedImage, open_image, pixels_of, upright, upright_size
 from fourm.data.transforms.base import AbstractTransform, CropCoords
-from fourm.utils.errors import DataError, UserError
+from fourm.utils.errors import DataError, UnreadableValue, UserError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLE_MODES = ("nearest", "bilinear", "bicubic")
@@ -72,7 +72,10 @@ def cut(
     top, left, h, w = (0, 0, height, width) if crop is None else crop
     if top < 0 or left < 0 or h < 1 or w < 1 or top + h > height or left + w > width:
         raise DataError(f"crop (top {top}, left {left}, {h}x{w}) does not lie inside the image of {height}x{width}")
-    _check_frame(full, (height, width))
+    if not same_frame(full, (height, width)):
+        raise ValueError(
+            f"a picture of {full[0]}x{full[1]} pixels beside one of {height}x{width}: they do not show the same"
+        )
     if isinstance(picture, EncodedImage):
         spare = 1.0
         if target_size is not None:
@@ -86,15 +89,11 @@ def cut(
     return picture[min(round(top * y), bottom - 1) : bottom, min(round(left * x), right - 1) : right].copy()
 
 
-def _check_frame(size: tuple[int, int], frame: tuple[int, int]) -> None:
+def same_frame(size: tuple[int, int], frame: tuple[int, int]) -> bool:
     """A picture of ``size`` may be larger or smaller than the one that the crop was drawn for, but not of another shape."""
-    if size != frame:
-        wide, high = size[1] * frame[0], size[0] * frame[1]
-        # A side that was rounded to a whole pixel changes the products by one side of the frame.
-        if abs(math.log(high / wide)) > _SAME_FRAME and abs(high - wide) > max(frame):
-            raise ValueError(
-                f"a picture of {size[0]}x{size[1]} pixels beside one of {frame[0]}x{frame[1]}: they do not show the same"
-            )
+    wide, high = size[1] * frame[0], size[0] * frame[1]
+    # A side that was rounded to a whole pixel changes the products by one side of the frame.
+    return size == frame or abs(math.log(high / wide)) <= _SAME_FRAME or abs(high - wide) <= max(frame)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
@@ -307,10 +306,12 @@ class DepthTransform(ImageTransform):
     resample: ClassVar[str] = "bilinear"  # bicubic overshoots at the edges of objects
 
     def as_array(self, image: np.ndarray) -> np.ndarray:
+        if image.dtype.kind == "f":
+            raise UnreadableValue("expected depth of 16 bits, 0 to 65535, not floats, whose unit is not known")
         if image.ndim != 2 or image.dtype not in (np.uint16, np.int32):
             raise DataError(f"expected one channel of 16 bits, not {image.shape} of {image.dtype}")
         if image.dtype == np.int32 and image.size and not 0 <= image.min() <= image.max() <= 65535:
-            raise ValueError(f"depth of {image.min()} to {image.max()}, not of 16 bits: 0 to 65535")
+            raise UnreadableValue(f"depth of {image.min()} to {image.max()}, not of 16 bits: 0 to 65535")
         return image.astype(np.float32)
 
     def postprocess(self, value: Picture) -> Any:
@@ -319,7 +320,7 @@ class DepthTransform(ImageTransform):
         if depth.dtype != np.float32:
             depth = self.as_array(depth)
         elif not (np.isfinite(farthest := depth.max()) and (farthest == 0 or farthest > 1)):
-            raise DataError(f"expected depth up to 65535, the share of which is taken here, not up to {farthest}")
+            raise UnreadableValue(f"expected depth up to 65535, the share of which is taken here, not up to {farthest}")
         depth = depth / np.float32(65535)
         if self.standardize_depth:
             middle = np.sort(depth, axis=None)

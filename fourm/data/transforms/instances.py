@@ -20,9 +20,10 @@ from fourm.utils.errors import DataError, UnreadableValue
 
 def code_words(codes: Sequence[int], count: int) -> list[str]:
     """The words of ``count`` codes below 1024."""
-    codes = [int(code) for code in codes]
-    if len(codes) != count or not all(0 <= code < 1024 for code in codes):
-        raise DataError(f"expected {count} codes from 0 to 1023, not {codes}")
+    if not isinstance(codes, (list, tuple)) or len(codes) != count:
+        raise DataError(f"expected {count} codes from 0 to 1023, not {codes!r:.80}")
+    if not all(type(code) is int and 0 <= code < 1024 for code in codes):
+        raise DataError(f"expected {count} codes, whole numbers from 0 to 1023, not {codes!r:.80}")
     return [f"v{code // 512}={code % 512}" for code in codes]
 
 
@@ -30,8 +31,9 @@ def _numbers(count: int, low: float, high: float) -> Callable[[Sequence[float]],
     """``count`` values in [low, high] → the words of 0 to 999."""
 
     def words(values: Sequence[float]) -> list[str]:
-        if len(values) != count or not all(isinstance(value, (int, float)) for value in values):
-            raise DataError(f"expected {count} numbers, not {values}")
+        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+        if not numbers or len(values) != count:
+            raise DataError(f"expected {count} numbers, not {values!r:.80}")
         if not all(map(math.isfinite, values)):
             raise UnreadableValue(f"expected finite numbers, not {values}")
         return [f"v0={round(999 * (min(max(value, low), high) - low) / (high - low))}" for value in values]
@@ -94,7 +96,7 @@ class HumanPoseTransform(AbstractTransform):
         return kept
 
     def choose(self, value: list[tuple[Mapping[str, Any], Box]], generator: np.random.Generator) -> list[str]:
-        words = []
+        words: list[str] = []
         for person, box in value:
             words += ["human", *box_words(box)]
             parts = [name for name in PARTS if person.get(name) is not None]
@@ -111,6 +113,9 @@ class HumanPoseTransform(AbstractTransform):
         if not value or not isinstance(value[0], str):  # the steps were called by hand, and nothing was chosen
             value = self.choose(value, np.random.default_rng())  # type: ignore[arg-type]
         return " ".join(value)
+
+
+_MOST_SIDES = 5  # of a crop, that a polygon reaches beyond it: so large is what the smallest crops were cut from
 
 
 @dataclass(frozen=True)
@@ -143,11 +148,17 @@ class SAMInstanceTransform(AbstractTransform):
     ) -> Polygons:
         """The instances in the crop."""
         crop = of_stored_crop(value, rand_aug_idx)
+        crop = crop[()] if isinstance(crop, np.ndarray) and crop.ndim == 0 else crop
         if not isinstance(crop, (list, tuple, dict, np.ndarray)):
             raise DataError(f"expected the instances of a crop, not {type(crop).__name__}")
         if isinstance(crop, dict):
             crop = [dict(zip(crop, row, strict=True)) for row in zip(*crop.values(), strict=True)]
-        return Polygons([i["points"] for i in crop], [i["token_ids"] for i in crop])
+        for instance in crop:
+            if not isinstance(instance, Mapping) or not {"points", "token_ids"} <= instance.keys():
+                raise DataError(f"expected instances with 'points' and 'token_ids', not {instance!r:.80}")
+        polygons = Polygons([i["points"] for i in crop], [i["token_ids"] for i in crop])
+        polygons.check_unit(self.size)
+        return polygons
 
     def choose(self, value: Polygons, generator: np.random.Generator) -> list[str]:
         points = generator.integers(self.size, size=(self.num_points, 2))
@@ -163,7 +174,9 @@ class SAMInstanceTransform(AbstractTransform):
         box = polygons.boxes[index].clip(0, self.size) / self.size
         return ["polygon", *box_words(box.tolist()), *code_words(polygons.codes[index].tolist(), 16)]
 
-    def postprocess(self, value: list[str]) -> str:
+    def postprocess(self, value: list[str] | Polygons) -> str:
+        if isinstance(value, Polygons):  # the steps were called by hand, and nothing was chosen
+            value = self.choose(value, np.random.default_rng())
         return " ".join(value)
 
 
@@ -185,7 +198,10 @@ class Polygons:
     def __init__(self, outlines: Sequence[Any], codes: Sequence[Any]):
         if any(len(row) != 16 for row in codes):
             raise DataError(f"expected 16 codes of each polygon, not {sorted({len(row) for row in codes})}")
-        self.codes = np.array(codes, np.int64).reshape(len(codes), 16)
+        given = np.array(codes)
+        if given.dtype.kind not in "iu" and given.size:
+            raise DataError(f"expected codes that are whole numbers, not {given.dtype}")
+        self.codes = given.astype(np.int64).reshape(len(codes), 16)
         if self.codes.view(np.uint64).max(initial=0) >= 1024:  # a negative one too
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
         arrays = [np.asarray(outline, float) for outline in outlines]
@@ -204,6 +220,18 @@ class Polygons:
         self._ends = self._corners[following]
         limits = [reduce.reduceat(self._corners, starts) for reduce in (np.minimum, np.maximum) if lengths]
         self.boxes = np.concatenate(limits, axis=1) if lengths else np.empty((0, 4))
+
+    def check_unit(self, size: int) -> None:
+        """The corners are in pixels of a crop with sides of ``size``; what reaches out of it was cut with the picture.
+
+        Raises:
+            DataError: they cannot be.
+        """
+        low, high = self._corners.min(initial=0), self._corners.max(initial=0)
+        if low < -_MOST_SIDES * size or high > (1 + _MOST_SIDES) * size:
+            raise DataError(f"polygons from {low:g} to {high:g}, far outside their crop of {size}x{size} pixels")
+        if high <= 1 and low >= 0 and (self._corners % 1).any():
+            raise DataError(f"all polygons of a crop lie in [0, 1]: expected pixels of a crop of {size}x{size}")
 
     def enclosing(self, points: np.ndarray) -> np.ndarray:
         """Which polygons have which points inside: a ray from there crosses the outline an odd number of times.

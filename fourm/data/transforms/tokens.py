@@ -53,8 +53,11 @@ class TokTransform(PerCropTransform):
     num_tokens: int | None = None
 
     def preprocess(self, value: Any) -> np.ndarray:
-        """Check all rows: an id outside the vocabulary must not come up in the middle of a run, on a GPU."""
-        ids = np.asarray(value)
+        """Check all rows: an id outside the vocabulary must not come up in the middle of a run, on a GPU.
+
+        A text, such as the class in a cls file, holds the ids of one row.
+        """
+        ids = np.array([int(word) for word in value.split()]) if isinstance(value, str) else np.asarray(value)
         if self.per_crop and (ids.ndim == 1 if self.num_tokens is None else ids.shape == (self.num_tokens,)):
             ids = ids[None]  # a flat row is one crop
         if ids.dtype.kind not in "iu" or ids.ndim < 1 + self.per_crop:
