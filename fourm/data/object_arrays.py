@@ -18,7 +18,6 @@ import numpy as np
 from fourm.data.limits import MAX_ITEMS, MAX_PICKLE_BYTES
 
 _ORDERS: tuple[Literal["C"], Literal["F"]] = ("C", "F")
-_CONTAINERS = frozenset({list, tuple, dict})
 _PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
 _DTYPE = re.compile(r"[biuf][1248]|[US]\d{1,6}|O8?")
 
@@ -105,7 +104,7 @@ class _Bytes(_Record):
         return self.arguments[0].encode("latin1")
 
 
-_VALUES = (_Array, _Scalar, _Bytes)
+_VALUES = frozenset({_Array, _Scalar, _Bytes})
 _NAMES: dict[tuple[str, str], type[_Record]] = {
     ("numpy", "ndarray"): _Type,
     ("numpy", "dtype"): _Dtype,
@@ -115,13 +114,17 @@ _NAMES: dict[tuple[str, str], type[_Record]] = {
 }
 
 
-# Instructions of a fixed length, as they follow each other in pickles of plain values and arrays (protocols 2 to 5).
-# The group is the end of the pickle.
-_FIXED_RUN = re.compile(
-    rb"(?:[\x80Khq].|M..|[Jj]....|G........|[()\]}N\x88\x89\x85-\x87\x93\x94tlaesuRb012])*(\.?)", re.DOTALL
+# Instructions of a fixed length, as they follow each other in pickles of plain values and arrays (protocols 2 to 5), and
+# after some of them the end of the pickle, or one that says its length in 1 or 4 bytes. Unless bounded, the repetition would
+# take 120 bytes a round.
+_RUN = re.compile(
+    rb"(?:[\x80Khq].|r..\0\0|[()\]}N\x88\x89\x85-\x87\x93\x94tlaesuRb012]+|M..|[Jj]....|G........){0,500}"
+    rb"(?:(\.)|([\x8cCU\x8a].)|([XBT\x8b]....))?",
+    re.DOTALL,
 )
-_GLOBAL, _FRAME, _PUT = b"c\x95r"
-_SIZED = {b: size for size, names in ((1, b"\x8cCU\x8a"), (4, b"XBT\x8b"), (8, b"\x8d\x8e")) for b in names}
+_END, _LENGTH, _LONG_LENGTH = 1, 2, 3  # groups
+_GLOBAL, _FRAME, _PUT, _EIGHT = b"c\x95r\x8d"
+_BYTES8 = 0x8E
 
 
 def check_instructions(content: bytes | memoryview) -> None:
@@ -135,31 +138,44 @@ def check_instructions(content: bytes | memoryview) -> None:
     if len(content) > MAX_PICKLE_BYTES:
         raise pickle.UnpicklingError(f"an array of objects of {len(content)} bytes, more than {MAX_PICKLE_BYTES}")
     content = bytes(content)
-    at, end = 0, len(content)
+    at, end, match = 0, len(content), _RUN.match
     while at < end:
-        run = _FIXED_RUN.match(content, at)
-        if run and run.end() > at:
-            at = run.end()
-            if run[1]:
-                return
-            continue
-        code = content[at]
-        if code in _SIZED:
-            start = at + 1 + _SIZED[code]
-            at = start + int.from_bytes(content[at + 1 : start], "little")
-        elif code == _FRAME:
-            at += 9
-            if int.from_bytes(content[at - 8 : at], "little") > end - at:
-                break
-        elif code == _PUT:
-            if int.from_bytes(content[at + 1 : at + 5], "little") > end:
-                raise pickle.UnpicklingError("an array of objects that claims a table larger than itself")
-            at += 5
-        elif code == _GLOBAL:
-            at = content.find(b"\n", content.find(b"\n", at) + 1) + 1 or end + 1
-        else:
-            raise pickle.UnpicklingError(f"instruction {code} does not belong to an array of plain values")
+        run = match(content, at)
+        start, at = at, run.end()  # type: ignore[union-attr]  # it matches nothing, too
+        kind = run.lastindex  # type: ignore[union-attr]
+        if kind == _LENGTH:
+            at += content[at - 1]
+        elif kind == _LONG_LENGTH:
+            at += int.from_bytes(content[at - 4 : at], "little")
+        elif kind == _END:
+            return
+        elif at == start:
+            at = _after_rare(content, at)
     raise pickle.UnpicklingError("an array of objects that ends too early")
+
+
+def _after_rare(content: bytes, at: int) -> int:
+    """Where the next instruction stands after one of the others that there may be."""
+    code, end = content[at], len(content)
+    number = int.from_bytes(content[at + 1 : at + 9], "little")
+    if code in (_EIGHT, _BYTES8):
+        return at + 9 + number
+    if code == _FRAME:
+        return at + 9 if number <= end - at - 9 else end
+    if code == _PUT:
+        if number & 0xFFFFFFFF > end:
+            raise pickle.UnpicklingError("an array of objects that claims a table larger than itself")
+        return at + 5
+    if code == _GLOBAL:
+        return content.find(b"\n", content.find(b"\n", at) + 1) + 1 or end
+    raise pickle.UnpicklingError(f"instruction {code} does not belong to an array of plain values")
+
+
+class _Source(io.BytesIO):
+    """All at once, as the unpickler asks a file that cannot be looked into for every few bytes."""
+
+    def peek(self, size: int) -> bytes:
+        return self.getvalue()[self.tell() :]
 
 
 class _Reader(pickle.Unpickler):
@@ -189,7 +205,7 @@ class ObjectArray(Sequence[Any]):
         self.shape = self._loaded.shape
 
     def _load(self) -> np.ndarray:
-        record = _Reader(io.BytesIO(self._content)).load()
+        record = _Reader(_Source(self._content)).load()
         array = record.value() if isinstance(record, _Array) else None
         if array is None or not array.dtype.hasobject or not array.ndim:
             raise pickle.UnpicklingError("not an array of objects")
@@ -206,37 +222,41 @@ class ObjectArray(Sequence[Any]):
         """
         records = self._load() if self._loaded is None else self._loaded
         self._loaded = None
-        known: dict[int, tuple[Any, int]] = {}
+        known: dict[int, Any] = {}
+        sizes: dict[int, int] = {}
         items = 0  # of what is made, counted anew at every reference: a few levels of ten references each are millions
 
         def value(record: Any) -> Any:
             nonlocal items
-            if type(record) in _PLAIN:
-                return record
-            found = known.get(id(record))
-            if found is None:
-                before = items
-                made = new_value(record)
-                items += (
-                    made.size if isinstance(made, np.ndarray) else len(record) if type(record) in _CONTAINERS else 1
-                )
-                found = known[id(record)] = made, items - before
-            else:
-                items += found[1]
-            if items > MAX_ITEMS:
-                raise pickle.UnpicklingError(f"more than {MAX_ITEMS} values, counted wherever they are referred to")
-            return found[0]
-
-        def new_value(record: Any) -> Any:
             kind = type(record)
+            if kind in _PLAIN:
+                return record
+            key = id(record)
+            if key in known:
+                items += sizes[key]
+                return known[key]
+            before = items
+            made: Any
             if kind in _VALUES:
                 made = record.value()
-                return filled(made) if kind is _Array and made.dtype.hasobject else made
-            if kind is dict:
-                return {value(key): value(item) for key, item in record.items()}
-            if kind is list or kind is tuple:
-                return kind(map(value, record))
-            raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
+                if kind is _Array:
+                    items += made.size
+                    if made.dtype.hasobject:
+                        filled(made)
+                else:
+                    items += 1
+            elif kind is dict:
+                items += len(record)
+                made = {value(name): value(item) for name, item in record.items()}
+            elif kind is list or kind is tuple:
+                items += len(record)
+                made = kind(map(value, record))
+            else:
+                raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
+            if items > MAX_ITEMS:
+                raise pickle.UnpicklingError(f"more than {MAX_ITEMS} values, counted wherever they are referred to")
+            known[key], sizes[key] = made, items - before
+            return made
 
         def filled(array: np.ndarray) -> np.ndarray:
             for position, record in enumerate(array.flat):

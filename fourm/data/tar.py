@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import os
 import posixpath
+import re
 import tarfile
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import NamedTuple
 from zlib import adler32
 
@@ -21,6 +23,9 @@ _CHUNK = 2**20
 _MOST_EXTENDED = 2**20  # bytes of a long name or of extended attributes
 _FILES, _WITHOUT_DATA, _EXTENDED = b"0\x007", b"123456", b"LKxgX"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"}
+
+# Name and size of a file as nearly all are written: of kind 0, in octal digits, the name in one piece.
+_USUAL = re.compile(rb"(?=([^\0]{1,100})).{124}([0-7]{11})[ \0].{20}0.{188}\0", re.DOTALL)
 
 
 class DamagedTar(tarfile.ReadError):
@@ -61,18 +66,22 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
     end = os.fstat(descriptor).st_size
     window, window_start, position = b"", 0, 0
     extended, shared = dict[str, str](), dict[str, str]()
+    match = _USUAL.match
     unnamed = ended = False  # a name was lost; the mark at the end was seen
     while position + _BLOCK <= end:
         at = position - window_start
+        if at + _BLOCK > len(window):
+            window, window_start, at = os.pread(descriptor, _WINDOW, position), position, 0
         header = window[at : at + _BLOCK]
-        if len(header) < _BLOCK:
-            window, window_start = os.pread(descriptor, _WINDOW, position), position
-            header = window[:_BLOCK]
-        try:  # what is usual, without a call
-            usual = (adler32(header) & 0xFFFF) - sum(header[148:156]) + 255 == int(header[148:154], 8)
-        except ValueError:
-            usual = False
-        if not usual and not _is_header(header):
+        good = adler32(header) & 0xFFFF == _sum_asked_for(header[148:156])
+        if good and not (extended or shared or unnamed) and (usual := match(header)):
+            name, digits = usual.groups()
+            data, size = position + _BLOCK, int(digits, 8)
+            if data + size <= end:
+                position, ended = data + (size + 511 & -_BLOCK), False
+                yield name.decode("utf-8", "surrogateescape"), data, size
+                continue
+        if not good and not _is_header(header):
             following, ended = _after_gap(descriptor, position, end, header, problems)
             if following is None:
                 break
@@ -125,6 +134,15 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
             problems.append(compression)
         elif not ended:
             problems.append(f"cut off at byte {end}, before the mark at the end of an archive")
+
+
+@lru_cache(maxsize=4096)
+def _sum_asked_for(field: bytes) -> int:
+    """The lower half of Adler-32, which is the sum of the bytes and 1, of a block that ``field`` is the right checksum of."""
+    try:
+        return int(field[:6], 8) + sum(field) - 255
+    except ValueError:
+        return -1
 
 
 def _is_header(block: bytes) -> bool:

@@ -12,6 +12,7 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fourm.models.finite import check_finite
 from fourm.models.fm_utils import LayerNorm
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path, check_file, save_tensors
@@ -113,16 +114,9 @@ def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:
     except RuntimeError as error:
         problems = [line.strip() for line in str(error).splitlines()[1:3]]
         raise UserError(f"{file} does not hold the weights of its config.json: {' '.join(problems)[:300]}") from error
-    check_finite(state_dict, file)
-    return model.eval()
-
-
-def check_finite(state_dict: dict[str, Tensor], file: str) -> None:
-    """Raise a :class:`UserError` for weights that are not finite: nothing that they give means anything."""
     for name, tensor in state_dict.items():
-        # The sum of one that is not finite is not, and needs no second tensor; in float64 no finite sum overflows.
-        if tensor.is_floating_point() and not tensor.sum(dtype=torch.float64).isfinite():
-            raise UserError(f"{file}: the weights {name} are not finite; the run that saved them had diverged")
+        check_finite(name, tensor, file)
+    return model.eval()
 
 
 def trunk_options(config: dict[str, Any]) -> dict[str, Any]:

@@ -3,12 +3,13 @@
 import io
 import os
 import pickle
+import tracemalloc
 
 import numpy as np
 import pytest
 
 from fourm.data.decoding import decode_value
-from fourm.data.object_arrays import ObjectArray
+from fourm.data.object_arrays import ObjectArray, check_instructions
 
 VALUES = [
     {"points": [[1.5, 2.0]], "token_ids": np.arange(16, dtype=np.int16), "name": "a"},
@@ -137,3 +138,13 @@ def test_references_to_references_are_counted():
     itself.append(itself)
     with pytest.raises(RecursionError):
         ObjectArray(pickle.dumps(object_array([itself]), 4))[0]
+
+
+def test_looking_at_a_pickle_takes_no_memory_of_its_own():
+    pickled = b"\x80\x04" + b")" * 2**20 + b"h\0" * 2**19 + b"."
+    tracemalloc.start()
+    try:
+        check_instructions(pickled)
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()

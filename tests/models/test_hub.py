@@ -97,7 +97,9 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, value):
     model = toy_model()
     model.encoder[1].mlp.fc1.weight.data[3, 2] = value
     model.save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"model.safetensors: the weights encoder.1.mlp.fc1.weight are not finite"):
+    with pytest.raises(
+        UserError, match=r"model.safetensors: encoder.1.mlp.fc1.weight holds values that are not finite"
+    ):
         FM.from_pretrained(str(tmp_path))
 
 
