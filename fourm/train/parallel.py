@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
+from fourm.utils.ranks import ranks_of_torchrun
 from fourm.utils.transfer import shown
 
 T = TypeVar("T")
@@ -38,7 +38,7 @@ class Processes:
     """
 
     def __init__(self, config: TrainConfig):
-        self.rank, self.world_size, local_rank = _ranks()
+        self.rank, self.world_size, local_rank = ranks_of_torchrun()
         self.device = _device(config.device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -163,24 +163,6 @@ class DDP(Strategy):
 
     def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
-
-
-def _ranks() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from the variables that torchrun sets."""
-    found = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        if not text.isascii() or not text.isdigit():
-            raise UserError(
-                f"the environment has {name}={text!r}, which is no number; unset it, or start with torchrun"
-            )
-        found[name] = int(text)
-    if found["RANK"] >= found["WORLD_SIZE"]:
-        raise UserError(
-            f"the environment has RANK={found['RANK']} and WORLD_SIZE={found['WORLD_SIZE']}: ranks begin with 0; start with "
-            "torchrun"
-        )
-    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -69,9 +69,9 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
         (target / foreign).write_text("precious")
         (target / "zz.json").write_text("own")
         before = tree(target)
-        with pytest.raises(UserError, match=f"{target} holds '{foreign.split('/')[0]}'"):
-            with atomic_folder(target, ["*.json", "model.safetensors"]):
-                raise AssertionError("nothing may begin")
+        refused = pytest.raises(UserError, match=f"{target} holds '{foreign.split('/')[0]}'")
+        with refused, atomic_folder(target, ["*.json", "model.safetensors"]):
+            raise AssertionError("nothing may begin")
         assert tree(target) == before and os.listdir(tmp_path) == ["codebook"]
         shutil.rmtree(target)
     target.mkdir()
@@ -124,12 +124,12 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        with pytest.raises(UserError, match=f"{target} cannot be written: files may not get so large"):
-            with atomic_path(target) as temporary:
-                temporary.write_bytes(bytes(2000))
-        with pytest.raises(UserError, match=f"{tmp_path / 'w.safetensors'} cannot be written: files may not"):
-            with atomic_path(tmp_path / "w.safetensors") as temporary:
-                save_tensors({"a": torch.zeros(2000)}, temporary)
+        too_large = pytest.raises(UserError, match=f"{target} cannot be written: files may not get so large")
+        with too_large, atomic_path(target) as temporary:
+            temporary.write_bytes(bytes(2000))
+        too_large = pytest.raises(UserError, match=f"{tmp_path / 'w.safetensors'} cannot be written: files may not")
+        with too_large, atomic_path(tmp_path / "w.safetensors") as temporary:
+            save_tensors({"a": torch.zeros(2000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(FileNotFoundError), atomic_path(target):
