@@ -9,6 +9,7 @@ import contextlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +21,7 @@ from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
 from fourm.utils.ranks import ranks_of_torchrun
-from fourm.utils.transfer import shown
+from fourm.utils.transfer import check_url, shown
 
 T = TypeVar("T")
 
@@ -46,6 +47,7 @@ class Processes:
         if self.distributed:
             # Decisions of the host travel through gloo: they must not wait for the GPUs.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            _check_meeting_point(config.dist_url)
             try:
                 dist.init_process_group(backend, config.dist_url, rank=self.rank, world_size=self.world_size)
             except (ValueError, RuntimeError, OSError) as error:
@@ -163,6 +165,15 @@ class DDP(Strategy):
 
     def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
+
+
+def _check_meeting_point(url: str) -> None:
+    """Raise a :class:`UserError` for one at which processes would wait for each other for ever."""
+    if url.startswith("tcp:"):
+        check_url(url, ("tcp",))
+    path = url.removeprefix("file://")
+    if path != url and not Path(path.partition("?")[0]).parent.is_dir():
+        raise UserError(f"'dist_url' {shown(url)}: there is no such folder")
 
 
 def _device(name: str, local_rank: int) -> torch.device:

@@ -229,13 +229,15 @@ def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> N
     Raises:
         UserError: it is no URL with one of the ``schemes`` and a host or bucket.
     """
-    example = "s3://BUCKET/KEY" if "s3" in schemes else "https://HOST"
+    example = "s3://BUCKET/KEY" if "s3" in schemes else f"{schemes[-1]}://HOST{':PORT' if 'tcp' in schemes else ''}"
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # raises for one that is none
         host = parts.netloc if parts.scheme == "s3" else unquote(parts.hostname or "")
         name = r"[\w.-]+" if parts.scheme == "s3" else r"[^\s/@]+"
         if parts.scheme not in schemes or not re.fullmatch(name, host) or re.search(r"[\x00-\x1f\x7f]", url):
+            raise ValueError
+        if parts.scheme == "tcp" and (parts.port is None or "@" in parts.netloc):
             raise ValueError
         if parts.scheme != "s3":
             host.encode("idna")
