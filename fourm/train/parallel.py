@@ -181,7 +181,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"'device' must be auto, cpu, cuda or cuda:N, not {name!r}") from None
     if device.type != "cuda":
         return device
