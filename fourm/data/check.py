@@ -24,9 +24,10 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.data.options import ReadOptions
 from fourm.data.record_files import local_files
-from fourm.utils.errors import run_cli
+from fourm.utils.errors import printable, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
+from fourm.utils.urls import without_secrets
 
 _MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -247,9 +248,9 @@ def main(argv: list[str] | None = None) -> int:
         for dataset in datasets.values()
     ]
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(without_secrets(found), indent=2))
     else:
-        print("\n".join(table(entry["split"], entry) for entry in found))
+        print(printable("\n".join(table(entry["split"], entry) for entry in found)))
     return int(any(entry["problems"] for entry in found))
 
 

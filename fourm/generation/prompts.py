@@ -23,8 +23,8 @@ def read_prompts(path: Path) -> list[str]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         # Positions of this codec do not count the mark at the beginning.
-        line = content.count(b"\n", 0, error.start) + 1
-        raise UserError(f"data: {path}, line {line}: this is not UTF-8 text; save the file as UTF-8") from error
+        number = content.count(b"\n", 0, error.start) + 1
+        raise UserError(f"data: {path}, line {number}: this is not UTF-8 text; save the file as UTF-8") from error
     lines = _NEWLINE.split(text)
     for number, prompt in enumerate(lines, 1):
         _check(prompt, f"data: {path}, line {number}")

@@ -218,11 +218,22 @@ def _load_model(model: str | Path) -> FM:
 
 
 def _vocabulary_of(folder: Path) -> str | None:
-    """The vocabulary that a run folder names, or a checkpoint."""
-    if (folder / "state.json").is_file():
-        return json.loads((folder / "state.json").read_text()).get("config", {}).get("text_tokenizer_path")
-    config = folder / "config.yaml"
-    return load_yaml(config).get("text_tokenizer_path") if config.is_file() else None
+    """The vocabulary that a run folder names, or a checkpoint.
+
+    Raises:
+        UserError: the file that should name it is damaged.
+    """
+    state, config = folder / "state.json", folder / "config.yaml"
+    if state.is_file():
+        try:
+            path = json.loads(state.read_bytes()).get("config", {}).get("text_tokenizer_path")
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise UserError(f"{state} is damaged, and names no text vocabulary: set text_tokenizer") from error
+    else:
+        path = load_yaml(config).get("text_tokenizer_path") if config.is_file() else None
+    if not isinstance(path, str | None):
+        raise UserError(f"{state if state.is_file() else config}: 'text_tokenizer_path' is no path: set text_tokenizer")
+    return path
 
 
 def _tokenizer_folders(tokenizers: str | Path | Mapping[str, str | Path] | None) -> dict[str, Path]:

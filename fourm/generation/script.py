@@ -7,7 +7,6 @@ makes what is missing, and the same. Results say what they were made from: those
 from __future__ import annotations
 
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -34,6 +33,8 @@ from fourm.generation.stages import Stage, generate
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
+from fourm.utils.ranks import ranks_of_torchrun
+from fourm.utils.urls import without_secrets
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -238,10 +239,10 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
         UserError: ``out`` was made with others.
     """
     current = {key: value for key, value in options.flat().items() if key not in _FREE}
-    current = json.loads(json.dumps(current, default=str))
+    current = json.loads(json.dumps(without_secrets(current), default=str))
     record = out / SETTINGS
     if record.exists():
-        before = _read_settings(record)
+        before = without_secrets(_read_settings(record))
         for key in {**current, **before}:
             if before.get(key) != current.get(key):
                 raise UserError(
@@ -265,8 +266,9 @@ def _read_settings(record: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own."""
+    rank, world_size, local_rank = ranks_of_torchrun()
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
     options = parse(argv)
     load_plugin(options.plugin)
-    run(options, int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    run(options, rank, world_size)

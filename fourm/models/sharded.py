@@ -118,7 +118,8 @@ def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], I
     config, known = _config(checkpoint), tensors_in(checkpoint)
     if ema and not any(name.startswith(EMA) for name in known):
         raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
-    sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in _names(config)}
+    names = _names(_layout(config, checkpoint))
+    sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in names}
     for source in sources.values():
         if source not in known:
             raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} is of another model")
@@ -151,8 +152,7 @@ def _config(checkpoint: Path) -> dict[str, Any]:
 def load_model(checkpoint: Path, ema: bool = False) -> FM:
     """The model of a checkpoint, as :meth:`FM.from_pretrained` gives that of a run's end; raises like :func:`read_weights`."""
     config, weights = read_weights(checkpoint, ema)
-    with torch.device("meta"):
-        model = FM(published_config(config))
+    model = _layout(published_config(config), checkpoint)
     tensors = model.to_empty(device="cpu").state_dict()
     for name, tensor in weights:
         tensors[name].copy_(tensor)
@@ -167,8 +167,7 @@ def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
     """
     check_export(folder)
     config, weights = read_weights(checkpoint, ema)
-    with torch.device("meta"):
-        layout = FM(config).state_dict()
+    layout = _layout(config, checkpoint).state_dict()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in layout.items():
@@ -178,17 +177,34 @@ def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
         }  # fmt: skip
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    write_config(folder, config)
     with atomic_path(folder / WEIGHTS) as path, path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights:
             file.write(tensor.to(layout[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+        write_config(folder, config)  # not before all weights could be read and written
 
 
-def _names(config: dict[str, Any]) -> Iterable[tuple[str, str]]:
+def _layout(config: dict[str, Any], checkpoint: Path) -> FM:
+    """The model without memory for weights.
+
+    Raises:
+        UserError: ``config`` is of no model; whose checksum is right has not been damaged, but may be anybody's.
+    """
+    try:
+        with torch.device("meta"):
+            return FM(config)
+    except UserError as error:
+        raise UserError(f"checkpoint {checkpoint}: {CONFIG}: {error}") from error
+    except Exception as error:  # of whatever kind: its values can be of any type
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"checkpoint {checkpoint}: {CONFIG} is no configuration of a model: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _names(model: FM) -> Iterable[tuple[str, str]]:
     """Every name of the model's state dict, with the first name of the same tensor."""
-    with torch.device("meta"):
-        tensors = FM(config).state_dict(keep_vars=True)
+    tensors = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     return [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors.items()]
 

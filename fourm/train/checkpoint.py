@@ -148,7 +148,10 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     try:
         state = json.loads((path / STATE).read_bytes())
-        found = {key: isinstance(state[key], kind) for key, kind in _STATE_TYPES.items()}
+        found = {key: type(state[key]) is kind for key, kind in _STATE_TYPES.items()}
+        found |= {key: found[key] and state[key] >= least for key, least in (("step", 0), ("global_batch", 1))}
+        identity = state.get("identity", {})  # which earlier versions did not write
+        found["identity"] = type(identity) is dict and all(type(part) is dict for part in identity.values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
     if not all(found.values()):

@@ -20,6 +20,7 @@ from fourm.utils.config import convert, convert_fields, load_yaml, settle
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_overrides
 from fourm.utils.paths import AnyPath, InputPath, OutputPath, expand_path
+from fourm.utils.urls import without_secrets
 
 _SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 _ALIASES = {"tokenizer_path": "text_tokenizer_path"}
@@ -299,8 +300,8 @@ def load_config(path: str | Path | None, overrides: dict[str, Any] | None = None
 
 
 def to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Plain values for YAML and JSON."""
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(config).items()}
+    """Plain values for YAML and JSON, which others will read: URLs are without passwords and signatures."""
+    return without_secrets(dataclasses.asdict(config))
 
 
 def parse_args(argv: list[str] | None = None, description: str = "Train a 4M model.") -> TrainConfig:

@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 from fourm.train.config import TrainConfig, to_dict
 from fourm.train.nonfinite import without_not_finite
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.errors import MissingDependency, PrintableFormatter, UserError
 from fourm.utils.files import atomic_path
+from fourm.utils.urls import without_secrets
 
 log = logging.getLogger("fourm")
 FILES = LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"  # with which another machine continues the record
@@ -54,7 +55,7 @@ def logging_of(config: TrainConfig, main: bool) -> Iterator[None]:
         Path(config.output_dir).mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(Path(config.output_dir) / "log.txt", encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     try:
         yield
@@ -221,4 +222,5 @@ def _wandb_run(config: TrainConfig) -> Any:
     return wandb.init(
         project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name, id=name.decode(),
         resume="allow", dir=config.output_dir, config=to_dict(config),
+        settings=wandb.Settings(x_disable_meta=without_secrets(sys.argv) != sys.argv),  # it would keep the command line
     )  # fmt: skip

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
-from fourm.utils.transfer import shown
+from fourm.utils.ranks import ranks_of_torchrun
+from fourm.utils.transfer import check_url, shown
 
 T = TypeVar("T")
 
@@ -38,7 +39,7 @@ class Processes:
     """
 
     def __init__(self, config: TrainConfig):
-        self.rank, self.world_size, local_rank = _ranks()
+        self.rank, self.world_size, local_rank = ranks_of_torchrun()
         self.device = _device(config.device, local_rank)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -46,6 +47,7 @@ class Processes:
         if self.distributed:
             # Decisions of the host travel through gloo: they must not wait for the GPUs.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
+            _check_meeting_point(config.dist_url)
             try:
                 dist.init_process_group(backend, config.dist_url, rank=self.rank, world_size=self.world_size)
             except (ValueError, RuntimeError, OSError) as error:
@@ -165,22 +167,13 @@ class DDP(Strategy):
         return (batch for batch in batches if batch is not None)
 
 
-def _ranks() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from the variables that torchrun sets."""
-    found = {}
-    for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
-        text = os.environ.get(name, default)
-        if not text.isascii() or not text.isdigit():
-            raise UserError(
-                f"the environment has {name}={text!r}, which is no number; unset it, or start with torchrun"
-            )
-        found[name] = int(text)
-    if found["RANK"] >= found["WORLD_SIZE"]:
-        raise UserError(
-            f"the environment has RANK={found['RANK']} and WORLD_SIZE={found['WORLD_SIZE']}: ranks begin with 0; start with "
-            "torchrun"
-        )
-    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+def _check_meeting_point(url: str) -> None:
+    """Raise a :class:`UserError` for one at which processes would wait for each other for ever."""
+    if url.startswith("tcp:"):
+        check_url(url, ("tcp",))
+    path = url.removeprefix("file://")
+    if path != url and not Path(path.partition("?")[0]).parent.is_dir():
+        raise UserError(f"'dist_url' {shown(url)}: there is no such folder")
 
 
 def _device(name: str, local_rank: int) -> torch.device:
@@ -188,7 +181,9 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError:
+        if device.type != "cuda":
+            torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError):
         raise UserError(f"'device' must be auto, cpu, cuda or cuda:N, not {name!r}") from None
     if device.type != "cuda":
         return device

@@ -43,7 +43,7 @@ from fourm.train.same_run import identity_of
 from fourm.train.schedules import build_schedule
 from fourm.train.signals import StopSignals
 from fourm.train.waiting import Stopped, Waiting
-from fourm.utils.errors import UserError
+from fourm.utils.errors import UserError, printable
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.plugin import load_plugin
 from fourm.utils.tokenizer import load_text_tokenizer
@@ -75,7 +75,7 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     if config.plan:
         data = load_data(config)
         text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
-        print(describe(config, plan_run(config, data, build_model(config, data), text_tokenizer)))
+        print(printable(describe(config, plan_run(config, data, build_model(config, data), text_tokenizer))))
         return 0
     parallel = strategy(config)
     _set_up_process(config)

@@ -16,7 +16,7 @@ from fourm.data.names import is_clutter
 from fourm.data.record_files import local_files
 from fourm.train.config import TrainConfig, to_dict
 from fourm.utils.errors import UserError
-from fourm.utils.transfer import shown
+from fourm.utils.urls import shown, without_secrets
 
 # What decides over the weights that come out. All other keys may change: paths, output, logging, checkpoints, stores,
 # processes, evaluation, and the length of the run. The global batch and the layout of the data are looked at apart.
@@ -46,7 +46,7 @@ def check_same_run(config: TrainConfig, saved: Mapping[str, Any], identity: Mapp
     changes = _differences({key: before.get(key, _ABSENT) for key in FIXED}, now)
     for kind in ("data", "vocabulary"):
         if kind in saved.get("identity", {}):
-            changes += _differences(saved["identity"][kind], json.loads(json.dumps(identity[kind])))
+            changes += _differences(without_secrets(saved["identity"][kind]), json.loads(json.dumps(identity[kind])))
     if changes:
         more = f"; and {len(changes) - 12} more" if len(changes) > 12 else ""
         raise UserError(
@@ -72,7 +72,7 @@ def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, An
         for key, value in _of_data_set(dataset).items():
             facts[f"data set {name}: {key}"] = value
     digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-    return {"data": facts, "vocabulary": {"text vocabulary": digest}}
+    return {"data": without_secrets(facts), "vocabulary": {"text vocabulary": digest}}
 
 
 def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import difflib
 import errno
+import io
+import logging
 import os
 import re
 import signal
 import sys
 from collections.abc import Callable, Iterable
+
+from fourm.utils.interrupts import raise_again
+from fourm.utils.urls import without_secrets
 
 # Control characters other than tab and newline, what reorders text, and halves of a character. Names and texts of strangers
 # can hold them: a terminal would obey them, and halves cannot be written as UTF-8.
@@ -75,8 +80,15 @@ def did_you_mean(name: str, options: Iterable[str]) -> str:
 
 
 def printable(text: str) -> str:
-    """``text`` with control characters, such as those of escape sequences, written out: ``\\x1b[2J``."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text)
+    """``text`` with control characters, such as those of escape sequences, written out: ``\\x1b[2J``; URLs without secrets."""
+    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], without_secrets(text))
+
+
+class PrintableFormatter(logging.Formatter):
+    """Messages can hold names of strangers and URLs."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def reason(error: OSError) -> str:
@@ -89,8 +101,14 @@ def reason(error: OSError) -> str:
 def run_cli(main: Callable[[], int | None]) -> None:
     """Run an entry script: what the user or the machine causes is one line and exit status 2, without a traceback.
 
-    What takes long to import is to be imported within ``main``: Ctrl-C is expected only there. It ends with status 130.
+    Ctrl-C ends it with status 130; while modules are loaded before, :func:`fourm.utils.interrupts.end_at_once` does so.
     """
+    raise_again()
+    for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding lacks some characters
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # of commands that set up no logging of their own
+        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
     try:
         status = main()
         sys.stdout.flush()

@@ -38,10 +38,12 @@ def expand_path(path: str, where: str = "path") -> str:
         where: what errors name: the key.
 
     Raises:
-        UserError: a variable that is not set, or a user who does not exist.
+        UserError: a variable that is not set, a user who does not exist, or a NUL character.
     """
     if re.match(r"\w+://", path):
         return path
+    if "\0" in path:
+        raise UserError(f"{where}: there is a NUL character in {path!r}, which no path can have")
 
     def value(found: re.Match[str]) -> str:
         name = found[1] or found[2]

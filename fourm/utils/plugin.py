@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import traceback
 
 from fourm.utils.errors import UserError
 
@@ -13,7 +14,7 @@ def load_plugin(name: str) -> None:
     """Import the module called ``name``, also from the working directory; nothing for an empty name.
 
     Raises:
-        UserError: there is no such module, or one that it needs.
+        UserError: there is no such module, or one that it needs; or it fails.
     """
     if not name:
         return
@@ -25,3 +26,15 @@ def load_plugin(name: str) -> None:
         raise UserError(
             f"'plugin': cannot import {name}: {error}; it must be installed or in the working directory"
         ) from error
+    except UserError:
+        raise
+    except Exception as error:  # of whatever kind: the module is anybody's
+        raise UserError(
+            f"'plugin': {name} fails {_place_of(error)}with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        ) from error
+
+
+def _place_of(error: Exception) -> str:
+    """Where it was raised: ``in FILE, line 3, ``; errors of syntax tell it themselves."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return "" if isinstance(error, SyntaxError) else f"in {last.filename}, line {last.lineno}, "

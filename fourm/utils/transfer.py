@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from fourm.utils.errors import UserError
+from fourm.utils.errors import UserError, printable
+from fourm.utils.urls import shown as shown
 
 T = TypeVar("T")
 
@@ -222,23 +223,13 @@ def within(seconds: float, action: Callable[[], T]) -> T:
         raise Transient(f"no complete answer within {seconds:g} seconds") from error
 
 
-def shown(url: str) -> str:
-    """A path as messages name it: a URL without the query and the user, where signatures and passwords are."""
-    if not re.match(r"[\w+.-]+:/", url):
-        return url
-    url = re.split("[?#]", url, maxsplit=1)[0]
-    # What is behind a colon and no port is a password, even if it has slashes in it.
-    user = r".*@" if re.match(r"[\w+.-]+:/+[^/@]*:(?!\d*(/|$))", url) else r"[^/]*@"
-    return re.sub(rf"^([\w+.-]+:/+){user}", r"\1", url, flags=re.DOTALL)
-
-
 def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> None:
     """Find what cannot work before anything is asked.
 
     Raises:
         UserError: it is no URL with one of the ``schemes`` and a host or bucket.
     """
-    example = "s3://BUCKET/KEY" if "s3" in schemes else "https://HOST"
+    example = "s3://BUCKET/KEY" if "s3" in schemes else f"{schemes[-1]}://HOST{':PORT' if 'tcp' in schemes else ''}"
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # raises for one that is none
@@ -246,15 +237,12 @@ def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> N
         name = r"[\w.-]+" if parts.scheme == "s3" else r"[^\s/@]+"
         if parts.scheme not in schemes or not re.fullmatch(name, host) or re.search(r"[\x00-\x1f\x7f]", url):
             raise ValueError
+        if parts.scheme == "tcp" and (parts.port is None or "@" in parts.netloc):
+            raise ValueError
         if parts.scheme != "s3":
             host.encode("idna")
     except ValueError:
         raise UserError(f"{printable(shown(url))!r} is not a valid URL, such as {example}") from None
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() else "\N{REPLACEMENT CHARACTER}" for sign in text)
 
 
 def raise_for_status(status: int, code: str, url: str) -> None:

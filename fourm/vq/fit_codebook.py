@@ -94,6 +94,10 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
             items = codebook.items(pixels).flatten(0, 2).cpu()
             chosen.append(items[torch.randperm(len(items), generator=rng)[: per_image * len(batch.keys)]])
             bar.update(len(batch.keys))
+    if not chosen:
+        raise UserError(
+            f"{images.root / options.modality}: none of the images can be read; the warnings above name them"
+        )
     pool = torch.cat(chosen)[: options.num_patches].to(codebook.device)
     if len(pool) < options.vocab_size:
         raise UserError(

@@ -31,15 +31,19 @@ def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Im
         weights = load_file(folder / WEIGHTS, device=str(device))
     except OSError as error:
         raise UserError(f"{folder} is not a tokenizer folder ({CONFIG} and {WEIGHTS}): {error}") from error
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: a file of this tokenizer is damaged: {error}") from error
     kind = content.pop("type", None) if isinstance(content, dict) else None
-    if kind not in TOKENIZERS:
+    if not isinstance(kind, str) or kind not in TOKENIZERS:
         raise UserError(f"{folder / CONFIG}: unknown tokenizer type '{kind}'{did_you_mean(str(kind), TOKENIZERS)}")
     cls = TOKENIZERS[kind]
-    tokenizer = cls(build(cls.Config, content, str(folder / CONFIG))).to(device)
+    config = build(cls.Config, content, str(folder / CONFIG))
     try:
+        tokenizer = cls(config).to(device)
         tokenizer.load_state_dict(weights)
-    except RuntimeError as error:
-        raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())}") from error
+    except (RuntimeError, MemoryError) as error:  # sizes that nothing can have, too
+        raise UserError(f"{folder / WEIGHTS} does not fit {CONFIG}: {' '.join(str(error).split())[:500]}") from error
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{folder / WEIGHTS}: {name} holds values that are not finite; fit the tokenizer again")
     return tokenizer.eval()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.utils.config import settle
 from fourm.utils.errors import DataError, UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
@@ -144,8 +144,16 @@ def _digest(tokenizer: Path) -> str:
 
 def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
     """Raise a :class:`UserError` if ``folder`` holds tokens, of the parts ``kept``, that were made otherwise, or anything else."""
+    check_file(folder / RECORD)
     try:
-        before = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        before = json.loads((folder / RECORD).read_bytes())
+        if not isinstance(before, dict):
+            raise ValueError("it is no object")
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{folder / RECORD} is damaged, so nobody knows how its tokens were made: use another output_modality, or remove "
+            "this folder"
+        ) from error
     except FileNotFoundError:
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):
             raise UserError(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,9 +46,14 @@ class TokenizerConfig:
     transform_options: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "patch_size", "num_channels", "input_size"):
-            if getattr(self, name) < 1:
+        for name in ("vocab_size", "patch_size", "num_channels", "input_size", "one_hot_classes"):
+            if (getattr(self, name, None) or 1) < 1 or getattr(self, name, None) == 0:
                 raise UserError(f"tokenizer: '{name}' must be at least 1, not {getattr(self, name)}")
+        low, *others = self.value_range
+        if len(others) != 1 or not -math.inf < low <= others[0] < math.inf:
+            raise UserError(
+                f"tokenizer: 'value_range' must be two finite numbers, the smaller one first, not {self.value_range}"
+            )
         if self.input_size % self.patch_size:
             raise UserError(
                 f"tokenizer: input_size {self.input_size} is not a multiple of patch_size {self.patch_size}"

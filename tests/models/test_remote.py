@@ -1,6 +1,7 @@
 """Checkpoints in an S3 store."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -142,6 +143,33 @@ def test_half_a_copy_of_a_killed_process_is_removed(checkpoints, server, run):
     other.mkdir()  # of a process that is fetching it
     assert local_copy(find_model(run, store), store) == copy
     assert copy.is_dir() and other.is_dir() and not left.exists()
+
+
+@pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "link", "file"])
+def test_a_copy_that_was_damaged_since_is_fetched_again(checkpoints, server, run, tmp_path, what, caplog):
+    store = S3Store(server.endpoint)
+    copy_checkpoint(checkpoints[0], run, store, keep_last=0)
+    copy = local_copy(find_model(run, store), store)
+    shard = next(copy.glob("shard-*"))
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    other = tmp_path / "of the user"
+    other.write_bytes(content)
+    if what == "file":
+        shutil.rmtree(copy)
+        copy.write_text("no folder")
+    else:
+        shard.unlink()
+    if what == "link":
+        shard.symlink_to(other)
+    elif what in ("flipped", "truncated"):
+        shard.write_bytes(content if what == "flipped" else content[:-1])
+    assert local_copy(find_model(run, store), store) == copy
+    assert {file.name: file.read_bytes() for file in copy.iterdir()} == {
+        file.name: file.read_bytes() for file in checkpoints[0].iterdir()
+    }
+    assert not any(file.is_symlink() for file in copy.iterdir()) and other.read_bytes() == content
+    assert "this copy of" in caplog.text and "is damaged; it is fetched again" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "list", "elsewhere"])

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import json
 import math
 import os
@@ -18,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from fourm.models import FM
 from fourm.models.sharded import read_weights
-from fourm.train.config import load_config
+from fourm.train.config import load_config, parse_args
 from fourm.utils.errors import UserError
 from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, start, write_run
 
@@ -138,8 +139,20 @@ def test_a_token_beyond_its_vocabulary_names_file_and_value(tmp_path):
 
 def test_weights_and_biases_offline(tmp_path):
     config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0)
-    run(config, "--log_wandb", "--wandb_project", "toys", WANDB_MODE="offline", WANDB_SILENT="true")
-    assert list((tmp_path / "toys" / "out" / "wandb").glob("offline-run-*/*.wandb"))
+    url = "https://me:hunter2@host:9000/?X-Amz-Signature=hunter2"
+    options = ("--s3_data_endpoint", url, "--log_wandb", "--wandb_project", "toys")
+    output = run(config, *options, WANDB_MODE="offline", WANDB_SILENT="true")
+    out = tmp_path / "toys" / "out"
+    assert list((out / "wandb").glob("offline-run-*/*.wandb"))
+    # Nobody finds the password afterwards, and the run goes on all the same.
+    output += run_here(config, "--s3_data_endpoint", url, "--epochs", 2)
+    with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
+        parse_args(["--config", str(config), "--s3_data_endpoint", url, "--print_config"])
+    assert "s3_data_endpoint: https://host:9000/\n" in printed.getvalue()
+    assert "https://host:9000/" in (out / "config.yaml").read_text() and "resumed from" in output
+    files = [path for path in out.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert not [path for path in files if b"hunter2" in path.read_bytes()]
+    assert "hunter2" not in output + printed.getvalue()
 
 
 @pytest.mark.parametrize("source", ["folder", "safetensors", "pth"])

@@ -24,7 +24,7 @@ from fourm.data.preview.sequences import Reader
 from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
-from fourm.utils.errors import UserError, run_cli
+from fourm.utils.errors import PrintableFormatter, UserError, run_cli
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
@@ -100,7 +100,9 @@ def _check_output(page: Path, picture: Path) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Write page and PNG."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
-    logging.basicConfig(format="%(levelname)s: %(message)s")
+    handler = logging.StreamHandler()
+    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler])
     out = Path(options.out)
     picture = out.with_suffix(".png")
     _check_output(out, picture)

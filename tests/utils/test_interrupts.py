@@ -1,0 +1,35 @@
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_cli" in path.read_text())
+
+
+@pytest.mark.parametrize("command", [["run_training_4m.py"], ["-m", "fourm.data.pack"]])
+def test_ctrl_c_while_modules_are_loaded_is_no_traceback(command):
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        time.sleep(0.001)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output, errors) == (130, "", "interrupted\n")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_scripts_load_nothing_before_ctrl_c_is_seen_to(name):
+    lines = [line for line in (ROOT / name).read_text().splitlines() if "import" in line]
+    assert [line for line in lines if not line.startswith(" ")] == [
+        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import end_at_once",
+    ]  # fmt: skip
+
+
+def test_the_package_leaves_ctrl_c_of_others_alone():
+    code = "import signal, fourm; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

