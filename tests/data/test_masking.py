@@ -183,7 +183,7 @@ def test_a_long_text_fits_into_one_token():
 
 
 def test_a_table_of_plain_dicts_may_hold_none():
-    entry = INFO["caption"] | {"keep": None, "min_tokens": None, "encoder_embedding": len, "target_alphas": None}
+    entry = INFO["caption"] | {"keep": None, "min_tokens": None, "encoder_embedding": None, "target_alphas": None}
     assert masking({"caption": entry})({"caption": "dog"}, np.random.default_rng(0))["caption"][
         "target_mask"
     ].shape == (42,)

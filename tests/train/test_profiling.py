@@ -70,7 +70,8 @@ def test_the_profile_is_a_chrome_trace_with_our_phases(measured):
     events = json.loads((out / "profile" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     for phase in PHASES:
-        assert names.count(phase) == (3 if phase in ("data_wait", "optimizer") else 6), phase
+        count = names.count(phase)  # data are waited for as often as it takes
+        assert count >= 3 if phase == "data_wait" else count == (3 if phase == "optimizer" else 6), phase
     assert any(event.get("name") == "aten::scaled_dot_product_attention" for event in events)
     assert "profile of 3 steps" in output
 
