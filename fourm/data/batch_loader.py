@@ -81,6 +81,7 @@ class BatchIterator(Iterator):
                     raise
                 return False  # the loader's own limit, after which it can be asked again
             if isinstance(item, Exception):
+                self.close()  # nothing more comes; the loader would wait for its workers, when it is forgotten one day
                 raise item
             self._item = item
         return True
