@@ -5,8 +5,8 @@ from fourm.utils.interrupts import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds
-    from fourm.train.config import parse_args
     from fourm.train.fsdp import FSDP
-    from fourm.train.run import train
+    from fourm.train.run import main
+    from fourm.train.tasks.pretrain import Pretrain
 
-    run_cli(lambda: train(parse_args(), FSDP))
+    run_cli(lambda: main(Pretrain, FSDP))

@@ -29,13 +29,15 @@ from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
-from fourm.train.config import TrainConfig, load_config, run_length
-from fourm.train.device import autocast, keep_freed_memory, normalised, peak_tflops
+from fourm.train.config import load_config
+from fourm.train.device import autocast, keep_freed_memory, peak_tflops
 from fourm.train.fsdp import FSDP
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
-from fourm.train.schedules import build_schedule
+from fourm.train.schedules import build_schedule, run_length
+from fourm.train.task import Task
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalised
 from fourm.utils.errors import run_cli
 
 PIXELS = "rgb@224"
@@ -59,8 +61,8 @@ def full_name(model: str) -> str:
     return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
 
 
-def build_config(options: argparse.Namespace, model_name: str, batch_size: int) -> TrainConfig:
-    return load_config(None, {
+def build_config(options: argparse.Namespace, model_name: str, batch_size: int) -> PretrainConfig:
+    return load_config(PretrainConfig, None, {
         "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
         "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
         "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
@@ -68,7 +70,7 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
     })  # fmt: skip
 
 
-def build_parallel(options: argparse.Namespace, config: TrainConfig) -> DDP:
+def build_parallel(options: argparse.Namespace, config: PretrainConfig) -> DDP:
     """The strategy; with ``--fsdp`` also a single process shards, so that all of it runs where there is one GPU."""
     parallel = FSDP(config) if options.fsdp else DDP(config)
     if isinstance(parallel, FSDP) and not parallel.distributed:
@@ -78,20 +80,31 @@ def build_parallel(options: argparse.Namespace, config: TrainConfig) -> DDP:
     return parallel
 
 
+class Synthetic(Pretrain):
+    """4M without data."""
+
+    def __init__(self, config: PretrainConfig, modalities: int):
+        Task.__init__(self, config)
+        self.losses = list(DOMAINS[modalities][1])
+        self.slots = config.num_input_tokens, config.num_target_tokens
+        self._flops = None
+
+
 def build_trainer(
     options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
 ) -> Trainer:
     config = build_config(options, model_name, batch_size)
+    task = Synthetic(config, modalities)
     torch.manual_seed(0)
     more = {"share_embedding": True, "use_act_checkpoint": options.act_checkpoint, **(TOY if options.toy else {})}
     with torch.device("meta"):
         model = FM(model_config(model_name, *DOMAINS[modalities], **more))
-    parallel.place(model)
+    parallel.place(model, task.parts(model))
     if options.compile:
         model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
-    return Trainer(config, parallel, model, build_optimizer(model, config), schedule, options.tokens, options.tokens)
+    return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule)
 
 
 def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
@@ -106,7 +119,7 @@ def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
 
 def plain_step(trainer: Trainer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
     """The baseline: a step as one writes it at first."""
-    device, tokens = trainer.parallel.device, trainer.num_input_tokens
+    device, tokens = trainer.parallel.device, trainer.config.num_input_tokens
     mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in batch.mod_dict.items()}
     with autocast(trainer.config, device):
         loss, losses = embed_all_loss(trainer.model, mod_dict, tokens, tokens)
@@ -166,7 +179,7 @@ def measure(
     trainer.interval.means(parallel)
     for _ in range(options.steps):
         variants["ours"]()
-    line = trainer.interval.means(parallel)
+    means = trainer.interval.means(parallel)
     plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
     flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
     strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
@@ -186,13 +199,13 @@ def measure(
         "torch_threads": torch.get_num_threads(), "parameters": count_parameters(model),
         "seconds_per_step": seconds, "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
         "samples_per_second": batch_size * parallel.world_size / seconds, "flops_per_step": flops, "tflops": tflops,
-        "peak_memory": line["peak_memory"], "seconds_in_phases": line["seconds"], **result,
+        "peak_memory": means.peak_memory, "seconds_in_phases": means.seconds, **result,
     }  # fmt: skip
 
 
 def compare(trainer: Trainer, plain: Batch, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
     """Losses, which must be equal, and memory of both."""
-    model, config, tokens = trainer.model, trainer.config, trainer.num_input_tokens
+    model, config, tokens = trainer.model, trainer.config, trainer.config.num_input_tokens
     device = trainer.parallel.device
     mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in plain.mod_dict.items()}
 

@@ -40,6 +40,7 @@ from fourm.models import FM
 from fourm.train.checkpoint import read_state
 from fourm.train.config import load_config, parse_args
 from fourm.train.journal import _lines
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.config import load_yaml, parse_value
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.text_tokenizer import load_text_tokenizer
@@ -165,7 +166,7 @@ def read_arguments(path: Path) -> None:
     for argument in arguments:
         parse_value(argument)
     try:
-        parse_args(arguments)
+        parse_args(PretrainConfig, arguments)
     except SystemExit as end:  # of --help
         assert not end.code
 
@@ -292,8 +293,8 @@ GENERATION = {
 dump_yaml = functools.partial(yaml.safe_dump, allow_unicode=False)
 
 ENTRIES = {
-    "main YAML": Entry(MAIN, "main.yaml", load_config, dump_yaml),
-    "main YAML, bytes": Entry(dump_yaml(MAIN).encode(), "main.yaml", load_config),
+    "main YAML": Entry(MAIN, "main.yaml", functools.partial(load_config, PretrainConfig), dump_yaml),
+    "main YAML, bytes": Entry(dump_yaml(MAIN).encode(), "main.yaml", functools.partial(load_config, PretrainConfig)),
     "data YAML": Entry(DATA, "data.yaml", read_data, dump_yaml),
     "data YAML, bytes": Entry(dump_yaml(DATA).encode(), "data.yaml", read_data),
     "alphas": Entry(ALPHAS, "alphas.yaml", read_data, dump_yaml),

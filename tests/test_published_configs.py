@@ -8,8 +8,9 @@ import yaml
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.models.registry import MODEL_NAMES
-from fourm.train.config import load_config, run_length
-from fourm.train.run import load_data
+from fourm.train.config import load_config
+from fourm.train.schedules import run_length
+from fourm.train.tasks.pretrain import PretrainConfig
 
 ROOT = Path(__file__).parent.parent
 PUBLISHED = ROOT / "cfgs" / "default" / "4m"
@@ -52,7 +53,7 @@ def test_main_config_has_the_published_figures_and_valid_data(name):
     (low, high), target, blr, batch, gpus, clip, checkpointing = MODELS[name]
     size = name.split("/4m-")[1].split("_")[0]
     finetuned, long = "mod21" in name or "--" in name, "500b" in name.split("--")[-1]
-    config = load_config(f"cfgs/default/4m/models/{name}.yaml")
+    config = load_config(PretrainConfig, f"cfgs/default/4m/models/{name}.yaml")
     assert config.model == f"fm_{SIZES[size]}_swiglu_nobias" and config.model in MODEL_NAMES
     assert config.run_name == f"default/4m/models/{name}" and config.output_dir == f"output/{config.run_name}"
     assert (config.num_input_tokens, config.num_target_tokens) == (high, target[1])
@@ -70,7 +71,7 @@ def test_main_config_has_the_published_figures_and_valid_data(name):
     length = run_length(config, world_size=gpus)
     tokens = length.epochs * 10_000_000 * config.tokens_per_sample
     assert config.total_tokens * 1e9 <= tokens < config.total_tokens * 1e9 * 1.1
-    data = load_data(config)
+    data = config.load_data()
     assert data.train["cc12m"].input_tokens_range == (low, high) and data.val
 
 
@@ -159,7 +160,7 @@ def test_every_main_config_finds_its_files(path):
     """The configs for tests and for the demo too."""
     content = yaml.safe_load(path.read_text()) or {}
     if "model" in content and "data_config" in content:
-        config = load_config(path.relative_to(ROOT))
-        assert load_data(config).train
+        config = load_config(PretrainConfig, path.relative_to(ROOT))
+        assert config.load_data().train
         made_by_the_demo = config.text_tokenizer_path.startswith(("demo_run/", "demo21_run/", "debug_run/"))
         assert made_by_the_demo or Path(config.text_tokenizer_path).is_file(), config.text_tokenizer_path

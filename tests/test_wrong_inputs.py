@@ -11,11 +11,12 @@ from safetensors.torch import load_file, save_file
 from fourm.data.check import main as check
 from fourm.generation.script import main as generate
 from fourm.models import FM
-from fourm.models.sharded import checksum
 from fourm.train.checkpoint import read_state
 from fourm.train.config import parse_args
 from fourm.train.export import main as export
 from fourm.train.finetune import read_weights
+from fourm.train.tasks.pretrain import PretrainConfig
+from fourm.utils.checkpoints import checksum
 from fourm.utils.errors import UserError
 from fourm.utils.plugin import load_plugin
 from fourm.vq import PatchCodebook, PatchCodebookConfig, load_tokenizer
@@ -145,7 +146,7 @@ def test_ranks_of_a_wrong_environment(original, monkeypatch, rank, world_size):
 @pytest.mark.parametrize("name", ["a\0b", ".", "photo.png", "nowhere"])
 def test_something_else_for_a_configuration(original, monkeypatch, name):
     monkeypatch.chdir(original)
-    for command in (check, lambda argv: parse_args(["--config", *argv])):
+    for command in (check, lambda argv: parse_args(PretrainConfig, ["--config", *argv])):
         with pytest.raises(UserError, match="NUL character|folder|not text in UTF-8|No such file|no such file"):
             command([name])
     assert os.listdir() and (original / "photo.png").exists()

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from fourm.data.data_config import DatasetConfig
 from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
-from fourm.data.options import ReadOptions
+from fourm.data.options import DataOptions
 from fourm.data.record_files import local_files
 from fourm.utils.errors import printable, run_cli
 from fourm.utils.options import option, parse_options
@@ -34,7 +34,7 @@ _WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
-class CheckOptions(ReadOptions):
+class CheckOptions(DataOptions):
     """What to check."""
 
     max_samples: int = option(
@@ -240,7 +240,7 @@ def _range(spread: dict[str, int]) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Check all data sets; 1 if anything is wrong."""
     options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
-    config = options.load()
+    config = options.load_data()
     most = None if options.full else options.max_samples
     found = [
         {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)

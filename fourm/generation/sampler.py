@@ -17,10 +17,11 @@ from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, deco
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.models.fm import FM, FourM
+from fourm.models.from_checkpoint import load_model
 from fourm.models.generate import GenerationSampler
 from fourm.models.remote import find_model, on_disk
-from fourm.models.sharded import WEIGHTS, load_model, newest_checkpoint
 from fourm.models.token_sampling import Seed
+from fourm.utils.checkpoints import WEIGHTS, newest_checkpoint
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer

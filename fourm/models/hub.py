@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +11,14 @@ from huggingface_hub import PyTorchModelHubMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from fourm.models.finite import check_finite
 from fourm.models.fm_utils import LayerNorm
+from fourm.utils.checkpoints import WEIGHTS, ModelFormat, check_export, write_config
 from fourm.utils.errors import UserError, did_you_mean
-from fourm.utils.files import atomic_path, check_file, save_tensors
+from fourm.utils.files import atomic_path, save_tensors
+from fourm.utils.finite import check_finite
 
-CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MARKS = frozenset({"domains_in", "encoder_depth"})
+"""Keys by which the ``config.json`` of a 4M model is known."""
 
 
 class HubModel(PyTorchModelHubMixin):
@@ -35,7 +36,8 @@ class HubModel(PyTorchModelHubMixin):
         Raises:
             UserError: another kind of model is in the folder, or it cannot be written to; nothing is changed.
         """
-        check_export(Path(save_directory))  # the base class begins by removing config.json
+        own = ModelFormat("4M model", type(self), MARKS)  # type: ignore[arg-type]
+        check_export(Path(save_directory), own)  # the base class begins by removing config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -46,7 +48,7 @@ class HubModel(PyTorchModelHubMixin):
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
-        write_config(save_directory, self.config)
+        write_config(save_directory, published_config(self.config))
         with atomic_path(save_directory / WEIGHTS) as path:
             save_tensors(tensors, path, metadata={"format": "pt"})
 
@@ -80,32 +82,6 @@ class HubModel(PyTorchModelHubMixin):
 def published_config(config: dict[str, Any]) -> dict[str, Any]:
     """The configuration beside published weights, which stand under each of their names whether tied or not."""
     return {key: value for key, value in config.items() if key != "share_embedding"}
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``config.json``. It goes before the weights: by it :func:`check_export` knows a folder that was begun."""
-    with atomic_path(folder / CONFIG) as path:
-        path.write_text(json.dumps(published_config(config), indent=2, sort_keys=True))
-
-
-def check_export(folder: Path) -> None:
-    """See whether a model may be written to ``folder``, beside whatever else is there.
-
-    Raises:
-        UserError: there are weights or a ``config.json`` of something else, or the folder cannot be written to.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give the path of a folder")
-    for name in (CONFIG, WEIGHTS):
-        check_file(folder / name)
-    try:
-        config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).exists() else None
-    except (ValueError, RecursionError):
-        config = None
-    own = isinstance(config, dict) and bool({"domains_in", "encoder_depth"} & config.keys())
-    for name in (CONFIG, WEIGHTS):
-        if (folder / name).exists() and not own:
-            raise UserError(f"{folder} holds '{name}', which is not of a 4M model: choose another folder, or move it")
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

@@ -1,6 +1,6 @@
 """Models and checkpoints in S3 stores: found, fetched, and copied there.
 
-A checkpoint has the same files there as on disk (:mod:`fourm.models.sharded`). Its ``checksums.json`` is copied last and removed
+A checkpoint has the same files there as on disk (:mod:`fourm.utils.checkpoints`). Its ``checksums.json`` is copied last and removed
 first: one that has it is complete. What is fetched is checked against it.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
 
-from fourm.models.sharded import CHECKPOINT_FILES, CHECKSUMS, CONFIG, WEIGHTS
+from fourm.utils.checkpoints import CHECKPOINT_FILES, CHECKSUMS, CONFIG, WEIGHTS
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_folder, locked
 from fourm.utils.s3 import S3Store, upload

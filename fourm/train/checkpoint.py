@@ -17,50 +17,74 @@ import contextlib
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
-from fourm.models import FM
-from fourm.models.sharded import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, checksum, tensors_in
 from fourm.train import ema
 from fourm.train.nonfinite import first_not_finite
 from fourm.train.parallel import Processes
+from fourm.utils.checkpoints import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, STATE, checksum, tensors_in
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_folder
+from fourm.utils.options import Options, option
+from fourm.utils.paths import InputPath
 
 log = logging.getLogger("fourm")
-STATE, OPTIMIZER = "state.json", "optimizer/"
+OPTIMIZER = "optimizer/"
 _KINDS = (MODEL, EMA, OPTIMIZER)  # each has files of its own, so that weights are read without optimizer states
 _STATES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 _STATE_TYPES = {"step": int, "config": dict, "global_batch": int, "layout": dict, "loss_scale": list, "ranks": list}
 SAVED = ".saved.txt"  # in a run folder: there was a checkpoint once, even if it has been removed
 
 
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Options):
+    """Checkpoints"""
+
+    save_ckpt_freq: int = option("save every so many epochs; 0 = only at the end", 1, at_least=0)
+    save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0, at_least=0)
+    keep_last: int = option("checkpoints that are kept; 0 = all", 2, at_least=0)
+    async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
+    auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
+    resume: InputPath = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
+    allow_changes: bool = option(
+        "continue from a checkpoint although the data, seed or schedule have changed since", False
+    )
+    finetune: InputPath = option(
+        "start from these weights: a run folder, .safetensors, .pth, s3:// URL of one of these, or a hub id", ""
+    )
+    start_epoch: int = option(
+        "first epoch, when weights come without a checkpoint's position", 0, at_least=0, at_most=10**9
+    )
+
+
 class CheckpointWriter:
     """Writes the checkpoints of a run into ``folder``. All processes make the same calls.
 
     Args:
-        keep_last: checkpoints that are kept; 0 = all.
-        background: write while the training goes on.
-        saved: called in the main process with each checkpoint that is complete, before the next one begins.
+        keep_last: Checkpoints that are kept; 0 = all.
+        background: Write while the training goes on.
+        saved: Called in the main process with each checkpoint that is complete; it returns soon.
+        in_use: Old checkpoints that are not removed yet.
     """
 
     def __init__(
         self, folder: Path, parallel: Processes, keep_last: int, background: bool,
-        saved: Callable[[Path], None] | None = None,
+        saved: Callable[[Path], None] | None = None, in_use: Container[Path] = (),
     ):  # fmt: skip
         self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
-        self._saved = saved
+        self._saved, self._in_use = saved, in_use
         # What the writers have to tell one another must not mix with what the training says meanwhile.
-        self._group: Any = dist.new_group(backend="gloo") if parallel.distributed else None
+        self._group: Any = parallel.new_group()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
 
@@ -126,8 +150,9 @@ class CheckpointWriter:
                 (target.parent.parent / SAVED).touch()
                 before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
                 for old in before[self._keep_last :] if self._keep_last else ():
-                    # Never half a checkpoint; what cannot be removed now goes at the next start.
-                    shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
+                    if old not in self._in_use:
+                        # Never half a checkpoint; what cannot be removed now goes at the next start.
+                        shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
 
             try:
                 parallel.together(check, group)
@@ -177,7 +202,7 @@ def remove_unfinished(folder: Path) -> None:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def tensors_to_save(model: FM, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> dict[str, Tensor]:
+def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> dict[str, Tensor]:
     """All tensors of a checkpoint by their names in it; a tied parameter is there once."""
     states = {
         f"{OPTIMIZER}{name}/{key}": value
@@ -189,7 +214,9 @@ def tensors_to_save(model: FM, optimizer: torch.optim.Optimizer, average: ema.EM
     return _model_tensors(model) | averages | states
 
 
-def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer | None, average: ema.EMA | None) -> None:
+def load_tensors(
+    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer | None, average: ema.EMA | None
+) -> None:
     """Load weights, their moving average and the optimizer state in place; all processes must call this.
 
     Of the states of another optimizer none are loaded; without ``optimizer`` none at all.
@@ -222,10 +249,10 @@ def load_tensors(path: Path, model: FM, optimizer: torch.optim.Optimizer | None,
         raise UserError(f"checkpoint {path} does not fit this configuration: {'; '.join(different[:3])}")
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
     if average and not any(name.startswith(EMA) for name in known):
-        for name, parameter in model.named_parameters():
-            average.average[name].copy_(parameter.detach())
+        for name, tensor in average.tensors.items():
+            average.average[name].copy_(tensor.detach())
 
 
-def _model_tensors(model: FM) -> dict[str, Tensor]:
+def _model_tensors(model: nn.Module) -> dict[str, Tensor]:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     return {MODEL + name: tensor.detach() for name, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""Precision, the way of a batch to the device, and what a device can do."""
+"""Precision, and what a device can do."""
 
 from __future__ import annotations
 
@@ -6,15 +6,37 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
 
-from fourm.data.unified_datasets import Batch
-from fourm.models import TokenPlan
-from fourm.train.config import TrainConfig
+from fourm.utils.options import Options, option
+
+_SHORT_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceOptions(Options):
+    """Device, precision and memory"""
+
+    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
+    dtype: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] = option(
+        "autocast precision; parameters stay float32", "bfloat16", fixed=True
+    )
+    use_act_checkpoint: bool = option("recompute the blocks' activations in the backward pass", False)
+    act_checkpoint_every: int = option("with use_act_checkpoint: only in every so many-th block", 1, at_least=1)
+    compile: bool = option("torch.compile every block", False)
+    peak_tflops: float | None = option(
+        "10^12 operations per second that a device can do, of which MFU is the share (default: by the name of the GPU)",
+        None,
+        above=0,
+    )
+
+    @property
+    def autocast_dtype(self) -> str:
+        """``dtype`` without its abbreviations, a name in torch."""
+        return _SHORT_DTYPES.get(self.dtype, self.dtype)
 
 
 class Gpu(NamedTuple):
@@ -39,7 +61,7 @@ GPUS = {
 }  # fmt: skip
 
 
-def peak_tflops(config: TrainConfig, device: torch.device) -> float | None:
+def peak_tflops(config: DeviceOptions, device: torch.device) -> float | None:
     """10¹² operations per second that the device could do at best; None if that is not known."""
     if config.peak_tflops is not None:
         return config.peak_tflops
@@ -69,29 +91,7 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, -1)
 
 
-def autocast(config: TrainConfig, device: torch.device) -> torch.autocast:
+def autocast(config: DeviceOptions, device: torch.device) -> torch.autocast:
     """The forward pass in the configured precision; parameters and loss stay in float32."""
     dtype = getattr(torch, config.autocast_dtype)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
-
-
-def to_device(batch: Batch, plan: TokenPlan, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], TokenPlan]:
-    """Values and plan of a batch on ``device``, from page-locked memory without waiting.
-
-    The masks stay behind: the plan says all that the model needs of them. Pictures travel in 8 bits and are normalised
-    there.
-    """
-    values = {}
-    for name, entry in batch.mod_dict.items():
-        tensor = entry["tensor"].to(device, non_blocking=True)
-        if tensor.dtype == torch.uint8:
-            tensor = normalised(tensor, *batch.scaling[name])
-        values[name] = {"tensor": tensor}
-    return values, plan.to(device, non_blocking=True)
-
-
-def normalised(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
-    """(B, C, H, W) of 8 bits → float32, bit for bit as the loader would have done it."""
-    # Numbers, not tensors, for scale and bias: these would have to be copied to the device first.
-    channels = zip(pixels.unbind(1), scale, bias, strict=True)
-    return torch.stack([channel.float() * s + b for channel, s, b in channels], dim=1)

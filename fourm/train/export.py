@@ -6,30 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.models.remote import find_checkpoint, on_disk
-from fourm.models.sharded import export_model, newest_checkpoint
+from fourm.train.checkpoint import read_state
+from fourm.train.task import task_named
+from fourm.train.tasks.pretrain import Pretrain
+from fourm.utils.checkpoints import STATE, export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
-from fourm.utils.plugin import load_plugin
+from fourm.utils.plugin import PluginOptions, load_plugin
 
 
-@dataclass(frozen=True)
-class ExportOptions:
-    """Which checkpoint, and where to."""
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions(PluginOptions):
+    """Which checkpoint, and where to"""
 
     checkpoint: AnyPath = option("folder or s3:// URL of a checkpoint, or of a run: its newest one")
     folder: AnyPath = option("where to write")
     ema: bool = option("the moving average of the weights, of a run with model_ema", False)
-    plugin: str = option("module of the run's own modalities", "")
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write ``model.safetensors`` and ``config.json``, which ``FM.from_pretrained`` reads; one process, a GiB of memory."""
+    """Write ``model.safetensors`` and ``config.json``, which ``from_pretrained`` reads; one process, a GiB of memory."""
     options = parse_options(ExportOptions, argv, main.__doc__ or "", positional=("checkpoint", "folder"))
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(on_disk(options.checkpoint, find_checkpoint)))
-    export_model(checkpoint, Path(options.folder), options.ema)
-    print(f"{checkpoint} -> FM.from_pretrained('{options.folder}')")
+    # Earlier versions trained one task, and did not write its name.
+    task = task_named(
+        read_state(checkpoint).get("task", Pretrain.name) if (checkpoint / STATE).exists() else Pretrain.name
+    )
+    export_model(checkpoint, Path(options.folder), task.format, options.ema)
+    print(f"{checkpoint} -> from_pretrained('{options.folder}')")
 
 
 if __name__ == "__main__":

@@ -13,25 +13,29 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
-from fourm.models import FM, sharded
-from fourm.models.finite import check_finite
 from fourm.train.fsdp import set_shard
+from fourm.utils import checkpoints
+from fourm.utils.checkpoints import ModelFormat
 from fourm.utils.errors import UserError
+from fourm.utils.finite import check_finite
 
 log = logging.getLogger("fourm")
 
 
-def read_weights(source: str) -> dict[str, Tensor]:
+def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
     """The state dict behind ``source``. Pickled files are read as weights only: they cannot run code.
+
+    Args:
+        model_format: Of the models in checkpoints.
 
     Raises:
         UserError: it is not there, or not readable as weights.
     """
     path = Path(source)
     if path.is_dir() and not (path / "model.safetensors").exists():
-        return dict(sharded.read_weights(sharded.newest_checkpoint(path))[1])
+        return dict(checkpoints.read_weights(checkpoints.newest_checkpoint(path), model_format)[1])
     if path.is_dir():
         path = path / "model.safetensors"
     try:
@@ -54,13 +58,13 @@ def read_weights(source: str) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def load_weights(model: FM, source: str) -> None:
+def load_weights(model: nn.Module, source: str, model_format: ModelFormat) -> None:
     """Load what ``model`` and the weights have in common; the rest of the model keeps its initial values, with a notice.
 
     Raises:
         UserError: a tensor has another shape or values that are not finite, or there is nothing in common.
     """
-    weights, own = read_weights(source), model.state_dict()
+    weights, own = read_weights(source, model_format), model.state_dict()
     common = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in common.items():
         if tensor.shape != own[name].shape:

@@ -1,30 +1,57 @@
 """Fully sharded data parallelism: every process holds a part of every parameter, its gradient and optimizer state.
 
 ``fully_shard`` makes each parameter a ``DTensor`` and gathers the parameters of a group of modules just before they are
-used. The groups are the blocks, the vocabularies and projections of the encoder's embeddings, and the root, with the
-rest. In the root are all parameters that two modules share: the decoder's vocabularies, which are also output matrices,
-and the modality vectors, which encoder and decoder have in common.
+used. The groups are the parts that a task names, such as the blocks of a transformer, and the root, with the rest. In the
+root are all parameters that two modules share.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourm.models import FM
-from fourm.train.config import TrainConfig
-from fourm.train.parallel import DDP
+from fourm.train.parallel import DDP, ProcessOptions
 from fourm.utils.errors import UserError
+from fourm.utils.options import option
 
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPOptions(ProcessOptions):
+    """FSDP"""
+
+    fsdp_param_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
+        "precision of gathered parameters and of their gradients; auto = dtype", "auto"
+    )
+    fsdp_reduce_dtype: Literal["bfloat16", "float32"] = option("precision in which gradients are averaged", "float32")
+    fsdp_reshard_after_forward: bool = option(
+        "free a block's gathered parameters after its forward pass too (ZeRO-3); otherwise they stay until its backward "
+        "pass, and from one of accum_iter micro-batches to the next (ZeRO-2)",
+        True,
+    )
+    fsdp_shard_size: int = option(
+        "neighbouring processes that hold the model together, e.g. the GPUs of a node; others replicate it; 0 = all",
+        0,
+        at_least=0,
+    )
+
+    def check(self) -> None:
+        if self.autocast_dtype == "float32" and self.fsdp_param_dtype not in ("auto", "float32"):
+            raise UserError(
+                f"'fsdp_param_dtype' {self.fsdp_param_dtype} needs 'dtype' bfloat16 or float16: without autocast nothing "
+                "converts what meets these parameters"
+            )
 
 
 class FSDP(DDP):
@@ -34,16 +61,16 @@ class FSDP(DDP):
     as precise as under DDP. Gradients are averaged in ``fsdp_reduce_dtype``.
     """
 
-    def __init__(self, config: TrainConfig):
-        super().__init__(config)
-        self._reshard = config.fsdp_reshard_after_forward
-        param_dtype = config.autocast_dtype if config.fsdp_param_dtype == "auto" else config.fsdp_param_dtype
+    def __init__(self, options: FSDPOptions):
+        super().__init__(options)
+        self._reshard = options.fsdp_reshard_after_forward
+        param_dtype = options.autocast_dtype if options.fsdp_param_dtype == "auto" else options.fsdp_param_dtype
         self._precision = MixedPrecisionPolicy(
             None if param_dtype == "float32" else getattr(torch, param_dtype),
-            getattr(torch, config.fsdp_reduce_dtype),
+            getattr(torch, options.fsdp_reduce_dtype),
             cast_forward_inputs=False,
         )
-        self._mesh = self._build_mesh(config.fsdp_shard_size or self.world_size) if self.distributed else None
+        self._mesh = self._build_mesh(options.fsdp_shard_size or self.world_size) if self.distributed else None
 
     def _build_mesh(self, shard_size: int) -> DeviceMesh:
         replicas, rest = divmod(self.world_size, shard_size)
@@ -52,22 +79,24 @@ class FSDP(DDP):
         if replicas == 1:
             return init_device_mesh(self.device.type, (shard_size,), mesh_dim_names=("shard",))
         # Ranks are numbered node by node: neighbours, which are on one node, hold the model together.
-        return init_device_mesh(self.device.type, (replicas, shard_size), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(self.device.type, (replicas, shard_size), mesh_dim_names=("replicate", "shard"))
+        for group in mesh.get_all_groups():  # which torch makes with a timeout of its own
+            dist.distributed_c10d._set_pg_timeout(self.timeout, group)
+        return mesh
 
-    def place(self, model: FM) -> None:
+    def place(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
         if self._mesh is None:
-            return super().place(model)
+            return super().place(model, parts)
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": self._precision}
-        contents = [part for embedding in model.encoder_embeddings.values() for part in embedding.children()]
-        for group in (*contents, *model.encoder, *model.decoder):
-            fully_shard(group, reshard_after_forward=self._reshard, **options)
+        for part in parts:
+            fully_shard(part, reshard_after_forward=self._reshard, **options)
         # What the root holds is needed from the beginning of a forward pass to the end of the backward pass.
         fully_shard(model, reshard_after_forward=False, **options)
         model.to_empty(device=self.device)
         with _InitialiseShards():
-            model.init_weights()
+            model.init_weights()  # type: ignore[operator]
 
-    def wrap(self, model: FM) -> nn.Module:
+    def wrap(self, model: nn.Module) -> nn.Module:
         return super().wrap(model) if self._mesh is None else model
 
     @contextlib.contextmanager
@@ -85,7 +114,7 @@ class FSDP(DDP):
         norm = super().gradient_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def in_step(self, batches: Iterable[T | None], model: FM) -> Iterator[T | None]:
+    def in_step(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         try:
             yield from batches  # forward passes gather parameters: all processes must make the same number of them
         finally:

@@ -10,19 +10,36 @@ import re
 import sys
 import uuid
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from fourm.train.config import TrainConfig, to_dict
+from fourm.train.evaluate import Results
+from fourm.train.metrics import IntervalMeans
 from fourm.train.nonfinite import without_not_finite
+from fourm.train.options import Commands, RunOptions, saved_options
 from fourm.utils.errors import MissingDependency, PrintableFormatter, UserError
 from fourm.utils.files import atomic_path
+from fourm.utils.options import option
 from fourm.utils.urls import without_secrets
 
 log = logging.getLogger("fourm")
 FILES = LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"  # with which another machine continues the record
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogOptions(RunOptions, Commands):
+    """Log"""
+
+    log_interval: int = option("optimizer steps between two log lines", 10, at_least=1)
+    print_all: bool = option("let every rank print", False)
+    show_user_warnings: bool = option("show Python warnings of the UserWarning kind", False)
+    log_wandb: bool = option("log to Weights & Biases", False)
+    wandb_project: str | None = option("project name", None)
+    wandb_entity: str | None = option("user or team", None)
+    wandb_run_name: str = option("'auto' = run_name", "auto")
 
 
 class _Console(logging.Handler):
@@ -45,15 +62,15 @@ class _LogFile(logging.FileHandler):
 
 
 @contextlib.contextmanager
-def logging_of(config: TrainConfig, main: bool) -> Iterator[None]:
+def logging_of(options: LogOptions, main: bool) -> Iterator[None]:
     """Within it the main process writes to the console and to ``log.txt``; others only warnings, unless ``print_all``."""
     before = log.level, log.propagate
     log.propagate = False
-    log.setLevel(logging.INFO if main or config.print_all else logging.WARNING)
+    log.setLevel(logging.INFO if main or options.print_all else logging.WARNING)
     handlers: list[logging.Handler] = [_Console()]
-    if main and not config.dry_run:
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        handlers.append(_LogFile(Path(config.output_dir) / "log.txt", encoding="utf-8"))
+    if main and not options.dry_run:
+        Path(options.output_dir).mkdir(parents=True, exist_ok=True)
+        handlers.append(_LogFile(Path(options.output_dir) / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
@@ -78,11 +95,11 @@ class Journal:
         total_steps: of the whole run.
     """
 
-    def __init__(self, config: TrainConfig, step: int, total_steps: int, main: bool):
-        self._main, self._total = main and not config.dry_run, total_steps
-        self._path = Path(config.output_dir) / ("eval.jsonl" if config.eval else LOG)
+    def __init__(self, options: LogOptions, step: int, total_steps: int, main: bool):
+        self._main, self._total = main and not options.dry_run, total_steps
+        self._path = Path(options.output_dir) / ("eval.jsonl" if options.eval else LOG)
         lines, damaged = _lines(self._path)
-        kept = [line for line in lines if config.eval or line["step"] <= step]
+        kept = [line for line in lines if options.eval or line["step"] <= step]
         self.evaluated = any("eval" in line for line in kept if line["step"] == step)
         self._wandb = None
         self._bar = None
@@ -96,54 +113,58 @@ class Journal:
                 file.writelines(line + b"\n" for line in damaged)
             log.warning("%s: %d lines are damaged; moved to %s", self._path, len(damaged), aside.name)
         self._file = self._path.open("a")
-        if config.log_wandb:
-            self._wandb = _wandb_run(config)
-        if sys.stderr.isatty() and not config.eval:
+        if options.log_wandb:
+            self._wandb = _wandb_run(options)
+        if sys.stderr.isatty() and not options.eval:
             self._bar = tqdm(total=total_steps, initial=step, unit=" steps", dynamic_ncols=True)
 
-    def interval(self, line: dict[str, Any]) -> None:
-        """Report the means of a logging interval."""
-        if not self._main:
-            return
-        self._write(line)
-        speed = f"{line['samples_per_second']:.4g} samples/s, {line['tokens_per_second']:.4g} tokens/s"
-        speed += f", MFU {line['mfu']:.1%}" if "mfu" in line else f", {line['tflops']:.3g} TFLOP/s"
-        facts = f"loss {line['loss']:.4f}, lr {line['lr']:.3g}, {speed}, waiting for data {line['data_wait']:.0%}, "
-        facts += f"peak memory {line['peak_memory'] / 1e9:.3g} GB"
-        if self._bar is not None:
-            self._bar.update(line["step"] - self._bar.n)
-            self._bar.set_postfix_str(facts)
-        log.info(
-            "step %d/%d, %s, ETA %s", line["step"], self._total, facts, duration(line["eta_seconds"]),
-            extra={"in_bar": self._bar is not None},
-        )  # fmt: skip
-        notes = {
-            "skipped_steps": "steps skipped for their loss or gradient norm",
-            "not_finite": "the loss was not finite (share of the targets)",
-            "bad_samples": "bad samples",
-        }
-        for key, what in notes.items():
-            if line.get(key):
-                log.warning("step %d: %s: %s", line["step"], what, line[key])
-        if line["missing"]:
-            log.info(
-                "step %d: missing values: %s", line["step"], _percent(line["missing"]), extra={"in_bar": self._bar is not None}
-            )  # fmt: skip
+    def interval(self, step: int, epoch: int, rates: dict[str, float], means: IntervalMeans, eta: float) -> None:
+        """Report the means of a logging interval.
 
-    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, dict[str, Any]]]) -> None:
-        """Report what an evaluation found, {data set: {kind of budgets: result}}: one line, all of it or nothing."""
+        Args:
+            step: The optimizer step that ends it.
+            rates: ``lr`` and ``weight_decay`` of this step.
+            eta: Seconds to the end of the run.
+        """
         if not self._main:
             return
-        self._write({"step": step, "epoch": epoch, "eval": results})
-        for name, kind, result in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
-            parts = ", ".join(f"{modality} {loss:.3f}" for modality, loss in result["per_modality"].items())
-            log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result["loss"], parts)
-            if not math.isfinite(result["loss"]):
+        self._write({"step": step, "epoch": epoch, **rates, **means.line(), "eta_seconds": eta})
+        speed = f"{means.samples_per_second:.4g} samples/s, "
+        if means.tokens_per_second:
+            speed += f"{means.tokens_per_second:.4g} tokens/s, "
+        speed += f"MFU {means.mfu:.1%}" if means.mfu is not None else f"{means.tflops:.3g} TFLOP/s"
+        facts = f"loss {means.loss:.4f}, lr {rates['lr']:.3g}, {speed}, waiting for data {means.data_wait:.0%}, "
+        facts += f"peak memory {means.peak_memory / 1e9:.3g} GB"
+        in_bar = {"in_bar": self._bar is not None}
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+            self._bar.set_postfix_str(facts)
+        log.info("step %d/%d, %s, ETA %s", step, self._total, facts, duration(eta), extra=in_bar)
+        for what, found in (
+            ("steps skipped for their loss or gradient norm", means.skipped_steps),
+            ("the loss was not finite (share of the targets)", means.not_finite),
+            ("bad samples", means.bad_samples),
+        ):
+            if found:
+                log.warning("step %d: %s: %s", step, what, found)
+        if means.missing:
+            log.info("step %d: missing values: %s", step, _percent(means.missing), extra=in_bar)
+
+    def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, Results]]) -> None:
+        """Report what an evaluation found, {data set: {kind: results}}: one line, all of it or nothing."""
+        if not self._main:
+            return
+        lines = {name: {kind: found.line() for kind, found in kinds.items()} for name, kinds in results.items()}
+        self._write({"step": step, "epoch": epoch, "eval": lines})
+        for name, kind, found in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
+            parts = ", ".join(f"{part} {loss:.3f}" for part, loss in found.losses.items())
+            log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, found.loss, parts)
+            if not math.isfinite(found.loss):
                 log.warning("eval %s: the loss is not finite", name)
-            if result["bad_samples"]:
-                log.warning("eval %s: bad samples: %s", name, result["bad_samples"])
-            if result["missing"]:
-                log.info("eval %s: missing values: %s", name, _percent(result["missing"]))
+            if found.bad_samples:
+                log.warning("eval %s: bad samples: %s", name, found.bad_samples)
+            if found.missing:
+                log.info("eval %s: missing values: %s", name, _percent(found.missing))
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
@@ -205,13 +226,13 @@ def _flat(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     return numbers
 
 
-def _wandb_run(config: TrainConfig) -> Any:
+def _wandb_run(options: LogOptions) -> Any:
     """A Weights & Biases run that a resumed process takes up again."""
     try:
         import wandb
     except ImportError as error:
         raise MissingDependency("wandb", "'log_wandb'") from error
-    identity = Path(config.output_dir) / WANDB_ID
+    identity = Path(options.output_dir) / WANDB_ID
     name = identity.read_bytes().strip() if identity.exists() else b""
     if not re.fullmatch(rb"[\w-]{1,128}", name):
         if name:
@@ -220,7 +241,7 @@ def _wandb_run(config: TrainConfig) -> Any:
         with atomic_path(identity) as path:
             path.write_bytes(name)
     return wandb.init(
-        project=config.wandb_project, entity=config.wandb_entity, name=config.wandb_run_name, id=name.decode(),
-        resume="allow", dir=config.output_dir, config=to_dict(config),
+        project=options.wandb_project, entity=options.wandb_entity, name=options.wandb_run_name, id=name.decode(),
+        resume="allow", dir=options.output_dir, config=saved_options(options),
         settings=wandb.Settings(x_disable_meta=without_secrets(sys.argv) != sys.argv),  # it would keep the command line
     )  # fmt: skip

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,61 +17,166 @@ from torch.profiler import record_function
 
 from fourm.train.device import peak_memory
 from fourm.train.parallel import Processes
+from fourm.train.task import Inputs, Losses
+
+
+@dataclass
+class Counts:
+    """What the host counts.
+
+    Attributes:
+        flops: Operations of the model.
+        targets: Loss → what it is a mean over; of 4M a modality's target tokens.
+        seconds: Phase of a step → its time.
+        bad: Data set and reason → samples that could not be used.
+        without, all_samples: Modality → samples without it, and all samples, of the data sets where samples may lack one.
+    """
+
+    batches: int = 0
+    steps: int = 0
+    samples: int = 0
+    tokens: int = 0
+    flops: float = 0
+    targets: Counter[str] = field(default_factory=Counter)
+    seconds: Counter[str] = field(default_factory=Counter)
+    bad: Counter[str] = field(default_factory=Counter)
+    without: Counter[str] = field(default_factory=Counter)
+    all_samples: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        for item in dataclasses.fields(self):
+            own, more = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(own, Counter):
+                own.update(more)
+            else:
+                setattr(self, item.name, own + more)
+
+    def add_batch(self, inputs: Inputs, position: Mapping[str, Any]) -> None:
+        """Count a batch; ``position`` as of :class:`fourm.data.unified_datasets.Batch`."""
+        self.batches += 1
+        self.samples += inputs.samples
+        self.tokens += inputs.tokens
+        self.flops += inputs.flops
+        self.targets.update(inputs.targets)
+        self.bad.update(position["skipped"])
+        for name, (lacking, total) in position["missing"].items():
+            self.without[name] += lacking
+            self.all_samples[name] += total
+
+    @property
+    def missing(self) -> dict[str, float]:
+        """Modality → share of samples without it."""
+        return {name: self.without[name] / self.all_samples[name] for name in sorted(self.all_samples)}
+
+    def state(self) -> dict[str, Any]:
+        """For JSON."""
+        return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Counts:
+        """Counts as :meth:`state` gives them, or in the flat form of earlier versions."""
+        counts = cls()
+        if "targets" in state:
+            for name, value in state.items():
+                setattr(counts, name, Counter(value) if isinstance(value, Mapping) else value)
+            return counts
+        counters = {
+            "targets": counts.targets, "seconds": counts.seconds, "without": counts.without, "samples": counts.all_samples,
+        }  # fmt: skip
+        for key, value in state.items():
+            name, _, rest = key.partition(" ")
+            if rest:
+                counters[name][rest] = value
+            else:
+                setattr(counts, name, value)
+        return counts
+
+
+@dataclass(frozen=True)
+class IntervalMeans:
+    """The means of a logging interval over all processes.
+
+    Attributes:
+        losses: Loss → its mean over its targets; of 4M the modalities' cross-entropies.
+        not_finite: Loss → the share of its targets where it was not finite, unless that is 0.
+        samples_per_second, tokens_per_second: Of all processes.
+        tflops: 10¹² operations of the model per second and process.
+        mfu: Their share of what the device can do; None if that is not known.
+        data_wait: Share of the time spent waiting for data.
+        seconds: Phase of a step → its time, as a mean over processes.
+        peak_memory: Bytes, of the process with the most.
+        bad_samples: By data set and reason.
+        missing: Modality → the share of samples without it, of the data sets where samples may lack something.
+    """
+
+    loss: float
+    losses: dict[str, float]
+    not_finite: dict[str, float]
+    grad_norm: float
+    skipped_steps: int
+    samples_per_second: float
+    tokens_per_second: float
+    tflops: float
+    mfu: float | None
+    data_wait: float
+    seconds: dict[str, float]
+    peak_memory: int
+    bad_samples: dict[str, int]
+    missing: dict[str, float]
+
+    def line(self) -> dict[str, Any]:
+        """For ``log.jsonl``: without ``mfu`` and ``not_finite`` where there is none."""
+        values = dataclasses.asdict(self)
+        return {
+            name: value
+            for name, value in values.items()
+            if name not in ("mfu", "not_finite") or value not in (None, {})
+        }
 
 
 class Interval:
     """What happened since the last line of the log, in this process.
 
     Args:
-        modalities: that the model predicts.
-        peak_tflops: 10¹² operations per second that the device could do; None if that is not known.
+        losses: Names of the losses that a batch has beside the total one.
+        peak_tflops: 10¹² operations per second that the device can do; None if that is not known.
     """
 
-    def __init__(self, modalities: Sequence[str], device: torch.device, peak_tflops: float | None = None):
+    def __init__(self, losses: Sequence[str], device: torch.device, peak_tflops: float | None = None):
         self._device, self._peak_tflops = device, peak_tflops
-        self._names = ["loss", "grad_norm", "skipped_steps", *(f"loss {name}" for name in modalities)]
-        self._modalities = list(modalities)
-        self._sums = torch.zeros(len(self._names), dtype=torch.float64, device=device)
+        self._losses = list(losses)
+        # loss, gradient norm, skipped steps, each of the losses
+        self._sums = torch.zeros(3 + len(self._losses), dtype=torch.float64, device=device)
         # Per loss, the batches (targets) where it was not finite.
-        self._left_out = torch.zeros(1 + len(self._modalities), dtype=torch.float64, device=device)
-        self._counts: Counter[str] = Counter()
-        self._bad: Counter[str] = Counter()
+        self._left_out = torch.zeros(1 + len(self._losses), dtype=torch.float64, device=device)
+        self._counts = Counts()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.perf_counter()
 
-    def add_batch(
-        self, loss: Tensor, losses: Mapping[str, Tensor], targets: Mapping[str, int], position: Mapping[str, Any],
-        **amounts: float,
-    ) -> Tensor:  # fmt: skip
+    def add_batch(self, losses: Losses, inputs: Inputs, position: Mapping[str, Any]) -> Tensor:
         """Count a micro-batch.
 
         Args:
-            loss, losses: of the batch, and its mean cross-entropy per modality.
-            targets: target tokens per modality.
-            position: :attr:`Batch.position`, for the samples that were skipped and the modalities that were missing.
-            amounts: ``samples``, ``tokens`` and ``flops``.
+            position: As of :class:`fourm.data.unified_datasets.Batch`.
 
         Returns:
-            (modalities,) 1 where the loss was not finite, else 0; the means leave such a one out.
+            (losses,) 1 where a loss was not finite, otherwise 0; the means leave such a one out.
         """
-        values = torch.stack([loss, *(losses[name] for name in self._modalities)]).detach()
-        finite, weights = values.isfinite(), [1, *(targets[name] for name in self._modalities)]
+        values = torch.stack([losses.total, *(losses.means[name] for name in self._losses)]).detach()
+        finite, weights = values.isfinite(), [1, *(inputs.targets.get(name, 0) for name in self._losses)]
         not_finite = (~finite).float()
         sums = _weighted(torch.where(finite, values, 0), weights)
         self._sums[0] += sums[0]
         self._sums[3:] += sums[1:]
         self._left_out += _weighted(not_finite, weights)
-        self._counts.update({f"targets {name}": count for name, count in targets.items()})
-        self._counts.update(batches=1, **amounts)  # type: ignore[call-overload]
-        self._bad.update(position["skipped"])
-        count_missing(self._counts, position)
+        self._counts.add_batch(inputs, position)
         return not_finite[1:]
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
         """Count an optimizer step; the norm of a skipped one does not enter the mean."""
         self._sums[1] += torch.where(skipped > 0, 0, norm)
         self._sums[2] += skipped
-        self._counts["steps"] += 1
+        self._counts.steps += 1
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -101,77 +208,72 @@ class Interval:
         with record_function(name):
             yield
         seconds = time.perf_counter() - start
-        self._counts[f"seconds {name}"] += seconds  # type: ignore[assignment]
+        self._counts.seconds[name] += seconds  # type: ignore[assignment]
         self._start += seconds * paused
 
     def _read_events(self) -> None:
         """Add the times between the events; waits for the last of them."""
         for name, begin, end in self._events:
             end.synchronize()
-            self._counts[f"seconds {name}"] += begin.elapsed_time(end) / 1000  # type: ignore[assignment]
+            self._counts.seconds[name] += begin.elapsed_time(end) / 1000  # type: ignore[assignment]
         self._events.clear()
 
-    def means(self, parallel: Processes) -> dict[str, Any]:
-        """The line for the log, over all processes; begins a new interval.
-
-        Returns:
-            ``loss``, ``losses`` per modality (over its target tokens), ``grad_norm``, ``skipped_steps``, (where a loss was
-            not finite) ``not_finite``: its modality → its share of the targets,
-            ``samples_per_second``, ``tokens_per_second``, ``tflops`` (10¹² operations of the model per second and
-            process), ``mfu`` (their share of what the device could do, if that is known), ``data_wait`` (share of the
-            time spent waiting for data), ``seconds`` per phase (mean over processes), ``peak_memory`` (bytes, of the
-            process with most), ``bad_samples`` by data set and reason, and ``missing``, the share of samples without a
-            modality, of the data sets where samples may lack something.
-        """
-        total, bad, memory = Counter[str](), Counter[str](), 0
+    def means(self, parallel: Processes) -> IntervalMeans:
+        """The means over all processes; begins a new interval."""
         self._read_events()
-        losses = ["loss", *(f"loss {name}" for name in self._modalities)]
-        own = self._sums.tolist(), self._left_out.tolist(), self._counts, self._bad, peak_memory(self._device)
-        for sums, left_out, counts, skipped, peak in parallel.gather(own):
-            total.update(dict(zip(self._names, sums, strict=True)))
-            total.update({f"not finite {name}": count for name, count in zip(losses, left_out, strict=True)})
-            total.update(counts)
-            bad.update(skipped)
+        size = len(self._losses)
+        sums, left_out, total, memory = [0.0] * (3 + size), [0.0] * (1 + size), Counts(), 0
+        own = self._sums.tolist(), self._left_out.tolist(), self._counts, peak_memory(self._device)
+        for other_sums, other_left_out, counts, peak in parallel.gather(own):
+            sums = [value + other for value, other in zip(sums, other_sums, strict=True)]
+            left_out = [value + other for value, other in zip(left_out, other_left_out, strict=True)]
+            total.add(counts)
             memory = max(memory, peak)
         seconds = time.perf_counter() - self._start
         self._sums.zero_()
         self._left_out.zero_()
-        self._counts, self._bad, self._start = Counter(), Counter(), time.perf_counter()
-        phases = {name.split()[1]: total[name] / parallel.world_size for name in total if name.startswith("seconds ")}
-        tflops = total["flops"] / seconds / parallel.world_size / 1e12
-        targets = {name: total[f"targets {name}"] for name in self._modalities if total[f"targets {name}"]}
-        not_finite = {name: share for name in targets if (share := total[f"not finite loss {name}"] / targets[name])}
-        return {
-            "loss": _mean(total, "loss", total["batches"]),
-            "losses": {name: _mean(total, f"loss {name}", count) for name, count in targets.items()},
-            **({"not_finite": not_finite} if not_finite else {}),
-            "grad_norm": total["grad_norm"] / max(total["steps"] - total["skipped_steps"], 1),
-            "skipped_steps": round(total["skipped_steps"] / parallel.world_size),
-            "samples_per_second": total["samples"] / seconds,
-            "tokens_per_second": total["tokens"] / seconds,
-            "tflops": tflops,
-            **({"mfu": tflops / self._peak_tflops} if self._peak_tflops else {}),
-            "data_wait": phases.get("data_wait", 0) / seconds,
-            "seconds": phases,
-            "peak_memory": memory,
-            "bad_samples": dict(bad),
-            "missing": missing_shares(total),
-        }
+        self._counts, self._start = Counts(), time.perf_counter()
+        tflops = total.flops / seconds / parallel.world_size / 1e12
+        phases = {name: value / parallel.world_size for name, value in total.seconds.items()}
+        losses, not_finite = {}, {}
+        for name, value, missed in zip(self._losses, sums[3:], left_out[1:], strict=True):
+            if count := total.targets[name]:
+                losses[name] = _mean(value, count - missed)
+                not_finite[name] = missed / count
+        skipped = sums[2]
+        return IntervalMeans(
+            loss=_mean(sums[0], total.batches - left_out[0]),
+            losses=losses,
+            not_finite={name: share for name, share in not_finite.items() if share},
+            grad_norm=sums[1] / max(total.steps - skipped, 1),
+            skipped_steps=round(skipped / parallel.world_size),
+            samples_per_second=total.samples / seconds,
+            tokens_per_second=total.tokens / seconds,
+            tflops=tflops,
+            mfu=tflops / self._peak_tflops if self._peak_tflops else None,
+            data_wait=phases.get("data_wait", 0) / seconds,
+            seconds=phases,
+            peak_memory=memory,
+            bad_samples=dict(total.bad),
+            missing=total.missing,
+        )
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint within the interval: a resumed run logs the same means."""
         self._read_events()
         seconds = time.perf_counter() - self._start
         return {
-            "sums": self._sums.tolist(), "left_out": self._left_out.tolist(), "counts": self._counts, "bad": self._bad,
-            "seconds": seconds,
+            "sums": self._sums.tolist(), "left_out": self._left_out.tolist(),
+            "counts": self._counts.state(), "seconds": seconds,
         }  # fmt: skip
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        if "left_out" in state:  # not in checkpoints of old
+        if "left_out" in state:  # which earlier versions did not write
             self._left_out.copy_(torch.tensor(state["left_out"], dtype=torch.float64))
-        self._counts, self._bad = Counter(state["counts"]), Counter(state["bad"])
+        self._counts = Counts.from_state(state["counts"])
+        if "bad" in state:  # where earlier versions wrote it
+            self._counts.bad = Counter(state["bad"])
         self._start = time.perf_counter() - state["seconds"]
 
 
@@ -180,19 +282,6 @@ def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
     return torch.stack(torch._foreach_mul(values.unbind(), [float(weight) for weight in weights]))
 
 
-def _mean(total: Mapping[str, float], name: str, count: float) -> float:
-    """Over what was finite; NaN if nothing was."""
-    finite = count - total[f"not finite {name}"]
-    return total[name] / finite if finite else math.nan
-
-
-def count_missing(counts: Counter[str], position: Mapping[str, Any]) -> None:
-    """Add the samples of a batch (:attr:`Batch.position`) without each modality, of the data sets where they may lack some."""
-    for name, (lacking, total) in position["missing"].items():
-        counts.update({f"without {name}": lacking, f"samples {name}": total})
-
-
-def missing_shares(counts: Mapping[str, float]) -> dict[str, float]:
-    """Modality → share of samples without it, from what :func:`count_missing` has added up."""
-    names = sorted(name.removeprefix("without ") for name in counts if name.startswith("without "))
-    return {name: counts[f"without {name}"] / counts[f"samples {name}"] for name in names}
+def _mean(total: float, count: float) -> float:
+    """NaN of nothing."""
+    return total / count if count else math.nan

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from fourm.models.finite import is_finite
+from fourm.utils.finite import is_finite
 
 
 class LostSteps:
@@ -18,14 +18,14 @@ class LostSteps:
     Nothing here waits for the device but :meth:`read`. All processes count alike, as they have the same norm.
 
     Args:
-        modalities: that the model predicts.
-        most: so many in a row are too many; what is known of them is then kept.
+        losses: Names of the losses.
+        maximum: So many in a row are too many; what is known of them is then kept.
     """
 
-    def __init__(self, modalities: Sequence[str], most: int, device: torch.device):
-        self._modalities, self._most = list(modalities), most
+    def __init__(self, losses: Sequence[str], maximum: int, device: torch.device):
+        self._losses, self._maximum = list(losses), maximum
         self._streak = torch.zeros(3, dtype=torch.float64, device=device)  # length, last step, whether it was too long
-        self._seen = torch.zeros(len(self._modalities), device=device)
+        self._seen = torch.zeros(len(self._losses), device=device)
 
     def add(self, step: int, lost: Tensor, not_finite: Tensor) -> None:
         """Count a step.
@@ -33,21 +33,21 @@ class LostSteps:
         Args:
             step: its number, from 1.
             lost: 1 or 0.
-            not_finite: (modalities,) 1 where this process's loss was not finite in the step.
+            not_finite: (losses,) 1 where a loss of this process was not finite in the step.
         """
         length, last, over = self._streak.unbind()
         counts = lost * (1 - over)
         length = torch.where(over > 0, length, (length + 1) * lost)
         last = torch.where(counts > 0, step, last)
         self._seen = torch.where(over > 0, self._seen, torch.maximum(self._seen * (length > 1), not_finite * lost))
-        self._streak = torch.stack([length, last, torch.maximum(over, (length >= self._most).double())])
+        self._streak = torch.stack([length, last, torch.maximum(over, (length >= self._maximum).double())])
 
     def read(self) -> tuple[int, int, list[str]] | None:
-        """First and last step of too many in a row, and the modalities whose loss here was not finite; None: all is well."""
+        """First and last step of too many in a row, and the losses of this process that were not finite; None: all is well."""
         length, last, over = self._streak.tolist()
         if not over:
             return None
-        names = [name for name, seen in zip(self._modalities, self._seen.tolist(), strict=True) if seen]
+        names = [name for name, seen in zip(self._losses, self._seen.tolist(), strict=True) if seen]
         return round(last - length + 1), round(last), names
 
 

@@ -3,17 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fourm.train.config import TrainConfig
+from fourm.train.device import DeviceOptions
 from fourm.train.parallel import Strategy
+from fourm.utils.errors import UserError
+from fourm.utils.options import option
 
 _INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+@dataclass(frozen=True, kw_only=True)
+class OptimizerOptions(DeviceOptions):
+    """Optimizer"""
+
+    opt: Literal["adamw", "sgd"] = option("optimizer", "adamw", fixed=True)
+    opt_eps: float = option("AdamW epsilon", 1e-8, at_least=1e-30, at_most=1.0, fixed=True)
+    opt_betas: tuple[float, float] = option("AdamW betas", (0.9, 0.95), at_least=0, below=1, fixed=True)
+    momentum: float = option("SGD momentum", 0.9, at_least=0, below=1, fixed=True)
+    clip_grad: float | None = option("clip the global gradient norm to this", None, above=0, fixed=True)
+    skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None, above=0, fixed=True)
+    skip_nan_grad: bool = option("published; steps whose loss or gradient norm is not finite are always skipped", False)
+    max_skipped_steps: int = option(
+        "stop after so many steps in a row whose loss or gradient norm was not finite", 10, at_least=1
+    )
+    compute_grad_norm: bool = option("published; the gradient norm is always logged", True)
+
+    def check(self) -> None:
+        if len(self.opt_betas) != 2:
+            raise UserError(f"'opt_betas' must be two numbers, not {list(self.opt_betas)}")
+
+
+def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
     """Weight decay on everything but vectors (norms, biases). Frozen parameters are included: a phase may thaw them."""
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for parameter in model.parameters():
@@ -23,10 +48,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         for name, parameters in groups.items()
         if parameters
     ]
-    if config.opt == "adamw":
-        return torch.optim.AdamW(described, lr=0.0, betas=config.opt_betas, eps=config.opt_eps, fused=True)
-    optimizer = torch.optim.SGD(described, lr=0.0, momentum=config.momentum, fused=True)
-    if config.momentum:
+    if options.opt == "adamw":
+        return torch.optim.AdamW(described, lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
+    optimizer = torch.optim.SGD(described, lr=0.0, momentum=options.momentum, fused=True)
+    if options.momentum:
         # SGD would leave the buffers uninitialised if its first step were skipped.
         for parameter in model.parameters():
             optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -52,10 +77,10 @@ class GradientStep:
             2000 steps in a row without an overflow and is halved by one.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, config: TrainConfig, parallel: Strategy):
+    def __init__(self, optimizer: torch.optim.Optimizer, options: OptimizerOptions, parallel: Strategy):
         self._optimizer, self._parallel = optimizer, parallel
-        self._half = config.autocast_dtype == "float16"
-        self._clip, self._max_norm = config.clip_grad, config.skip_grad
+        self._half = options.autocast_dtype == "float16"
+        self._clip, self._max_norm = options.clip_grad, options.skip_grad
         self.scale = torch.tensor(_INITIAL_SCALE if self._half else 1.0, device=parallel.device)
         self._good = torch.zeros_like(self.scale)
 

@@ -8,19 +8,20 @@ from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
 from fourm.models import remote
-from fourm.models.sharded import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
 from fourm.train.checkpoint import SAVED, load_tensors, read_state
-from fourm.train.config import TrainConfig, num_streams, to_dict
+from fourm.train.config import RunConfig
 from fourm.train.loop import Trainer
+from fourm.train.options import saved_options
 from fourm.train.parallel import Processes
-from fourm.train.remote import RemoteRun, here
-from fourm.train.same_run import check_same_run, check_vocabulary
+from fourm.train.run_copy import RunCopy, fetched
+from fourm.train.same_run import check_same_meaning, check_same_run
+from fourm.utils.checkpoints import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
 from fourm.utils.errors import UserError
 
 log = logging.getLogger("fourm")
 
 
-def find_checkpoint(config: TrainConfig, folder: Path, copy: RemoteRun, parallel: Processes) -> Path | None:
+def find_checkpoint(config: RunConfig, folder: Path, copy: RunCopy, parallel: Processes) -> Path | None:
     """With ``auto_resume`` the newest intact checkpoint of this run, else that of ``resume`` (itself, or a run folder).
 
     Args:
@@ -31,7 +32,7 @@ def find_checkpoint(config: TrainConfig, folder: Path, copy: RemoteRun, parallel
     """
     candidates = parallel.from_main(lambda: _candidates(config, folder, copy))
     for place in candidates:
-        path = Path(here(place, remote.find_checkpoint, config, parallel))
+        path = Path(fetched(place, remote.find_checkpoint, config, parallel))
         try:
             # The checksums are the work of all processes.
             parallel.together(lambda path=path: verify(path, slice(parallel.rank, None, parallel.world_size)))  # type: ignore[misc]
@@ -44,7 +45,7 @@ def find_checkpoint(config: TrainConfig, folder: Path, copy: RemoteRun, parallel
     return None
 
 
-def _candidates(config: TrainConfig, folder: Path, copy: RemoteRun) -> list[str]:
+def _candidates(config: RunConfig, folder: Path, copy: RunCopy) -> list[str]:
     """Newest first: paths, or what ``resume`` names in a store."""
     if config.eval and config.finetune:
         return []  # these are the weights to evaluate
@@ -84,7 +85,7 @@ def _candidates(config: TrainConfig, folder: Path, copy: RemoteRun) -> list[str]
     return [str(path) for path in found]
 
 
-def finished_model(config: TrainConfig, folder: Path) -> Path | None:
+def finished_model(config: RunConfig, folder: Path) -> Path | None:
     """For an evaluation: the run folder ``folder`` if it holds a finished model, but no checkpoint any more."""
     there = config.eval and (folder / WEIGHTS).exists() and not any(folder.glob("checkpoints/step-*"))
     return folder if there else None
@@ -94,10 +95,10 @@ def restore(trainer: Trainer, path: Path, identity: dict[str, Any]) -> dict[int,
     """Continue from a checkpoint: weights, optimizer, step, positions in the data, the open interval of the log.
 
     Args:
-        identity: of the data and the vocabulary, :func:`identity_of`.
+        identity: :meth:`Task.identity`.
 
     Returns:
-        Draws of every stream in the epoch of the next batch, for ``build_train_loader``.
+        Draws of every stream in the epoch of the next batch, for :meth:`Task.train_batches`.
 
     Raises:
         UserError: it is of another model or global batch size, or something else has changed.
@@ -129,7 +130,7 @@ def restore_weights(trainer: Trainer, path: Path, identity: dict[str, Any]) -> i
         UserError: it is of another model or vocabulary.
     """
     state = read_state(path)
-    check_vocabulary(trainer.config, state, identity, path)
+    check_same_meaning(trainer.config, state, identity, path)
     load_tensors(path, trainer.model, None, trainer.ema)
     trainer.step = state["step"]
     steps = state["config"].get("epoch_size", 0) // max(state["global_batch"], 1)
@@ -159,7 +160,7 @@ def _restore_position(trainer: Trainer, state: dict[str, Any], path: Path) -> di
 def layout_of(trainer: Trainer) -> dict[str, int]:
     """What the positions in the data depend on."""
     config = trainer.config
-    return {"num_streams": num_streams(config, trainer.parallel.world_size), "batch_size": config.batch_size}
+    return {"num_streams": config.streams(trainer.parallel.world_size), "batch_size": config.batch_size}
 
 
 def state_of(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
@@ -167,8 +168,9 @@ def state_of(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
     config, parallel = trainer.config, trainer.parallel
     own = {"positions": list(trainer.positions.values()), "interval": trainer.interval.state()}
     return {
+        "task": trainer.task.name,
         "step": trainer.step,
-        "config": to_dict(config),
+        "config": saved_options(config),
         "identity": identity,
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": layout_of(trainer),

@@ -18,36 +18,29 @@ import torch
 import yaml
 
 from fourm.data.batch_loader import BatchIterator
-from fourm.data.data_config import DataConfig
-from fourm.data.modality_info import own_declarations
-from fourm.data.options import read_data
-from fourm.data.unified_datasets import Batch, build_train_loader
-from fourm.models import FM, count_parameters, model_config
-from fourm.models.hub import check_export
 from fourm.models.remote import find_model
-from fourm.models.sharded import export_model
 from fourm.train.checkpoint import CheckpointWriter, advice, remove_unfinished, tensors_to_save
-from fourm.train.config import TrainConfig, num_streams, run_length, to_dict
+from fourm.train.config import RunConfig, parse_args
 from fourm.train.device import keep_freed_memory
-from fourm.train.evaluate import Evaluation, build_evaluations, evaluate
+from fourm.train.evaluate import Results, evaluate
 from fourm.train.finetune import load_weights
 from fourm.train.journal import FILES, Journal, logging_of
 from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
+from fourm.train.options import saved_options
 from fourm.train.parallel import Strategy
 from fourm.train.plan import describe, plan_run
 from fourm.train.profiling import profiler
-from fourm.train.remote import RemoteRun, here
 from fourm.train.resume import find_checkpoint, finished_model, restore, restore_weights, state_of
-from fourm.train.same_run import identity_of
-from fourm.train.schedules import build_schedule
+from fourm.train.run_copy import RunCopy, fetched
+from fourm.train.schedules import build_schedule, run_length
 from fourm.train.signals import StopSignals
+from fourm.train.task import Evaluation, Task
 from fourm.train.waiting import Stopped, Waiting
+from fourm.utils.checkpoints import check_export, export_model
 from fourm.utils.errors import UserError, printable
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.plugin import load_plugin
-from fourm.utils.tokenizer import load_text_tokenizer
-from fourm.utils.transfer import shown
 
 log = logging.getLogger("fourm")
 _DISK = {
@@ -58,11 +51,18 @@ _DISK = {
 }  # fmt: skip
 
 
-def train(config: TrainConfig, strategy: type[Strategy]) -> int:
+def main(task: type[Task], strategy: type[Strategy], argv: list[str] | None = None) -> int:
+    """The command line of a training script; see :func:`train`."""
+    return train(task, parse_args(task.config_class, argv, task.__doc__ or ""), strategy)
+
+
+def train(task_class: type[Task], config: RunConfig, strategy: type[Strategy]) -> int:
     """Train, evaluate or try out, as ``config`` says.
 
     Args:
-        strategy: how several processes share the work.
+        task_class: What is trained.
+        config: Of the class ``task_class.config_class``.
+        strategy: How several processes share the work.
 
     Returns:
         The exit status: 0; 128 + the number of the signal that stopped the run, after a checkpoint; 1 if another process of
@@ -73,9 +73,8 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
     """
     load_plugin(config.plugin)
     if config.plan:
-        data = load_data(config)
-        text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
-        print(printable(describe(config, plan_run(config, data, build_model(config, data), text_tokenizer))))
+        task = task_class(config)
+        print(printable(describe(task, plan_run(task, task.build_model()))))
         return 0
     parallel = strategy(config)
     _set_up_process(config)
@@ -85,7 +84,7 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
         try:
             if parallel.is_main:
                 _warn_of_restarts()
-            run = Run(config, parallel)
+            run = Run(task_class(config), parallel)
             if config.dry_run:
                 status = run.try_out()
             else:
@@ -94,15 +93,15 @@ def train(config: TrainConfig, strategy: type[Strategy]) -> int:
             if not parallel.is_loss_of_contact(error):
                 raise
             reason = " ".join(str(error).split())[:200]
-            log.error("rank %d ends, for another process has: %s; start again to go on from the newest checkpoint",
-                      parallel.rank, reason)  # fmt: skip
+            log.error("rank %d stops because another process has died (%s); start the run again to continue from its newest "
+                      "checkpoint", parallel.rank, reason)  # fmt: skip
             return 1  # without closing, which would wait for the others
     parallel.close()
     return status
 
 
 @contextlib.contextmanager
-def _no_traceback_of_the_disk(config: TrainConfig) -> Iterator[None]:
+def _no_traceback_of_the_disk(config: RunConfig) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -115,30 +114,31 @@ def _no_traceback_of_the_disk(config: TrainConfig) -> Iterator[None]:
 class Run:
     """One process's part of a run."""
 
-    def __init__(self, config: TrainConfig, parallel: Strategy):
-        self.config, self.parallel = config, parallel
+    def __init__(self, task: Task, parallel: Strategy):
+        self.task, self.parallel = task, parallel
+        self.config: RunConfig = task.config
+        config = self.config
         self.folder = Path(config.output_dir)
         self.checkpoints = self.folder / "checkpoints"
-        self.data = load_data(config)
         self.length = run_length(config, parallel.world_size)
         if not config.eval:
-            num_streams(config, parallel.world_size)  # wrong ones are found out before anything is loaded
+            config.streams(parallel.world_size)  # a wrong number is an error before anything is loaded
         self.total_steps = self.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.length.batches_per_epoch // config.accum_iter
-        self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
-        self.evaluations = build_evaluations(config, self.data, self.text_tokenizer, parallel)
-        self.copy_in_store = RemoteRun(config)
+        share = (parallel.rank, parallel.world_size) if config.dist_eval else (0, 1)
+        self.evaluations = task.evaluations(*share, parallel.is_main)
+        self.copy_in_store = RunCopy(config, config.keep_last)
         checkpoint = find_checkpoint(config, self.checkpoints, self.copy_in_store, parallel)
-        self._identity = parallel.from_main(lambda: identity_of(self.data, self.text_tokenizer))
+        self._identity = parallel.from_main(task.identity)
         weights = config.finetune if not checkpoint else ""
         if not checkpoint and not weights and (finished := finished_model(config, Path(config.resume or self.folder))):
             weights = str(finished)
         self.trainer = self._build_trainer(weights)
-        self._epoch_before, self.draws = 0, None
+        self._epoch_before, self._draws = 0, None
         if checkpoint and config.eval:
             self._epoch_before = restore_weights(self.trainer, checkpoint, self._identity)
         elif checkpoint:
-            self.draws = restore(self.trainer, checkpoint, self._identity)
+            self._draws = restore(self.trainer, checkpoint, self._identity)
         elif config.eval:
             self.trainer.ema = None  # which would be these weights again
         self._has_weights = bool(checkpoint or weights)
@@ -146,32 +146,25 @@ class Run:
         self._describe(f"resumed from {checkpoint}" if checkpoint else weights or "new weights")
 
     def _build_trainer(self, weights: str) -> Trainer:
-        config, data, world_size = self.config, self.data, self.parallel.world_size
-        model = build_model(config, data)
+        config, task, parallel = self.config, self.task, self.parallel
+        model = task.build_model()
         if config.compile:
-            model.compile_blocks()
+            for block in task.blocks(model):
+                block.compile()
         torch.manual_seed(config.seed)
-        self.parallel.place(model)
+        parallel.place(model, task.parts(model))
         if weights:
-            load_weights(model, here(weights, find_model, config, self.parallel))
-        sets = data.train.values()
-        return Trainer(
-            config, self.parallel, model, build_optimizer(model, config), build_schedule(config, self.length, world_size),
-            num_input_tokens=max(dataset.input_tokens_range[1] for dataset in sets),
-            num_target_tokens=max(dataset.target_tokens_range[1] for dataset in sets),
-            step=config.start_epoch * self.steps_per_epoch,
-        )  # fmt: skip
+            load_weights(model, fetched(weights, find_model, config, parallel), task.format)
+        schedule = build_schedule(config, self.length, parallel.world_size)
+        step = config.start_epoch * self.steps_per_epoch
+        return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule, step)
 
     def _describe(self, weights: str) -> None:
-        """Tell what is going to happen."""
+        """Log what is going to happen."""
         config, length, schedule = self.config, self.length, self.trainer.schedule
-        for name, dataset in self.data.train.items():
-            log.info("data set %s, weight %g: %s", name, self.data.weights[name], shown(dataset.data_path))
-            log.info("  inputs %s of %d-%d tokens", ", ".join(dataset.in_domains), *dataset.input_tokens_range)
-            log.info("  targets %s of %d-%d tokens", ", ".join(dataset.out_domains), *dataset.target_tokens_range)
-        counts = count_parameters(self.trainer.model)
-        log.info("model %s: %s parameters of the trunk, %s of the embeddings; %s",
-                 config.model, f"{counts['trunk']:,}", f"{counts['embeddings']:,}", weights)  # fmt: skip
+        self.task.describe()
+        counts = self.task.count_parameters(self.trainer.model)
+        log.info("%s; %s", ", ".join(f"{count:,} parameters of the {name}" for name, count in counts.items()), weights)
         log.info(
             "%d epochs of %d steps = %d steps of %d samples (%d x batch_size %d x accum_iter %d), from step %d",
             length.epochs, self.steps_per_epoch, self.total_steps,
@@ -187,14 +180,14 @@ class Run:
         """One step, whose results are shown and forgotten."""
         with contextlib.closing(self._batches()) as batches:
             self.trainer.train_step(self._fetch(batches, late=False)[0])
-        line = self.trainer.interval.means(self.parallel)
-        log.info("dry run: one step, loss %.4f, gradient norm %.3g; %s", line["loss"], line["grad_norm"],
-                 ", ".join(f"{name} {loss:.3f}" for name, loss in line["losses"].items()))  # fmt: skip
+        means = self.trainer.interval.means(self.parallel)
+        log.info("dry run: one step, loss %.4f, gradient norm %.3g; %s", means.loss, means.grad_norm,
+                 ", ".join(f"{name} {loss:.3f}" for name, loss in means.losses.items()))  # fmt: skip
         return 0
 
     def evaluate_only(self) -> int:
         if not self.evaluations:
-            raise UserError(f"{self.data.path}: nothing to evaluate; declare validation sets under 'val'")
+            raise UserError("nothing to evaluate: the data configuration declares no validation sets")
         if not self._has_weights:
             raise UserError(f"no weights to evaluate: {self.checkpoints} has no checkpoint; set finetune or resume")
         journal = Journal(self.config, self.trainer.step, self.total_steps, self.parallel.is_main)
@@ -211,8 +204,9 @@ class Run:
             )
         parallel.from_main(self._take_folder)
         self._saved_step = -1
+        copy = self.copy_in_store
         self._writer = CheckpointWriter(
-            self.checkpoints, parallel, config.keep_last, config.async_save, self.copy_in_store.copy_checkpoint
+            self.checkpoints, parallel, config.keep_last, config.async_save, copy.copy_checkpoint, copy.in_use
         )
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         parallel.from_main(self._write_config)
@@ -242,6 +236,7 @@ class Run:
                     if waiting.stop and self._saved_step != trainer.step:
                         self._save()
             self._writer.wait()  # a further signal must not end it half-way
+            parallel.from_main(copy.wait)
         journal.close()
         if waiting.stop:
             log.info("stopped at step %d; the same command goes on from there", trainer.step)
@@ -251,33 +246,29 @@ class Run:
             self._save()  # resumed from the last checkpoint of another run
             self._writer.wait()
         parallel.from_main(lambda: self._export(last))
-        log.info("finished: FM.from_pretrained('%s')", self.folder)
+        log.info("finished: the model is in %s, for from_pretrained('%s')", self.folder, self.folder)
         return 0
 
     def _take_folder(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         lock_folder(self.folder)
-        check_export(self.folder)  # rather than when the model is there
+        check_export(self.folder, self.task.format)  # rather than when the model is there
         remove_unfinished(self.checkpoints)
 
     def _write_config(self) -> None:
         with atomic_path(self.folder / "config.yaml") as path:
-            path.write_text(yaml.safe_dump(to_dict(self.config), sort_keys=False))
+            path.write_text(yaml.safe_dump(saved_options(self.config), sort_keys=False))
         self.copy_in_store.copy("config.yaml")  # a store that cannot be written to is found out now
 
     def _batches(self) -> BatchIterator:
         config, parallel = self.config, self.parallel
-        return iter(
-            build_train_loader(
-                self.data, self.text_tokenizer, batch_size=config.batch_size,
-                batches_per_epoch=self.length.batches_per_epoch, num_workers=config.num_workers, rank=parallel.rank,
-                world_size=parallel.world_size, seed=config.seed, start_batch=self.trainer.step * config.accum_iter,
-                positions=self.draws, num_streams=num_streams(config, parallel.world_size),
-                pin_memory=config.pin_mem and parallel.device.type == "cuda", raw_pixels=True,
-            )
+        loader = self.task.train_batches(
+            parallel.rank, parallel.world_size, self.length.batches_per_epoch, self.trainer.step * config.accum_iter,
+            self._draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
         )  # fmt: skip
+        return iter(loader)
 
-    def _fetch(self, batches: BatchIterator, late: bool) -> tuple[list[Batch], bool]:
+    def _fetch(self, batches: BatchIterator, late: bool) -> tuple[list[Any], bool]:
         """The micro-batches of the next step, if there is one; see :meth:`Waiting.fetch`."""
         number = self.config.accum_iter if self.trainer.step < self.total_steps else 0
         return self._waiting.fetch(batches, number, partial(self.trainer.interval.host_phase, "data_wait"), late)
@@ -319,8 +310,8 @@ class Run:
         done = (trainer.step - 1) * self.config.accum_iter
         per_step = self.config.batch_size * self.config.accum_iter * self.parallel.world_size
         rates = {"lr": trainer.schedule.lr(done), "weight_decay": trainer.schedule.weight_decay(done)}
-        eta = (self.total_steps - trainer.step) * per_step / means["samples_per_second"]
-        journal.interval({"step": trainer.step, "epoch": self._epoch, **rates, **means, "eta_seconds": eta})
+        eta = (self.total_steps - trainer.step) * per_step / means.samples_per_second
+        journal.interval(trainer.step, self._epoch, rates, means, eta)
 
     def _save(self) -> None:
         """A checkpoint of the step done last; all processes must call this."""
@@ -329,12 +320,13 @@ class Run:
         self._saved_step = trainer.step
         with trainer.interval.host_phase("save", paused=True):
             tensors = tensors_to_save(trainer.model, trainer.optimizer, trainer.ema)
-            self._writer.save(trainer.step, trainer.model.config, tensors, state_of(trainer, self._identity))
+            config: Any = trainer.model.config
+            self._writer.save(trainer.step, config, tensors, state_of(trainer, self._identity))
 
     def _export(self, checkpoint: Path) -> None:
-        export_model(checkpoint, self.folder)
+        export_model(checkpoint, self.folder, self.task.format)
         if self.config.model_ema:
-            export_model(checkpoint, self.folder / "ema", ema=True)
+            export_model(checkpoint, self.folder / "ema", self.task.format, ema=True)
         self.copy_in_store.complete(checkpoint)
         self.copy_in_store.copy("config.json", "model.safetensors", *(["ema"] if self.config.model_ema else []), *FILES)
 
@@ -350,29 +342,8 @@ class Run:
                         results[evaluation.dataset][f"{evaluation.kind}_ema"] = self._evaluated(evaluation)
             journal.evaluation(trainer.step, self._epoch, results)
 
-    def _evaluated(self, evaluation: Evaluation) -> dict[str, Any]:
-        return evaluate(self.trainer.model, evaluation, self.config, self.parallel, self._waiting)
-
-
-def build_model(config: TrainConfig, data: DataConfig) -> FM:
-    """The model of the run, with the modalities of its training sets, on the meta device: without memory for weights."""
-    options = {
-        "num_register_tokens": config.num_register_tokens,
-        "use_act_checkpoint": config.use_act_checkpoint and config.act_checkpoint_every,
-        "image_size": config.input_size,
-        "patch_size": config.patch_size,
-        "share_embedding": True,
-    }
-    for key in ("domains_in", "domains_out", "modalities"):
-        if key in config.model_kwargs:
-            raise UserError(f"'model_kwargs': '{key}' follows from the data configuration; leave it out")
-    with torch.device("meta"):
-        return FM(
-            model_config(
-                config.model, data.in_domains, data.out_domains, modalities=_declarations(data),
-                **options | config.model_kwargs,
-            )
-        )  # fmt: skip
+    def _evaluated(self, evaluation: Evaluation) -> Results:
+        return evaluate(self.task, self.trainer.model, evaluation, self.config, self.parallel, self._waiting)
 
 
 def _warn_of_restarts() -> None:
@@ -380,24 +351,13 @@ def _warn_of_restarts() -> None:
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         log.warning(
-            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: processes that it starts again may fail to meet without"
+            "set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 for torchrun: otherwise processes that it starts again may fail to meet"
         )
 
 
-def _declarations(data: DataConfig) -> dict[str, dict[str, Any]]:
-    """What a model must know of its modalities beside the built-in table: the data YAML's block, and what a program added."""
-    own = own_declarations(data.modalities)
-    return {**own, **{name: own.get(name, {}) | dict(fields or {}) for name, fields in data.declarations.items()}}
-
-
-def _set_up_process(config: TrainConfig) -> None:
+def _set_up_process(config: RunConfig) -> None:
     if not config.show_user_warnings:
         warnings.filterwarnings("ignore", category=UserWarning)
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < config.rlimit:
         resource.setrlimit(resource.RLIMIT_NOFILE, (min(config.rlimit, hard), hard))
-
-
-def load_data(config: TrainConfig) -> DataConfig:
-    """The data configuration that ``config`` names."""
-    return read_data(config, max_bad_fraction=config.max_bad_fraction)

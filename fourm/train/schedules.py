@@ -1,11 +1,177 @@
-"""Learning rate and weight decay as functions of the micro-batch index."""
+"""The length of a run and of its phases; learning rate and weight decay as functions of the micro-batch.
+
+Quantities "in batches" count micro-batches of one rank, as the learning rate schedule does (paper section 2.3 and appendix
+on training details give their values in tokens).
+"""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from fourm.train.config import RunLength, TrainConfig, inverse_sqrt_timescale
+from fourm.train.options import Commands
+from fourm.utils.config import convert
+from fourm.utils.errors import UserError
+from fourm.utils.options import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class LengthOptions(Commands):
+    """Batches and length"""
+
+    # -1 means "not set", as in the published YAML files.
+
+    batch_size: int = option("samples per rank and micro-batch", 128, at_least=1, at_most=10**6)
+    accum_iter: int = option("micro-batches per optimizer step", 1, at_least=1, at_most=10**6)
+    epochs: int = option("epochs of epoch_size samples; or set total_tokens", -1, at_least=0, unset=-1, at_most=10**9)
+    total_tokens: float = option(
+        "billions of input + target tokens; or set epochs", -1.0, at_least=0, unset=-1, at_most=1e9
+    )
+    epoch_size: int = option("samples that make an epoch", 10_000_000, at_least=1, at_most=10**15, fixed=True)
+
+    @property
+    def tokens_per_sample(self) -> int:
+        """Input and target tokens of a sample; 0 for a task that does not count tokens."""
+        return 0
+
+    def check(self) -> None:
+        if (self.epochs >= 0) == (self.total_tokens >= 0) and not self.eval:
+            both = self.epochs >= 0
+            raise UserError(
+                f"set either 'epochs' or 'total_tokens'{', not both: leave one at -1' if both else ' (neither is set)'}"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleOptions(LengthOptions):
+    """Learning rate and weight decay"""
+
+    blr: float = option("learning rate per 256 samples", 1e-4, at_least=0, fixed=True)
+    min_blr: float = option("final learning rate per 256 samples", 0.0, at_least=0, fixed=True)
+    frozen_model_blr: float = option(
+        "learning rate per 256 samples of the frozen phase (default: blr)", -1.0, at_least=0, unset=-1, fixed=True
+    )
+    weight_decay: float = option("on everything but norms and biases", 0.05, at_least=0, fixed=True)
+    weight_decay_end: float | None = option(
+        "cosine from weight_decay to this (default: constant)", None, at_least=0, fixed=True
+    )
+    scheduler: str = option("cosine, or inverse_sqrt-T with T in batches", "cosine", fixed=True)
+    warmup_epochs: int = option(
+        "linear warm-up; at most one of the three", -1, at_least=0, unset=-1, at_most=10**9, fixed=True
+    )
+    warmup_steps: int = option("warm-up in batches", -1, at_least=0, unset=-1, at_most=10**15, fixed=True)
+    warmup_tokens: float = option("warm-up in billions of tokens", -1.0, at_least=0, unset=-1, at_most=1e9, fixed=True)
+    cooldown_epochs: int = option(
+        "linear cool-down of inverse_sqrt; at most one of the three",
+        -1,
+        at_least=0,
+        unset=-1,
+        at_most=10**9,
+        fixed=True,
+    )
+    cooldown_steps: int = option("cool-down in batches", -1, at_least=0, unset=-1, at_most=10**15, fixed=True)
+    cooldown_tokens: float = option(
+        "cool-down in billions of tokens", -1.0, at_least=0, unset=-1, at_most=1e9, fixed=True
+    )
+    frozen_model_epochs: int = option(
+        "first train only the embeddings for so many epochs", 0, at_least=0, unset=-1, at_most=10**9, fixed=True
+    )
+    frozen_model_tokens: float = option(
+        "the same in billions of tokens", 0.0, at_least=0, unset=-1, at_most=1e9, fixed=True
+    )
+
+    def check(self) -> None:
+        for phase in ("warmup", "cooldown"):
+            given = [key for key in _lengths(phase) if getattr(self, key) >= 0]
+            if len(given) > 1:
+                raise UserError(f"set only one of {' and '.join(given)}; leave the others at -1")
+        if self.frozen_model_epochs > 0 and self.frozen_model_tokens > 0:
+            raise UserError("set only one of frozen_model_epochs and frozen_model_tokens")
+        inverse_sqrt_timescale(self.scheduler)
+
+
+def _lengths(phase: str) -> list[str]:
+    return [f"{phase}_{unit}" for unit in ("epochs", "steps", "tokens")]
+
+
+def inverse_sqrt_timescale(scheduler: str) -> float | None:
+    """T of ``inverse_sqrt-T``; None for ``cosine``."""
+    if scheduler == "cosine":
+        return None
+    name, _, timescale = scheduler.partition("-")
+    where = "'scheduler' must be cosine or inverse_sqrt-T (T in batches, above 0)"
+    if name != "inverse_sqrt":
+        raise UserError(f"{where}, not {scheduler!r}")
+    try:
+        value = convert(timescale or 10_000, float, "T")
+    except UserError as error:
+        raise UserError(f"{where}, not {scheduler!r}") from error
+    if value <= 0:
+        raise UserError(f"{where}, not {scheduler!r}")
+    return value
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """How long a run and its phases are, in micro-batches of one rank unless said otherwise."""
+
+    epochs: int
+    batches_per_epoch: int
+    total_batches: int
+    frozen_batches: int
+    warmup_batches: int
+    cooldown_batches: int
+
+
+def run_length(options: ScheduleOptions, world_size: int) -> RunLength:
+    """Tokens and epochs → micro-batches (training arithmetic of the published runs).
+
+    An epoch ends with a whole optimizer step: its micro-batches are rounded down to a multiple of ``accum_iter``.
+    """
+    samples = options.batch_size * world_size
+    per_epoch = options.epoch_size // (samples * options.accum_iter) * options.accum_iter
+    if per_epoch == 0 and options.eval:
+        per_epoch = 1  # nothing is trained
+    if per_epoch == 0:
+        raise UserError(
+            f"'epoch_size' {options.epoch_size} is smaller than one optimizer step of batch_size {options.batch_size} x "
+            f"accum_iter {options.accum_iter} x {world_size} processes; lower batch_size or raise epoch_size"
+        )
+
+    def tokens_per_sample() -> int:
+        if not options.tokens_per_sample:
+            raise UserError("this training does not count tokens: set its length and phases in epochs or steps")
+        return options.tokens_per_sample
+
+    def epochs_of(billions: float) -> int:
+        return math.ceil(billions * 1e9 / (tokens_per_sample() * options.epoch_size))
+
+    def batches_of(phase: str) -> int:
+        in_epochs, in_steps, in_tokens = (getattr(options, key) for key in _lengths(phase))
+        if in_tokens >= 0:
+            return math.ceil(in_tokens * 1e9 / (tokens_per_sample() * samples))
+        return max(in_steps, in_epochs * per_epoch, 0)
+
+    epochs = epochs_of(options.total_tokens) if options.total_tokens >= 0 else max(options.epochs, 0)
+    frozen = (
+        epochs_of(options.frozen_model_tokens)
+        if options.frozen_model_tokens > 0
+        else max(options.frozen_model_epochs, 0)
+    )
+    if epochs * options.epoch_size >= 2**62:
+        raise UserError(
+            f"the run is too long: {epochs} epochs of 'epoch_size' {options.epoch_size} samples; lower one of them"
+        )
+    length = RunLength(
+        epochs, per_epoch, epochs * per_epoch, frozen * per_epoch, batches_of("warmup"), batches_of("cooldown")
+    )
+    fixed = length.frozen_batches + length.warmup_batches + length.cooldown_batches
+    if fixed > length.total_batches and not options.eval:
+        raise UserError(
+            f"the frozen, warm-up and cool-down phases need {fixed} batches, but the run has only "
+            f"{length.total_batches}; shorten them or raise epochs or total_tokens"
+        )
+    return length
 
 
 def _cosine(start: float, end: float, done: float) -> float:
@@ -53,16 +219,16 @@ class Schedule:
         return _cosine(self.weight_decay_start, self.weight_decay_end, batch / max(1, self.length.total_batches))
 
 
-def build_schedule(config: TrainConfig, length: RunLength, world_size: int) -> Schedule:
+def build_schedule(options: ScheduleOptions, length: RunLength, world_size: int) -> Schedule:
     """Rates scale with the global batch: lr = blr · batch_size · accum_iter · world_size / 256."""
-    scale = config.batch_size * config.accum_iter * world_size / 256
-    frozen_blr = config.frozen_model_blr if config.frozen_model_blr >= 0 else config.blr
+    scale = options.batch_size * options.accum_iter * world_size / 256
+    frozen_blr = options.frozen_model_blr if options.frozen_model_blr >= 0 else options.blr
     return Schedule(
         length=length,
-        peak_lr=config.blr * scale,
-        min_lr=config.min_blr * scale,
+        peak_lr=options.blr * scale,
+        min_lr=options.min_blr * scale,
         frozen_lr=frozen_blr * scale,
-        timescale=inverse_sqrt_timescale(config.scheduler),
-        weight_decay_start=config.weight_decay,
-        weight_decay_end=config.weight_decay if config.weight_decay_end is None else config.weight_decay_end,
+        timescale=inverse_sqrt_timescale(options.scheduler),
+        weight_decay_start=options.weight_decay,
+        weight_decay_end=options.weight_decay if options.weight_decay_end is None else options.weight_decay_end,
     )

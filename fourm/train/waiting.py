@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from fourm.data.batch_loader import BatchIterator, BatchLoader
-from fourm.data.unified_datasets import Batch
 from fourm.train.parallel import Processes
 from fourm.train.signals import STOP_SIGNALS, Interrupted, StopSignals
 from fourm.utils.errors import UserError
@@ -36,7 +35,7 @@ class Waiting:
 
     def fetch(
         self, batches: BatchIterator, number: int, phase: Callable[[], contextlib.AbstractContextManager], late: bool
-    ) -> tuple[list[Batch], bool]:
+    ) -> tuple[list[Any], bool]:
         """The next ``number`` batches, and whether ``late`` is set in any process.
 
         It votes at least once, before anything that waits for the device, which would wait for ever if another process had
@@ -48,7 +47,7 @@ class Waiting:
         Raises:
             UserError: the wait of a process was too long, or its data are bad.
         """
-        fetched: list[Batch] = []
+        fetched: list[Any] = []
 
         def ready() -> bool:
             while len(fetched) < number:
@@ -61,7 +60,7 @@ class Waiting:
         (late,) = self._together(batches, ready, lambda: [late])
         return fetched, late
 
-    def all_of(self, loader: BatchLoader) -> Iterator[Batch | None]:
+    def all_of(self, loader: BatchLoader) -> Iterator[Any]:
         """The batches of every process's loader, the same number in all: None where only others have some left.
 
         Raises:

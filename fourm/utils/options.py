@@ -4,31 +4,50 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import itertools
 import sys
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
-from fourm.utils.config import Range, build, is_text, parse_value
+from fourm.utils.config import Range, build, is_text, parse_value, settle
 from fourm.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
 
+class Options:
+    """Base of groups of options: dataclasses that stand beside the code that they configure.
+
+    The options of a command are a dataclass that inherits from the groups it is made of, so that its keys are flat and a
+    function that needs a group takes the whole. ``--help`` shows each group under the first line of its docstring. A group
+    may define ``check``, which raises a :class:`UserError` for values that do not go together.
+    """
+
+    def __post_init__(self) -> None:
+        settle(self)
+        for group in type(self).__mro__:
+            if "check" in vars(group):
+                vars(group)["check"](self)
+
+
 def option(
     text: str, default: Any = MISSING, *, at_least: float | None = None, above: float | None = None,
-    at_most: float | None = None, below: float | None = None, unset: float | None = None,
+    at_most: float | None = None, below: float | None = None, unset: float | None = None, alias: str = "",
+    fixed: bool = False,
 ) -> Any:  # fmt: skip
     """A field with its help text; required if it has no default.
 
     Args:
         at_least, above, at_most, below: bounds of its number, or of each of its numbers; see :class:`Range`.
         unset: a number out of these bounds that means "not set".
+        alias: another name of the key.
+        fixed: the value decides over the weights that a training run ends with, so that a run resumes with the same one.
     """
     bounds = Range(at_least, above, at_most, below, unset)
-    metadata: dict[str, Any] = {"help": text}
+    metadata: dict[str, Any] = {"help": text, "alias": alias, "fixed": fixed}
     if bounds != Range():
         metadata["range"] = bounds
     if isinstance(default, (dict, list)):
@@ -47,16 +66,27 @@ def flat_options(cls: type) -> list[str]:
     return [f"{prefix}{item.name}" for prefix, _, items in _groups(cls) for item in items]
 
 
+def aliases(cls: type) -> dict[str, str]:
+    """Other name → key."""
+    return {item.metadata["alias"]: item.name for item in dataclasses.fields(cls) if item.metadata.get("alias")}
+
+
 def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
-    """Prefix, description and fields of the options of ``cls`` itself, and of its groups."""
-    # Its own before those that it inherits.
-    fields = sorted(dataclasses.fields(cls), key=lambda item: item.name not in cls.__annotations__)
-    nested = [
-        (f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"])))
-        for item in fields
-        if "options" in item.metadata
+    """Prefix, title and fields: the own options of ``cls``, the groups it inherits from, the groups in its fields."""
+    owner = {name: group for group in reversed(cls.__mro__) for name in inspect.get_annotations(group)}
+    found = []
+    for group in (cls, *(base for base in reversed(cls.__mro__) if base is not cls)):
+        fields = [
+            item for item in dataclasses.fields(cls) if owner[item.name] is group and "options" not in item.metadata
+        ]
+        if fields:
+            title = "" if group is cls else (group.__doc__ or "").partition("\n")[0].rstrip(".")
+            found.append(("", title, fields))
+    nested = [item for item in dataclasses.fields(cls) if "options" in item.metadata]
+    found += [
+        (f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"]))) for item in nested
     ]
-    return [("", "", [item for item in fields if "options" not in item.metadata]), *nested]
+    return found
 
 
 def _texts(cls: type) -> dict[str, bool]:
@@ -94,15 +124,12 @@ def parse_options(cls: type[T], argv: list[str] | None, description: str, positi
     return build(cls, parse_overrides(cls, [*named, *argv[len(bare) :]], description), "command line")
 
 
-def parse_overrides(
-    cls: type, argv: list[str] | None, description: str, aliases: Mapping[str, str] | None = None, config_file: bool = False
-) -> dict[str, Any]:  # fmt: skip
+def parse_overrides(cls: type, argv: list[str] | None, description: str, config_file: bool = False) -> dict[str, Any]:
     """The fields of ``cls`` that the command line sets; switches come in pairs ``--key`` / ``--no_key``.
 
     Those of groups are there by their flat names.
 
     Args:
-        aliases: other name → field.
         config_file: ``--config FILE`` is an argument too, and its path part of the result.
 
     Raises:
@@ -114,14 +141,15 @@ def parse_overrides(
     if config_file:
         flags += ["--config"]
         parser.add_argument("-c", "--config", help="YAML file; keys on the command line override it")
-    for prefix, description, fields in _groups(cls):
-        group = parser.add_argument_group(description=description) if prefix else parser
+    for prefix, title, fields in _groups(cls):
+        group = parser.add_argument_group(title) if title else parser
         for item in fields:
             text = item.metadata["help"].replace("%", "%%")
             if item.default is not MISSING and item.default not in (None, "", -1):
                 text += f" (default: {item.default})"
             key = f"{prefix}{item.name}"
-            names = [f"--{key}", *(f"--{alias}" for alias, meant in (aliases or {}).items() if meant == key)]
+            alias = item.metadata["alias"]
+            names = [f"--{key}", *([f"--{alias}"] if alias else [])]
             if item.type == "bool":
                 group.add_argument(*names, action="store_true", help=text)
                 names.append(f"--no_{key}")

@@ -6,8 +6,17 @@ import importlib
 import os
 import sys
 import traceback
+from dataclasses import dataclass
 
 from fourm.utils.errors import UserError
+from fourm.utils.options import Options, option
+
+
+@dataclass(frozen=True, kw_only=True)
+class PluginOptions(Options):
+    """Your own code"""
+
+    plugin: str = option("Python module that registers your own modalities: my_package.my_modalities", "")
 
 
 def load_plugin(name: str) -> None:

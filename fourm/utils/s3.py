@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.options import Options, option
 from fourm.utils.transfer import (
     CHUNK,
     Downloads,
@@ -36,6 +37,35 @@ from fourm.utils.transfer import (
 )
 
 _DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions(Options):
+    """Object stores"""
+
+    s3_endpoint: str = option("URL of the object store (default: as boto3 is configured, else AWS)", "")
+    s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512, at_least=1, at_most=5120)
+    s3_multipart_threshold_mb: int = option("transfers above this are split", 512, at_least=0, at_most=10**7)
+    s3_max_io_queue: int = option("requests that a process may have in flight", 100, at_least=1, at_most=10_000)
+
+    def store(self) -> S3Store:
+        """The store at ``s3_endpoint``."""
+        part, threshold = self.s3_multipart_chunksize_mb * 2**20, self.s3_multipart_threshold_mb * 2**20
+        return S3Store(self.s3_endpoint, part, threshold, self.s3_max_io_queue)
+
+
+def check_endpoint(options: Options, *names: str) -> None:
+    """Check endpoints when something in a store is about to be read: published files have placeholders in these keys.
+
+    Raises:
+        UserError: the first of the keys ``names`` that is set is no URL.
+    """
+    for name in names:
+        if endpoint := getattr(options, name):
+            if not endpoint.startswith(("http://", "https://")):
+                raise UserError(f"'{name}' must be a URL, https://HOST, not {shown(endpoint)!r}")
+            check_url(endpoint, ("http", "https"))
+            return
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """Commands that look at data take the keys of training, with the same meaning, those of remote data too."""
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -9,11 +8,12 @@ import yaml
 
 from fourm.data.check import CheckOptions
 from fourm.data.check import main as check
-from fourm.data.options import ReadOptions, remote_options
+from fourm.data.options import DataOptions
 from fourm.data.preview.__main__ import PreviewOptions
 from fourm.data.preview.__main__ import main as preview
 from fourm.data.remote import RemoteOptions
-from fourm.train.config import FIELDS, load_config
+from fourm.train.config import load_config
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_shards
 from tests.data.object_store import BUCKET, ObjectStore, faulty
@@ -48,16 +48,13 @@ def remote(tmp_path):
 
 
 def test_names_and_defaults_are_those_of_training():
-    for item in dataclasses.fields(ReadOptions):
-        assert item.name in FIELDS, item.name
-        if item.name != "data_config":
-            assert item.default == FIELDS[item.name].default, item.name
+    assert all(issubclass(options, DataOptions) for options in (CheckOptions, PreviewOptions, PretrainConfig))
     keys = {"s3_endpoint": "http://a", "s3_data_endpoint": "https://b", "data_cache_dir": "c", "data_cache_gb": 1.5}
     keys |= {"s3_multipart_chunksize_mb": 2, "s3_multipart_threshold_mb": 3, "s3_max_io_queue": 4}
     expected = RemoteOptions("https://b", "c", 1_500_000_000, 2 * 2**20, 3 * 2**20, 4)
     for options in (CheckOptions, PreviewOptions):
-        assert remote_options(options(data_config="x", **keys)) == expected
-    assert remote_options(load_config(None, {**keys, "epochs": 1})) == expected
+        assert options(data_config="x", **keys).remote() == expected
+    assert load_config(PretrainConfig, None, {**keys, "epochs": 1}).remote() == expected
 
 
 def test_the_check_reads_a_store_through_the_cache_of_the_run(remote, tmp_path, capsys):

@@ -6,9 +6,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fourm.models import FM, sharded
+from fourm.models import FM
+from fourm.models.from_checkpoint import FORMAT, load_model
 from fourm.train import export
 from fourm.train.ema import EMA
+from fourm.utils import checkpoints
 from fourm.utils.errors import UserError
 from tests.models.toy_models import SWIGLU, toy_config
 from tests.train.checkpoint_files import write_checkpoint
@@ -32,7 +34,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.mark.parametrize("at_once", [2**30, 2000])
 def test_an_exported_model_is_the_saved_one(model, checkpoint, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(sharded, "_AT_ONCE", at_once)
+    monkeypatch.setattr(checkpoints, "_AT_ONCE", at_once)
     export.main([str(checkpoint.parents[1]), str(tmp_path / "exported")])
     model.save_pretrained(tmp_path / "saved")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("exported", "saved")]
@@ -41,7 +43,7 @@ def test_an_exported_model_is_the_saved_one(model, checkpoint, tmp_path, monkeyp
     configs = [json.loads((tmp_path / name / "config.json").read_text()) for name in ("exported", "saved")]
     assert configs[0] == configs[1]
     state = FM.from_pretrained(str(tmp_path / "exported")).state_dict()
-    loaded = sharded.load_model(checkpoint).state_dict()
+    loaded = load_model(checkpoint).state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in state.items())
 
 
@@ -53,7 +55,7 @@ def test_the_moving_average_is_exported_on_demand(model, checkpoint, tmp_path):
     torch.testing.assert_close(exported[name], model.state_dict()[name] + 1)
     assert torch.equal(exported["encoder.0.norm1.bias"], torch.zeros(32))  # a buffer is no average
     with pytest.raises(UserError, match="no moving average"):
-        export.export_model(write_checkpoint(tmp_path / "without", 1, model), tmp_path, ema=True)
+        checkpoints.export_model(write_checkpoint(tmp_path / "without", 1, model), tmp_path, FORMAT, ema=True)
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "checksums"])
@@ -69,9 +71,9 @@ def test_damage_is_found_and_named(model, tmp_path, what):
         content[len(content) // 2] ^= 4
         (checkpoint / name).write_bytes(content)
     with pytest.raises(UserError, match="step-00000003 is damaged" if what == "checksums" else f"damaged.*{name}"):
-        sharded.export_model(checkpoint, tmp_path / "out")
+        checkpoints.export_model(checkpoint, tmp_path / "out", FORMAT)
     with pytest.raises(UserError, match="no model .* and no complete checkpoint"):
-        sharded.newest_checkpoint(tmp_path / "nowhere")
+        checkpoints.newest_checkpoint(tmp_path / "nowhere")
 
 
 def test_the_newest_checkpoints_are_kept(model, tmp_path):

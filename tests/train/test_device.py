@@ -12,9 +12,9 @@ import torch
 from fourm.data.modality_transforms import NormalTransform, PixelTransform, RGBTransform
 from fourm.data.unified_datasets import build_eval_loader, build_train_loader
 from fourm.train.config import parse_args
-from fourm.train.device import normalised, to_device
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalised, to_device
 from tests.train.toy_run import ROOT, write_run
 
 CPU = torch.device("cpu")
@@ -58,14 +58,14 @@ def test_every_level_of_every_channel_is_normalised_to_the_same_bits(transform):
 @pytest.fixture(scope="module")
 def toy_run(tmp_path_factory):
     path = write_run(tmp_path_factory.mktemp("pixels") / "toys", num_workers=0)
-    config = parse_args(["--config", str(path)])
-    return Run(config, DDP(config))
+    config = parse_args(PretrainConfig, ["--config", str(path)])
+    return Run(Pretrain(config), DDP(config))
 
 
 def batches(run, raw_pixels, split="train"):
-    text = run.text_tokenizer
+    text = run.task.text_tokenizer
     if split == "val":
-        dataset = run.data.val["toys"]
+        dataset = run.task.data.val["toys"]
         return list(
             build_eval_loader(
                 dataset, text, batch_size=4, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels
@@ -106,19 +106,19 @@ def test_training_and_evaluation_send_pictures_in_8_bits(toy_run):
 
 def test_a_sample_without_the_picture_changes_nothing_for_the_others(toy_run):
     """In a mixture, zeros stand for what a data set lacks; they must not turn the batch's bytes into numbers."""
-    dataset = toy_run.data.train["toys"]
+    dataset = toy_run.task.data.train["toys"]
     text_only = dataclasses.replace(
         dataset, name="text", in_domains=("caption",), out_domains=("caption",), data_path=dataset.data_path,
         modalities={"caption": dataset.modalities["caption"]}, main_augment_domain=None, modality_name_map={},
     )  # fmt: skip
     mixture = dataclasses.replace(
-        toy_run.data, train={"toys": dataset, "text": text_only}, weights={"toys": 0.5, "text": 0.5}
+        toy_run.task.data, train={"toys": dataset, "text": text_only}, weights={"toys": 0.5, "text": 0.5}
     )
     options = {
         "batch_size": 16, "batches_per_epoch": 4, "num_workers": 0, "rank": 0, "world_size": 1, "seed": 0,
     }  # fmt: skip
     floats, raw = (
-        next(iter(build_train_loader(mixture, toy_run.text_tokenizer, **options, raw_pixels=value)))
+        next(iter(build_train_loader(mixture, toy_run.task.text_tokenizer, **options, raw_pixels=value)))
         for value in (False, True)
     )
     assert raw.mod_dict["rgb@32"]["tensor"].dtype == torch.uint8

@@ -7,8 +7,8 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from fourm.models import FM
-from fourm.train.config import TrainConfig
 from fourm.train.fsdp import FSDP
+from fourm.train.tasks.pretrain import PretrainConfig
 from tests.models.toy_models import SWIGLU, toy_config
 from tests.train.toy_run import CONTEXT, wait_for
 
@@ -17,14 +17,14 @@ CONFIG = toy_config(**SWIGLU, share_embedding=True, num_register_tokens=2)
 
 def _check_shards(rank: int, meeting_point: str) -> None:
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    strategy = FSDP(TrainConfig(epochs=1, device="cpu", dtype="float32", dist_url=meeting_point))
+    strategy = FSDP(PretrainConfig(epochs=1, device="cpu", dtype="float32", dist_url=meeting_point))
     with torch.device("meta"):
         model = FM(CONFIG)
         expected = FM(CONFIG)
     torch.manual_seed(3)
     expected.to_empty(device="cpu").init_weights()
     torch.manual_seed(3)
-    strategy.place(model)
+    strategy.place(model, [*model.encoder_embeddings.text.children(), *model.encoder, *model.decoder])
     parameters, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
     assert parameters.keys() == wanted.keys(), "ties are kept"
     for name, parameter in parameters.items():

@@ -12,10 +12,10 @@ from fourm.models.generate import (
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.train.config import parse_args
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
-from fourm.train.run import train
+from fourm.train.run import main
+from fourm.train.tasks.pretrain import Pretrain
 from tests.models.toy_models import SWIGLU, toy_batch, toy_model
 from tests.train.toy_run import kill, log_lines, losses, run_here, start_ranks, wait_for_step, write_run
 
@@ -89,6 +89,6 @@ class OneProcess(FSDP):
 def test_sharded_training_has_the_losses_of_a_plain_run(tmp_path):
     plain, sharded = write_run(tmp_path / "plain"), write_run(tmp_path / "sharded")
     run_here(plain, "--device", "cuda")
-    assert train(parse_args(["--config", str(sharded), "--device", "cuda"]), OneProcess) == 0
+    assert main(Pretrain, OneProcess, ["--config", str(sharded), "--device", "cuda"]) == 0
     found, expected = losses(tmp_path / "sharded" / "out"), losses(tmp_path / "plain" / "out")
     assert all(math.isclose(found[step], expected[step], rel_tol=1e-3) for step in expected)

@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fourm.train.config import parse_args
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from tests.train.toy_run import write_run
 
 WAITS = {"_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "_unique2", "bincount"}
@@ -59,8 +60,8 @@ def trainer_and_batches(tmp_path):
     path = write_run(
         tmp_path / "toys", num_workers=0, accum_iter=2, skip_grad=100.0, skip_nan_grad=True, model_kwargs=model
     )
-    config = parse_args(["--config", str(path)])
-    run = Run(config, DDP(config))
+    config = parse_args(PretrainConfig, ["--config", str(path)])
+    run = Run(Pretrain(config), DDP(config))
     batches = run._batches()
     return run.trainer, [next(batches), next(batches)]
 
@@ -94,5 +95,5 @@ def test_logits_are_computed_for_targets_only(trainer_and_batches):
     for name, embedding in trainer.model.decoder_embeddings.items():
         embedding.to_logits.register_forward_hook(lambda _, inputs, out, name=name: rows.update({name: len(out)}))
     trainer.train_step(batches[:1])
-    line = trainer.interval.state()["counts"]
-    assert rows == {name: line[f"targets {name}"] for name in rows} and 0 < sum(rows.values()) <= 4 * 12
+    targets = trainer.interval.state()["counts"]["targets"]
+    assert rows == {name: targets[name] for name in rows} and 0 < sum(rows.values()) <= 4 * 12

@@ -11,6 +11,7 @@ from fourm.train.config import parse_args
 from fourm.train.nonfinite import LostSteps, without_not_finite
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import UserError
 from tests.train.toy_run import losses, run_here, write_run
 
@@ -31,8 +32,8 @@ def _copy(finished, tmp_path, name="out"):
 
 def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tmp_path):
     path = write_run(tmp_path / "toys", **OPTIONS, model_ema=True)
-    config = parse_args(["--config", str(path)])
-    run = Run(config, DDP(config))
+    config = parse_args(PretrainConfig, ["--config", str(path)])
+    run = Run(Pretrain(config), DDP(config))
     trainer, batches = run.trainer, run._batches()
     before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
     bad = next(batches)
@@ -43,9 +44,7 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tm
     assert all(average.isfinite().all() for average in trainer.ema.average.values())
     trainer.train_step([next(batches)])
     line = trainer.interval.means(run.parallel)
-    assert (
-        line["skipped_steps"] == 1 and line["loss"] > 0 and all(0 < share < 1 for share in line["not_finite"].values())
-    )
+    assert line.skipped_steps == 1 and line.loss > 0 and all(0 < share < 1 for share in line.not_finite.values())
     assert trainer.lost.read() is None
 
 
@@ -73,8 +72,10 @@ def test_a_run_that_diverges_ends_and_keeps_its_checkpoints(finished, tmp_path):
 
 
 def test_weights_that_are_not_finite_are_neither_saved_nor_taken(finished, tmp_path):
-    config = parse_args(["--config", str(finished), "--output_dir", str(_copy(finished, tmp_path)), "--epochs", "3"])
-    run = Run(config, DDP(config))
+    config = parse_args(
+        PretrainConfig, ["--config", str(finished), "--output_dir", str(_copy(finished, tmp_path)), "--epochs", "3"]
+    )
+    run = Run(Pretrain(config), DDP(config))
     with torch.no_grad():
         next(run.trainer.model.parameters()).view(-1)[0] = float("inf")
     from fourm.train.checkpoint import CheckpointWriter
@@ -124,7 +125,7 @@ def test_another_configuration_needs_a_switch(finished, tmp_path):
 
 
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(finished, tmp_path):
-    from fourm.models.sharded import CHECKSUMS, checksum
+    from fourm.utils.checkpoints import CHECKSUMS, checksum
 
     out = _copy(finished, tmp_path)
     checkpoint = max((out / "checkpoints").iterdir())

@@ -3,15 +3,15 @@
 import pytest
 import torch
 
-from fourm.train.config import TrainConfig
 from fourm.train.optimizer import GradientStep, build_optimizer, set_hyperparameters
 from fourm.train.parallel import DDP
+from fourm.train.tasks.pretrain import PretrainConfig
 
 
 def _setup(**options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
-    config = TrainConfig(epochs=1, device="cpu", dtype=options.pop("dtype", "float32"), **options)
+    config = PretrainConfig(epochs=1, device="cpu", dtype=options.pop("dtype", "float32"), **options)
     optimizer = build_optimizer(model, config)
     set_hyperparameters(optimizer, lr=0.1, weight_decay=0.2)
     return model, optimizer, GradientStep(optimizer, config, DDP(config))

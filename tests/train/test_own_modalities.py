@@ -18,6 +18,7 @@ from fourm.generation.inputs import read_value
 from fourm.models import FM, model_config
 from fourm.train.config import load_config
 from fourm.train.finetune import load_weights
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from fourm.utils.plugin import load_plugin
 from tests.data.dataset_files import npy, write_tar
@@ -121,7 +122,7 @@ def test_a_plugin_that_is_not_there_is_named():
     with pytest.raises(UserError, match="'plugin': cannot import no_such.thing: .*working directory"):
         load_plugin("no_such.thing")
     load_plugin("")
-    assert load_config(None, {"plugin": "a.b", "epochs": 1}).plugin == "a.b"
+    assert load_config(PretrainConfig, None, {"plugin": "a.b", "epochs": 1}).plugin == "a.b"
 
 
 DECLARED = {

@@ -1,14 +1,16 @@
 """``--plan``: every published configuration on paper, without its data."""
 
+import dataclasses
+
 import pytest
 import yaml
 
 from fourm.train.config import load_config, parse_args
 from fourm.train.parallel import DDP
-from fourm.train.plan import STRATEGIES, mean_budgets, plan_run, state_bytes
-from fourm.train.run import Run, build_model, load_data
+from fourm.train.plan import STRATEGIES, plan_run, state_bytes
+from fourm.train.run import Run
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import UserError
-from fourm.utils.tokenizer import load_text_tokenizer
 from tests.models.toy_models import toy_model
 from tests.train.toy_run import ROOT, run_here, write_run
 
@@ -17,10 +19,10 @@ TRUNK = {"4m-b": 198e6, "4m-l": 705e6, "4m-xl": 2.8e9}  # parameters, as publish
 
 
 def planned(path, **overrides):
-    config = load_config(path, overrides)
-    data = load_data(config)
-    model = build_model(config, data)
-    return plan_run(config, data, model, load_text_tokenizer(config.text_tokenizer_path)), model
+    config = load_config(PretrainConfig, path, overrides)
+    task = Pretrain(config)
+    model = task.build_model()
+    return plan_run(task, model), model
 
 
 @pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
@@ -28,20 +30,20 @@ def test_any_published_configuration_can_be_planned_without_data(path, monkeypat
     monkeypatch.chdir(ROOT)
     plan, model = planned(path.relative_to(ROOT), plan_world_size=128)
     assert all(parameter.is_meta for parameter in model.parameters())
-    assert plan["parameters"]["trunk"] == pytest.approx(TRUNK[path.stem.split("_")[0]], rel=0.01)
-    together = [sum(plan["memory"][name].values()) for name in STRATEGIES]
+    assert plan.parameters["trunk"] == pytest.approx(TRUNK[path.stem.split("_")[0]], rel=0.01)
+    together = [sum(plan.memory[name].values()) for name in STRATEGIES]
     assert together == sorted(together, reverse=True) and together[2] > 1e9
     # Six operations per parameter and token: each token meets one half of the trunk; attention and logits come on top.
-    least = 6 * plan["parameters"]["trunk"] / 2 * plan["total_tokens"]
-    assert 0.95 * least < plan["total_flops"] < 2 * least
-    assert plan["total_flops"] == pytest.approx(plan["days"] * 86400 * 128 * 0.4 * 989e12)
+    least = 6 * plan.parameters["trunk"] / 2 * plan.total_tokens
+    assert 0.95 * least < plan.total_flops < 2 * least
+    assert plan.total_flops == pytest.approx(plan.days * 86400 * 128 * 0.4 * 989e12)
 
 
 def test_states_take_what_they_take_in_a_run(tmp_path):
     path = write_run(tmp_path / "toys", num_workers=0)
-    config = parse_args(["--config", str(path), "--plan_world_size", "1"])
+    config = parse_args(PretrainConfig, ["--config", str(path), "--plan_world_size", "1"])
     plan, _ = planned(path, plan_world_size=1)
-    run = Run(config, DDP(config))
+    run = Run(Pretrain(config), DDP(config))
     found = {}
     parameters = list(run.trainer.model.parameters())
     optimizer = run.trainer.optimizer
@@ -49,9 +51,9 @@ def test_states_take_what_they_take_in_a_run(tmp_path):
     run.trainer.train_step([next(run._batches())])
     found["parameters"] = sum(p.nbytes for p in parameters)
     found["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
-    expected = plan["memory"]["DDP"]
+    expected = plan.memory["DDP"]
     assert found == {part: expected[part] for part in found}
-    assert plan["steps"] == run.total_steps and plan["samples"] == 4
+    assert plan.steps == run.total_steps and plan.samples == 4
 
 
 def test_shards_shrink_with_the_number_of_gpus(monkeypatch):
@@ -59,10 +61,10 @@ def test_shards_shrink_with_the_number_of_gpus(monkeypatch):
     path = "cfgs/default/4m/models/main/4m-xl_mod7_500b.yaml"
     (few, _), (many, _) = (planned(path, plan_world_size=size) for size in (16, 128))
     for strategy in STRATEGIES[1:]:
-        assert few["memory"][strategy]["optimizer"] == 8 * many["memory"][strategy]["optimizer"]
-    assert few["memory"]["DDP"] == many["memory"]["DDP"]
-    assert few["flops"] == many["flops"], "of a step on one GPU"
-    assert few["days"] == pytest.approx(8 * many["days"], rel=0.01)
+        assert few.memory[strategy]["optimizer"] == 8 * many.memory[strategy]["optimizer"]
+    assert few.memory["DDP"] == many.memory["DDP"]
+    assert few.flops == many.flops, "of a step on one GPU"
+    assert few.days == pytest.approx(8 * many.days, rel=0.01)
 
 
 def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
@@ -77,7 +79,12 @@ def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
     with pytest.raises(UserError, match="'plan_gpu': unknown 'H10'.*H100"):
         run_here(config, "--plan", "--plan_gpu", "H10")
     with pytest.raises(UserError, match="plan_mfu"):
-        parse_args(["--config", str(config), "--plan_mfu", "40"])
+        parse_args(PretrainConfig, ["--config", str(config), "--plan_mfu", "40"])
+
+
+class WithoutData(Pretrain):
+    def __init__(self, config):
+        self.config = config
 
 
 def test_sharing_within_a_machine_accumulation_and_the_average_count(tmp_path):
@@ -85,8 +92,8 @@ def test_sharing_within_a_machine_accumulation_and_the_average_count(tmp_path):
     total = sum(parameter.numel() for parameter in model.parameters())
 
     def planned(**keys):
-        config = load_config(None, {"epochs": 1, "dtype": "float32", **keys})
-        return state_bytes(model, "FSDP, ZeRO-3", 16, config, half=False)
+        config = load_config(PretrainConfig, None, {"epochs": 1, "dtype": "float32", **keys})
+        return state_bytes(WithoutData(config), model, "FSDP, ZeRO-3", 16)
 
     plain, hybrid = planned(), planned(fsdp_shard_size=4)
     assert hybrid["optimizer"] == 8 * total / 4 == 4 * plain["optimizer"]
@@ -104,9 +111,8 @@ def test_a_transfer_is_planned_with_all_of_its_tokens_or_refused(tmp_path):
     kept = {key: value for key, value in entry.items() if "alphas" not in key and "tokens" not in key}
     kept |= {"masking": "transfer", "in_domains": "rgb@32", "out_domains": "tok_rgb@32"}
     data_path.write_text(yaml.safe_dump({**content, "train": {"datasets": {name: kept}}, "val": {}}))
-    config = load_config(path, {"num_input_tokens": 4, "num_target_tokens": 4})
-    data = load_data(config)
-    inputs, targets = mean_budgets(data, load_text_tokenizer(config.text_tokenizer_path), 8)
+    config = load_config(PretrainConfig, path, {"num_input_tokens": 4, "num_target_tokens": 4})
+    inputs, targets = Pretrain(dataclasses.replace(config, batch_size=8)).mean_budgets()
     assert (inputs, targets) == (pytest.approx({"rgb@32": 32}), pytest.approx({"tok_rgb@32": 32}))
     with pytest.raises(UserError, match=f"data set {name}: 'masking' transfer: .*set num_input_tokens to 4"):
         planned(path, num_input_tokens=3)

@@ -10,6 +10,7 @@ from fourm.train.config import parse_args
 from fourm.train.device import GPUS, peak_tflops
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from tests.train.toy_run import log_lines, run_here, write_run
 
 PHASES = ("data_wait", "select_and_copy", "forward", "backward", "optimizer")
@@ -51,18 +52,18 @@ def test_flops_utilisation_and_memory(measured):
 
 
 def test_the_flops_are_those_of_the_batches(tmp_path):
-    config = parse_args(["--config", str(write_run(tmp_path / "toys", num_workers=0))])
-    run = Run(config, DDP(config))
+    config = parse_args(PretrainConfig, ["--config", str(write_run(tmp_path / "toys", num_workers=0))])
+    run = Run(Pretrain(config), DDP(config))
     batch = next(run._batches())
     torch.manual_seed(0)
     plan = run.trainer.model.plan(batch.mod_dict, 16, 12)
     run.trainer.train_step([batch])
     line = run.trainer.interval.means(run.parallel)
-    assert "mfu" not in line, "nobody knows what this CPU could do"
-    seconds = 4 / line["samples_per_second"]
+    assert line.mfu is None and "mfu" not in line.line(), "nobody knows what this CPU could do"
+    seconds = 4 / line.samples_per_second
     flops = StepFlops(run.trainer.model)(4, 16, 12, plan.encoder.counts, plan.decoder.counts)
     # Which targets fit depends on the order of the modalities; the logits of these few make little difference.
-    assert line["tflops"] * 1e12 * seconds == pytest.approx(flops, rel=0.1)
+    assert line.tflops * 1e12 * seconds == pytest.approx(flops, rel=0.1)
 
 
 def test_the_profile_is_a_chrome_trace_with_our_phases(measured):
@@ -85,11 +86,11 @@ def test_the_profile_is_a_chrome_trace_with_our_phases(measured):
 )  # fmt: skip
 def test_the_peak_of_a_gpu_follows_from_its_name(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
-    config = parse_args(["--epochs", "1", "--dtype", "bf16"])
+    config = parse_args(PretrainConfig, ["--epochs", "1", "--dtype", "bf16"])
     assert peak_tflops(config, torch.device("cuda")) == tflops
     assert peak_tflops(config, torch.device("cpu")) is None
-    assert peak_tflops(parse_args(["--epochs", "1", "--dtype", "fp32"]), torch.device("cuda")) is None
-    assert peak_tflops(parse_args(["--epochs", "1", "--peak_tflops", "7"]), torch.device("cpu")) == 7
+    assert peak_tflops(parse_args(PretrainConfig, ["--epochs", "1", "--dtype", "fp32"]), torch.device("cuda")) is None
+    assert peak_tflops(parse_args(PretrainConfig, ["--epochs", "1", "--peak_tflops", "7"]), torch.device("cpu")) == 7
     assert tflops is None or tflops in [gpu.tflops for gpu in GPUS.values()]
 
 
@@ -97,8 +98,8 @@ def test_the_peak_of_a_gpu_follows_from_its_name(monkeypatch, name, tflops):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_step_never_waits_for_the_gpu(tmp_path):
     path = write_run(tmp_path / "toys", num_workers=0, accum_iter=2, skip_grad=100.0, skip_nan_grad=True)
-    config = parse_args(["--config", str(path), "--device", "cuda", "--dtype", "bfloat16"])
-    run = Run(config, DDP(config))
+    config = parse_args(PretrainConfig, ["--config", str(path), "--device", "cuda", "--dtype", "bfloat16"])
+    run = Run(Pretrain(config), DDP(config))
     batches = run._batches()
     micro_batches = [[next(batches).pin_memory() for _ in range(2)] for _ in range(3)]
     run.trainer.train_step(micro_batches[0])  # allocates, and sets the optimizer up
@@ -110,4 +111,4 @@ def test_a_step_never_waits_for_the_gpu(tmp_path):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     line = run.trainer.interval.means(run.parallel)
-    assert line["loss"] > 0 and all(line["seconds"][phase] > 0 for phase in PHASES[1:])
+    assert line.loss > 0 and all(line.seconds[phase] > 0 for phase in PHASES[1:])

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 from fourm.models.remote import copy_checkpoint
 from fourm.train.config import parse_args
-from fourm.train.remote import RemoteRun
+from fourm.train.run_copy import RunCopy
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from fourm.utils.s3 import S3Store
 from tests.data.object_store import BUCKET, ObjectStore, client, faulty
@@ -145,11 +146,11 @@ def test_what_was_cut_off_or_is_damaged_is_not_taken(undisturbed, store, tmp_pat
     assert any(name.startswith("checkpoints/step-00000020/shard") for name in stored(store, "cut"))
     config = write_run(tmp_path / "toys", **OPTIONS, run_name="cut", s3_save_dir=RUNS, s3_endpoint=store.endpoint)
     S3Store(store.endpoint).upload(config, f"{there}/config.yaml")
-    another = parse_args(["--config", str(config), "--output_dir", str(tmp_path / "another")])
+    another = parse_args(PretrainConfig, ["--config", str(config), "--output_dir", str(tmp_path / "another")])
     with pytest.raises(
         UserError, match=f"runs/cut is the copy of the run in {config.parent}/out: choose another run_name"
     ):
-        RemoteRun(another).fetch([f"{there}/checkpoints/step-00000010"])
+        RunCopy(another, keep_last=0).fetch([f"{there}/checkpoints/step-00000010"])
     assert not (tmp_path / "another").exists()
     run_ranks(config, **KEYS)
     log = (config.parent / "out" / "log.txt").read_text()

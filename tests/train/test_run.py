@@ -18,8 +18,10 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from fourm.models import FM
-from fourm.models.sharded import read_weights
+from fourm.models.from_checkpoint import FORMAT
 from fourm.train.config import load_config, parse_args
+from fourm.train.tasks.pretrain import PretrainConfig
+from fourm.utils.checkpoints import read_weights
 from fourm.utils.errors import UserError
 from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, start, write_run
 
@@ -62,7 +64,7 @@ def test_the_result_is_a_published_model(finished):
 
 def test_the_resolved_configuration_is_kept(finished):
     config, out, _ = finished
-    assert load_config(out / "config.yaml") == load_config(config)
+    assert load_config(PretrainConfig, out / "config.yaml") == load_config(PretrainConfig, config)
 
 
 def test_only_safe_formats_are_written_and_old_checkpoints_removed(finished):
@@ -147,7 +149,7 @@ def test_weights_and_biases_offline(tmp_path):
     # Nobody finds the password afterwards, and the run goes on all the same.
     output += run_here(config, "--s3_data_endpoint", url, "--epochs", 2)
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
-        parse_args(["--config", str(config), "--s3_data_endpoint", url, "--print_config"])
+        parse_args(PretrainConfig, ["--config", str(config), "--s3_data_endpoint", url, "--print_config"])
     assert "s3_data_endpoint: https://host:9000/\n" in printed.getvalue()
     assert "https://host:9000/" in (out / "config.yaml").read_text() and "resumed from" in output
     files = [path for path in out.rglob("*") if path.is_file() and not path.is_symlink()]
@@ -188,7 +190,7 @@ def test_the_frozen_phase_trains_only_embeddings(tmp_path):
     )  # fmt: skip
     run_here(config)
     saved = sorted((tmp_path / "toys" / "out" / "checkpoints").iterdir())
-    frozen, thawed = (dict(read_weights(path)[1]) for path in saved)
+    frozen, thawed = (dict(read_weights(path, FORMAT)[1]) for path in saved)
     changed = {name for name in frozen if not torch.equal(frozen[name], thawed[name])}
     assert any(name.startswith("encoder.0") for name in changed) and "mask_token" in changed
     run_here(write_run(tmp_path / "fresh", epochs=1, warmup_epochs=0, blr=0.0, weight_decay=0.0))

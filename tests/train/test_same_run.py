@@ -7,8 +7,10 @@ import pytest
 import yaml
 
 from fourm.data.data_config import load_data_config
-from fourm.train.config import TrainConfig, to_dict
-from fourm.train.same_run import check_same_run, identity_of
+from fourm.data.identity import identity_of
+from fourm.train.options import saved_options
+from fourm.train.same_run import check_same_run
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import text_tokenizer
 
@@ -42,8 +44,8 @@ def test_data_may_move_but_not_change(tmp_path, kind):
     before = identity(tmp_path, **fields | {"data_path": f"{tmp_path}/here/{place}"})
     shutil.move(tmp_path / "here", tmp_path / "there")
     moved = fields | {"data_path": f"{tmp_path}/there/{place}"}
-    config = TrainConfig(epochs=1)
-    saved = {"config": to_dict(config), "identity": before}
+    config = PretrainConfig(epochs=1)
+    saved = {"config": saved_options(config), "identity": before}
     check_same_run(config, saved, identity(tmp_path, **moved), tmp_path)
 
     write(tmp_path / "there" / "caption" / "2", ["1.json"])  # one more folder,
@@ -54,14 +56,16 @@ def test_data_may_move_but_not_change(tmp_path, kind):
         UserError, match=rf"\(then → now\): data set a: files 2 {kind if kind != 'records' else 'files'}"
     ):
         check_same_run(config, saved, identity(tmp_path, **moved), tmp_path)
-    check_same_run(TrainConfig(epochs=1, allow_changes=True), saved, identity(tmp_path, **moved), tmp_path)
+    check_same_run(PretrainConfig(epochs=1, allow_changes=True), saved, identity(tmp_path, **moved), tmp_path)
 
 
 def test_another_learning_rate_is_listed_old_and_new_and_a_longer_run_is_the_same(tmp_path):
     write(tmp_path / "d", ["caption/0/1.json"])
     same = identity(tmp_path, data_path=f"{tmp_path}/d")
-    saved = {"config": to_dict(TrainConfig(epochs=1, blr=1e-4)), "identity": same}
-    longer = TrainConfig(epochs=9, blr=1e-4, output_dir="elsewhere", num_workers=3, log_interval=1, max_skipped_steps=3)
+    saved = {"config": saved_options(PretrainConfig(epochs=1, blr=1e-4)), "identity": same}
+    longer = PretrainConfig(
+        epochs=9, blr=1e-4, output_dir="elsewhere", num_workers=3, log_interval=1, max_skipped_steps=3
+    )
     check_same_run(longer, saved, same, tmp_path)
     with pytest.raises(UserError, match="blr 0.0001 → 0.0002"):
-        check_same_run(TrainConfig(epochs=1, blr=2e-4), saved, same, tmp_path)
+        check_same_run(PretrainConfig(epochs=1, blr=2e-4), saved, same, tmp_path)

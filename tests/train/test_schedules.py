@@ -3,13 +3,13 @@ import math
 import pytest
 import torch
 
-from fourm.train.config import TrainConfig, run_length
 from fourm.train.optimizer import build_optimizer, set_hyperparameters
-from fourm.train.schedules import build_schedule
+from fourm.train.schedules import build_schedule, run_length
+from fourm.train.tasks.pretrain import PretrainConfig
 
 
 def _schedule(world_size=2, **options):
-    config = TrainConfig(batch_size=16, accum_iter=2, epoch_size=640, blr=1e-3, **options)
+    config = PretrainConfig(batch_size=16, accum_iter=2, epoch_size=640, blr=1e-3, **options)
     return build_schedule(config, run_length(config, world_size), world_size)
 
 
@@ -46,7 +46,7 @@ def test_weight_decay_is_constant_unless_it_has_an_end():
 @pytest.mark.parametrize("opt", ["adamw", "sgd"])
 def test_norms_and_biases_are_not_decayed(opt):
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4))
-    optimizer = build_optimizer(model, TrainConfig(epochs=1, opt=opt))
+    optimizer = build_optimizer(model, PretrainConfig(epochs=1, opt=opt))
     set_hyperparameters(optimizer, lr=0.1, weight_decay=0.05)
     decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
     assert [decay[id(p)] for p in model.parameters()] == [0.05, 0.0, 0.0, 0.0]

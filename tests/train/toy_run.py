@@ -17,10 +17,10 @@ from pathlib import Path
 
 import yaml
 
-from fourm.train.config import parse_args
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP, Strategy
-from fourm.train.run import train
+from fourm.train.run import main
+from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.errors import run_cli
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
 
@@ -102,7 +102,7 @@ def run_here(config: Path, *args: object) -> str:
     """The same within this process, which saves some seconds; returns what it logged."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert train(parse_args(["--config", str(config), *map(str, args)]), DDP) == 0
+        assert main(Pretrain, DDP, ["--config", str(config), *map(str, args)]) == 0
     return output.getvalue()
 
 
@@ -129,7 +129,7 @@ def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: in
     multiprocessing.set_start_method("fork", force=True)  # of loaders; a child of a fork server would use one too
     os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     os.setpgid(0, 0)  # to be killed with its loaders
-    run_cli(lambda: train(parse_args(argv), strategy))
+    run_cli(lambda: main(Pretrain, strategy, argv))
 
 
 def kill(ranks: list[ForkServerProcess]) -> None:

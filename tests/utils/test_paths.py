@@ -6,6 +6,7 @@ import yaml
 from fourm.data.data_config import load_data_config
 from fourm.data.pack import PackOptions
 from fourm.train.config import load_config, parse_args
+from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from fourm.utils.paths import expand_path, locate
 
@@ -30,9 +31,12 @@ def test_home_and_variables_are_expanded_and_nothing_else(monkeypatch):
 def test_paths_of_options_expand_in_yaml_on_the_command_line_and_in_python(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/me")
     (tmp_path / "c.yaml").write_text("epochs: 1\noutput_dir: ~/runs/auto\n")
-    assert load_config(tmp_path / "c.yaml").output_dir == "/home/me/runs/c"
-    assert parse_args(["--epochs", "1", "--data_config=~/d.yaml", "--output_dir", "~"]).data_config == "/home/me/d.yaml"
-    assert parse_args(["--epochs", "1", "--output_dir", "~"]).output_dir == "/home/me"
+    assert load_config(PretrainConfig, tmp_path / "c.yaml").output_dir == "/home/me/runs/c"
+    assert (
+        parse_args(PretrainConfig, ["--epochs", "1", "--data_config=~/d.yaml", "--output_dir", "~"]).data_config
+        == "/home/me/d.yaml"
+    )
+    assert parse_args(PretrainConfig, ["--epochs", "1", "--output_dir", "~"]).output_dir == "/home/me"
     assert PackOptions("shards", "~/a", "$HOME/b").output == "/home/me/b"
 
 
@@ -43,9 +47,9 @@ def test_what_a_configuration_names_is_found_beside_and_above_it(tmp_path, monke
     assert locate("data.yaml", config) == str(tmp_path / "a" / "data.yaml")
     assert locate("data.yaml", None) == "data.yaml" and locate("other.yaml", config) == "other.yaml"
     config.write_text("epochs: 1\ndata_config: data.yaml\n")
-    assert Path(load_config(config).data_config) == tmp_path / "a" / "data.yaml"
+    assert Path(load_config(PretrainConfig, config).data_config) == tmp_path / "a" / "data.yaml"
     monkeypatch.chdir(tmp_path / "a")
-    assert load_config(config).data_config == "data.yaml"
+    assert load_config(PretrainConfig, config).data_config == "data.yaml"
 
 
 def test_data_are_found_from_the_working_directory_first_then_beside_the_configuration(tmp_path, monkeypatch):

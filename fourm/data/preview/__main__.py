@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fourm.data.modality_info import Modality
-from fourm.data.options import ReadOptions
+from fourm.data.options import DataOptions
 from fourm.data.preview.page import BEGINNING, page
 from fourm.data.preview.samples import Painter, preview
 from fourm.data.preview.sequences import Reader
@@ -33,7 +33,7 @@ from fourm.vq import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreviewOptions(ReadOptions):
+class PreviewOptions(DataOptions):
     """What to show, and where."""
 
     out: AnyPath = option("the page to write, .html; a .png of the same name is written too", "preview.html")
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out)
     picture = out.with_suffix(".png")
     _check_output(out, picture)
-    config = options.load()
+    config = options.load_data()
     known = config.train if options.split == "train" else config.val
     for name in options.datasets:
         if name not in known:

@@ -1,11 +1,14 @@
-"""A model out of the checkpoint of a training run, whatever the number of processes that wrote it, without training code.
+"""Checkpoints of training runs and exported models on disk: their files, whatever was trained, without training code.
 
 A checkpoint is a folder of
 
 * shards, which ``torch.distributed.checkpoint`` writes as safetensors files; tensors are called ``model/PARAMETER`` and
   ``ema/PARAMETER`` (more in :mod:`fourm.train.checkpoint`). A parameter that has several names is there under its first
 * ``config.json``: of the model
+* ``state.json``: of the run
 * ``checksums.json``: name → [bytes, CRC-32] of every other file. It is the last to be written
+
+An exported model is ``config.json`` and ``model.safetensors``, with every parameter under each of its names.
 """
 
 from __future__ import annotations
@@ -14,28 +17,47 @@ import json
 import logging
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 
-from fourm.models.finite import check_finite
-from fourm.models.fm import FM
-from fourm.models.hub import CONFIG, WEIGHTS, check_export, published_config, write_config
 from fourm.utils.errors import UserError
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, check_file
+from fourm.utils.finite import check_finite
 
 log = logging.getLogger("fourm")
-CHECKSUMS = "checksums.json"
+CONFIG, WEIGHTS, STATE, CHECKSUMS = "config.json", "model.safetensors", "state.json", "checksums.json"
 MODEL, EMA = "model/", "ema/"
-CHECKPOINT_FILES = ("shard-*.safetensors", CONFIG, "state.json", CHECKSUMS)
+CHECKPOINT_FILES = ("shard-*.safetensors", CONFIG, STATE, CHECKSUMS)
 """Patterns of all files in a checkpoint: a folder that holds others is not replaced by one."""
 _AT_ONCE = 2**30  # bytes of tensors that are in memory together
-_SAFETENSORS_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64"}
+_SAFETENSORS_TYPES = {
+    torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+    torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelFormat:
+    """How models of one kind lie on disk.
+
+    Attributes:
+        title: For messages: ``4M model``.
+        build: The model of a configuration.
+        marks: A configuration with one of these keys is of this kind.
+        published: The configuration as it stands beside exported weights.
+    """
+
+    title: str
+    build: Callable[[dict[str, Any]], nn.Module]
+    marks: frozenset[str]
+    published: Callable[[dict[str, Any]], dict[str, Any]] = dict
 
 
 def checksum(file: Path) -> list[int]:
@@ -105,7 +127,9 @@ def newest_checkpoint(place: Path) -> Path:
     return found[0]
 
 
-def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
+def read_weights(
+    checkpoint: Path, model_format: ModelFormat, ema: bool = False
+) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
     """The model's configuration and its state dict, which comes piece by piece: at most 1 GiB is in memory.
 
     Args:
@@ -118,7 +142,7 @@ def read_weights(checkpoint: Path, ema: bool = False) -> tuple[dict[str, Any], I
     config, known = _config(checkpoint), tensors_in(checkpoint)
     if ema and not any(name.startswith(EMA) for name in known):
         raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
-    names = _names(_layout(config, checkpoint))
+    names = _names(layout(config, model_format, checkpoint))
     sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in names}
     for source in sources.values():
         if source not in known:
@@ -149,28 +173,18 @@ def _config(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint}: {CONFIG} is no configuration of a model: {error}") from error
 
 
-def load_model(checkpoint: Path, ema: bool = False) -> FM:
-    """The model of a checkpoint, as :meth:`FM.from_pretrained` gives that of a run's end; raises like :func:`read_weights`."""
-    config, weights = read_weights(checkpoint, ema)
-    model = _layout(published_config(config), checkpoint)
-    tensors = model.to_empty(device="cpu").state_dict()
-    for name, tensor in weights:
-        tensors[name].copy_(tensor)
-    return model.eval()
-
-
-def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
-    """Write ``model.safetensors`` and ``config.json`` for :meth:`FM.from_pretrained`.
+def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema: bool = False) -> None:
+    """Write ``model.safetensors`` and ``config.json``, as the model's ``save_pretrained`` does.
 
     Raises:
-        UserError: as :func:`read_weights` and :func:`fourm.models.hub.check_export`.
+        UserError: as :func:`read_weights` and :func:`check_export`.
     """
-    check_export(folder)
-    config, weights = read_weights(checkpoint, ema)
-    layout = _layout(config, checkpoint).state_dict()
+    check_export(folder, model_format)
+    config, weights = read_weights(checkpoint, model_format, ema)
+    tensors = layout(config, model_format, checkpoint).state_dict()
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in layout.items():
+    for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {
             "dtype": _SAFETENSORS_TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end],
@@ -180,19 +194,47 @@ def export_model(checkpoint: Path, folder: Path, ema: bool = False) -> None:
     with atomic_path(folder / WEIGHTS) as path, path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights:
-            file.write(tensor.to(layout[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-        write_config(folder, config)  # not before all weights could be read and written
+            file.write(tensor.to(tensors[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+        write_config(folder, model_format.published(config))  # not before all weights could be read and written
 
 
-def _layout(config: dict[str, Any], checkpoint: Path) -> FM:
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    """Write ``config.json``. It goes before the weights: by it :func:`check_export` knows a folder that was begun."""
+    with atomic_path(folder / CONFIG) as path:
+        path.write_text(json.dumps(config, indent=2, sort_keys=True))
+
+
+def check_export(folder: Path, model_format: ModelFormat) -> None:
+    """See whether a model may be written to ``folder``, beside whatever else is there.
+
+    Raises:
+        UserError: there are weights or a ``config.json`` of something else, or the folder cannot be written to.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give the path of a folder")
+    for name in (CONFIG, WEIGHTS):
+        check_file(folder / name)
+    try:
+        config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).exists() else None
+    except (ValueError, RecursionError):
+        config = None
+    own = isinstance(config, dict) and bool(model_format.marks & config.keys())
+    for name in (CONFIG, WEIGHTS):
+        if (folder / name).exists() and not own:
+            raise UserError(
+                f"{folder} holds '{name}', which is not of a {model_format.title}: choose another folder, or move it"
+            )
+
+
+def layout(config: dict[str, Any], model_format: ModelFormat, checkpoint: Path) -> nn.Module:
     """The model without memory for weights.
 
     Raises:
-        UserError: ``config`` is of no model; whose checksum is right has not been damaged, but may be anybody's.
+        UserError: ``config`` is of no model; a file whose checksum is right is not damaged, but anybody may have written it.
     """
     try:
         with torch.device("meta"):
-            return FM(config)
+            return model_format.build(config)
     except UserError as error:
         raise UserError(f"checkpoint {checkpoint}: {CONFIG}: {error}") from error
     except Exception as error:  # of whatever kind: its values can be of any type
@@ -202,7 +244,7 @@ def _layout(config: dict[str, Any], checkpoint: Path) -> FM:
         ) from error
 
 
-def _names(model: FM) -> Iterable[tuple[str, str]]:
+def _names(model: nn.Module) -> Iterable[tuple[str, str]]:
     """Every name of the model's state dict, with the first name of the same tensor."""
     tensors = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}

@@ -5,28 +5,58 @@ from __future__ import annotations
 import contextlib
 import logging
 import tempfile
+import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.models import remote
-from fourm.train.config import TrainConfig
 from fourm.train.journal import FILES
+from fourm.train.options import RunOptions
 from fourm.train.parallel import Processes
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
-from fourm.utils.s3 import S3Store, upload
+from fourm.utils.options import option
+from fourm.utils.s3 import S3Store, StoreOptions, upload
 from fourm.utils.transfer import DamagedObject, MissingObject
 
 log = logging.getLogger("fourm")
 
 
-class RemoteRun:
-    """What the main process of a run does with the copy of its run folder; without ``s3_save_dir`` there is none."""
+@dataclass(frozen=True, kw_only=True)
+class RunCopyOptions(RunOptions, StoreOptions):
+    """Copy of the run in a store"""
 
-    def __init__(self, config: TrainConfig):
-        self._config, self._folder, self._store = config, Path(config.output_dir), store_of(config)
-        self.url = f"{config.s3_save_dir.rstrip('/')}/{config.run_name}" if config.s3_save_dir else ""
+    s3_save_dir: str = option(
+        "copy checkpoints, log and final model to s3://bucket/folder, below run_name; keep_last holds there too", ""
+    )
+
+    def check(self) -> None:
+        if self.s3_save_dir and not self.s3_save_dir.startswith("s3://"):
+            raise UserError(f"'s3_save_dir' must be s3://BUCKET or s3://BUCKET/FOLDER, not {self.s3_save_dir!r}")
+
+
+class RunCopy:
+    """What the main process of a run does with the copy of its run folder; without ``s3_save_dir`` there is none.
+
+    Checkpoints are copied by a thread, one at a time, so that neither a step nor the next checkpoint waits for the store.
+    One that is complete while another is being copied comes next, unless a newer one has taken its place by then.
+
+    Args:
+        keep_last: Checkpoints that are kept in the store; 0 = all.
+
+    Attributes:
+        url: Of the copy; empty if there is none.
+        in_use: The checkpoints that are being copied or are to be copied.
+    """
+
+    def __init__(self, options: RunCopyOptions, keep_last: int):
+        self._folder, self._store, self._keep_last = Path(options.output_dir), options.store(), keep_last
+        self.url = f"{options.s3_save_dir.rstrip('/')}/{options.run_name}" if options.s3_save_dir else ""
+        self.in_use: list[Path] = []
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
 
     def copy(self, *names: str) -> None:
         """Copy files or folders of the run folder that are there.
@@ -39,16 +69,40 @@ class RemoteRun:
                 upload(self._folder / name, f"{self.url}/{name}", self._store)
 
     def copy_checkpoint(self, checkpoint: Path) -> None:
-        """Copy the log and then a checkpoint, and remove the copies of old ones, as ``keep_last`` says; failures are logged."""
+        """Begin to copy the log and then a checkpoint, and to remove the copies of old ones; failures are logged."""
         if not self.url:
             return
-        try:
-            self.copy(*FILES)
-            remote.copy_checkpoint(checkpoint, self.url, self._store, self._config.keep_last)
-        except UserError as error:  # the checkpoint is safe here, and the training worth more than its copy
-            log.error(
-                "%s; the copy of %s in the store, or the removal of old ones, is not complete", error, checkpoint.name
-            )
+        with self._changed:
+            self.in_use[1:] = [checkpoint]
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._copy_checkpoints, daemon=True)
+                self._thread.start()
+
+    def _copy_checkpoints(self) -> None:
+        while True:
+            checkpoint = self.in_use[0]
+            try:
+                self.copy(*FILES)
+                remote.copy_checkpoint(checkpoint, self.url, self._store, self._keep_last)
+            except (
+                UserError
+            ) as error:  # the checkpoint is safe on the disk, and the training is worth more than its copy
+                log.error(
+                    "%s; the copy of %s in the store, or the removal of old ones, is not complete",
+                    error,
+                    checkpoint.name,
+                )
+            with self._changed:
+                del self.in_use[0]
+                if not self.in_use:
+                    self._thread = None
+                    self._changed.notify_all()
+                    return
+
+    def wait(self) -> None:
+        """Return when nothing is being copied any more."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self.in_use)
 
     def complete(self, last: Path) -> None:
         """Copy the last checkpoint of a finished run, unless that was done: it is not saved again.
@@ -58,6 +112,7 @@ class RemoteRun:
         """
         if self.url and f"{self.url}/checkpoints/{last.name}" not in remote.complete_checkpoints(self.url, self._store):
             self.copy_checkpoint(last)
+            self.wait()
 
     def newer_checkpoints(self, than: str) -> list[str]:
         """URLs of the complete checkpoints after the one called ``than``, newest first."""
@@ -96,21 +151,14 @@ class RemoteRun:
                 log.warning("%s; passed over", error)
 
 
-def store_of(config: TrainConfig) -> S3Store:
-    return S3Store(
-        config.s3_endpoint, config.s3_multipart_chunksize_mb * 2**20, config.s3_multipart_threshold_mb * 2**20,
-        config.s3_max_io_queue,
-    )  # fmt: skip
-
-
-def here(place: str, find: Callable[[str, S3Store], str], config: TrainConfig, parallel: Processes) -> str:
-    """``place``, or of what ``find`` finds at an ``s3://`` one a copy on this machine; all processes must call this.
+def fetched(place: str, find: Callable[[str, S3Store], str], options: StoreOptions, parallel: Processes) -> str:
+    """``place``, or a local copy of what ``find`` finds there if it is in a store; all processes must call this.
 
     Raises:
         UserError: there is nothing, or it cannot be read.
     """
     if not place.startswith("s3://"):
         return place
-    store = store_of(config)
+    store = options.store()
     url = parallel.from_main(lambda: find(place, store))  # a run that goes on has another newest one a moment later
     return str(parallel.together(lambda: remote.local_copy(url, store))[parallel.rank])

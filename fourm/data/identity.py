@@ -1,0 +1,88 @@
+"""What of the training data decides over a run: compared when the run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fourm.data.data_config import DataConfig, DatasetConfig
+from fourm.data.layout import existing_folders, expand, is_remote, split_data_path, wanted_names
+from fourm.data.names import is_clutter
+from fourm.data.record_files import local_files
+from fourm.utils.urls import shown, without_secrets
+
+_FREE_OF_DATA = {"data_path", "remote", "max_bad_fraction", "name", "modalities"}
+
+
+def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, Any]]:
+    """What of the data and the vocabulary is compared, for JSON: name → value. The folder of the data may be another."""
+    facts: dict[str, Any] = {f"weight of data set {name}": weight for name, weight in data.weights.items()}
+    for name, dataset in data.train.items():
+        for key, value in _of_data_set(dataset).items():
+            facts[f"data set {name}: {key}"] = value
+    digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
+    return {"data": without_secrets(facts), "vocabulary": {"text vocabulary": digest}}
+
+
+def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
+    facts = {
+        field.name: _plain(getattr(dataset, field.name))
+        for field in dataclasses.fields(dataset) if field.name not in _FREE_OF_DATA
+    }  # fmt: skip
+    for name, modality in dataset.modalities.items():
+        facts[f"modality {name}"] = _plain(modality)
+    return facts | {"files": _files(dataset)}
+
+
+def _files(dataset: DatasetConfig) -> str:
+    """Of shards and files of records their names and, on disks, sizes; of folders what is in them. Where they lie is free."""
+    if dataset.type != "multimodal":
+        records = local_files(dataset.data_path)
+        return shown(dataset.data_path) if records is None else _digest("files", [_named(path) for path in records])
+    pattern, folders = split_data_path(dataset.data_path)
+    if not dataset.use_wds:
+        return _digest("folders and files", _in_folders(dataset, pattern, folders))
+    columns: list[str | None] = [*folders] if folders else [None]
+    paths = [path for folder in columns for path in expand(pattern, folder)]
+    remote = is_remote(dataset.data_path)
+    return _digest("shards", [_named(path, remote) for path in paths])
+
+
+def _in_folders(dataset: DatasetConfig, pattern: str, folders: list[str] | None) -> list[str]:
+    """The first level below the folders of the modalities: all files would take as long as the data set's own index."""
+    if folders is None:
+        pattern, folders = f"{pattern}/\0", existing_folders(pattern)
+    wanted = wanted_names(dataset.modalities)
+    read = {*wanted, *wanted.values(), *dataset.modality_name_map}
+    roots = {folder: expand(pattern, folder)[0] for folder in sorted(folders) if folder in read}
+    found = [
+        f"{folder}/{name}" for folder, root in roots.items() if os.path.isdir(root) for name in sorted(os.listdir(root))
+    ]
+    return [name for name in found if not is_clutter(name)]
+
+
+def _named(path: str, remote: bool = False) -> str:
+    size = 0 if remote or not os.path.exists(path) else os.stat(path).st_size
+    return f"{path.rpartition('/')[2]} {size}"
+
+
+def _digest(what: str, lines: list[str]) -> str:
+    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+    return f"{len(lines)} {what} {digest.hexdigest()[:12]}"
+
+
+def _plain(value: Any) -> Any:
+    """For JSON, short and without addresses of objects."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list, frozenset, set)):
+        return [_plain(item) for item in (sorted(value, key=str) if isinstance(value, (set, frozenset)) else value)]
+    if isinstance(value, (str, int, float, bool, type(None))):
+        return value
+    return getattr(value, "__qualname__", type(value).__qualname__)

@@ -1,0 +1,295 @@
+"""Pre-training of 4M: masked prediction of any modalities from any others (papers, sections 2 and 3)."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fourm.data.batch_loader import BatchLoader
+from fourm.data.data_config import leaves_targets
+from fourm.data.identity import identity_of
+from fourm.data.modality_info import own_declarations
+from fourm.data.options import DataOptions
+from fourm.data.unified_datasets import Batch, build_eval_loader, build_masking, build_train_loader
+from fourm.models import FM, StepFlops, TokenPlan, count_parameters, model_config
+from fourm.models.activations import activation_bytes
+from fourm.models.from_checkpoint import FORMAT
+from fourm.train.config import RunConfig
+from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
+from fourm.utils.errors import UserError
+from fourm.utils.options import Options, option
+from fourm.utils.tokenizer import load_text_tokenizer
+from fourm.utils.urls import shown
+
+log = logging.getLogger("fourm")
+_DRAWS = 400  # of budgets, for the mean batch
+Budgets = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options):
+    """4M model and loss"""
+
+    model: str = option("name of a model size and variant", "fm_tiny_6e_6d_swiglu_nobias", fixed=True)
+    model_kwargs: dict = option("FourM arguments that override the named model, e.g. {dim: 192}", {}, fixed=True)
+    patch_size: int = option(
+        "patch size in pixels where a modality declares none", 16, at_least=1, at_most=10_000, fixed=True
+    )
+    input_size: int = option(
+        "input size in pixels where a modality declares none", 224, at_least=1, at_most=100_000, fixed=True
+    )
+    num_register_tokens: int = option("register tokens of the encoder", 0, at_least=0, at_most=100_000, fixed=True)
+    loss_type: Literal["mod", "token"] = option("average over modalities, or over tokens", "mod", fixed=True)
+    frozen_embedding_domain: str | None = option(
+        "in the frozen phase, freeze the embeddings of these domains too, joined by '-'", None, fixed=True
+    )
+    fixed_eval: bool = option("evaluate with fixed budgets too", True)
+    fixed_eval_input_tokens: int = option("input budget of the fixed evaluation", 128, at_least=1, at_most=10**6)
+    fixed_eval_target_tokens: int = option("target budget of the fixed evaluation", 128, at_least=1, at_most=10**6)
+    fixed_eval_batch_size: int = option("batch size of the fixed evaluation", 32, at_least=1, at_most=10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(DataOptions, ModelOptions, RunConfig):
+    """All keys of ``run_training_4m.py`` and ``run_training_4m_fsdp.py``"""
+
+    @property
+    def tokens_per_sample(self) -> int:
+        return self.num_input_tokens + self.num_target_tokens
+
+
+class Pretrain(Task[PretrainConfig]):
+    """4M: reads any subset of the modalities and predicts the others.
+
+    Args:
+        config: The data configuration that it names is read; no data are.
+
+    Attributes:
+        data: The data sets.
+        losses: The modalities that are predicted.
+        slots: Numbers of tokens in the encoder and in the decoder.
+    """
+
+    name = "pretrain"
+    config_class = PretrainConfig
+    format = FORMAT
+
+    def __init__(self, config: PretrainConfig):
+        super().__init__(config)
+        self.data = config.load_data(max_bad_fraction=config.max_bad_fraction)
+        self.text_tokenizer = load_text_tokenizer(config.text_tokenizer_path)
+        self.losses = list(self.data.out_domains)
+        sets = self.data.train.values()
+        self.slots = (
+            max(dataset.input_tokens_range[1] for dataset in sets),
+            max(dataset.target_tokens_range[1] for dataset in sets),
+        )
+        self._flops: tuple[nn.Module, StepFlops] | None = None
+
+    def build_model(self) -> FM:
+        config = self.config
+        options = {
+            "num_register_tokens": config.num_register_tokens,
+            "use_act_checkpoint": config.use_act_checkpoint and config.act_checkpoint_every,
+            "image_size": config.input_size,
+            "patch_size": config.patch_size,
+            "share_embedding": True,
+        }
+        for key in ("domains_in", "domains_out", "modalities"):
+            if key in config.model_kwargs:
+                raise UserError(f"'model_kwargs': '{key}' follows from the data configuration; leave it out")
+        # What a model must know of its modalities beside the built-in table: the data YAML's block, and what a program added.
+        own = own_declarations(self.data.modalities)
+        declared = {name: own.get(name, {}) | dict(fields or {}) for name, fields in self.data.declarations.items()}
+        with torch.device("meta"):
+            return FM(
+                model_config(
+                    config.model, self.data.in_domains, self.data.out_domains, modalities=own | declared,
+                    **options | config.model_kwargs,
+                )
+            )  # fmt: skip
+
+    def blocks(self, model: nn.Module) -> list[nn.Module]:
+        return [*model.encoder, *model.decoder]  # type: ignore[misc]
+
+    def parts(self, model: nn.Module) -> list[nn.Module]:
+        # The decoder's vocabularies are also output matrices, and the modality vectors are those of the encoder: the root
+        # of the model keeps what two modules share.
+        vocabularies = [part for embedding in model.encoder_embeddings.values() for part in embedding.children()]  # type: ignore[operator, union-attr]
+        return [*vocabularies, *self.blocks(model)]
+
+    def set_trainable(self, model: nn.Module, frozen: bool) -> None:
+        """Train everything or, in the ``frozen`` phase, only the embeddings, less those of ``frozen_embedding_domain``."""
+        assert isinstance(model, FM)
+        model.unfreeze_all()
+        if frozen and self.config.frozen_embedding_domain:
+            model.freeze_params_except_specific_embeddings(self.config.frozen_embedding_domain)
+        elif frozen:
+            model.freeze_shared_params()
+
+    def count_parameters(self, model: nn.Module) -> dict[str, int]:
+        assert isinstance(model, FM)
+        return count_parameters(model)
+
+    def describe(self) -> None:
+        for name, dataset in self.data.train.items():
+            log.info("data set %s, weight %g: %s", name, self.data.weights[name], shown(dataset.data_path))
+            log.info("  inputs %s of %d-%d tokens", ", ".join(dataset.in_domains), *dataset.input_tokens_range)
+            log.info("  targets %s of %d-%d tokens", ", ".join(dataset.out_domains), *dataset.target_tokens_range)
+        log.info("model %s", self.config.model)
+
+    def train_batches(
+        self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
+        pin_memory: bool,
+    ) -> BatchLoader:  # fmt: skip
+        config = self.config
+        return build_train_loader(
+            self.data, self.text_tokenizer, batch_size=config.batch_size, batches_per_epoch=batches_per_epoch,
+            num_workers=config.num_workers, rank=rank, world_size=world_size, seed=config.seed, start_batch=start_batch,
+            positions=draws, num_streams=config.streams(world_size), pin_memory=pin_memory,
+            raw_pixels=True,
+        )  # fmt: skip
+
+    def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
+        return self._planned(model, batch, device, self.slots, None)
+
+    def _planned(
+        self, model: nn.Module, batch: Batch, device: torch.device, slots: tuple[int, int],
+        generator: torch.Generator | None,
+    ) -> Inputs:  # fmt: skip
+        """Which tokens the model uses is decided on the host, so that the device need not be waited for."""
+        assert isinstance(model, FM)
+        plan = model.plan(batch.mod_dict, *slots, generator)
+        inputs, targets = plan.encoder.counts, plan.decoder.counts
+        samples = len(plan.encoder.modality)
+        return Inputs(
+            values=(*to_device(batch, plan, device), slots),
+            targets=targets,
+            samples=samples,
+            tokens=sum(inputs.values()) + sum(targets.values()),
+            flops=self._flops_of(model)(samples, *slots, inputs, targets),
+        )
+
+    def _flops_of(self, model: FM) -> StepFlops:
+        if self._flops is None or self._flops[0] is not model:
+            self._flops = model, StepFlops(model)
+        return self._flops[1]
+
+    def loss(self, model: nn.Module, inputs: Inputs) -> Losses:
+        mod_dict, plan, slots = inputs.values
+        return Losses(*model(mod_dict, *slots, self.config.loss_type, plan=plan))
+
+    def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
+        """Each validation set with the training's token budgets and with fixed ones.
+
+        Raises:
+            UserError: a validation set that cannot be read, or has modalities that the model lacks.
+        """
+        config, data = self.config, self.data
+        evaluations = []
+        for name, dataset in data.val.items():
+            lacking = {*dataset.in_domains} - {*data.in_domains} | {*dataset.out_domains} - {*data.out_domains}
+            if lacking:
+                raise UserError(
+                    f"{data.path}: validation set {name}: no training set has {', '.join(sorted(lacking))} in that role"
+                )
+            fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
+            kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
+            if config.fixed_eval and dataset.masking != "transfer":  # where nothing is drawn that could be fixed
+                if leaves_targets(replace(dataset, input_tokens_range=fixed[0], target_tokens_range=fixed[1])):
+                    kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
+                elif is_main:
+                    log.warning(
+                        "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d take all of its "
+                        "tokens and leave nothing to predict; lower it, or set --no_fixed_eval", name, fixed[0][0],
+                    )  # fmt: skip
+            for kind, (inputs, targets, batch_size) in kinds.items():
+                loader = build_eval_loader(
+                    dataset, self.text_tokenizer, batch_size=batch_size, num_workers=config.num_workers, rank=rank,
+                    world_size=world_size, seed=config.seed, input_tokens_range=inputs, target_tokens_range=targets,
+                    raw_pixels=True,
+                )  # fmt: skip
+                evaluations.append(Evaluation(name, kind, loader, partial(self._prepared, (inputs[1], targets[1]))))
+        return evaluations
+
+    def _prepared(
+        self, slots: tuple[int, int], model: nn.Module, batch: Batch | None, device: torch.device,
+        generator: torch.Generator,
+    ) -> Inputs:  # fmt: skip
+        return self._planned(model, batch or _NOTHING, device, slots, generator)
+
+    def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
+        """As in training: a mean over the modalities that have targets or, for ``loss_type`` token, over the tokens."""
+        if self.config.loss_type == "mod":
+            return super().evaluation_loss(sums, targets)
+        return sum(sums.values()) / sum(targets.values())
+
+    def identity(self) -> dict[str, dict[str, Any]]:
+        return identity_of(self.data, self.text_tokenizer)
+
+    def step_cost(self, model: nn.Module) -> StepCost:
+        """Of a batch with the mean budgets."""
+        assert isinstance(model, FM)
+        config = self.config
+        inputs, targets = self.mean_budgets()
+        half = config.autocast_dtype != "float32"
+        return StepCost(
+            flops=StepFlops(model)(config.batch_size, *self.slots, inputs, targets),
+            activations=sum(activation_bytes(model, config.batch_size, *self.slots, targets, half).values()),
+        )
+
+    def mean_budgets(self) -> tuple[Budgets, Budgets]:
+        """Input and target tokens per modality in an average batch; texts shorter than their budget are not considered."""
+        data = self.data
+        totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
+        weight_of_all = sum(data.weights.values())
+        rng = np.random.default_rng(0)
+        for name, dataset in data.train.items():
+            masking = build_masking(dataset, self.text_tokenizer)
+            share = self.config.batch_size * data.weights[name] / weight_of_all / _DRAWS
+            for _ in range(_DRAWS):
+                budgets = masking.draw_budgets(rng)
+                for total, drawn in zip(totals, (budgets.input, budgets.target), strict=True):
+                    for modality, count in drawn.items():
+                        total[modality] += count * share  # type: ignore[assignment]
+        inputs, targets = totals
+        return (
+            {modality: inputs[modality] for modality in data.in_domains},
+            {modality: targets[modality] for modality in data.out_domains},
+        )
+
+
+# A batch of one sample without any tokens.
+_NO_MASK = torch.zeros(1, 0, dtype=torch.bool)
+_NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attention_mask": _NO_MASK.long()}
+_NOTHING = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
+
+
+def to_device(batch: Batch, plan: TokenPlan, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], TokenPlan]:
+    """Values and plan of a batch on ``device``, from page-locked memory without waiting.
+
+    The masks stay behind: the plan says all that the model needs of them. Pictures travel in 8 bits and are normalised
+    there.
+    """
+    values = {}
+    for name, entry in batch.mod_dict.items():
+        tensor = entry["tensor"].to(device, non_blocking=True)
+        if tensor.dtype == torch.uint8:
+            tensor = normalised(tensor, *batch.scaling[name])
+        values[name] = {"tensor": tensor}
+    return values, plan.to(device, non_blocking=True)
+
+
+def normalised(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
+    """(B, C, H, W) of 8 bits → float32, bit for bit as the loader would have done it."""
+    # Numbers, not tensors, for scale and bias: these would have to be copied to the device first.
+    channels = zip(pixels.unbind(1), scale, bias, strict=True)
+    return torch.stack([channel.float() * s + b for channel, s, b in channels], dim=1)
