@@ -20,6 +20,7 @@ import yaml
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP, Strategy
 from fourm.train.run import main
+from fourm.train.task import Task
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.errors import run_cli
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
@@ -98,11 +99,11 @@ def run(
     return output + errors
 
 
-def run_here(config: Path, *args: object) -> str:
+def run_here(config: Path, *args: object, task: type[Task] = Pretrain) -> str:
     """The same within this process, which saves some seconds; returns what it logged."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
-        assert main(Pretrain, DDP, ["--config", str(config), *map(str, args)]) == 0
+        assert main(task, DDP, ["--config", str(config), *map(str, args)]) == 0
     return output.getvalue()
 
 
@@ -111,13 +112,14 @@ CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
 
 
 def start_ranks(
-    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, **environment: str
-) -> list[ForkServerProcess]:
+    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, task: type[Task] = Pretrain,
+    **environment: str,
+) -> list[ForkServerProcess]:  # fmt: skip
     """Processes that train together, forked off one that has imported everything: starting them takes no time."""
     meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
     argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
     ranks = [
-        CONTEXT.Process(target=_be_rank, args=(argv, strategy, rank, processes, environment))
+        CONTEXT.Process(target=_be_rank, args=(argv, task, strategy, rank, processes, environment))
         for rank in range(processes)
     ]
     for rank in ranks:
@@ -125,11 +127,13 @@ def start_ranks(
     return ranks
 
 
-def _be_rank(argv: list[str], strategy: type[Strategy], rank: int, processes: int, environment: dict[str, str]) -> None:
+def _be_rank(
+    argv: list[str], task: type[Task], strategy: type[Strategy], rank: int, processes: int, environment: dict[str, str]
+) -> None:
     multiprocessing.set_start_method("fork", force=True)  # of loaders; a child of a fork server would use one too
     os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     os.setpgid(0, 0)  # to be killed with its loaders
-    run_cli(lambda: main(Pretrain, strategy, argv))
+    run_cli(lambda: main(task, strategy, argv))
 
 
 def kill(ranks: list[ForkServerProcess]) -> None:
@@ -159,10 +163,11 @@ def run_ranks(
     strategy: type[Strategy] = FSDP,
     processes: int = 2,
     status: int = 0,
+    task: type[Task] = Pretrain,
     **environment: str,
 ) -> None:
     """Train to the end; what the main process logged is in ``log.txt``."""
-    ranks = start_ranks(config, *args, strategy=strategy, processes=processes, **environment)
+    ranks = start_ranks(config, *args, strategy=strategy, processes=processes, task=task, **environment)
     assert wait_for(ranks) == [status] * processes
 
 
