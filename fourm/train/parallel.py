@@ -20,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fourm.models import FM
 from fourm.train.config import TrainConfig
 from fourm.utils.errors import UserError
+from fourm.utils.memory import check_memory
 from fourm.utils.ranks import ranks_of_torchrun
 from fourm.utils.transfer import check_url, shown
 
@@ -143,8 +144,10 @@ class DDP(Strategy):
     def __init__(self, config: TrainConfig):
         super().__init__(config)
         self._find_unused = config.find_unused_params
+        self._model = f"'model' {config.model}" + (" with its 'model_kwargs'" if config.model_kwargs else "")
 
     def place(self, model: FM) -> None:
+        check_memory(self._model, sum(parameter.numel() for parameter in model.parameters()), "choose a smaller one")
         model.to_empty(device="cpu").init_weights()
         model.to(self.device)
 
