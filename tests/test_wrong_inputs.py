@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from fourm.utils.plugin import load_plugin
 from fourm.vq import PatchCodebook, PatchCodebookConfig, load_tokenizer
 from tests.generation.test_sampler import write_run
 from tests.train.checkpoint_files import write_checkpoint
+from tests.train.toy_run import ROOT
 
 DEEP = b"[" * 100_000
 
@@ -126,13 +129,28 @@ def test_a_malformed_state_given_to_training(tmp_path, change):
         read_state(tmp_path)
 
 
-@pytest.mark.parametrize("source", ["def f(:", "{}['a']", "raise RuntimeError('no')", "def f(): f()\nf()", "1 / 0"])
+@pytest.mark.parametrize(
+    "source",
+    [
+        "def f(:", "{}['a']", "raise RuntimeError('no')", "def f(): f()\nf()", "1 / 0", "import sys; sys.exit()",
+        "class Own(BaseException): pass\nraise Own('no')",
+    ],
+)  # fmt: skip
 def test_a_plugin_that_fails(tmp_path, monkeypatch, source):
     name = f"plugin_{abs(hash(source))}"
     (tmp_path / f"{name}.py").write_text(source)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=f"'plugin': {name} fails"):
         load_plugin(name)
+
+
+def test_a_plugin_that_ends_the_process_ends_a_command_with_one_line(tmp_path):
+    (tmp_path / "own_plugin.py").write_text("class Own(BaseException): pass\nraise Own('no')")
+    command = [sys.executable, ROOT / "check_data.py", "data.yaml", "--plugin", "own_plugin"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    line = f"error: 'plugin': own_plugin fails in {tmp_path}/own_plugin.py, line 2, with Own: no\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("x", "1"), ("5", "2"), ("0", "0"), ("0", ""), ("-1", "1")])

@@ -88,20 +88,26 @@ class Folders:
 
 
 def index_folder(root: str, own: tuple[str, ...]) -> MemberIndex:
-    """Key → file, of all files below ``root``; hidden ones, and what operating systems leave, apart.
+    """Key → file, of all :func:`files_below` ``root``.
 
     Args:
         own: names of the modality, which are not part of a key.
     """
     index = MemberIndex()
+    for name, path in files_below(root):
+        key, extension = split_name(name, own)
+        index.add(key, Member(path, extension), is_readable(extension))
+    return index.complete()
+
+
+def files_below(root: str) -> Iterator[tuple[str, str]]:
+    """Name, as it goes on after ``root``, and path of its files; hidden ones, and what operating systems leave, apart."""
     for folder, _, files in os.walk(root, followlinks=True, onerror=_raise):
         below = os.path.relpath(folder, root)
         for file in sorted(files):
             name = file if below == "." else f"{below}/{file}"
             if not is_clutter(name):
-                key, extension = split_name(name, own)
-                index.add(key, Member(os.path.join(folder, file), extension), is_readable(extension))
-    return index.complete()
+                yield name, os.path.join(folder, file)
 
 
 def _raise(error: OSError) -> None:

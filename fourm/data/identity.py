@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from fourm.data.data_config import DataConfig, DatasetConfig
+from fourm.data.folders import files_below
 from fourm.data.layout import existing_folders, expand, is_remote, split_data_path, wanted_names
-from fourm.data.names import is_clutter
 from fourm.data.record_files import local_files
 from fourm.utils.urls import shown, without_secrets
 
 _FREE_OF_DATA = {"data_path", "remote", "max_bad_fraction", "name", "modalities"}
+_MAX_SIZES = 10_000  # of files, which take longer to look up than names do
 
 
 def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, Any]]:
@@ -39,30 +40,34 @@ def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
 
 
 def _files(dataset: DatasetConfig) -> str:
-    """Of shards and files of records their names and, on disks, sizes; of folders what is in them. Where they lie is free."""
+    """Of shards and files of records their names and, on disks, sizes; so of folders. Where they lie is free."""
     if dataset.type != "multimodal":
         records = local_files(dataset.data_path)
         return shown(dataset.data_path) if records is None else _digest("files", [_named(path) for path in records])
     pattern, folders = split_data_path(dataset.data_path)
     if not dataset.use_wds:
-        return _digest("folders and files", _in_folders(dataset, pattern, folders))
+        return _in_folders(dataset, pattern, folders)
     columns: list[str | None] = [*folders] if folders else [None]
     paths = [path for folder in columns for path in expand(pattern, folder)]
     remote = is_remote(dataset.data_path)
     return _digest("shards", [_named(path, remote) for path in paths])
 
 
-def _in_folders(dataset: DatasetConfig, pattern: str, folders: list[str] | None) -> list[str]:
-    """The first level below the folders of the modalities: all files would take as long as the data set's own index."""
+def _in_folders(dataset: DatasetConfig, pattern: str, folders: list[str] | None) -> str:
+    """The names of all files of the modalities, and the sizes of some, which are spread evenly over them."""
     if folders is None:
         pattern, folders = f"{pattern}/\0", existing_folders(pattern)
     wanted = wanted_names(dataset.modalities)
     read = {*wanted, *wanted.values(), *dataset.modality_name_map}
     roots = {folder: expand(pattern, folder)[0] for folder in sorted(folders) if folder in read}
-    found = [
-        f"{folder}/{name}" for folder, root in roots.items() if os.path.isdir(root) for name in sorted(os.listdir(root))
-    ]
-    return [name for name in found if not is_clutter(name)]
+    files = sorted(
+        (f"{folder}/{name}", path)
+        for folder, root in roots.items() if os.path.isdir(root) for name, path in files_below(root)
+    )  # fmt: skip
+    every = max(-(-len(files) // _MAX_SIZES), 1)
+    sizes = [f"{name} {os.stat(path).st_size}" for name, path in files[::every] if os.path.exists(path)]
+    within = {name.rpartition("/")[0] for name, _ in files}
+    return f"{len(within)} folders with {_digest('files', [name for name, _ in files], sizes)}"
 
 
 def _named(path: str, remote: bool = False) -> str:
@@ -70,8 +75,9 @@ def _named(path: str, remote: bool = False) -> str:
     return f"{path.rpartition('/')[2]} {size}"
 
 
-def _digest(what: str, lines: list[str]) -> str:
-    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode("utf-8", "surrogateescape"))
+def _digest(what: str, lines: list[str], more: list[str] | None = None) -> str:
+    text = "".join(f"{line}\n" for line in [*lines, *(more or ())])
+    digest = hashlib.sha256(text.encode("utf-8", "surrogateescape"))
     return f"{len(lines)} {what} {digest.hexdigest()[:12]}"
 
 

@@ -87,6 +87,12 @@ class MemberNames:
         return self._same.get(lower, lower), key, extension, lower not in self._same
 
 
+def common_folder(keys: Iterable[str]) -> str:
+    """The folder that all keys are in: of ``a/b/1`` and ``a/b/c/2``, ``a/b``; empty if there is none."""
+    folders = {key.rpartition("/")[0] for key in keys}
+    return posixpath.commonpath(folders) if folders and "" not in folders else ""
+
+
 def is_part_of_another(key: str, keys: Mapping[str, object]) -> bool:
     """Whether ``0001.depth`` of ``0001.depth.png`` is no key, but something more of sample ``0001``."""
     head, dot, last = key.rpartition(".")

@@ -65,6 +65,13 @@ class MemberIndex(dict[str, Member]):
             del self[key]
         return self
 
+    def below(self, folder: str) -> MemberIndex:
+        """The same members with keys that go on after ``folder``, which all of them are in."""
+        start, index = len(folder) + 1, MemberIndex()
+        index.update({key[start:]: member for key, member in self.items()})
+        index.collisions = {key.removeprefix(f"{folder}/"): members for key, members in self.collisions.items()}
+        return index
+
     def collision(self) -> str:
         """The first of the collisions, for messages."""
         key, (first, second) = next(iter(self.collisions.items()))

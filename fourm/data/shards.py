@@ -13,7 +13,7 @@ from pathlib import Path
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.layout import assign_folders, expand, is_remote, shard_patterns, split_data_path
-from fourm.data.names import MemberNames, is_clutter, is_part_of_another, is_readable, split_name
+from fourm.data.names import MemberNames, common_folder, is_clutter, is_part_of_another, is_readable, split_name
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import Member, MemberIndex, RawSample, join, leave_out
 from fourm.data.regular_files import open_regular, version_of
@@ -126,6 +126,7 @@ class Shards:
         for name, index in columns.items():
             if index.collisions:
                 ledger.warn(f"collision {paths[name]} {name}", f"{shown(paths[name])}: {index.collision()}; skipped")
+        columns = self._without_wrappers(columns)
         whole, bad = leave_out(columns, [name for name, path in paths.items() if path in damage])
         if damage:
             bad["damaged shard"] = max(bad.get("damaged shard", 0), sum(damage.values()))
@@ -142,6 +143,25 @@ class Shards:
             bad["missing member"] = len(incomplete) if total else 1
         ledger.joined(max(total, 1), bad, (len(incomplete) if total else 1) if tolerated else 0)
         return samples
+
+    def _without_wrappers(self, columns: dict[str, MemberIndex]) -> dict[str, MemberIndex]:
+        """The columns, where no key is in all of them, without the folder that a tar was made of: ``x/rgb/1`` → ``1``.
+
+        Names of the modality apart, there must be one such folder at most: ``train/1`` and ``val/1`` stay two samples.
+        """
+        filled = [index for index in columns.values() if index]
+        if not any("/" in next(iter(index)) for index in filled):
+            return columns
+        if any(all(key in index for index in filled) for key in filled[0]):
+            return columns
+        wrappers = {name: common_folder(index) for name, index in columns.items()}
+        others = [
+            "".join(f"/{part}" for part in wrapper.split("/") if part not in (name, self._folders[name], ""))
+            for name, wrapper in wrappers.items()
+        ]
+        if not all(max(others, key=len).endswith(other) for other in others):
+            return columns
+        return {name: index.below(wrappers[name]) if wrappers[name] else index for name, index in columns.items()}
 
     def _folders_inside(self, shards: list[dict[str | None, str]]) -> list[str]:
         """The modalities in the first tar that can be read."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -27,6 +26,7 @@ from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Batch, Selection, TokenPlan, plan_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
+from fourm.utils.memory import check_memory
 from fourm.utils.options import option
 
 
@@ -351,12 +351,8 @@ def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) ->
         raise UserError(
             f"model config: about {parameters:.1e} parameters are more than any model has; lower 'dim' or the depths"
         )
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if torch.get_default_device().type == "cpu" and 4 * parameters > memory:
-        raise UserError(
-            f"model config: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, and this machine has "
-            f"{memory / 1e9:.0f}; lower 'dim' or the depths"
-        )
+    if torch.get_default_device().type == "cpu":
+        check_memory("model config", parameters, "lower 'dim' or the depths")
 
 
 class FM(FourM, HubModel):

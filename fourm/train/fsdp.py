@@ -84,9 +84,9 @@ class FSDP(DDP):
             dist.distributed_c10d._set_pg_timeout(self.timeout, group)
         return mesh
 
-    def place(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
         if self._mesh is None:
-            return super().place(model, parts)
+            return super().place(model, parts, name)
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": self._precision}
         for part in parts:
             fully_shard(part, reshard_after_forward=self._reshard, **options)

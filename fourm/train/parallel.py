@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fourm.train.device import DeviceOptions
 from fourm.utils.errors import UserError
+from fourm.utils.memory import check_memory
 from fourm.utils.options import option
 from fourm.utils.ranks import ranks_of_torchrun
 from fourm.utils.transfer import check_url, shown
@@ -166,13 +167,17 @@ class Strategy(Processes, ABC):
     """A way to train one model in all processes."""
 
     @abstractmethod
-    def place(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
         """Give a model that was built on the meta device its memory on :attr:`device`, and its initial values.
 
         The values come from torch's global generator on the CPU, so that they are the same for all strategies and devices.
 
         Args:
             parts: Modules of the model, each of which is used as a whole, so that its parameters may be sharded together.
+            name: For messages: what the configuration calls the model.
+
+        Raises:
+            UserError: this machine cannot hold its parameters.
         """
 
     @abstractmethod
@@ -203,7 +208,8 @@ class DDP(Strategy):
         super().__init__(options)
         self._find_unused = options.find_unused_params
 
-    def place(self, model: nn.Module, parts: Sequence[nn.Module]) -> None:
+    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
+        check_memory(name, sum(parameter.numel() for parameter in model.parameters()), "choose a smaller one")
         model.to_empty(device="cpu").init_weights()  # type: ignore[operator]
         model.to(self.device)
 

@@ -152,7 +152,7 @@ class Run:
             for block in task.blocks(model):
                 block.compile()
         torch.manual_seed(config.seed)
-        parallel.place(model, task.parts(model))
+        parallel.place(model, task.parts(model), task.model_name)
         if weights:
             load_weights(model, fetched(weights, find_model, config, parallel), task.format)
         schedule = build_schedule(config, self.length, parallel.world_size)

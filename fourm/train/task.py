@@ -120,6 +120,11 @@ class Task(ABC, Generic[Config]):
         ``config``, a dictionary for JSON, is what :attr:`format` builds it from.
         """
 
+    @property
+    def model_name(self) -> str:
+        """For messages: what the configuration calls the model."""
+        return "the model"
+
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         """The repeated parts of the model, which ``torch.compile`` compiles one by one."""

@@ -35,15 +35,15 @@ def load_plugin(name: str) -> None:
         raise UserError(
             f"'plugin': cannot import {name}: {error}; it must be installed or in the working directory"
         ) from error
-    except UserError:
+    except (UserError, KeyboardInterrupt):
         raise
-    except Exception as error:  # of whatever kind: the module is anybody's
+    except BaseException as error:  # of whatever kind, sys.exit() too: the module is anybody's
         raise UserError(
             f"'plugin': {name} fails {_place_of(error)}with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
         ) from error
 
 
-def _place_of(error: Exception) -> str:
+def _place_of(error: BaseException) -> str:
     """Where it was raised: ``in FILE, line 3, ``; errors of syntax tell it themselves."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return "" if isinstance(error, SyntaxError) else f"in {last.filename}, line {last.lineno}, "

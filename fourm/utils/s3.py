@@ -14,10 +14,11 @@ import io
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.options import Options, option
@@ -25,6 +26,7 @@ from fourm.utils.transfer import (
     CHUNK,
     Downloads,
     MissingObject,
+    Rate,
     RemoteObject,
     Retries,
     Transient,
@@ -35,6 +37,8 @@ from fourm.utils.transfer import (
     shown,
     within,
 )
+
+T = TypeVar("T")
 
 _DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32": "crc32"}
 
@@ -92,17 +96,9 @@ class S3Store:
             UserError: no such bucket, access denied, or the store stays down.
         """
         bucket, key = split_url(url)
-        client = self._client()
-
-        def head() -> dict[str, Any]:
-            with self._errors(url):
-                return within(
-                    2 * self.retries.timeout,
-                    lambda: client.head_object(Bucket=bucket, Key=key, ChecksumMode="ENABLED"),
-                )
-
+        head = functools.partial(self._client().head_object, Bucket=bucket, Key=key, ChecksumMode="ENABLED")
         try:
-            answer = self.retries(head, url)
+            answer = self.retries(lambda: self._answer(url, head), url)
         except MissingObject:
             self.retries(lambda: self._check_bucket(bucket), url)
             raise
@@ -119,7 +115,7 @@ class S3Store:
         unchanged = {"IfMatch": item.etag} if item.etag else {}
         with self._errors(item.url):
             get = functools.partial(self._client().get_object, Bucket=bucket, Key=key, **unchanged)
-            answer = within(2 * self.retries.timeout, lambda: get(Range=f"bytes={start}-{end - 1}"))
+            answer = self._answer(item.url, lambda: get(Range=f"bytes={start}-{end - 1}"))
             with contextlib.closing(answer["Body"]) as body:
                 if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
                     raise UserError(f"{shown(item.url)}: the store does not answer requests for a range of bytes")
@@ -134,7 +130,8 @@ class S3Store:
         Raises:
             UserError: no such bucket, access denied, or the store stays down.
         """
-        from boto3.s3.transfer import TransferConfig
+        from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig
+        from s3transfer.manager import TransferManager
 
         bucket, key = split_url(url)
         transfer = TransferConfig(
@@ -142,8 +139,19 @@ class S3Store:
         )
 
         def put() -> None:
-            with open(path, "rb") as file, self._errors(url):
-                self._client(self.retries.attempts).upload_fileobj(file, bucket, key, Config=transfer)
+            with open(path, "rb"), self._errors(url):  # what cannot be read is no fault of the store
+                rate = Rate(self.retries.patience, "takes")
+                manager = TransferManager(self._client(self.retries.attempts), transfer, executor_cls=_Threads)
+                sending = manager.upload(str(path), bucket, key, subscribers=[ProgressCallbackInvoker(rate.add)])
+                sent = in_background(sending.result)
+                try:
+                    while not sent.done():
+                        concurrent.futures.wait([sent], timeout=1)
+                        rate.check()
+                    sent.result()
+                except BaseException:
+                    sending.cancel()
+                    raise
 
         replace(self.retries, attempts=1)(put, url)  # botocore has repeated its parts
 
@@ -178,9 +186,11 @@ class S3Store:
         prefix = f"{key}/" if key else ""
 
         def find() -> set[str]:
-            with self._errors(folder):
-                pages = self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix)
-                return {item["Key"][len(prefix) :] for page in pages for item in page.get("Contents", ())}
+            pages = iter(self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
+            found = set[str]()
+            while page := self._answer(folder, lambda: next(pages, None)):
+                found.update(item["Key"][len(prefix) :] for item in page.get("Contents", ()))
+            return found
 
         return self.retries(find, folder)
 
@@ -191,18 +201,13 @@ class S3Store:
             UserError: no such bucket, access denied, or the store stays down.
         """
         bucket, key = split_url(url)
-
-        def delete() -> None:
-            with self._errors(url):
-                self._client().delete_object(Bucket=bucket, Key=key)
-
-        self.retries(delete, url)
+        delete = functools.partial(self._client().delete_object, Bucket=bucket, Key=key)
+        self.retries(lambda: self._answer(url, delete), url)
 
     def _check_bucket(self, bucket: str) -> None:
         url = f"s3://{bucket}"
         try:
-            with self._errors(url):
-                self._client().head_bucket(Bucket=bucket)
+            self._answer(url, lambda: self._client().head_bucket(Bucket=bucket))
         except MissingObject:
             raise UserError(f"{url}: there is no such bucket at {self._place}") from None
 
@@ -215,6 +220,11 @@ class S3Store:
     def _client(self, attempts: int = 1) -> Any:
         # Connections must not be shared with the process that this one was forked from.
         return _client(os.getpid(), self.endpoint, self.requests, self.retries.timeout, attempts)
+
+    def _answer(self, url: str, request: Callable[[], T]) -> T:
+        """The store's answer to one request, which has to be there soon even if it comes byte by byte."""
+        with self._errors(url):
+            return within(2 * self.retries.timeout, request)
 
     @contextlib.contextmanager
     def _errors(self, url: str) -> Iterator[None]:
@@ -243,6 +253,22 @@ class S3Store:
             raise Transient(f"no complete answer from {self._place} ({type(error).__name__})") from error
         except exceptions.BotoCoreError as error:
             raise UserError(f"{shown(url)}: {' '.join(str(error).split())}") from error
+
+
+class _Threads:
+    """An executor of s3transfer whose threads end with the process: a store that never answers must not hold up its end."""
+
+    def __init__(self, max_workers: int):
+        self._free = threading.Semaphore(max_workers)
+
+    def submit(self, action: Callable, *arguments: Any) -> concurrent.futures.Future:
+        self._free.acquire()
+        future = in_background(action, *arguments)
+        future.add_done_callback(lambda _: self._free.release())
+        return future
+
+    def shutdown(self, wait: bool = True) -> None:
+        """Nothing is left to do: a thread ends with its task."""
 
 
 def _is_unresolved(error: BaseException | None) -> bool:

@@ -89,6 +89,11 @@ class Retries:
     timeout: float = 30.0
     rate_over: float = 60.0
 
+    @property
+    def patience(self) -> float:
+        """Seconds that all attempts may take, if none of them gets anywhere."""
+        return self.attempts * (2 * self.timeout + self.longest_delay)
+
     def __call__(self, action: Callable[[], T], url: str) -> T:
         """The result of ``action``, which is tried again whenever it raises :class:`Transient`.
 
@@ -107,6 +112,36 @@ class Retries:
         raise UserError(
             f"{shown(url)}: {reason}, {self.attempts} times in a row; see to the store or the network, then start again"
         )
+
+
+class Rate:
+    """How fast a transfer is.
+
+    Args:
+        over: seconds over which it must reach :data:`MIN_RATE`.
+        what: the store does: ``sends``, or ``takes``.
+    """
+
+    def __init__(self, over: float, what: str):
+        self._over, self._what = over, what
+        self._since, self._bytes = time.monotonic(), 0
+        self._lock = threading.Lock()
+
+    def add(self, count: int) -> None:
+        """Count bytes that have arrived, in any thread."""
+        with self._lock:
+            self._bytes += count
+
+    def check(self) -> None:
+        """Look at the time; to be called again and again.
+
+        Raises:
+            Transient: the transfer is too slow.
+        """
+        if (seconds := time.monotonic() - self._since) > self._over:
+            if self._bytes < MIN_RATE * seconds:
+                raise Transient(f"the store {self._what} fewer than {MIN_RATE} bytes per second")
+            self._since, self._bytes = time.monotonic(), 0
 
 
 class Downloads:
@@ -178,16 +213,14 @@ class Downloads:
             if position == end:
                 return  # an empty member, or all was there before the transfer broke
             with self._in_flight:
-                since, there = time.monotonic(), position
+                rate = Rate(self._retries.rate_over, "sends")
                 for data in store.chunks(item, position, end):
                     if position + len(data) > end:
                         raise Transient("the store sends more than was asked for")
                     write(data, position)
                     position += len(data)
-                    if (seconds := time.monotonic() - since) > self._retries.rate_over:
-                        if position - there < MIN_RATE * seconds:
-                            raise Transient(f"the store sends fewer than {MIN_RATE} bytes per second")
-                        since, there = time.monotonic(), position
+                    rate.add(len(data))
+                    rate.check()
             if position < end:
                 raise Transient("the answer is cut off")
 
@@ -229,7 +262,7 @@ def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> N
     Raises:
         UserError: it is no URL with one of the ``schemes`` and a host or bucket.
     """
-    example = "s3://BUCKET/KEY" if "s3" in schemes else f"{schemes[-1]}://HOST{':PORT' if 'tcp' in schemes else ''}"
+    example = "s3://BUCKET/KEY" if "s3" in schemes else f"{schemes[-1]}://HOST{':29500' if 'tcp' in schemes else ''}"
     try:
         parts = urlsplit(url)
         parts.port  # noqa: B018  # raises for one that is none

@@ -55,6 +55,42 @@ def test_modalities_in_different_order_are_joined_by_key(tmp_path):
     assert samples[0].values(OpenFiles(), keep_pixels=False)["rgb@224"].content[:2] == b"\xff\xd8"
 
 
+@pytest.mark.parametrize(
+    "wrappers",
+    [
+        ("rgb/", ""),
+        ("x/y/", ""),
+        ("rgb/", "caption/"),
+        ("x/rgb/", "x/caption/"),
+        ("rgb/x/", "caption/x/"),
+        ("a/p/", "p/"),
+    ],
+)
+def test_a_folder_around_the_members_of_one_tar_is_no_part_of_their_keys(tmp_path, wrappers):
+    for folder, wrapper in zip(("rgb", "caption"), wrappers, strict=True):
+        members = [(f"{wrapper}{key}.txt", f"{folder} {key}".encode()) for key in ("1", "p/2", "3")]
+        write_tar(tmp_path / folder / "0.tar", members)
+    ledger = _ledger(0)
+    samples = Shards(f"{tmp_path}/[rgb,caption]/0.tar", {"rgb": "rgb", "caption": "caption"}).all(ledger)
+    assert [sample.key for sample in samples] == ["1", "p/2", "3"] and not ledger.collect()
+    assert [sample.values(OpenFiles(), False) for sample in samples] == [
+        {"rgb": f"rgb {key}", "caption": f"caption {key}"} for key in ("1", "p/2", "3")
+    ]
+
+
+@pytest.mark.parametrize(("train", "val"), [("train/", "val/"), ("train/rgb/", "val/caption/"), ("rgb/train/", "val/")])
+def test_folders_of_different_names_keep_samples_apart(tmp_path, train, val):
+    for folder, wrapper in (("rgb", train), ("caption", val)):
+        write_tar(tmp_path / folder / "0.tar", [(f"{wrapper}{key}.txt", b"x") for key in ("1", "2")])
+        write_tar(tmp_path / folder / "1.tar", [(f"{wrapper}1.txt", b"x"), ("both/2.txt", b"x")])
+    shards = f"{tmp_path}/[rgb,caption]/{{0..1}}.tar", {"rgb": "rgb", "caption": "caption"}
+    with pytest.raises(DataError, match="samples cannot be joined"):
+        Shards(*shards).all(_ledger(0.5))
+    ledger = _ledger(1.0)
+    assert [sample.key for sample in Shards(*shards).all(ledger)] == ["both/2"]
+    assert ledger.collect() == {"toy: missing member": 6}
+
+
 def test_all_modalities_in_one_tar(tmp_path):
     members = [
         (f"{i:05d}.{folder}.{extension}", content)

@@ -11,6 +11,7 @@ from fourm.utils.errors import UserError
 from fourm.utils.s3 import S3Store
 from fourm.utils.transfer import Downloads, RemoteObject, Retries, check_url, shown
 from fourm.utils.web import WebStore
+from tests.data.object_store import BUCKET, ObjectStore, client, faulty
 
 
 class Numbers:
@@ -126,6 +127,49 @@ def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
     store = S3Store(url.removesuffix("/a.tar"), retries=once)
     with pytest.raises(UserError, match="fewer than 1000 bytes per second, 1 times in a row"):
         Downloads(once, 1, 2**20, 2**20).read(store, RemoteObject("s3://b/k", 1000), 0, 1000, lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    ("request_", "message"),
+    [
+        (lambda store, file: store.names("s3://b/folder"), "no complete answer within 0.8 seconds, 2 times in a row"),
+        (lambda store, file: store.remove("s3://b/k"), "no complete answer within 0.8 seconds, 2 times in a row"),
+        (lambda store, file: store.upload(file, "s3://b/k"), "the store takes fewer than 1000 bytes per second"),
+    ],
+)
+def test_a_store_that_answers_byte_by_byte_is_given_up(raw_server, monkeypatch, tmp_path, request_, message):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
+    (tmp_path / "file").write_bytes(b"x" * 1000)
+    url = raw_server(lambda c: drip(c, b"HTTP/1.1 200 OK\r\nX-Slow: " + b"x" * 1000))
+    store, before, start = (
+        S3Store(url.removesuffix("/a.tar"), retries=IMPATIENT),
+        threading.enumerate(),
+        time.monotonic(),
+    )
+    with pytest.raises(UserError, match=message):
+        request_(store, tmp_path / "file")
+    assert time.monotonic() - start < 10
+    assert all(thread.daemon for thread in threading.enumerate() if thread not in before), "they would hold up the end"
+
+
+def test_large_files_are_uploaded_in_parts(tmp_path, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
+    content = b"0123456789abcdef" * 2**20
+    (tmp_path / "large").write_bytes(content)
+    (tmp_path / "content").mkdir()
+    server = ObjectStore(tmp_path / "content")
+    try:
+        with faulty(
+            server, lambda method, path, before: "503 SlowDown" if method == "PUT" and before == 1 else None
+        ) as proxy:
+            store = S3Store(proxy.endpoint, part_bytes=5 * 2**20, split_above_bytes=2**20, requests=4)
+            store.upload(tmp_path / "large", f"s3://{BUCKET}/large")
+            assert proxy.counts["PUT", f"/{BUCKET}/large"] == 5, "four parts, and one again"
+        assert client(server.endpoint).get_object(Bucket=BUCKET, Key="large")["Body"].read() == content
+    finally:
+        server.kill()
 
 
 def test_a_server_whose_name_is_not_known_is_said_soon(monkeypatch):

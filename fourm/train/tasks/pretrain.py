@@ -117,6 +117,10 @@ class Pretrain(Task[PretrainConfig]):
                 )
             )  # fmt: skip
 
+    @property
+    def model_name(self) -> str:
+        return f"'model' {self.config.model}" + (" with its 'model_kwargs'" if self.config.model_kwargs else "")
+
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         return [*model.encoder, *model.decoder]  # type: ignore[misc]
 
