@@ -63,12 +63,12 @@ def test_data_may_move_but_not_change(tmp_path, kind):
 def test_a_file_of_a_folder_that_is_replaced_or_added_at_any_depth_is_noticed(tmp_path, name):
     write(tmp_path / "d", ["caption/0/1.json", "caption/0/deep/1.json"])
     before = identity(tmp_path, data_path=f"{tmp_path}/d")
-    saved = {"config": to_dict(TrainConfig(epochs=1)), "identity": before}
+    saved = {"config": saved_options(PretrainConfig(epochs=1)), "identity": before}
     (tmp_path / "d/caption/0/.DS_Store").write_text("clutter")
-    check_same_run(TrainConfig(epochs=1), saved, identity(tmp_path, data_path=f"{tmp_path}/d"), tmp_path)
+    check_same_run(PretrainConfig(epochs=1), saved, identity(tmp_path, data_path=f"{tmp_path}/d"), tmp_path)
     (tmp_path / "d/caption/0" / name).write_text('["another caption"]')
     with pytest.raises(UserError, match="data set a: files 2 folders with 2 files .* → 2 folders with [23] files"):
-        check_same_run(TrainConfig(epochs=1), saved, identity(tmp_path, data_path=f"{tmp_path}/d"), tmp_path)
+        check_same_run(PretrainConfig(epochs=1), saved, identity(tmp_path, data_path=f"{tmp_path}/d"), tmp_path)
 
 
 def test_another_learning_rate_is_listed_old_and_new_and_a_longer_run_is_the_same(tmp_path):
