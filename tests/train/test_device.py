@@ -72,7 +72,7 @@ def batches(run, raw_pixels, split="train"):
             )
         )
     loader = build_train_loader(
-        run.data, text, batch_size=4, batches_per_epoch=12, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels,
+        run.task.data, text, batch_size=4, batches_per_epoch=12, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels,
     )  # fmt: skip
     return [batch for batch, _ in zip(loader, range(4), strict=False)]
 

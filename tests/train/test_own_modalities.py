@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from fourm.generation.decoding import decode
 from fourm.generation.inputs import read_value
 from fourm.models import FM, model_config
+from fourm.models.from_checkpoint import FORMAT
 from fourm.train.config import load_config
 from fourm.train.finetune import load_weights
 from fourm.train.tasks.pretrain import PretrainConfig
@@ -146,7 +147,7 @@ def test_training_goes_on_with_modalities_added_and_dropped(tmp_path, caplog, mo
     before = old.state_dict()
     save_file({k: v.clone() for k, v in before.items()}, str(tmp_path / "w.safetensors"))
     caplog.set_level("INFO", logger="fourm")
-    load_weights(new, str(tmp_path / "w.safetensors"))
+    load_weights(new, str(tmp_path / "w.safetensors"), FORMAT)
     for name, tensor in new.state_dict().items():
         expected = before if name in before else untouched
         assert torch.equal(tensor, expected[name]) and ("temperature" in name) == (name not in before)
