@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from fourm.data.check import main as check
 from fourm.generation.script import main as generate
 from fourm.models import FM
+from fourm.models.from_checkpoint import FORMAT
 from fourm.train.checkpoint import read_state
 from fourm.train.config import parse_args
 from fourm.train.export import main as export
@@ -90,7 +91,7 @@ def test_a_checkpoint_with_right_checksums_and_a_wrong_model(original, tmp_path,
     actions = {
         "export": lambda: export([str(folder), str(tmp_path / "exported")]),
         "generation": lambda: _generate(folder, "--text_tokenizer", original / "words.json"),
-        "finetune": lambda: read_weights(str(folder)),
+        "finetune": lambda: read_weights(str(folder), FORMAT),
     }
     with pytest.raises(UserError, match=f"checkpoint {folder}: config.json"):
         actions[command]()

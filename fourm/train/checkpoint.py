@@ -185,6 +185,18 @@ def read_state(path: Path) -> dict[str, Any]:
     return state
 
 
+def trained_task(path: Path) -> str:
+    """The name of the task that a checkpoint is of; empty if its state does not tell it.
+
+    Raises:
+        UserError: the state is damaged.
+    """
+    try:
+        return str(json.loads((path / STATE).read_bytes()).get("task", ""))
+    except (OSError, ValueError, RecursionError, AttributeError) as error:
+        raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
+
+
 def advice(folder: Path) -> str:
     """What to do when training has diverged, with the last good checkpoint in ``folder``."""
     good = max((path.name for path in folder.glob("step-*")), default=None)

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.models.remote import find_checkpoint, on_disk
-from fourm.train.checkpoint import read_state
+from fourm.train.checkpoint import trained_task
 from fourm.train.task import task_named
 from fourm.train.tasks.pretrain import Pretrain
-from fourm.utils.checkpoints import STATE, export_model, newest_checkpoint
+from fourm.utils.checkpoints import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
@@ -30,10 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(ExportOptions, argv, main.__doc__ or "", positional=("checkpoint", "folder"))
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(on_disk(options.checkpoint, find_checkpoint)))
-    # Earlier versions trained one task, and did not write its name.
-    task = task_named(
-        read_state(checkpoint).get("task", Pretrain.name) if (checkpoint / STATE).exists() else Pretrain.name
-    )
+    task = task_named(trained_task(checkpoint) or Pretrain.name)  # earlier versions trained one task without a name
     export_model(checkpoint, Path(options.folder), task.format, options.ema)
     print(f"{checkpoint} -> from_pretrained('{options.folder}')")
 

@@ -78,7 +78,7 @@ def test_when_a_process_dies_the_others_end_with_a_message(tmp_path):
     begin = time.monotonic()
     kill(ranks[1:])
     assert wait_for(ranks[:1]) == [1] and time.monotonic() - begin < 60
-    assert "rank 0 ends, for another process has: " in (config.parent / "out" / "log.txt").read_text()
+    assert "rank 0 stops because another process has died (" in (config.parent / "out" / "log.txt").read_text()
 
 
 @pytest.mark.slow
