@@ -123,6 +123,7 @@ _RUN = re.compile(
     re.DOTALL,
 )
 _END, _LENGTH, _LONG_LENGTH = 1, 2, 3  # groups
+_MOST_KNOWN, _LONGEST_KNOWN = 1000, 100  # runs of instructions, bytes of one: so many are remembered within a pickle
 _GLOBAL, _FRAME, _PUT, _EIGHT = b"c\x95r\x8d"
 _BYTES8 = 0x8E
 
@@ -132,6 +133,10 @@ def check_instructions(content: bytes | memoryview) -> None:
 
     ``pickle`` believes every number in it: the length of a string, a place in its table of values.
 
+    Arrays look alike: from the bytes of one to those of the next there are the same few instructions over and over, as
+    the same bytes. Wherever an instruction begins, the same bytes are the same instructions, so it is enough to look at
+    each such run once and to know how far it leads.
+
     Raises:
         pickle.UnpicklingError: such a number, or an instruction that arrays of plain values do not need.
     """
@@ -139,17 +144,27 @@ def check_instructions(content: bytes | memoryview) -> None:
         raise pickle.UnpicklingError(f"an array of objects of {len(content)} bytes, more than {MAX_PICKLE_BYTES}")
     content = bytes(content)
     at, end, match = 0, len(content), _RUN.match
+    known: dict[bytes, int] = {}  # a run that ends with a length → from its begin to that of the next one
+    following: dict[int, int] = {}  # size of a run → size of the one that came next the last time
+    size = 0
     while at < end:
+        expected = following.get(size, 0)
+        if step := known.get(content[at : at + expected]):
+            at, size = at + step, expected
+            continue
         run = match(content, at)
         start, at = at, run.end()  # type: ignore[union-attr]  # it matches nothing, too
+        before, size = size, at - start
         kind = run.lastindex  # type: ignore[union-attr]
-        if kind == _LENGTH:
-            at += content[at - 1]
-        elif kind == _LONG_LENGTH:
-            at += int.from_bytes(content[at - 4 : at], "little")
-        elif kind == _END:
+        if kind == _END:
             return
-        elif at == start:
+        if kind in (_LENGTH, _LONG_LENGTH):
+            at += content[at - 1] if kind == _LENGTH else int.from_bytes(content[at - 4 : at], "little")
+            if size <= _LONGEST_KNOWN:
+                following[before] = size
+                if len(known) < _MOST_KNOWN:
+                    known[content[start : start + size]] = at - start
+        elif not size:
             at = _after_rare(content, at)
     raise pickle.UnpicklingError("an array of objects that ends too early")
 

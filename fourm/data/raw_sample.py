@@ -92,7 +92,7 @@ class BadSample(Exception):
 class OpenFiles:
     """Reads parts of files and keeps the most recent of them open."""
 
-    def __init__(self, limit: int = 64):
+    def __init__(self, limit: int = 128):  # the tars of 21 modalities in six shards
         self._limit = limit
         self._open: OrderedDict[str, io.FileIO] = OrderedDict()
 
@@ -113,7 +113,7 @@ class OpenFiles:
                 return file.readall()
         if member.size > MOST_BYTES:
             raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
-        file = self._open.pop(member.path) if member.path in self._open else open_regular(member.path)
+        file = self._open.pop(member.path, None) or open_regular(member.path)
         if member.version and version_of(file.fileno()) != member.version:
             file.close()
             file = open_regular(member.path)

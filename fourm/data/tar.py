@@ -74,7 +74,7 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
             window, window_start, at = os.pread(descriptor, _WINDOW, position), position, 0
         header = window[at : at + _BLOCK]
         good = adler32(header) & 0xFFFF == _sum_asked_for(header[148:156])
-        if good and not (extended or shared or unnamed) and (usual := match(header)):
+        if good and header[156] == 48 and not (extended or shared or unnamed) and (usual := match(header)):
             name, digits = usual.groups()
             data, size = position + _BLOCK, int(digits, 8)
             if data + size <= end:

@@ -128,6 +128,69 @@ def test_numbers_in_a_pickle_are_not_believed(pickled):
         ObjectArray(pickled)
 
 
+MEMO = b"r\xff\xff\xff\x7f"  # a place in the table of values, for which Python would take 32 GB
+
+
+def rows(*lengths):
+    """Alike arrays with so many numbers, as they follow each other in a pickle."""
+    array = np.empty(len(lengths), object)
+    for index, length in enumerate(lengths):
+        array[index] = np.full(
+            length, 0x727F7F7F7F727F7F, np.int64
+        )  # looks like the claim of a place, wherever it is read
+    return pickle.dumps(array, 4)
+
+
+def parts(pickled, payload):
+    """What stands before the first of some equal payloads, from one to the next, and behind the last."""
+    first, *middle, last = pickled.split(payload)
+    return first, middle, last
+
+
+@pytest.mark.parametrize("length", [4, 31, 32, 300])
+def test_claims_behind_runs_that_are_known_are_found(length):
+    pickled = rows(*[length] * 50)
+    payload = np.full(length, 0x727F7F7F7F727F7F, np.int64).tobytes()
+    before, between, after = parts(pickled, payload)
+    check_instructions(pickled)
+    assert len(between) == 49 and between[-1] == between[-2]  # so it is known
+    for count in (1, 3, 25, 49):
+        for at in (0, 1):  # where an instruction begins
+            gap = between[-1][:at] + MEMO + between[-1][at:]
+            lies = before + payload.join([b"", *between[:count], gap, *between[count:]]) + after
+            with pytest.raises(pickle.UnpicklingError, match="table larger than itself"):
+                check_instructions(lies)
+
+
+def test_a_known_run_leads_only_as_far_as_its_own_length():
+    pickled = rows(*[32] * 20)
+    payload = np.full(32, 0x727F7F7F7F727F7F, np.int64).tobytes()
+    before, between, after = parts(pickled, payload)
+    header = b"B" + len(payload).to_bytes(4, "little")
+    assert between[-1].endswith(header)
+    for size in (0, 1, 100, 250):  # of the values; then the rest of them would be instructions
+        gap = between[-1][: -len(header)] + b"B" + size.to_bytes(4, "little")
+        lies = before + payload + payload.join(between[:9]) + payload + gap + b"\0" * size + MEMO
+        lies = lies.ljust(len(pickled), b".")  # what the frame promises
+        with pytest.raises(pickle.UnpicklingError, match="table larger than itself"):
+            check_instructions(lies)
+    cut = before + payload + between[0] + payload + between[1][:-3]
+    with pytest.raises(pickle.UnpicklingError):
+        check_instructions(cut)
+
+
+def test_known_runs_are_forgotten_before_they_take_memory():
+    many = b"".join(b"K%bK%bC\1a" % (bytes([i % 256]), bytes([i // 256])) for i in range(2**16))
+    tracemalloc.start()
+    try:
+        check_instructions(b"\x80\x04" + many + b".")
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    with pytest.raises(pickle.UnpicklingError, match="table larger than itself"):
+        check_instructions(b"\x80\x04" + many + MEMO + b".")
+
+
 def test_references_to_references_are_counted():
     laughs = [0.0] * 10
     for _ in range(9):

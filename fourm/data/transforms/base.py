@@ -67,6 +67,8 @@ class AbstractTransform:
 
     def is_missing(self, value: Any) -> bool:
         """Whether a raw value says that there is none: null, no text, or nothing in a list or mapping."""
+        if isinstance(value, np.ndarray):  # most are; asking them whether they are mappings takes longest
+            return False
         if isinstance(value, str):
             return not value or value.isspace()
         return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)

@@ -154,7 +154,7 @@ class SAMInstanceTransform(AbstractTransform):
         if isinstance(crop, dict):
             crop = [dict(zip(crop, row, strict=True)) for row in zip(*crop.values(), strict=True)]
         for instance in crop:
-            if not isinstance(instance, Mapping) or not {"points", "token_ids"} <= instance.keys():
+            if not isinstance(instance, Mapping) or "points" not in instance or "token_ids" not in instance:
                 raise DataError(f"expected instances with 'points' and 'token_ids', not {instance!r:.80}")
         polygons = Polygons([i["points"] for i in crop], [i["token_ids"] for i in crop])
         polygons.check_unit(self.size)
@@ -206,12 +206,12 @@ class Polygons:
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
         arrays = [np.asarray(outline, float) for outline in outlines]
         for array in arrays:
-            if not np.isfinite(array).all():
-                raise UnreadableValue("a polygon has corners that are not finite")
             if array.ndim != 2 or array.shape[1] != 2 or len(array) < 3:
                 raise DataError(f"expected a polygon of shape (3 or more, 2), not {array.shape}")
         lengths = [len(array) for array in arrays]
         self._corners = np.concatenate([*arrays, np.empty((0, 2))])  # (edges, 2), where each begins
+        if not np.isfinite(self._corners).all():
+            raise UnreadableValue("a polygon has corners that are not finite")
         self._owner = np.arange(len(arrays)).repeat(lengths)
         ends = np.cumsum(lengths, dtype=np.intp)
         starts = ends - lengths

@@ -34,6 +34,7 @@ def of_stored_crop(values: Sequence[T], index: int | None) -> T:
 
 
 _ROUNDING = 0.02  # coordinates may lie outside [0, 1], or sides be the wrong way round, by so much
+_NUMBERS = frozenset({float, int})
 _TEXTS = ("caption", "text", "captions")  # keys that a caption may have
 
 
@@ -46,9 +47,11 @@ def checked_box(box: Any, margin: float = _ROUNDING) -> Box:
     Raises:
         DataError: it follows another convention, with the one that is suspected.
     """
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not all(type(c) in (float, int) for c in box):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
         raise DataError(f"expected a box of four numbers xmin, ymin, xmax, ymax, not {box!r:.80}")
     xmin, ymin, xmax, ymax = box
+    if 0 <= xmin <= xmax <= 1 and 0 <= ymin <= ymax <= 1:  # nearly all
+        return xmin, ymin, xmax, ymax
     low, high = -margin, 1 + margin
     if not (low <= min(box) and max(box) <= high and all(map(math.isfinite, box))):
         why = "are they in pixels?" if all(map(math.isfinite, box)) else "they are not finite"
@@ -316,6 +319,13 @@ class MetadataTransform(AbstractTransform):
         return value[: generator.integers(1, len(value) + 1)] if self.random_trunc and value else value
 
 
+def _is_color(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) != 3:
+        return False
+    red, green, blue = value
+    return type(red) is type(green) is type(blue) is int and min(value) >= 0 and max(value) < 256
+
+
 @dataclass(frozen=True)
 class ColorPaletteTransform(AbstractTransform):
     """``v1=n``, then ``v0=c`` for each channel value of the n colours; n is drawn from 1 to 7."""
@@ -331,11 +341,7 @@ class ColorPaletteTransform(AbstractTransform):
             if not isinstance(colors, list) or len(colors) != int(count):
                 raise DataError(f"expected {count} colours under '{count}', not {colors!r:.80}")
             for color in colors:
-                if (
-                    not isinstance(color, list)
-                    or len(color) != 3
-                    or not all(type(c) is int and 0 <= c < 256 for c in color)
-                ):
+                if not _is_color(color):
                     raise DataError(f"expected a colour of three whole numbers from 0 to 255, not {color!r:.80}")
         return palettes
 
