@@ -107,7 +107,7 @@ def run_here(config: Path, *args: object) -> str:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
+CONTEXT.set_forkserver_preload(["tests.train.toy_run", "torch._dynamo"])  # which optimizers import at their first step
 
 
 def start_ranks(
