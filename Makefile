@@ -19,7 +19,7 @@ notebook: install
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py --notebook notebooks/generation.ipynb
 
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -11,7 +11,8 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
 # No torch, CUDA or numpy: the image has its own. What it has besides is not installed again.
 packages=(webdataset braceexpand boto3 botocore s3transfer jmespath python-dateutil six urllib3 einops timm tokenizers
-    safetensors tqdm pyyaml pytest pytest-xdist execnet pluggy iniconfig packaging pygments hypothesis sortedcontainers)
+    safetensors tqdm pyyaml huggingface-hub hf-xet httpx2 httpcore2 h11 truststore anyio idna click filelock fsspec
+    typing-extensions pytest pytest-xdist execnet pluggy iniconfig packaging pygments hypothesis sortedcontainers)
 
 if [ "${1:-}" = wheels ]; then
     folder=${3:-$here/wheels}
@@ -25,7 +26,7 @@ fi
 
 cd "$here"
 export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
-imports='import boto3, braceexpand, einops, pytest, safetensors, timm, tokenizers, torch, torchvision, tqdm, webdataset, yaml'
+imports='import boto3, braceexpand, einops, fourm.models, pytest, safetensors, timm, tokenizers, torch, torchvision, tqdm, webdataset, yaml'
 if ! "$python" -c "$imports" 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT

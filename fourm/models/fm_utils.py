@@ -12,7 +12,6 @@ from typing import NamedTuple, Protocol
 
 import torch
 from einops import rearrange
-from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,6 +179,29 @@ class GatedMlp(Mlp):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(self.act(self.fc1(x)) * self.fc3(x))
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: training leaves a branch out for some samples and scales it up for the others, to keep the mean.
+
+    Args:
+        drop_prob: share of samples for which it is left out, in [0, 1].
+    """
+
+    def __init__(self, drop_prob: float = 0.0):
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) → (B, ...)."""
+        if self.drop_prob == 0 or not self.training:
+            return x
+        keep_prob = 1 - self.drop_prob
+        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        return x * (kept / keep_prob if keep_prob else kept)
+
+    def extra_repr(self) -> str:
+        return f"drop_prob={self.drop_prob:g}"
 
 
 class Block(nn.Module):

@@ -9,10 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from einops import rearrange
-from timm.models import load_checkpoint
 from torch import Tensor, nn
 
 from fourm.utils.errors import DataError, UserError, did_you_mean
@@ -94,6 +92,9 @@ def create_backbone(
     Raises:
         UserError: timm does not know it, or its weights cannot be read or downloaded.
     """
+    import timm  # of its many networks only these tokenizers need one: importing them takes longer than torch
+    from timm.models import load_checkpoint
+
     name = config.backbone
     if not timm.is_model(name):
         raise UserError(f"timm has no backbone '{name}'{did_you_mean(name, timm.list_models())}")

@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import random
 import re
 import shutil
 import signal
@@ -22,13 +21,14 @@ from tests.train.toy_run import (
     start,
     start_ranks,
     wait_for,
+    wait_for_a_save,
     wait_for_step,
     write_run,
 )  # fmt: skip
 
 MODEL = {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 OPTIONS = {"warmup_epochs": 0, "eval_freq": 0, "epoch_size": 80, "model_kwargs": MODEL, "model_ema": True}
-KILLS = 20
+KILLS = 10
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +41,21 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_killed_twenty_times(tmp_path):
-    options = {**OPTIONS, "epoch_size": 600, "num_workers": 0}  # 150 steps
+def test_killed_again_and_again(tmp_path):
+    options = {**OPTIONS, "epoch_size": 240, "num_workers": 0}  # 60 steps
     whole, killed = (write_run(tmp_path / name, **options) for name in ("whole", "killed"))
     run_ranks(whole)
-    randomness, within_a_save = random.Random(0), 0
-    for _ in range(KILLS):
+    within_a_save = 0
+    for kill_number in range(KILLS):
         ranks = start_ranks(killed, "--save_every_minutes", 1e-9)
         wait_for_step(killed, newest_step(killed.parent / "out") + 1, ranks)
-        time.sleep(randomness.uniform(0, 0.15))
+        if kill_number % 2:
+            wait_for_a_save(killed, ranks)  # to end amid it
+        else:
+            time.sleep(0.15 * kill_number / KILLS)  # of the time from one step to the next, other parts each time
         kill(ranks)
         within_a_save += any((killed.parent / "out" / "checkpoints").glob(".tmp-*"))
-    assert within_a_save and newest_step(killed.parent / "out") < 150
+    assert within_a_save and newest_step(killed.parent / "out") < 60
     run_ranks(killed)
     assert losses(killed.parent / "out") == losses(whole.parent / "out")
     log = (killed.parent / "out" / "log.txt").read_text()

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
@@ -108,7 +109,7 @@ def run_here(config: Path, *args: object, task: type[Task] = Pretrain) -> str:
 
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.toy_run"])
+CONTEXT.set_forkserver_preload(["tests.train.toy_run", "torch._dynamo"])  # which optimizers import at their first step
 
 
 def start_ranks(
@@ -147,8 +148,17 @@ def kill(ranks: list[ForkServerProcess]) -> None:
 
 def wait_for_step(config: Path, step: int, ranks: list[ForkServerProcess]) -> None:
     """Return when there is a checkpoint of ``step`` or a later one."""
+    _wait_until(lambda: newest_step(config.parent / "out") >= step, ranks)
+
+
+def wait_for_a_save(config: Path, ranks: list[ForkServerProcess]) -> None:
+    """Return within the time that a checkpoint takes to be written."""
+    _wait_until(lambda: any((config.parent / "out" / "checkpoints").glob(".tmp-*")), ranks)
+
+
+def _wait_until(condition: Callable[[], bool], ranks: list[ForkServerProcess]) -> None:
     deadline = time.monotonic() + 120
-    while newest_step(config.parent / "out") < step:
+    while not condition():
         assert all(rank.is_alive() for rank in ranks) and time.monotonic() < deadline
         time.sleep(0.002)
 
