@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from fourm.train.config import TrainConfig, to_dict
 from fourm.train.nonfinite import without_not_finite
-from fourm.utils.errors import MissingDependency, PrintableFormatter, UserError
+from fourm.utils.errors import PrintableFormatter, UserError
 from fourm.utils.files import atomic_path
 from fourm.utils.urls import without_secrets
 
@@ -207,10 +207,8 @@ def _flat(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 
 def _wandb_run(config: TrainConfig) -> Any:
     """A Weights & Biases run that a resumed process takes up again."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingDependency("wandb", "'log_wandb'") from error
+    import wandb
+
     identity = Path(config.output_dir) / WANDB_ID
     name = identity.read_bytes().strip() if identity.exists() else b""
     if not re.fullmatch(rb"[\w-]{1,128}", name):
