@@ -1,25 +1,36 @@
 # Two commands set everything up on a fresh machine: `make demo` and `make test`.
+# Another Python beside it: `make test PYTHON=python3.13 VENV=.venv-3.13`.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
 
-.PHONY: demo notebook test lint install
+# What may differ between versions of Python: every module is imported, every published YAML file loaded, scenes are
+# rendered, files read, models built. A minute.
+QUICK := tests/test_architecture.py tests/test_cli.py tests/test_published_configs.py tests/utils tests/data/test_options.py \
+	tests/data/test_data_config.py tests/data/test_tar.py tests/train/test_config.py tests/models/test_registry.py \
+	tests/demo/test_render.py tests/demo/test_simulator.py
 
-install: .venv/.installed
+.PHONY: demo notebook test test-quick lint install
 
-.venv/.installed: setup.py
-	$(PYTHON) -m venv .venv
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet -e '.[demo,dev]'
+	$(BIN)/pip install --quiet --no-compile -e '.[demo,dev]'
 	touch $@
 
 demo: install
-	$(BIN)/python -m fourm.demo
+	$(BIN)/python -m fourm demo
 
 notebook: install
 	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py --notebook notebooks/generation.ipynb
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-quick: install
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not dist" $(QUICK)
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""``python -m fourm.demo``: render, tokenize, train, stop, resume, report."""
+"""``fourm demo``: render, tokenize, train, stop, resume, report."""
 
 import os
 

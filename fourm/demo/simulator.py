@@ -57,9 +57,7 @@ class Simulator:
             import pybullet_data
             import skimage.data
         except ImportError as error:
-            raise MissingDependency(
-                "fourm[demo] (pybullet, scikit-image, matplotlib)", "rendering the demo's scenes"
-            ) from error
+            raise MissingDependency(error.name or "pybullet", "rendering the demo's scenes", "'.[demo]'") from error
         self._p: Any = pybullet
         with _quiet(), tempfile.TemporaryDirectory() as folder:
             self._client = pybullet.connect(pybullet.DIRECT)

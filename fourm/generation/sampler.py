@@ -244,7 +244,7 @@ def _tokenizer_folders(tokenizers: str | Path | Mapping[str, str | Path] | None)
         return {name: _downloaded(place) for name, place in tokenizers.items()}
     found = {path.parent.name: path.parent for path in sorted(Path(tokenizers).glob(f"*/{CONFIG}"))}
     if not found:
-        raise UserError(f"tokenizers: {tokenizers} has no folder with a {CONFIG}; fit one: fit_codebook.py")
+        raise UserError(f"tokenizers: {tokenizers} has no folder with a {CONFIG}; fit one with fourm fit-codebook")
     return found
 
 

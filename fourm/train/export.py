@@ -1,4 +1,4 @@
-"""The model of a checkpoint, for use: python -m fourm.train.export CHECKPOINT_OR_RUN FOLDER [--ema]"""
+"""The model of a checkpoint, for use: fourm export CHECKPOINT_OR_RUN FOLDER [--ema]"""
 
 from __future__ import annotations
 

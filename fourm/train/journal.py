@@ -20,7 +20,7 @@ from fourm.train.evaluate import Results
 from fourm.train.metrics import IntervalMeans
 from fourm.train.nonfinite import without_not_finite
 from fourm.train.options import Commands, RunOptions, saved_options
-from fourm.utils.errors import MissingDependency, PrintableFormatter, UserError
+from fourm.utils.errors import PrintableFormatter, UserError
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option
 from fourm.utils.urls import without_secrets
@@ -228,10 +228,8 @@ def _flat(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
 
 def _wandb_run(options: LogOptions) -> Any:
     """A Weights & Biases run that a resumed process takes up again."""
-    try:
-        import wandb
-    except ImportError as error:
-        raise MissingDependency("wandb", "'log_wandb'") from error
+    import wandb
+
     identity = Path(options.output_dir) / WANDB_ID
     name = identity.read_bytes().strip() if identity.exists() else b""
     if not re.fullmatch(rb"[\w-]{1,128}", name):

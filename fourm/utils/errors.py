@@ -69,8 +69,8 @@ class UnreadableValue(_OfModality):
 class MissingDependency(UserError):
     """An optional package is not installed."""
 
-    def __init__(self, package: str, purpose: str):
-        super().__init__(f"{purpose} needs the package {package}: pip install {package}")
+    def __init__(self, package: str, purpose: str, install: str = ""):
+        super().__init__(f"{purpose} needs the package {package}: pip install {install or package}")
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.errors import UserError
 from fourm.utils.options import Options, option
 from fourm.utils.transfer import (
     CHUNK,
@@ -320,13 +320,11 @@ def _digest(answer: dict[str, Any]) -> tuple[str, str] | None:
 def _client(process: int, endpoint: str, connections: int, timeout: float, attempts: int) -> Any:
     if endpoint:
         check_url(endpoint, ("http", "https"))
-    try:
-        import boto3
-        from botocore import UNSIGNED
-        from botocore.config import Config
-        from botocore.exceptions import BotoCoreError
-    except ImportError:
-        raise MissingDependency("boto3", "s3://") from None
+    import boto3
+    from botocore import UNSIGNED
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
+
     try:
         session = boto3.session.Session()
         options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}

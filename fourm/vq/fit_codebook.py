@@ -134,7 +134,7 @@ def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command ``fit_codebook.py``."""
+    """The command ``fourm fit-codebook``."""
     options = parse_options(FitOptions, argv, "Fit a codebook, of patches or of features, to the images of a data set.")
     _, report = fit_codebook(options)
     print(

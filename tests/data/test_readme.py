@@ -40,8 +40,7 @@ def write_data(root, count):
 def test_what_the_readme_says_can_be_done(tmp_path):
     write_data(tmp_path / "my_data", 12)
     write_data(tmp_path / "my_val", 5)
-    for name in ("fit_codebook.py", "save_vq_tokens.py", "check_data.py"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "save_vq_tokens.py").symlink_to(REPOSITORY / "save_vq_tokens.py")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
     for language, code in BLOCKS:

@@ -1,4 +1,4 @@
-"""fit_codebook.py: from images on disk to a codebook that tells what is on them."""
+"""fourm fit-codebook: from images on disk to a codebook that tells what is on them."""
 
 import numpy as np
 import pytest

@@ -33,8 +33,7 @@ def test_what_the_readme_says_can_be_done(tmp_path):
     for modality in ("rgb", "depth", "semseg"):
         write_shards(tmp_path / "my_shards", modality, 12, 6)
         write_files(tmp_path / "my_data", modality, 12)
-    for name in ("fit_codebook.py", "save_vq_tokens.py"):
-        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "save_vq_tokens.py").symlink_to(REPOSITORY / "save_vq_tokens.py")
     save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "vit.safetensors")
     assert sum(DINOV2 in code for _, code in BLOCKS) == 1
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

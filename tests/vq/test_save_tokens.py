@@ -479,11 +479,12 @@ def test_scripts_report_mistakes_in_one_line(tokenizers, tmp_path):
     write_files(tmp_path, "rgb", 3)
     save_tokens(options(tokenizers["rgb"], tmp_path))
     arguments = ("--tokenizer", tokenizers["rgb"], "--data_root", tmp_path)
+    fit = [sys.executable, "-m", "fourm", "fit-codebook"]
     for command, message in [
         (script("save_vq_tokens.py", *arguments, "--num_crops", 5), "was made with another num_crops (3, now 5)"),
-        (script("fit_codebook.py", "--data_root", tmp_path, "--modalty", "rgb"), "did you mean '--modality'?"),
+        ([*fit, "--data_root", str(tmp_path), "--modalty", "rgb"], "did you mean '--modality'?"),
     ]:
-        result = subprocess.run(command, capture_output=True, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
         assert result.returncode == 2
         assert result.stderr.startswith("error: ")
         assert result.stderr.count("\n") == 1

@@ -1,0 +1,96 @@
+"""The command ``fourm``, also ``python -m fourm``: every script of the repository as a subcommand.
+
+Under torchrun: ``torchrun --nproc_per_node=8 -m fourm train --config cfgs/….yaml``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
+
+from fourm.utils.errors import UserError, did_you_mean, run_cli
+from fourm.utils.interrupts import end_at_once
+
+Main = Callable[[], "int | None"]
+
+
+class Command(NamedTuple):
+    """A subcommand.
+
+    Attributes:
+        function: ``module:function``, which reads its arguments from ``sys.argv`` and may return an exit status.
+        help: one line for ``fourm --help``.
+    """
+
+    function: str
+    help: str
+
+
+COMMANDS = {
+    "train": Command("fourm.cli:train", "train a 4M model, with one process or DistributedDataParallel"),
+    "train-fsdp": Command("fourm.cli:train_fsdp", "train a 4M model with fully sharded data parallelism"),
+    "plan": Command("fourm.cli:plan", "print memory, steps and days of a training run, without data or a GPU"),
+    "export": Command("fourm.train.export:main", "write the model of a checkpoint for FM.from_pretrained"),
+    "generate": Command("fourm.generation.script:main", "generate any modalities from any others"),
+    "fit-codebook": Command("fourm.vq.fit_codebook:main", "fit a codebook to the images of a data set"),
+    "tokenize": Command("fourm.vq.save_tokens:main", "turn the images of a data set into tokens"),
+    "check": Command("fourm.data.check:main", "read every sample of a data set and report what is wrong"),
+    "preview": Command("fourm.data.preview.__main__:main", "show what training sees of a data set, as a page"),
+    "pack": Command("fourm.data.pack:main", "turn folders into shards, and back"),
+    "demo": Command("fourm.demo.__main__:main", "render a small data set, train on it, generate, report"),
+}
+
+
+def main() -> None:
+    """Run the subcommand that the first argument names."""
+    end_at_once()  # loading its modules takes seconds
+    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    if name in COMMANDS:
+        sys.argv = [f"fourm {name}", *arguments]  # as if it were a script of this name
+        run_cli(load(name))
+    run_cli(print_help if name in ("-h", "--help") else lambda: _reject(name))
+
+
+def load(name: str) -> Main:
+    """The function of a subcommand; only its modules are imported."""
+    module, function = COMMANDS[name].function.split(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def print_help() -> None:
+    """List the subcommands."""
+    width = max(map(len, COMMANDS))
+    print("usage: fourm COMMAND [OPTIONS]\n\nAny-to-any multimodal masked models (4M). The commands are:\n")
+    print("\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()))
+    print("\n'fourm COMMAND --help' lists the options of a command.")
+
+
+def _reject(name: str) -> None:
+    problem = f"unknown command '{name}'{did_you_mean(name, COMMANDS)}" if name else "no command is given"
+    raise UserError(f"command line: {problem}; 'fourm --help' lists the commands")
+
+
+def train() -> int:
+    """As ``run_training_4m.py``."""
+    from fourm.train.parallel import DDP
+    from fourm.train.run import main
+    from fourm.train.tasks.pretrain import Pretrain
+
+    return main(Pretrain, DDP)
+
+
+def train_fsdp() -> int:
+    """As ``run_training_4m_fsdp.py``."""
+    from fourm.train.fsdp import FSDP
+    from fourm.train.run import main
+    from fourm.train.tasks.pretrain import Pretrain
+
+    return main(Pretrain, FSDP)
+
+
+def plan() -> int:
+    """As ``run_training_4m.py --plan``."""
+    sys.argv.append("--plan")
+    return train()
