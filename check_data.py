@@ -5,6 +5,6 @@ from fourm.utils.interrupts import end_at_once
 
 if __name__ == "__main__":
     end_at_once()  # what follows takes seconds
-    from fourm.data.check import main
+    from fourm.tools.check import main
 
     run_cli(main)

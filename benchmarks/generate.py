@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourm.generation.batch_entries import emptied
 from fourm.models import FM, model_config
 from fourm.models.generate import (
     GenerationSampler,
@@ -23,7 +24,6 @@ from fourm.models.generate import (
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
 from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 

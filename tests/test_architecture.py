@@ -64,6 +64,6 @@ def test_imports_have_no_circle():
 
 
 def test_entry_scripts_may_import_everything_and_are_imported_by_nothing():
-    # `python -m fourm.data.preview` runs a __main__ file, a script like those in the repository's root.
+    # `python -m fourm.tools.preview` runs a __main__ file, a script like those in the repository's root.
     for module in MODULES:
         assert "__main__ import" not in _file(module).read_text(), f"{module} imports an entry script"

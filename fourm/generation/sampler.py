@@ -13,14 +13,14 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
+from fourm.generation.chained_generation import GenerationSampler
 from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
+from fourm.generation.token_sampling import Seed
 from fourm.models.fm import FM, FourM
-from fourm.models.generate import GenerationSampler
-from fourm.models.remote import find_model, on_disk
+from fourm.models.model_store import find_model, on_disk
 from fourm.models.sharded import WEIGHTS, load_model, newest_checkpoint
-from fourm.models.token_sampling import Seed
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
@@ -119,7 +119,7 @@ class Sampler:
             targets: modalities, or a single one. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
                 the tokens that are −1 are generated.
             seed: see :class:`GenerationSampler`; sample b uses ``seed + b``.
-            top_k, top_p: see :class:`fourm.models.token_sampling.TokenSampler`.
+            top_k, top_p: see :class:`fourm.generation.token_sampling.TokenSampler`.
             cfg_grow_conditioning: targets guide those after them.
             settings: see :func:`fourm.generation.settings.chained_schedule`, e.g. ``temps={"caption": 0}``.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourm.models.remote import find_checkpoint, on_disk
+from fourm.models.model_store import find_checkpoint, on_disk
 from fourm.models.sharded import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
 from fourm.utils.options import option, parse_options

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-from fourm.models import remote
+from fourm.models import model_store as remote
 from fourm.train.config import TrainConfig
 from fourm.train.journal import FILES
 from fourm.train.parallel import Processes

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
-from fourm.models import remote
+from fourm.models import model_store as remote
 from fourm.models.sharded import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
 from fourm.train.checkpoint import SAVED, load_tensors, read_state
 from fourm.train.config import TrainConfig, num_streams, to_dict

@@ -24,7 +24,7 @@ from fourm.data.options import read_data
 from fourm.data.unified_datasets import Batch, build_train_loader
 from fourm.models import FM, count_parameters, model_config
 from fourm.models.hub import check_export
-from fourm.models.remote import find_model
+from fourm.models.model_store import find_model
 from fourm.models.sharded import export_model
 from fourm.train.checkpoint import CheckpointWriter, advice, remove_unfinished, tensors_to_save
 from fourm.train.config import TrainConfig, num_streams, run_length, to_dict

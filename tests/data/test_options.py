@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fourm.data.check import CheckOptions
-from fourm.data.check import main as check
 from fourm.data.options import ReadOptions, remote_options
-from fourm.data.preview.__main__ import PreviewOptions
-from fourm.data.preview.__main__ import main as preview
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
+from fourm.tools.check import CheckOptions
+from fourm.tools.check import main as check
+from fourm.tools.preview.command import PreviewOptions
+from fourm.tools.preview.command import main as preview
 from fourm.train.config import FIELDS, load_config
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_shards

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fourm.models.remote import copy_checkpoint
+from fourm.models.model_store import copy_checkpoint
 from fourm.train.config import parse_args
 from fourm.train.remote import RemoteRun
 from fourm.utils.errors import UserError

@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from fourm.data.check import _start, main
 from fourm.data.data_config import load_data_config
-from fourm.data.inspection import Inspector, Part
 from fourm.data.raw_sample import Member
+from fourm.tools.check import _start, main
+from fourm.tools.inspection import Inspector, Part
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
     CROPS,
@@ -213,7 +213,7 @@ def test_worker_processes_find_the_same(tmp_path, capsys):
 
 def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
     arguments = config(tmp_path, write_shards(tmp_path / "s", 2, 5))
-    module, script = [sys.executable, "-m", "fourm.data.check"], [sys.executable, "check_data.py", "--data_config"]
+    module, script = [sys.executable, "-m", "fourm.tools.check"], [sys.executable, "check_data.py", "--data_config"]
     runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in (module, script)]
     assert runs[0].stdout == runs[1].stdout and [run.returncode for run in runs] == [0, 0]
     lines = runs[0].stdout.splitlines()
@@ -319,7 +319,7 @@ def test_worker_processes_load_the_plugin(tmp_path, monkeypatch):
     (tmp_path / "own_plugin_of_check.py").write_text("LOADED = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr("fourm.data.check._inspector", None, raising=False)
+    monkeypatch.setattr("fourm.tools.check._inspector", None, raising=False)
     _start(lambda: sys.modules.pop("own_plugin_of_check").LOADED, "own_plugin_of_check")
 
 

@@ -1,6 +1,6 @@
 """Say what the data sets of a data YAML hold, and everything in them with which a run would have trouble.
 
-    python -m fourm.data.check CONFIG [--full] [--json]
+    python -m fourm.tools.check CONFIG [--full] [--json]
 
 Some samples of some shards are read unless --full is given: all of their pixels are decoded, the tokens of all stored crops
 are checked, and they are masked. Exit status: 0 all good, 1 problems found, 2 it cannot be checked (one line says why).
@@ -21,9 +21,9 @@ import torch
 from tqdm import tqdm
 
 from fourm.data.data_config import DatasetConfig
-from fourm.data.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.data.options import ReadOptions
 from fourm.data.record_files import local_files
+from fourm.tools.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
 from fourm.utils.errors import printable, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin

@@ -1,6 +1,6 @@
 """A page with samples of a data YAML as training sees them, and with the token budgets that its alphas give.
 
-    python -m fourm.data.preview CONFIG --out page.html
+    python -m fourm.tools.preview CONFIG --out page.html
 
 Beside the page, which needs nothing else and has no scripts, a PNG of the same name is written.
 """
@@ -18,13 +18,13 @@ from tokenizers import Tokenizer
 
 from fourm.data.modality_info import Modality
 from fourm.data.options import ReadOptions
-from fourm.data.preview.page import BEGINNING, page
-from fourm.data.preview.samples import Painter, preview
-from fourm.data.preview.sequences import Reader
-from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
-from fourm.utils.errors import PrintableFormatter, UserError, run_cli
+from fourm.tools.preview.page import BEGINNING, page
+from fourm.tools.preview.samples import Painter, preview
+from fourm.tools.preview.sequences import Reader
+from fourm.tools.preview.sheet import sheet
+from fourm.utils.errors import PrintableFormatter, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
@@ -128,7 +128,3 @@ def main(argv: list[str] | None = None) -> int:
         sheet(title, previews).save(path, optimize=True)
     print(f"{out} and {picture}")
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -7,16 +7,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from fourm.data.modality_info import declare
+from fourm.generation.batch_entries import emptied
 from fourm.models.generate import (
     GenerationSampler,
     custom_text,
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
 from fourm.utils.errors import UserError
-from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, toy_model
+from tests.reference import generation as reference
 
 MODALITIES = {name: declare(name, fields) for name, fields in DECLARATIONS.items()}
 WORDS = ["[PAD]", "[UNK]", "[SOS]", "[EOS]", *(f"[S_{i}]" for i in range(6)), *(f"w{i}" for i in range(10, 50))]

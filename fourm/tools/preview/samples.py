@@ -15,9 +15,9 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.masking import Masked, UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
-from fourm.data.preview.sequences import INPUT, ROLES, TARGET, Part, Piece, Places, Reader, SequenceReader
 from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
+from fourm.tools.preview.sequences import INPUT, ROLES, TARGET, Part, Piece, Places, Reader, SequenceReader
 from fourm.utils.seeds import generator
 
 Painter = Callable[[Modality, torch.Tensor], np.ndarray | None]

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from fourm.data.modality_info import MODALITY_INFO, as_modality
-from fourm.models.token_sampling import LOWEST_TEMPERATURE
+from fourm.generation.token_sampling import LOWEST_TEMPERATURE
 from fourm.utils.config import Range
 from fourm.utils.errors import UserError, did_you_mean
 

@@ -1,7 +1,7 @@
 """Any-to-any generation: a chain of targets, each from all that is known before it (method section 8).
 
-``GenerationSampler(model).generate(batch, schedule)``; the batch comes from :mod:`fourm.models.generation_inputs`, the
-schedule from :mod:`fourm.models.generation_schedules`, and :mod:`fourm.models.generation_steps` holds what is done.
+``GenerationSampler(model).generate(batch, schedule)``; the batch comes from :mod:`fourm.generation.batch_entries`, the
+schedule from :mod:`fourm.generation.schedules`, and :mod:`fourm.generation.steps` holds what is done.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fourm.data.modality_info import as_modality
-from fourm.models.fm import FourM
-from fourm.models.generation_inputs import (
+from fourm.generation.batch_entries import (
     custom_text,
     emptied,
     init_empty_target_modality,
@@ -29,9 +28,10 @@ from fourm.models.generation_inputs import (
     merged,
     sentinels_of,
 )
-from fourm.models.generation_schedules import Schedule, build_chained_generation_schedules, check_schedule
-from fourm.models.generation_steps import SCHEMES, Conditions, StepOptions
-from fourm.models.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
+from fourm.generation.schedules import Schedule, build_chained_generation_schedules, check_schedule
+from fourm.generation.steps import SCHEMES, Conditions, StepOptions
+from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
+from fourm.models.fm import FourM
 from fourm.models.token_selection import Batch
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import EOS_ID

@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from fourm.data.preview.samples import Component, Example, Preview, Shown
-from fourm.data.preview.sequences import Part, Piece
+from fourm.tools.preview.samples import Component, Example, Preview, Shown
+from fourm.tools.preview.sequences import Part, Piece
 from fourm.utils.transfer import shown as without_secrets
 
 INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"

@@ -8,7 +8,7 @@ import torch
 
 from fourm.generation import Sampler
 from fourm.models import FM
-from fourm.models.remote import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
+from fourm.models.model_store import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
 from fourm.models.sharded import load_model
 from fourm.train import export
 from fourm.utils.errors import UserError

@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from fourm.models.generate import build_chained_generation_schedules
-from fourm.models.generation_schedules import check_schedule, cosine_schedule, linear_schedule, temperatures
+from fourm.generation.chained_generation import build_chained_generation_schedules
+from fourm.generation.schedules import check_schedule, cosine_schedule, linear_schedule, temperatures
 from fourm.utils.errors import UserError
 
 

@@ -14,11 +14,11 @@ from PIL import Image
 
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
-from fourm.data.preview.__main__ import _reader, main
-from fourm.data.preview.page import bins, page
-from fourm.data.preview.samples import preview
-from fourm.data.preview.sequences import INPUT, TARGET, Places, roles_of
 from fourm.data.unified_datasets import build_masking
+from fourm.tools.preview.command import _reader, main
+from fourm.tools.preview.page import bins, page
+from fourm.tools.preview.samples import preview
+from fourm.tools.preview.sequences import INPUT, TARGET, Places, roles_of
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import PatchCodebook, PatchCodebookConfig
@@ -329,7 +329,7 @@ def test_the_page_does_not_tell_signatures(config):
 
 
 def test_the_command(config, tmp_path):
-    command = [sys.executable, "-m", "fourm.data.preview", str(config), "--out", f"{tmp_path}/page.txt"]
+    command = [sys.executable, "-m", "fourm.tools.preview", str(config), "--out", f"{tmp_path}/page.txt"]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == f"error: 'out' must end with .html, not {tmp_path}/page.txt\n"
 

@@ -19,11 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.generation.batch_entries import merged
+from fourm.generation.kv_cache import DecoderCache
+from fourm.generation.token_sampling import SampleNoise, TokenSampler
 from fourm.models.fm import FourM
-from fourm.models.generation_inputs import merged
-from fourm.models.kv_cache import DecoderCache
 from fourm.models.modality_embedding import Rows
-from fourm.models.token_sampling import SampleNoise, TokenSampler
 from fourm.models.token_selection import Batch, select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID
 

@@ -9,9 +9,9 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from fourm.data.preview.page import INPUT, TARGET, bins, budget_limits, outlines
-from fourm.data.preview.samples import Component, Example, Preview, Shown
-from fourm.data.preview.sequences import Part, Piece
+from fourm.tools.preview.page import INPUT, TARGET, bins, budget_limits, outlines
+from fourm.tools.preview.samples import Component, Example, Preview, Shown
+from fourm.tools.preview.sequences import Part, Piece
 
 _WIDTH, _MARGIN, _TILE, _GAP = 1400, 28, 120, 12
 _INK, _SOFT, _LINE = "#1f2937", "#6b7280", "#e5e7eb"

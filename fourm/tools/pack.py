@@ -1,9 +1,9 @@
 """Folders of files → tar shards, and back; one more modality for shards that are there; tars of all modalities → one each.
 
-    python -m fourm.data.pack shards FOLDERS SHARDS --shard_size 1000
-    python -m fourm.data.pack add    FOLDERS SHARDS --modalities depth
-    python -m fourm.data.pack folders SHARDS FOLDERS
-    python -m fourm.data.pack split   TARS SHARDS --modalities jpg txt
+    python -m fourm.tools.pack shards FOLDERS SHARDS --shard_size 1000
+    python -m fourm.tools.pack add    FOLDERS SHARDS --modalities depth
+    python -m fourm.tools.pack folders SHARDS FOLDERS
+    python -m fourm.tools.pack split   TARS SHARDS --modalities jpg txt
 
 Samples are matched by key, and nothing is written before every key is known to be in every modality. Files take their
 names when they are complete; the same command goes on where an interrupted one stopped. What is there already stays as it

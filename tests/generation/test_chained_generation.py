@@ -9,17 +9,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fourm.generation.batch_entries import emptied
+from fourm.generation.token_sampling import TokenSampler
 from fourm.models.generate import (
     GenerationSampler,
     build_chained_generation_schedules,
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
-from fourm.models.token_sampling import TokenSampler
 from fourm.utils.errors import DataError, UserError
-from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
+from tests.reference import generation as reference
 
 S1, S2, EOS = 5, 6, 3
 ROOM = 11
