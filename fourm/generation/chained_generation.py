@@ -20,26 +20,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from fourm.data.modality_info import as_modality
-from fourm.generation.batch_entries import (
-    custom_text,
-    emptied,
-    init_empty_target_modality,
-    init_full_input_modality,
-    merged,
-    sentinels_of,
-)
-from fourm.generation.schedules import Schedule, build_chained_generation_schedules, check_schedule
+from fourm.generation.batch_entries import emptied, init_empty_target_modality, merged, sentinels_of
+from fourm.generation.schedules import Schedule, check_schedule
 from fourm.generation.steps import SCHEMES, Conditions, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
 from fourm.models.fm import FourM
 from fourm.models.token_selection import Batch
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import EOS_ID
-
-__all__ = [
-    "GenerationSampler", "build_chained_generation_schedules", "custom_text", "init_empty_target_modality",
-    "init_full_input_modality",
-]  # fmt: skip
 
 TextTokenizer = Tokenizer | str | Path | None
 
@@ -52,7 +40,7 @@ class GenerationSampler(nn.Module):
     * ``mod_dict``: modality → tensor, input_mask, target_mask; it is not changed. Of an image target, the positions that
       are targets and not inputs are generated; of a sequence, what its sentinels stand for. A target that the batch
       lacks is empty at first.
-    * ``schedule``: from :func:`build_chained_generation_schedules`
+    * ``schedule``: from :func:`fourm.generation.schedules.build_chained_generation_schedules`
     * ``top_k``, ``top_p``: see :class:`TokenSampler`
     * ``text_tokenizer``: the vocabulary, or its path; needed if it does not have the usual 200 sentinels
     * ``verbose``: show the progress

@@ -16,7 +16,7 @@ from fourm.data.image_augmenter import center_crop
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, GridTransform, ScalarTransform, transforms_for
 from fourm.data.transforms.image import ImageTransform, image_size
-from fourm.generation.chained_generation import init_full_input_modality
+from fourm.generation.batch_entries import init_full_input_modality
 from fourm.generation.decoding import Decoded, Tokenizers, kind_of
 from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fourm.data.modality_info import Modality, as_modality
-from fourm.generation.chained_generation import build_chained_generation_schedules
 from fourm.generation.decoding import CLASSES, kind_of
+from fourm.generation.schedules import build_chained_generation_schedules
 from fourm.utils.config import check_keys, convert
 from fourm.utils.errors import UserError
 

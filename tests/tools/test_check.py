@@ -214,8 +214,9 @@ def test_worker_processes_find_the_same(tmp_path, capsys):
 def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
     arguments = config(tmp_path, write_shards(tmp_path / "s", 2, 5))
     module, script = [sys.executable, "-m", "fourm.tools.check"], [sys.executable, "check_data.py", "--data_config"]
-    runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in (module, script)]
-    assert runs[0].stdout == runs[1].stdout and [run.returncode for run in runs] == [0, 0]
+    commands = [module, script, [sys.executable, "-m", "fourm.data.check"]]
+    runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in commands]
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout and [run.returncode for run in runs] == [0, 0, 0]
     lines = runs[0].stdout.splitlines()
     assert lines[0] == "train toy: 10 samples read; all good"
     assert (

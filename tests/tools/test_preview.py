@@ -328,8 +328,9 @@ def test_the_page_does_not_tell_signatures(config):
     assert "https://host/a.tar<br>" in html and "do-not-tell" not in html
 
 
-def test_the_command(config, tmp_path):
-    command = [sys.executable, "-m", "fourm.tools.preview", str(config), "--out", f"{tmp_path}/page.txt"]
+@pytest.mark.parametrize("module", ["fourm.tools.preview", "fourm.data.preview"])
+def test_the_command(config, tmp_path, module):
+    command = [sys.executable, "-m", module, str(config), "--out", f"{tmp_path}/page.txt"]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == f"error: 'out' must end with .html, not {tmp_path}/page.txt\n"
 
