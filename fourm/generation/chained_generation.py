@@ -25,7 +25,7 @@ from fourm.generation.schedules import Schedule, check_schedule
 from fourm.generation.steps import SCHEMES, Conditions, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
 from fourm.models.fm import FourM
-from fourm.models.token_selection import Batch
+from fourm.models.token_selection import ModDict
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import EOS_ID
 
@@ -58,7 +58,7 @@ class GenerationSampler(nn.Module):
 
     def generate(
         self,
-        mod_dict: Batch,
+        mod_dict: ModDict,
         schedule: Schedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
@@ -78,7 +78,7 @@ class GenerationSampler(nn.Module):
 
     def generate_iter(
         self,
-        mod_dict: Batch,
+        mod_dict: ModDict,
         schedule: Schedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
@@ -93,8 +93,8 @@ class GenerationSampler(nn.Module):
 
     def generate_multi_guided(
         self,
-        uncond_dict: Batch,
-        cond_dicts: Sequence[Batch],
+        uncond_dict: ModDict,
+        cond_dicts: Sequence[ModDict],
         schedule: Schedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
@@ -129,7 +129,7 @@ class GenerationSampler(nn.Module):
 
     def generate_sam_dense(
         self,
-        mod_dict: Batch,
+        mod_dict: ModDict,
         schedule: Schedule,
         text_tokenizer: TextTokenizer,
         batch_size: int = 16,
@@ -164,7 +164,7 @@ class GenerationSampler(nn.Module):
         first = _map(result, itemgetter(slice(1)))
         return {**first, key: merged([[*joined, EOS_ID]], [[]], [], result[key]["tensor"].device)}
 
-    def _check(self, batch: Batch, schedule: Schedule, cond_dicts: Sequence[Batch] = ()) -> None:
+    def _check(self, batch: ModDict, schedule: Schedule, cond_dicts: Sequence[ModDict] = ()) -> None:
         """See that the schedule can be followed from these inputs."""
         info, decoders = self.model.modality_info, self.model.decoder_embeddings
         check_schedule(schedule, {name: info[name] for name in decoders}, multi=bool(cond_dicts))
@@ -195,8 +195,8 @@ class GenerationSampler(nn.Module):
 
     def _follow(
         self,
-        uncond: Batch,
-        conds: Sequence[Batch],
+        uncond: ModDict,
+        conds: Sequence[ModDict],
         schedule: Schedule,
         sampler: TokenSampler,
         text_tokenizer: TextTokenizer,
@@ -257,12 +257,12 @@ def _guidance(step: Mapping[str, Any], count: int) -> tuple[tuple[float, ...], t
     return (1 - sum(weights), *weights), tuple(step.get("cfg_cond_domains", ()))
 
 
-def _last(mod_dict: Batch, results: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def _last(mod_dict: ModDict, results: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
     result = {name: dict(entry) for name, entry in mod_dict.items()}
     for result in results:  # noqa: B007
         pass
     return result
 
 
-def _map(batch: Batch, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
+def _map(batch: ModDict, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
     return {name: {key: change(value) for key, value in entry.items()} for name, entry in batch.items()}

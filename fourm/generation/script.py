@@ -203,9 +203,9 @@ def _read(job: Job) -> Mapping[str, Any]:
         raise DataError(f"data: {error}") from error
 
 
-def _only(conditions: Mapping[str, Modality], kind: str, what: str) -> Sequence[str]:
-    if [modality.type for modality in conditions.values()] != [kind]:
-        needed = "one text" if kind == "seq" else "one modality of images"
+def _only(conditions: Mapping[str, Modality], modality_type: str, what: str) -> Sequence[str]:
+    if [modality.type for modality in conditions.values()] != [modality_type]:
+        needed = "one text" if modality_type == "seq" else "one modality of images"
         raise UserError(f"data: {what} need {needed} in cond_domains, not {', '.join(conditions)}")
     return [*conditions]
 

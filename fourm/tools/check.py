@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fourm.data.data_config import DatasetConfig
 from fourm.data.options import ReadOptions
 from fourm.data.record_files import local_files
-from fourm.tools.inspection import UNKNOWN, Content, Inspector, Part, Report, plan_parts
+from fourm.tools.inspection import UNKNOWN, Content, DataSlice, Inspector, Report, choose_slices
 from fourm.utils.errors import printable, run_cli
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
@@ -64,12 +64,12 @@ def check(
     if dataset.type == "huggingface" and local_files(dataset.data_path) is None:
         why = f"{dataset.data_path} is a data set of the hub; none of its records was read"
         return {"dataset": dataset.name, "not_checked": why, "problems": []}
-    parts, shards = plan_parts(dataset, max_samples)
+    slices, shards = choose_slices(dataset, max_samples)
     inspector = functools.partial(Inspector, dataset, text_tokenizer)
     inspector()  # a setting that does not fit is an error here, not in a worker
     total = Report()
-    with tqdm(total=len(parts), desc=dataset.name, unit=" parts", leave=False, disable=None) as bar:
-        for report in _reports(inspector, parts, min(num_workers, len(parts) // 2), plugin):
+    with tqdm(total=len(slices), desc=dataset.name, unit=" slices", leave=False, disable=None) as bar:
+        for report in _reports(inspector, slices, min(num_workers, len(slices) // 2), plugin):
             total.add(report)
             bar.set_postfix(samples=total.samples, bad=total.bad, refresh=False)
             bar.update()
@@ -86,18 +86,18 @@ def _start(inspector: functools.partial[Inspector], plugin: str) -> None:
     _inspector = inspector()
 
 
-def _inspect(part: Part) -> Report:
-    return _inspector.inspect(part)
+def _inspect(data_slice: DataSlice) -> Report:
+    return _inspector.inspect(data_slice)
 
 
 def _reports(
-    inspector: functools.partial[Inspector], parts: Sequence[Part], num_workers: int, plugin: str
+    inspector: functools.partial[Inspector], slices: Sequence[DataSlice], num_workers: int, plugin: str
 ) -> Iterator[Report]:
     if num_workers < 1:
-        yield from map(inspector().inspect, parts)
+        yield from map(inspector().inspect, slices)
         return
     with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector, plugin)) as pool:
-        for future in as_completed([pool.submit(_inspect, part) for part in parts]):
+        for future in as_completed([pool.submit(_inspect, data_slice) for data_slice in slices]):
             yield future.result()
 
 
@@ -112,12 +112,12 @@ def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, An
         if content.unknown > _MOST_UNKNOWN * tokens:
             what = f"{content.unknown / tokens:.1%} of its tokens are not in the vocabulary"
             report.problem(name, UNKNOWN, what, dataset.name, content.unknown)
-    samples = round(report.complete * shards / max(report.parts, 1))
+    samples = round(report.complete * shards / max(report.shards, 1))
     per_sample = {role: report.tokens[role] / max(report.samples - report.bad, 1) for role in ("input", "target")}
     names = report.present
     return {
         "dataset": dataset.name,
-        "shards": {"looked_at": report.parts, "all": shards},
+        "shards": {"looked_at": report.shards, "all": shards},
         "keys": report.keys,
         "complete_keys": report.complete,
         "samples_read": report.samples,
@@ -129,7 +129,7 @@ def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, An
         },
         "epoch": {
             "samples": samples,
-            "estimated": report.parts < shards,
+            "estimated": report.shards < shards,
             "input_tokens_per_sample": round(per_sample["input"], 1),
             "target_tokens_per_sample": round(per_sample["target"], 1),
             "tokens": round(samples * sum(per_sample.values())),

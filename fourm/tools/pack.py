@@ -34,7 +34,7 @@ from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 
-Plan = dict[str, list[str]]
+KeysOfShards = dict[str, list[str]]
 """Shard → the keys of its samples, in their order."""
 
 
@@ -74,7 +74,7 @@ def pack(options: PackOptions) -> int:
 
 def _pack(options: PackOptions) -> int:
     source, output = Path(options.source), Path(options.output)
-    plan, files = _whole_tars(source, options.modalities) if options.action == "split" else ({}, {})
+    shards, files = _whole_tars(source, options.modalities) if options.action == "split" else ({}, {})
     there = list(files) or existing_folders(source)
     for name in options.modalities:
         if name not in there:
@@ -95,16 +95,16 @@ def _pack(options: PackOptions) -> int:
     files = {name: files.get(name) or _files(source, name) for name in names}
     if options.action == "split":
         used = _common_keys(files, options.skip_incomplete)
-        plan = {shard: [key for key in keys if key in used] for shard, keys in plan.items()}
+        shards = {shard: [key for key in keys if key in used] for shard, keys in shards.items()}
     elif options.action == "add":
-        plan = _plan_of(output, exclude=names)
-        _require(files, [key for keys in plan.values() for key in keys], f"the shards in {output}")
+        shards = _existing_shards(output, exclude=names)
+        _require(files, [key for keys in shards.values() for key in keys], f"the shards in {output}")
     else:
-        plan = _new_plan(files, options.shard_size, options.skip_incomplete)
-    return _write_shards(output, plan, files)
+        shards = _new_shards(files, options.shard_size, options.skip_incomplete)
+    return _write_shards(output, shards, files)
 
 
-def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[Plan, dict[str, dict[str, Member]]]:
+def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[KeysOfShards, dict[str, dict[str, Member]]]:
     """The keys of tars that hold all modalities, and modality → key → member.
 
     Args:
@@ -112,7 +112,7 @@ def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[Plan, dict[str
     """
     declared = {name: info["path"] or name for name, info in MODALITY_INFO.items()}
     names = MemberNames([*modalities, *declared, *declared.values()])
-    plan: Plan = {}
+    shards: KeysOfShards = {}
     files: defaultdict[str, dict[str, Member]] = defaultdict(dict)
     for path in sorted(source.glob("*.tar")):
         keys: dict[str, None] = {}
@@ -124,10 +124,10 @@ def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[Plan, dict[str
             place = place._replace(extension=extension)
             if (first := files[name].setdefault(key, place)) is not place:
                 raise UserError(f"{path}: key {key!r} has a second {name}, beside the one in {first.path}")
-        plan[path.name] = list(keys)
+        shards[path.name] = list(keys)
     if not files:
         raise UserError(f"{source}: there are no tars in it, or nothing is in them")
-    return plan, dict(files)
+    return shards, dict(files)
 
 
 def _files(source: Path, name: str) -> dict[str, Member]:
@@ -142,7 +142,7 @@ def _files(source: Path, name: str) -> dict[str, Member]:
     return index
 
 
-def _new_plan(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> Plan:
+def _new_shards(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> KeysOfShards:
     keys = sorted(_common_keys(files, skip_incomplete))
     starts = range(0, len(keys), shard_size)
     return {f"shard-{i:05d}.tar": keys[start : start + shard_size] for i, start in enumerate(starts)}
@@ -167,22 +167,22 @@ def _require(files: Mapping[str, Mapping[str, Member]], keys: Sequence[str], whe
             )
 
 
-def _plan_of(root: Path, exclude: Sequence[str]) -> Plan:
+def _existing_shards(root: Path, exclude: Sequence[str]) -> KeysOfShards:
     """The keys of the shards that are there, in the order of the first modality; all modalities must agree."""
-    plans = {name: _keys(root / name) for name in existing_folders(root) if name not in exclude}
-    plans = {name: plan for name, plan in plans.items() if plan}
-    if not plans:
+    shards_of = {name: _keys(root / name) for name in existing_folders(root) if name not in exclude}
+    shards_of = {name: shards for name, shards in shards_of.items() if shards}
+    if not shards_of:
         raise UserError(f"{root}: there are no shards to add to")
-    first, plan = next(iter(plans.items()))
-    for name, other in plans.items():
-        for shard in sorted(plan.keys() | other.keys()):
-            differing = sorted(set(plan.get(shard, ())) ^ set(other.get(shard, ())))
+    first, shards = next(iter(shards_of.items()))
+    for name, other in shards_of.items():
+        for shard in sorted(shards.keys() | other.keys()):
+            differing = sorted(set(shards.get(shard, ())) ^ set(other.get(shard, ())))
             if differing:
                 raise UserError(f"{root}: {first}/{shard} and {name}/{shard} differ in key '{differing[0]}'")
-    return plan
+    return shards
 
 
-def _keys(folder: Path) -> Plan:
+def _keys(folder: Path) -> KeysOfShards:
     return {path.name: _keys_of(path, folder.name) for path in sorted(folder.glob("*.tar"))}
 
 
@@ -202,7 +202,7 @@ def _members(path: Path) -> list[tuple[str, Member]]:
         raise UserError(f"{path}: {error}") from error
 
 
-def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Member]]) -> int:
+def _write_shards(output: Path, shards: KeysOfShards, files: Mapping[str, Mapping[str, Member]]) -> int:
     """All shards of all modalities; those that are there must be the same, to the byte.
 
     Raises:
@@ -211,14 +211,14 @@ def _write_shards(output: Path, plan: Plan, files: Mapping[str, Mapping[str, Mem
     pending = []
     for name in files:
         for path in sorted((output / name).glob("*.tar")) if (output / name).is_dir() else ():
-            if path.name not in plan:
+            if path.name not in shards:
                 raise UserError(f"{path} is there and would not be written; choose another output, or remove it")
-        pending += [(name, shard) for shard in plan]
+        pending += [(name, shard) for shard in shards]
     written = 0
     with tqdm(total=len(pending), desc=str(output), unit=" shards", disable=None) as bar:
         for name, shard in pending:
             path = output / name / shard
-            contents = ((_file_name(key, files[name][key]), files[name][key]) for key in plan[shard])
+            contents = ((_file_name(key, files[name][key]), files[name][key]) for key in shards[shard])
             if path.exists():
                 _verify(path, contents)
             else:
@@ -262,9 +262,9 @@ def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
     if empty := sorted(set(names) - {name for name, _ in shards}):
         raise UserError(f"{source / empty[0]}: there are no shards in it")
     members = {path: _members(path) for _, path in shards}
-    plans = {name: {p.name: set(_keys_of(p, name)) for n, p in shards if n == name} for name in names}
-    for name, plan in plans.items():
-        if plan != plans[names[0]]:
+    keys_of = {name: {p.name: set(_keys_of(p, name)) for n, p in shards if n == name} for name in names}
+    for name, keys in keys_of.items():
+        if keys != keys_of[names[0]]:
             raise UserError(f"{source}: the shards of {names[0]} and {name} do not have the same keys")
     written, files = 0, OpenFiles(1)
     places: dict[tuple[int, int], str] = {}

@@ -15,7 +15,7 @@ from PIL import Image
 from fourm.data.data_config import load_data_config
 from fourm.data.raw_sample import Member
 from fourm.tools.check import _start, main
-from fourm.tools.inspection import Inspector, Part
+from fourm.tools.inspection import DataSlice, Inspector
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
     CROPS,
@@ -311,7 +311,7 @@ def test_problems_do_not_tell_signatures(tmp_path, monkeypatch):
     inspector = Inspector(dataset, text_tokenizer())
     member = Member(url, "json", 0, 9)
     monkeypatch.setattr(inspector, "_join", lambda _: ({"rgb@32": {"0": member}, "caption": {}}, []))
-    report = inspector.inspect(Part(url))
+    report = inspector.inspect(DataSlice(url))
     (problem,) = report.problems.values()
     assert problem.examples[0].startswith("https://host/") and "do-not-tell" not in str(problem)
 

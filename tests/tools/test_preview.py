@@ -187,31 +187,35 @@ def test_what_tokens_say_has_the_roles_that_they_have(all_kinds):
             found = {role for _, role in roles[name][first:last]}
             return tuple(role for role in ("input", "target") if role in found)
 
-        for number, part in enumerate(shown["det"].parts):
-            assert part.label == "dog" and part.roles == of("det", 5 * number, 5 * number + 5)
-            assert [round(999 * c) for c in part.boxes[0]] == [
+        for number, annotation in enumerate(shown["det"].annotations):
+            assert annotation.label == "dog" and annotation.roles == of("det", 5 * number, 5 * number + 5)
+            assert [round(999 * c) for c in annotation.boxes[0]] == [
                 int(text[3:]) for text, _ in roles["det"][5 * number : 5 * number + 4]
             ]
-        colors = [part.color for part in shown["color_palette"].parts]
+        colors = [annotation.color for annotation in shown["color_palette"].annotations]
         assert roles["color_palette"][0][0] == f"v1={len(colors)}"
-        for number, part in enumerate(shown["color_palette"].parts):
+        for number, annotation in enumerate(shown["color_palette"].annotations):
             channels = roles["color_palette"][3 * number + 1 : 3 * number + 4]
-            assert [f"v0={channel}" for channel in part.color] == [text for text, _ in channels]
-            assert part.roles == of("color_palette", 3 * number + 1, 3 * number + 4)
-        values = {part.label: part.value for part in shown["metadata"].parts}
+            assert [f"v0={channel}" for channel in annotation.color] == [text for text, _ in channels]
+            assert annotation.roles == of("color_palette", 3 * number + 1, 3 * number + 4)
+        values = {annotation.label: annotation.value for annotation in shown["metadata"].annotations}
         assert {"original width": "288", "n humans": "1", "aesthetic score": "5"}.items() < values.items()
-        for number, part in enumerate(shown["metadata"].parts):
-            assert part.roles == of("metadata", 2 * number, 2 * number + 2)
+        for number, annotation in enumerate(shown["metadata"].annotations):
+            assert annotation.roles == of("metadata", 2 * number, 2 * number + 2)
         assert (
-            len(shown["sam_instance"].parts) == 7 == sum(part.point is not None for part in shown["sam_instance"].parts)
+            len(shown["sam_instance"].annotations)
+            == 7
+            == sum(annotation.point is not None for annotation in shown["sam_instance"].annotations)
         )
-        assert [part.label for part in shown["human_poses"].parts] == ["human"] * (
+        assert [annotation.label for annotation in shown["human_poses"].annotations] == ["human"] * (
             (len(roles["human_poses"]) - 1) // 39
         )
         assert len(roles["t5_caption"]) == 9, "its valid vectors"
         assert shown["t5_caption"].inputs >= [role for _, role in roles["t5_caption"]].count("input")
-        assert [float(part.value) for part in shown["temperature"].parts] == [pytest.approx(21.47, abs=0.1)]
-        several |= {part.roles for entry in shown.values() for part in entry.parts}
+        assert [float(annotation.value) for annotation in shown["temperature"].annotations] == [
+            pytest.approx(21.47, abs=0.1)
+        ]
+        several |= {annotation.roles for entry in shown.values() for annotation in entry.annotations}
     assert {(), ("input",), ("target",)} <= several
 
 
