@@ -22,10 +22,11 @@ from fourm.models.fm import FM, FourM
 from fourm.models.model_store import find_model, on_disk
 from fourm.models.sharded import WEIGHTS, load_model, newest_checkpoint
 from fourm.utils.config import load_yaml
+from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
-from fourm.vq.tokenizer import CONFIG, best_device
+from fourm.vq.tokenizer import CONFIG
 
 Result = dict[str, Decoded]
 """Modality → what it shows, the inputs first."""
@@ -77,7 +78,7 @@ class Sampler:
                 ``model.safetensors``, an id on the Hugging Face hub, or the ``s3://`` URL of one of the former.
             tokenizers: a folder with one tokenizer folder per modality of images, or modality → folder or hub id.
             text_tokenizer: the vocabulary's file; None = the one that the run was trained with.
-            device: ``auto`` = cuda where there is one, else cpu.
+            device: See :func:`fourm.utils.device.choose_device`.
             like: a sampler whose tokenizers, vocabulary and class names serve where none are named here, such as that of
                 the model whose results this one is to upsample.
             compile: ``torch.compile`` the blocks, once for all lengths; pays where many batches are generated on a GPU.
@@ -85,7 +86,7 @@ class Sampler:
         Raises:
             UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
-        where = best_device(device)
+        where = choose_device(device)
         model = on_disk(model, find_model)
         images: Tokenizers = {n: load_tokenizer(f, where) for n, f in _tokenizer_folders(tokenizers).items()}
         path = text_tokenizer or _vocabulary_of(Path(model))

@@ -30,6 +30,7 @@ from fourm.generation.results import check_result, origin_of, read_result, write
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import COLUMNS
 from fourm.generation.stages import Stage, generate
+from fourm.utils.device import share_gpus
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
@@ -265,10 +266,9 @@ def _read_settings(record: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own."""
+    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own if there are enough."""
     rank, world_size, local_rank = ranks_of_torchrun()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    share_gpus(local_rank)
     options = parse(argv)
     load_plugin(options.plugin)
     run(options, rank, world_size)
