@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
-from fourm.models.token_selection import ModDict
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer, merge_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, NUM_SENTINELS, PAD_ID, sentinel, sentinel_id

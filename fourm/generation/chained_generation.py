@@ -19,13 +19,13 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import as_modality
 from fourm.generation.batch_entries import emptied, init_empty_target_modality, merged, sentinels_of
-from fourm.generation.schedules import Schedule, check_schedule
+from fourm.generation.schedules import GenerationSchedule, check_schedule
 from fourm.generation.steps import SCHEMES, Conditions, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
 from fourm.models.fm import FourM
-from fourm.models.token_selection import ModDict
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import EOS_ID
 
@@ -59,7 +59,7 @@ class GenerationSampler(nn.Module):
     def generate(
         self,
         mod_dict: ModDict,
-        schedule: Schedule,
+        schedule: GenerationSchedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
         text_tokenizer: TextTokenizer = None,
@@ -79,7 +79,7 @@ class GenerationSampler(nn.Module):
     def generate_iter(
         self,
         mod_dict: ModDict,
-        schedule: Schedule,
+        schedule: GenerationSchedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
         text_tokenizer: TextTokenizer = None,
@@ -95,7 +95,7 @@ class GenerationSampler(nn.Module):
         self,
         uncond_dict: ModDict,
         cond_dicts: Sequence[ModDict],
-        schedule: Schedule,
+        schedule: GenerationSchedule,
         top_k: int | float = 0.0,
         top_p: float = 0.0,
         text_tokenizer: TextTokenizer = None,
@@ -130,7 +130,7 @@ class GenerationSampler(nn.Module):
     def generate_sam_dense(
         self,
         mod_dict: ModDict,
-        schedule: Schedule,
+        schedule: GenerationSchedule,
         text_tokenizer: TextTokenizer,
         batch_size: int = 16,
         key: str = "sam_instance",
@@ -164,7 +164,7 @@ class GenerationSampler(nn.Module):
         first = _map(result, itemgetter(slice(1)))
         return {**first, key: merged([[*joined, EOS_ID]], [[]], [], result[key]["tensor"].device)}
 
-    def _check(self, batch: ModDict, schedule: Schedule, cond_dicts: Sequence[ModDict] = ()) -> None:
+    def _check(self, batch: ModDict, schedule: GenerationSchedule, cond_dicts: Sequence[ModDict] = ()) -> None:
         """See that the schedule can be followed from these inputs."""
         info, decoders = self.model.modality_info, self.model.decoder_embeddings
         check_schedule(schedule, {name: info[name] for name in decoders}, multi=bool(cond_dicts))
@@ -197,7 +197,7 @@ class GenerationSampler(nn.Module):
         self,
         uncond: ModDict,
         conds: Sequence[ModDict],
-        schedule: Schedule,
+        schedule: GenerationSchedule,
         sampler: TokenSampler,
         text_tokenizer: TextTokenizer,
         verbose: bool,

@@ -17,11 +17,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, ScalarTransform, transforms_for
 from fourm.data.transforms.image import PixelTransform
 from fourm.generation.sequences import SEQUENCES, read_words
-from fourm.models.token_selection import ModDict
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 

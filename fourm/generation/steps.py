@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.data.collate import ModDict
 from fourm.generation.batch_entries import merged
 from fourm.generation.kv_cache import DecoderCache
 from fourm.generation.token_sampling import SampleNoise, TokenSampler
 from fourm.models.fm import FourM
 from fourm.models.modality_embedding import Rows
-from fourm.models.token_selection import ModDict, select_inputs
+from fourm.models.token_selection import select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID
 
 Entry = dict[str, Any]

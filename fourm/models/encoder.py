@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fourm.data.collate import ModDict
 from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, additive, attendable, init_weights
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
-from fourm.models.token_selection import ModDict, Selection
+from fourm.models.token_selection import Selection
 
 
 class Encoder(nn.Module):

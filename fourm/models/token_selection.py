@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.models.modality_embedding import Rows
-
-ModDict = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """What a data set holds and what is wrong with it: slices are read one by one, and their reports add up.
 
-A :class:`DataSlice` is one shard with all its modalities, a file of records, or some of the keys of
-folders. A run would skip a bad
-sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
+A :class:`DataSlice` is one shard with all its modalities, a file of records, or some of the keys of folders. A run would skip
+a bad sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
 """
 
 from __future__ import annotations
