@@ -16,14 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourm.generation.batch_entries import emptied, init_empty_target_modality, init_full_input_modality
+from fourm.generation.chained_generation import GenerationSampler
+from fourm.generation.schedules import build_chained_generation_schedules
 from fourm.models import FM, model_config
-from fourm.models.generate import (
-    GenerationSampler,
-    build_chained_generation_schedules,
-    init_empty_target_modality,
-    init_full_input_modality,
-)
-from fourm.models.generation_inputs import emptied
 from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from loader import TIMES, TOKENIZER, config, timed, write_samples
 
-from fourm.data import remote as remote_module
+from fourm.data import shard_cache
 from fourm.data.data_config import load_data_config
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
 from fourm.data.unified_datasets import build_train_loader
 from fourm.utils.errors import run_cli
 
@@ -91,7 +91,7 @@ def main() -> None:
     )
     options = parser.parse_args()
     torch.set_num_threads(1)
-    timed(remote_module, "_arrived", "waiting")
+    timed(shard_cache, "_arrived", "waiting")
     os.environ |= {"AWS_ACCESS_KEY_ID": "benchmark", "AWS_SECRET_ACCESS_KEY": "benchmark"}
     with tempfile.TemporaryDirectory() as folder:
         shards, local, remote = (Path(folder) / name for name in ("shards", "local", "remote"))

@@ -36,9 +36,9 @@ COMMANDS = {
     "generate": Command("fourm.generation.script:main", "generate any modalities from any others"),
     "fit-codebook": Command("fourm.vq.fit_codebook:main", "fit a codebook to the images of a data set"),
     "tokenize": Command("fourm.vq.save_tokens:main", "turn the images of a data set into tokens"),
-    "check": Command("fourm.data.check:main", "read every sample of a data set and report what is wrong"),
-    "preview": Command("fourm.data.preview.__main__:main", "show what training sees of a data set, as a page"),
-    "pack": Command("fourm.data.pack:main", "turn folders into shards, and back"),
+    "check": Command("fourm.tools.check:main", "read every sample of a data set and report what is wrong"),
+    "preview": Command("fourm.tools.preview.command:main", "show what training sees of a data set, as a page"),
+    "pack": Command("fourm.tools.pack:main", "turn folders into shards, and back"),
     "demo": Command("fourm.demo.__main__:main", "render a small data set, train on it, generate, report"),
 }
 

@@ -24,7 +24,6 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.check import main as check
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.modality_transforms import CaptionEmbTransform, UnreadableValue
@@ -37,6 +36,7 @@ from fourm.generation.options import parse
 from fourm.generation.results import origin_of, read_result
 from fourm.generation.settings import chained_schedule
 from fourm.models import FM
+from fourm.tools.check import main as check
 from fourm.train.checkpoint import read_state
 from fourm.train.config import load_config, parse_args
 from fourm.train.journal import _lines

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from fourm.data.check import main as check
 from fourm.generation.script import main as generate
 from fourm.models import FM
 from fourm.models.from_checkpoint import FORMAT
+from fourm.tools.check import main as check
 from fourm.train.checkpoint import read_state
 from fourm.train.config import parse_args
 from fourm.train.export import main as export

@@ -21,7 +21,7 @@ Keep = Literal["random", "all", "binary"]
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _ModalityAlphas:
     """One modality of an alphas file: a value per component, or one value if there is one component."""
 
     input_alphas: float | list[float] | None = None
@@ -97,11 +97,11 @@ def alphas_from_file(
             )
         weights, content = content.get("sampling_weights"), content["alphas_mixture"]
         content = convert(content, dict[str, Any], f"{path}: 'alphas_mixture'")
-    entries: dict[str, _Entry] = {}
+    entries: dict[str, _ModalityAlphas] = {}
     for name in modalities:
         if name not in content:
             raise UserError(f"{path}: no alphas for modality {name}{did_you_mean(name, content)}; add an entry for it")
-        entries[name] = build(_Entry, content[name] or {}, f"{path}: {name}")
+        entries[name] = build(_ModalityAlphas, content[name] or {}, f"{path}: {name}")
 
     components: dict[int, str] = {}
 

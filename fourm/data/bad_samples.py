@@ -60,12 +60,12 @@ class BadSampleLedger:
         """
         self._read["total"] += 1
         if reason:
-            kind = "left out" if tolerated else "bad"
-            self._read[kind] += 1
+            outcome = "left out" if tolerated else "bad"
+            self._read[outcome] += 1
             self._recent[reason] += not tolerated
             if self._size is not None or self._read["total"] >= MIN_READS:
                 total = self._size or self._read["total"]
-                self._judge(self._read[kind], total, "cannot be read", 1.0 if tolerated else self._max_bad_fraction)
+                self._judge(self._read[outcome], total, "cannot be read", 1.0 if tolerated else self._max_bad_fraction)
 
     def has(self, found: Collection[str], modalities: Iterable[str]) -> None:
         """Count which of its ``modalities`` a sample has."""

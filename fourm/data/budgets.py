@@ -30,7 +30,7 @@ class Budgets:
     component: int
 
 
-class _Mixture(NamedTuple):
+class _RestrictedMixture(NamedTuple):
     """The mixture over the modalities that a sample has.
 
     Attributes:
@@ -82,7 +82,7 @@ class BudgetSampler:
             )
         self._weights = weights
         self._all = frozenset(modalities)
-        self._mixtures: dict[frozenset[str], _Mixture] = {}
+        self._mixtures: dict[frozenset[str], _RestrictedMixture] = {}
 
     def draw(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
         """Budgets of one sample.
@@ -105,14 +105,14 @@ class BudgetSampler:
             component,
         )
 
-    def _mixture(self, present: frozenset[str]) -> _Mixture:
+    def _mixture(self, present: frozenset[str]) -> _RestrictedMixture:
         if present not in self._mixtures:
             if len(self._mixtures) >= _MIXTURES:
                 self._mixtures.clear()
             self._mixtures[present] = self._restricted(present)
         return self._mixtures[present]
 
-    def _restricted(self, present: frozenset[str]) -> _Mixture:
+    def _restricted(self, present: frozenset[str]) -> _RestrictedMixture:
         """The mixture over some modalities."""
         names = [name for name in self._modalities if name in present]
         columns = [index for index, name in enumerate(self._modalities) if name in present]
@@ -131,7 +131,7 @@ class BudgetSampler:
                 for side, gives_some in zip(sides, gives, strict=True)
             ]
         modalities = [self._modalities[name] for name in names]
-        return _Mixture(
+        return _RestrictedMixture(
             names,
             sides,
             (weights.cumsum() / weights.sum())[:-1].tolist(),

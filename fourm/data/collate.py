@@ -13,6 +13,8 @@ from torch import Tensor
 from fourm.data.modality_info import Modality
 
 MaskedSample = Mapping[str, Mapping[str, np.ndarray]]
+ModDict = Mapping[str, Mapping[str, Tensor]]
+"""What a model takes: modality → tensor, input_mask, target_mask, decoder_attention_mask, as :func:`collate` stacks them."""
 
 
 def collate(

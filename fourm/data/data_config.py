@@ -36,7 +36,7 @@ from fourm.data.modality_transforms import (
     transforms_for,
 )
 from fourm.data.presence import Missing
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
 from fourm.utils.config import Range, build, check_keys, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.options import option

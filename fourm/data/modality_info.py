@@ -164,8 +164,8 @@ def own_fields(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{where}: expected a dict, not {entry!r:.80}")
     check_keys(entry, (*_FIELDS, *_PUBLISHED_KEYS), where)
     fields = {key: value for key, value in entry.items() if key not in _PUBLISHED_KEYS and value is not None}
-    kind = fields.get("type")
-    sizes = _SIZES if kind != "img" or fields.get("vocab_size") is None else (*_SIZES, "num_channels")
+    modality_type = fields.get("type")
+    sizes = _SIZES if modality_type != "img" or fields.get("vocab_size") is None else (*_SIZES, "num_channels")
     for side in ("encoder_embedding", "decoder_embedding"):
         module = fields.get(side)
         if module is None:
@@ -182,7 +182,7 @@ def own_fields(name: str, entry: Mapping[str, Any]) -> dict[str, Any]:
                     fields.setdefault(key, given[key])
             options = {key: value for key, value in given.items() if key not in (*_SIZES, "num_channels", "dim_tokens")}
             fields["embedding_options"] = dict(fields.get("embedding_options") or {}) | options
-    if kind == "seq_emb":  # as published, where the embedding has this default
+    if modality_type == "seq_emb":  # as published, where the embedding has this default
         fields["embedding_options"] = {"orig_emb_dim": 4096} | dict(fields.get("embedding_options") or {})
     return fields
 
@@ -305,14 +305,14 @@ def _complete(name: str, fields: Mapping[str, Any], where: str, base: Modality |
             fields
         )
     else:
-        kind = fields.get("type")
-        if kind is None:
+        modality_type = fields.get("type")
+        if modality_type is None:
             raise UserError(f"{where}: 'type' is required ({KINDS}){did_you_mean(name, MODALITY_INFO)}")
-        pixels = kind == "img" and fields.get("vocab_size") is None
-        merged = {"name": name} | _KIND_DEFAULTS.get("pixels" if pixels else str(kind), {}) | dict(fields)
-        if kind == "scalar":
+        pixels = modality_type == "img" and fields.get("vocab_size") is None
+        merged = {"name": name} | _KIND_DEFAULTS.get("pixels" if pixels else str(modality_type), {}) | dict(fields)
+        if modality_type == "scalar":
             merged["type"] = "img"
-        if kind in ("seq", "seq_token", "seq_emb"):
+        if modality_type in ("seq", "seq_token", "seq_emb"):
             options = dict(merged.get("embedding_options") or {})
             options.setdefault("max_length", merged.get("max_tokens"))
             merged["embedding_options"] = options

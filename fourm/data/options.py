@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fourm.data.data_config import DataConfig, load_data_config
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
 from fourm.utils.errors import UserError
 from fourm.utils.options import Options, option
 from fourm.utils.paths import AnyPath, InputPath

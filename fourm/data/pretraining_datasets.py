@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch.distributed
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.budgets import TokensRange
-from fourm.data.collate import collate
+from fourm.data.collate import ModDict, collate
 from fourm.data.folders import Folders
 from fourm.data.image_augmenter import AbstractImageAugmenter
 from fourm.data.layout import wanted_names
@@ -25,8 +24,6 @@ from fourm.data.shards import Shards
 from fourm.data.unified_datasets import BatchLoader, SampleDataset, TrainBatches
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
-
-ModDict = dict[str, dict[str, Tensor]]
 
 
 class PretrainingLoader:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from fourm.data.decoding import EncodedImage, UnreadableFormat, decode_value
 from fourm.data.presence import Presence
 from fourm.data.regular_files import FileVersion, open_regular, version_of
-from fourm.data.remote import ShardCache
+from fourm.data.shard_cache import ShardCache
 from fourm.utils.errors import UserError
 from fourm.utils.transfer import shown
 

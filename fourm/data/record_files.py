@@ -75,7 +75,7 @@ def path_of(data_path: str) -> str:
     return data_path.rstrip("/") or "/"
 
 
-def rows_at(data_path: str) -> Rows:
+def rows_at(data_path: str) -> RowSource:
     """What a ``data_path`` names.
 
     Raises:
@@ -149,7 +149,7 @@ def _split_of(path: str) -> str:
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
 
 
-class Rows(Protocol):
+class RowSource(Protocol):
     """Where records come from."""
 
     def share(self, key: tuple, stream: int, num_streams: int) -> Iterator[Row]:
@@ -258,8 +258,8 @@ class Tables(HubRows):
             if not Path(file).is_file():
                 raise UserError(f"data_path {file}: there is no such file")
         self._path = path if len(files) > 1 else files[0]
-        kind = "arrow" if files[0].endswith(".arrow") else "parquet"
-        self._rows = _stream(path, kind, data_files=files, split="train")
+        file_format = "arrow" if files[0].endswith(".arrow") else "parquet"
+        self._rows = _stream(path, file_format, data_files=files, split="train")
 
 
 def _stream(path: str, *place: str, **options: Any) -> Any:

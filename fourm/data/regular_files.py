@@ -10,7 +10,7 @@ import stat
 FileVersion = tuple[int, int, int]
 """Inode, size and time of the last change: another one means that a file was replaced."""
 
-_KINDS = {
+_FILE_TYPES = {
     stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
 }  # fmt: skip
@@ -40,5 +40,5 @@ def version_of(descriptor: int) -> FileVersion:
 
 def _require_regular(status: os.stat_result, path: str | os.PathLike[str]) -> None:
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise OSError(errno.EINVAL, f"it is {kind}, not a file", os.fspath(path))
+        file_type = _FILE_TYPES.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(errno.EINVAL, f"it is {file_type}, not a file", os.fspath(path))

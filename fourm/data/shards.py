@@ -17,7 +17,7 @@ from fourm.data.names import MemberNames, common_folder, is_clutter, is_part_of_
 from fourm.data.presence import Presence
 from fourm.data.raw_sample import Member, MemberIndex, RawSample, join, leave_out
 from fourm.data.regular_files import open_regular, version_of
-from fourm.data.remote import RemoteOptions, ShardCache
+from fourm.data.shard_cache import RemoteOptions, ShardCache
 from fourm.data.tar import DamagedTar, read_members
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator

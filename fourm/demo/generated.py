@@ -20,7 +20,7 @@ from fourm.data.raw_sample import OpenFiles, RawSample
 from fourm.demo import scores
 from fourm.demo.report import aligned
 from fourm.demo.scene import TOYS
-from fourm.demo.truth import KINDS, Scene, guesses, read_scenes, truth
+from fourm.demo.truth import KINDS, DecodedScene, guesses, read_scenes, truth
 from fourm.generation import Decoded, Sampler, decode, plot
 from fourm.generation.decoding import kind_of
 from fourm.generation.inputs import make_batch
@@ -100,7 +100,9 @@ def passed(found: Sequence[Score]) -> bool:
     return all(score.beats_guess for score in found if score.measure != "boxes")
 
 
-def measures(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[tuple[str, str], tuple[float, bool]]:
+def measures(
+    predicted: Sequence[DecodedScene], true: Sequence[DecodedScene]
+) -> dict[tuple[str, str], tuple[float, bool]]:
     """(measure, unit) → value and whether higher is better, for the kinds that ``predicted`` has."""
     kinds = predicted[0].keys() & true[0].keys()
     p, t = ({kind: [scene[kind].value for scene in scenes] for kind in kinds} for scenes in (predicted, true))
@@ -127,7 +129,7 @@ def measures(predicted: Sequence[Scene], true: Sequence[Scene]) -> dict[tuple[st
     return found
 
 
-def reconstructed(sample: RawSample, sampler: Sampler) -> Scene:
+def reconstructed(sample: RawSample, sampler: Sampler) -> DecodedScene:
     """The pictures of a scene after they have been tokens, and what a network sees in them as tokens tell it."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     sources = {
@@ -152,7 +154,7 @@ def markdown(found: Sequence[Score]) -> str:
     return aligned(head, rows, left=(0, 1, 5))
 
 
-def _by_kind(result: Mapping[str, Decoded]) -> Scene:
+def _by_kind(result: Mapping[str, Decoded]) -> DecodedScene:
     return {decoded.kind: decoded for decoded in result.values()}
 
 
@@ -169,7 +171,13 @@ def _photograph(path: Path) -> tuple[Path, np.ndarray]:
     return path, 1 / disparity[top : top + height, left_edge : left_edge + width]
 
 
-def _sheet(generated: Sequence[Scene], true: Sequence[Scene], photo: Scene, measured: np.ndarray, path: Path) -> None:
+def _sheet(
+    generated: Sequence[DecodedScene],
+    true: Sequence[DecodedScene],
+    photo: DecodedScene,
+    measured: np.ndarray,
+    path: Path,
+) -> None:
     """Two rows per scene, what was generated and the truth; of the photograph only depth was measured."""
     kinds = [kind for kind in KINDS if kind in generated[0]]
     rows, labels = [], []

@@ -18,7 +18,7 @@ from fourm.generation.decoding import Decoded, decode_pixels
 from fourm.generation.inputs import read_pixels
 from fourm.vq.crops import tokenizer_transform
 
-Scene = Mapping[str, Decoded]
+DecodedScene = Mapping[str, Decoded]
 """Kind → what a scene shows of it."""
 
 PICTURES = ("rgb", "depth", "normal", "semseg", "canny_edge")
@@ -35,7 +35,7 @@ def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
     return Shards(f"{data_path}/{shard}", wanted).all(ledger)
 
 
-def truth(sample: RawSample, size: int) -> Scene:
+def truth(sample: RawSample, size: int) -> DecodedScene:
     """A scene at ``size`` pixels; its depth in metres."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     found = {}
@@ -55,7 +55,7 @@ def truth(sample: RawSample, size: int) -> Scene:
     }
 
 
-def guesses(scenes: Sequence[Scene], count: int) -> list[Scene]:
+def guesses(scenes: Sequence[DecodedScene], count: int) -> list[DecodedScene]:
     """The best that can be said about ``count`` unseen scenes: of pictures the mean, or commonest, of each pixel of
     ``scenes``; boxes and caption are those of one of them.
     """

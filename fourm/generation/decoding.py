@@ -17,11 +17,11 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, ScalarTransform, transforms_for
 from fourm.data.transforms.image import PixelTransform
 from fourm.generation.sequences import SEQUENCES, read_words
-from fourm.models.token_selection import Batch
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 
@@ -55,7 +55,7 @@ def kind_of(modality: Modality) -> str:
 
 
 def decode(
-    mod_dict: Batch,
+    mod_dict: ModDict,
     modality_info: Mapping[str, Mapping[str, Any]],
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,

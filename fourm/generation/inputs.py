@@ -16,8 +16,8 @@ from fourm.data.image_augmenter import center_crop
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, GridTransform, ScalarTransform, transforms_for
 from fourm.data.transforms.image import ImageTransform, image_size
+from fourm.generation.batch_entries import init_full_input_modality
 from fourm.generation.decoding import Decoded, Tokenizers, kind_of
-from fourm.models.generate import init_full_input_modality
 from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
 from fourm.utils.tokenizer.text_tokenizer import written_text

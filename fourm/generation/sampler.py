@@ -13,20 +13,21 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
+from fourm.generation.chained_generation import GenerationSampler
 from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
+from fourm.generation.token_sampling import Seed
 from fourm.models.fm import FM, FourM
 from fourm.models.from_checkpoint import load_model
-from fourm.models.generate import GenerationSampler
-from fourm.models.remote import find_model, on_disk
-from fourm.models.token_sampling import Seed
 from fourm.utils.checkpoints import WEIGHTS, newest_checkpoint
 from fourm.utils.config import load_yaml
+from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
+from fourm.utils.model_store import find_model, on_disk
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
-from fourm.vq.tokenizer import CONFIG, best_device
+from fourm.vq.tokenizer import CONFIG
 
 Result = dict[str, Decoded]
 """Modality → what it shows, the inputs first."""
@@ -78,7 +79,7 @@ class Sampler:
                 ``model.safetensors``, an id on the Hugging Face hub, or the ``s3://`` URL of one of the former.
             tokenizers: a folder with one tokenizer folder per modality of images, or modality → folder or hub id.
             text_tokenizer: the vocabulary's file; None = the one that the run was trained with.
-            device: ``auto`` = cuda where there is one, else cpu.
+            device: See :func:`fourm.utils.device.choose_device`.
             like: a sampler whose tokenizers, vocabulary and class names serve where none are named here, such as that of
                 the model whose results this one is to upsample.
             compile: ``torch.compile`` the blocks, once for all lengths; pays where many batches are generated on a GPU.
@@ -86,7 +87,7 @@ class Sampler:
         Raises:
             UserError: something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
-        where = best_device(device)
+        where = choose_device(device)
         model = on_disk(model, find_model)
         images: Tokenizers = {n: load_tokenizer(f, where) for n, f in _tokenizer_folders(tokenizers).items()}
         path = text_tokenizer or _vocabulary_of(Path(model))
@@ -120,7 +121,7 @@ class Sampler:
             targets: modalities, or a single one. Here and in ``inputs``, ``depth`` finds ``tok_depth@224``. Of an image that is given,
                 the tokens that are −1 are generated.
             seed: see :class:`GenerationSampler`; sample b uses ``seed + b``.
-            top_k, top_p: see :class:`fourm.models.token_sampling.TokenSampler`.
+            top_k, top_p: see :class:`fourm.generation.token_sampling.TokenSampler`.
             cfg_grow_conditioning: targets guide those after them.
             settings: see :func:`fourm.generation.settings.chained_schedule`, e.g. ``temps={"caption": 0}``.
 

@@ -30,6 +30,7 @@ from fourm.generation.results import check_result, origin_of, read_result, write
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import COLUMNS
 from fourm.generation.stages import Stage, generate
+from fourm.utils.device import share_gpus
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
@@ -203,9 +204,9 @@ def _read(job: Job) -> Mapping[str, Any]:
         raise DataError(f"data: {error}") from error
 
 
-def _only(conditions: Mapping[str, Modality], kind: str, what: str) -> Sequence[str]:
-    if [modality.type for modality in conditions.values()] != [kind]:
-        needed = "one text" if kind == "seq" else "one modality of images"
+def _only(conditions: Mapping[str, Modality], modality_type: str, what: str) -> Sequence[str]:
+    if [modality.type for modality in conditions.values()] != [modality_type]:
+        needed = "one text" if modality_type == "seq" else "one modality of images"
         raise UserError(f"data: {what} need {needed} in cond_domains, not {', '.join(conditions)}")
     return [*conditions]
 
@@ -265,10 +266,9 @@ def _read_settings(record: Path) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own."""
+    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own if there are enough."""
     rank, world_size, local_rank = ranks_of_torchrun()
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    share_gpus(local_rank)
     options = parse(argv)
     load_plugin(options.plugin)
     run(options, rank, world_size)

@@ -7,7 +7,7 @@ from typing import Any
 
 from fourm.data.modality_info import Modality, as_modality
 from fourm.generation.decoding import CLASSES, kind_of
-from fourm.models.generate import build_chained_generation_schedules
+from fourm.generation.schedules import build_chained_generation_schedules
 from fourm.utils.config import check_keys, convert
 from fourm.utils.errors import UserError
 
@@ -72,8 +72,8 @@ def chained_schedule(
     check_keys(settings, COLUMNS, where)
     defaults = [default_settings(as_modality(name, modality_info[name])) for name in targets]
     columns = {}
-    for key, kind in COLUMNS.items():
-        given = per_target(settings.get(key), kind, targets, f"{where}: '{key}'")
+    for key, value_type in COLUMNS.items():
+        given = per_target(settings.get(key), value_type, targets, f"{where}: '{key}'")
         columns[key] = [own[key] if value is None else value for value, own in zip(given, defaults, strict=True)]
         if key == "temps":
             for own, temperature in zip(defaults, given, strict=True):
@@ -85,7 +85,7 @@ def chained_schedule(
     )
 
 
-def per_target(value: Any, kind: type, targets: Sequence[str], where: str) -> list[Any]:
+def per_target(value: Any, value_type: type, targets: Sequence[str], where: str) -> list[Any]:
     """A setting as one value per target, None where nothing is said; see :func:`chained_schedule`."""
     if isinstance(value, Mapping):
         check_keys(value, targets, where)
@@ -97,4 +97,4 @@ def per_target(value: Any, kind: type, targets: Sequence[str], where: str) -> li
         values = list(value)
     if len(values) != len(targets):
         raise UserError(f"{where} has {len(values)} values for {len(targets)} targets ({', '.join(targets)})")
-    return [None if v is None else convert(v, kind, where) for v in values]
+    return [None if v is None else convert(v, value_type, where) for v in values]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from fourm.data.collate import ModDict
 from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, additive, attendable, init_weights
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
-from fourm.models.token_selection import Batch, Selection
+from fourm.models.token_selection import Selection
 
 
 class Encoder(nn.Module):
@@ -62,7 +63,7 @@ class Encoder(nn.Module):
         if self.num_register_tokens:
             nn.init.normal_(self.register_tokens, std=self.init_std)
 
-    def embed_encoder(self, mod_dict: Batch, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
+    def embed_encoder(self, mod_dict: ModDict, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
         """→ content and position + modality, (B, R + N, D) each, and the padding (B, R + N); registers go first."""
         rows = selection.rows()
         tokens = [
@@ -109,7 +110,7 @@ def set_trainable(trainable: bool, *parts: nn.Module | nn.Parameter) -> None:
         part.requires_grad_(trainable)
 
 
-def tensor_of(mod_dict: Batch, name: str, embedding: ModalityEmbedding) -> Tensor:
+def tensor_of(mod_dict: ModDict, name: str, embedding: ModalityEmbedding) -> Tensor:
     """A modality's tensor, or one without samples if the batch lacks it."""
     return mod_dict[name]["tensor"] if name in mod_dict else embedding.empty()
 

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, resolve_modalities
 from fourm.models import decoder_embeddings, encoder_embeddings
 from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
-from fourm.models.token_selection import Batch, Selection, TokenPlan, plan_tokens
+from fourm.models.token_selection import Selection, TokenPlan, plan_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.memory import check_memory
@@ -124,7 +125,7 @@ class FourM(Encoder):
 
     def forward(
         self,
-        mod_dict: Batch,
+        mod_dict: ModDict,
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         loss_type: str = "mod",
@@ -156,7 +157,7 @@ class FourM(Encoder):
 
     def plan(
         self,
-        mod_dict: Batch,
+        mod_dict: ModDict,
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         generator: torch.Generator | None = None,
@@ -170,7 +171,7 @@ class FourM(Encoder):
         """What the decoder attends to, (B, R + N, D): the encoder's output, told again where each token belongs."""
         return self.decoder_proj_context(encoded) + emb
 
-    def embed_decoder(self, mod_dict: Batch, selection: Selection) -> Tensor:
+    def embed_decoder(self, mod_dict: ModDict, selection: Selection) -> Tensor:
         """→ (B, M, D): content + position + modality of the targets."""
         rows = selection.rows()
         # Without image targets, no row of the mask token keeps it in the graph, as DDP needs.
@@ -203,7 +204,7 @@ class FourM(Encoder):
         return {name: self.decoder_embeddings[name].to_logits(rows) for name, rows in selection.take(y).items()}
 
     def loss(
-        self, logits: dict[str, Tensor], mod_dict: Batch, selection: Selection, loss_type: str = "mod"
+        self, logits: dict[str, Tensor], mod_dict: ModDict, selection: Selection, loss_type: str = "mod"
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """See :meth:`forward`. Sums over no targets are 0, but keep a modality's parameters in the graph."""
         sums = {}

@@ -95,7 +95,7 @@ class KeysValues(NamedTuple):
 
 
 class Past(Protocol):
-    """Remembers the keys and values of earlier tokens, see :mod:`fourm.models.kv_cache`."""
+    """Remembers the keys and values of earlier tokens, see :mod:`fourm.generation.kv_cache`."""
 
     def extend(self, new: KeysValues) -> KeysValues:
         """Remember those of new tokens → those of all tokens so far."""

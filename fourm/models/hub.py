@@ -99,20 +99,20 @@ def trunk_options(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of FourM from those of a hub config: classes instead of ``act_layer``'s name and ``norm_bias``."""
     options = dict(config)
     name = options.pop("act_layer", "GELU")
-    kind = getattr(nn, name, None)
-    if not isinstance(kind, type):
+    activation = getattr(nn, name, None)
+    if not isinstance(activation, type):
         raise UserError(f"model config: act_layer '{name}' is not in torch.nn{did_you_mean(name, dir(nn))}")
-    if not _is_activation(kind):
+    if not _is_activation(activation):
         raise UserError(f"model config: act_layer '{name}' is not an activation, such as GELU or SiLU")
     return options | {
-        "act_layer": kind,
+        "act_layer": activation,
         "norm_layer": partial(LayerNorm, bias=options.pop("norm_bias", True)),
     }
 
 
-def _is_activation(kind: type) -> bool:
+def _is_activation(activation: type) -> bool:
     try:
         with torch.device("meta"):
-            return kind()(torch.empty(1, 2, 8)).shape == (1, 2, 8)
+            return activation()(torch.empty(1, 2, 8)).shape == (1, 2, 8)
     except Exception:  # whatever a module that is something else raises
         return False

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.models.modality_embedding import Rows
-
-Batch = Mapping[str, Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -91,7 +90,7 @@ class TokenPlan:
 
 
 def plan_tokens(
-    mod_dict: Batch,
+    mod_dict: ModDict,
     encoder_modalities: Mapping[str, Mapping[str, Any]],
     decoder_modalities: Mapping[str, Mapping[str, Any]],
     num_encoder_tokens: int,
@@ -117,7 +116,7 @@ def plan_tokens(
 
 
 def select_inputs(
-    mod_dict: Batch, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
+    mod_dict: ModDict, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
 ) -> Selection:
     """The encoder's half of :func:`plan_tokens`; without ``num_tokens``, every valid input is kept."""
     order = [*mod_dict, *modalities]
@@ -136,31 +135,31 @@ class _Candidates(NamedTuple):
     attention: Tensor
 
 
-def _inputs(mod_dict: Batch, name: str, kind: str) -> _Candidates:
+def _inputs(mod_dict: ModDict, name: str, modality_type: str) -> _Candidates:
     valid = _valid(mod_dict, name, "input_mask")
-    return _Candidates(valid, _positions(valid, kind), torch.zeros_like(valid, dtype=torch.long))
+    return _Candidates(valid, _positions(valid, modality_type), torch.zeros_like(valid, dtype=torch.long))
 
 
-def _targets(mod_dict: Batch, name: str, kind: str) -> _Candidates:
+def _targets(mod_dict: ModDict, name: str, modality_type: str) -> _Candidates:
     valid = _valid(mod_dict, name, "target_mask")
-    position = _positions(valid, kind)
+    position = _positions(valid, modality_type)
     attention = mod_dict[name]["decoder_attention_mask"] if name in mod_dict else torch.zeros_like(position)
-    if kind == "img":
+    if modality_type == "img":
         return _Candidates(valid, position, attention)
     # A sequence's token predicts the next one: both must be valid.
     return _Candidates(valid[:, :-1] & valid[:, 1:], position[:, :-1], attention[:, :-1])
 
 
-def _valid(mod_dict: Batch, name: str, mask: str) -> Tensor:
+def _valid(mod_dict: ModDict, name: str, mask: str) -> Tensor:
     if name in mod_dict:
         return ~mod_dict[name][mask].bool()
     any_mask = next(iter(mod_dict.values()))["input_mask"]
     return any_mask.new_zeros((any_mask.shape[0], 0), dtype=torch.bool)
 
 
-def _positions(valid: Tensor, kind: str) -> Tensor:
+def _positions(valid: Tensor, modality_type: str) -> Tensor:
     """A sequence's positions count its valid tokens only; what they are elsewhere is never read."""
-    return (valid if kind != "img" else torch.ones_like(valid)).cumsum(1) - 1
+    return (valid if modality_type != "img" else torch.ones_like(valid)).cumsum(1) - 1
 
 
 def _select(

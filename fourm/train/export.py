@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourm.models.remote import find_checkpoint, on_disk
 from fourm.train.checkpoint import trained_task
 from fourm.train.task import task_named
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.checkpoints import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
+from fourm.utils.model_store import find_checkpoint, on_disk
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.plugin import PluginOptions, load_plugin

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from fourm.train.device import DeviceOptions
+from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.memory import check_memory
 from fourm.utils.options import option
@@ -57,7 +58,7 @@ class Processes:
 
     def __init__(self, options: ProcessOptions):
         self.rank, self.world_size, local_rank = ranks_of_torchrun()
-        self.device = _device(options.device, local_rank)
+        self.device = choose_device(options.device, local_rank)
         self.timeout = timedelta(minutes=options.process_timeout)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
@@ -239,21 +240,3 @@ def _check_meeting_point(url: str) -> None:
     path = url.removeprefix("file://")
     if path != url and not Path(path.partition("?")[0]).parent.is_dir():
         raise UserError(f"'dist_url' {shown(url)}: there is no such folder")
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        if device.type != "cuda":
-            torch.empty(0, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise UserError(f"'device' must be auto, cpu, cuda or cuda:N, not {name!r}") from None
-    if device.type != "cuda":
-        return device
-    count = torch.cuda.device_count()
-    index = local_rank if device.index is None else device.index
-    if index >= count:
-        raise UserError(f"'device': there are {count} GPUs here, not {index + 1}; set --device cpu or fewer processes")
-    return torch.device("cuda", index)

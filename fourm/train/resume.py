@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.unified_datasets import draws_in_epoch
-from fourm.models import remote
 from fourm.train.checkpoint import SAVED, load_tensors, read_state
 from fourm.train.config import RunConfig
 from fourm.train.loop import Trainer
@@ -15,6 +14,7 @@ from fourm.train.options import saved_options
 from fourm.train.parallel import Processes
 from fourm.train.run_copy import RunCopy, fetched
 from fourm.train.same_run import check_same_meaning, check_same_run
+from fourm.utils import model_store
 from fourm.utils.checkpoints import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
 from fourm.utils.errors import UserError
 
@@ -32,7 +32,7 @@ def find_checkpoint(config: RunConfig, folder: Path, copy: RunCopy, parallel: Pr
     """
     candidates = parallel.from_main(lambda: _candidates(config, folder, copy))
     for place in candidates:
-        path = Path(fetched(place, remote.find_checkpoint, config, parallel))
+        path = Path(fetched(place, model_store.find_checkpoint, config, parallel))
         try:
             # The checksums are the work of all processes.
             parallel.together(lambda path=path: verify(path, slice(parallel.rank, None, parallel.world_size)))  # type: ignore[misc]

@@ -18,7 +18,6 @@ import torch
 import yaml
 
 from fourm.data.batch_loader import BatchIterator
-from fourm.models.remote import find_model
 from fourm.train.checkpoint import CheckpointWriter, advice, remove_unfinished, tensors_to_save
 from fourm.train.config import RunConfig, parse_args
 from fourm.train.device import keep_freed_memory
@@ -40,6 +39,7 @@ from fourm.train.waiting import Stopped, Waiting
 from fourm.utils.checkpoints import check_export, export_model
 from fourm.utils.errors import UserError, printable
 from fourm.utils.files import atomic_path, lock_folder
+from fourm.utils.model_store import find_model
 from fourm.utils.plugin import load_plugin
 
 log = logging.getLogger("fourm")

@@ -10,10 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourm.models import remote
 from fourm.train.journal import FILES
 from fourm.train.options import RunOptions
 from fourm.train.parallel import Processes
+from fourm.utils import model_store
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
@@ -83,7 +83,7 @@ class RunCopy:
             checkpoint = self.in_use[0]
             try:
                 self.copy(*FILES)
-                remote.copy_checkpoint(checkpoint, self.url, self._store, self._keep_last)
+                model_store.copy_checkpoint(checkpoint, self.url, self._store, self._keep_last)
             except (
                 UserError
             ) as error:  # the checkpoint is safe on the disk, and the training is worth more than its copy
@@ -110,13 +110,15 @@ class RunCopy:
         Raises:
             UserError: the store cannot be read.
         """
-        if self.url and f"{self.url}/checkpoints/{last.name}" not in remote.complete_checkpoints(self.url, self._store):
+        if self.url and f"{self.url}/checkpoints/{last.name}" not in model_store.complete_checkpoints(
+            self.url, self._store
+        ):
             self.copy_checkpoint(last)
             self.wait()
 
     def newer_checkpoints(self, than: str) -> list[str]:
         """URLs of the complete checkpoints after the one called ``than``, newest first."""
-        found = remote.complete_checkpoints(self.url, self._store) if self.url else []
+        found = model_store.complete_checkpoints(self.url, self._store) if self.url else []
         return [url for url in found if url.rpartition("/")[2] > than]
 
     def fetch(self, urls: list[str]) -> None:
@@ -144,7 +146,7 @@ class RunCopy:
         for url in urls:
             target = self._folder / "checkpoints" / url.rpartition("/")[2]
             try:
-                remote.fetch_checkpoint(url, target, self._store)
+                model_store.fetch_checkpoint(url, target, self._store)
                 log.info("fetched %s", shown(url))
                 return
             except DamagedObject as error:
@@ -161,4 +163,4 @@ def fetched(place: str, find: Callable[[str, S3Store], str], options: StoreOptio
         return place
     store = options.store()
     url = parallel.from_main(lambda: find(place, store))  # a run that goes on has another newest one a moment later
-    return str(parallel.together(lambda: remote.local_copy(url, store))[parallel.rank])
+    return str(parallel.together(lambda: model_store.local_copy(url, store))[parallel.rank])

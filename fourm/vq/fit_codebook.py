@@ -12,6 +12,7 @@ from tqdm import tqdm
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import RawSample
 from fourm.utils.config import settle
+from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
@@ -22,7 +23,7 @@ from fourm.vq.dataset import PIXELS, ImageSet, open_images
 from fourm.vq.feature_codebook import FeatureCodebook, FeatureCodebookConfig, create_backbone
 from fourm.vq.kmeans import KMeansReport
 from fourm.vq.patch_codebook import PatchCodebook, PatchCodebookConfig
-from fourm.vq.tokenizer import best_device, check_output
+from fourm.vq.tokenizer import check_output
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
     ledger = BadSampleLedger(options.modality, options.max_bad_fraction)
     images = open_images(options.data_root, {PIXELS: options.modality}, options.shards, ledger)
     samples = _choose_images(images, options)
-    codebook = _new_codebook(options, modality, transform.channels).to(best_device(options.device))
+    codebook = _new_codebook(options, modality, transform.channels).to(choose_device(options.device))
     rng = torch.Generator().manual_seed(int(generator(options.seed, "codebook").integers(2**63)))
     dataset = CropDataset(samples, transform, options.input_size, options.num_crops, hflip=0.5, seed=options.seed)
     per_image = -(-options.num_patches // len(samples))

@@ -33,10 +33,12 @@ def load_tokenizer(folder: str | Path, device: str | torch.device = "cpu") -> Im
         raise UserError(f"{folder} is not a tokenizer folder ({CONFIG} and {WEIGHTS}): {error}") from error
     except (SafetensorError, ValueError, RecursionError) as error:
         raise UserError(f"{folder}: a file of this tokenizer is damaged: {error}") from error
-    kind = content.pop("type", None) if isinstance(content, dict) else None
-    if not isinstance(kind, str) or kind not in TOKENIZERS:
-        raise UserError(f"{folder / CONFIG}: unknown tokenizer type '{kind}'{did_you_mean(str(kind), TOKENIZERS)}")
-    cls = TOKENIZERS[kind]
+    type_name = content.pop("type", None) if isinstance(content, dict) else None
+    if not isinstance(type_name, str) or type_name not in TOKENIZERS:
+        raise UserError(
+            f"{folder / CONFIG}: unknown tokenizer type '{type_name}'{did_you_mean(str(type_name), TOKENIZERS)}"
+        )
+    cls = TOKENIZERS[type_name]
     config = build(cls.Config, content, str(folder / CONFIG))
     try:
         tokenizer = cls(config).to(device)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.utils.config import settle
+from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
@@ -25,7 +26,7 @@ from fourm.utils.paths import AnyPath
 from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
 from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
 from fourm.vq.registry import load_tokenizer
-from fourm.vq.tokenizer import CONFIG, WEIGHTS, ImageTokenizer, best_device
+from fourm.vq.tokenizer import CONFIG, WEIGHTS, ImageTokenizer
 
 RECORD = ".made_with.json"
 
@@ -73,7 +74,7 @@ def save_tokens(options: SaveTokensOptions) -> int:
         UserError: options that do not fit together or to what is there, images that cannot be read beyond
             ``max_bad_fraction``, or a value that breaks the modality's contract.
     """
-    tokenizer = load_tokenizer(options.tokenizer, best_device(options.device))
+    tokenizer = load_tokenizer(options.tokenizer, choose_device(options.device))
     config = tokenizer.config
     modality = options.modality or config.modality
     size = options.input_size or config.input_size

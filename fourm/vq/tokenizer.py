@@ -145,17 +145,3 @@ def _own_files(folder: Path) -> tuple[str, ...]:
         return ()
     own = isinstance(content, dict) and {"type", "modality", "vocab_size"} <= content.keys()
     return (CONFIG, WEIGHTS) if own else ()
-
-
-def best_device(name: str) -> torch.device:
-    """The device called ``name``; ``auto`` = cuda where there is one, else cpu.
-
-    Raises:
-        UserError: it cannot be used.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:  # the latter from a torch without CUDA
-        raise UserError(f"device '{name}' cannot be used: {str(error).splitlines()[0]}") from error

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
 from fourm.utils.s3 import _client
 from fourm.utils.transfer import Retries
 

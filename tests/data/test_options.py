@@ -6,12 +6,12 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fourm.data.check import CheckOptions
-from fourm.data.check import main as check
 from fourm.data.options import DataOptions
-from fourm.data.preview.__main__ import PreviewOptions
-from fourm.data.preview.__main__ import main as preview
-from fourm.data.remote import RemoteOptions
+from fourm.data.shard_cache import RemoteOptions
+from fourm.tools.check import CheckOptions
+from fourm.tools.check import main as check
+from fourm.tools.preview.command import PreviewOptions
+from fourm.tools.preview.command import main as preview
 from fourm.train.config import load_config
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError

@@ -9,11 +9,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from fourm.models.remote import copy_checkpoint
 from fourm.train.config import parse_args
 from fourm.train.run_copy import RunCopy
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
+from fourm.utils.model_store import copy_checkpoint
 from fourm.utils.s3 import S3Store
 from tests.data.object_store import BUCKET, ObjectStore, client, faulty
 from tests.train.toy_run import kill, log_lines, losses, newest_step, run, run_here, run_ranks, start_ranks, write_run

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_cli" in path.read_text())
 
 
-@pytest.mark.parametrize("command", [["run_training_4m.py"], ["-m", "fourm.data.pack"], ["-m", "fourm", "pack"]])
+@pytest.mark.parametrize("command", [["run_training_4m.py"], ["-m", "fourm.tools.pack"], ["-m", "fourm", "pack"]])
 def test_ctrl_c_while_modules_are_loaded_is_no_traceback(command):
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

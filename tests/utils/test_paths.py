@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from fourm.data.data_config import load_data_config
-from fourm.data.pack import PackOptions
+from fourm.tools.pack import PackOptions
 from fourm.train.config import load_config, parse_args
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError

@@ -7,10 +7,10 @@ import subprocess
 import pytest
 import torch
 
-from fourm.data.pack import main as pack
-from fourm.data.preview.__main__ import main as preview
 from fourm.generation.script import main as generate
 from fourm.models import FM
+from fourm.tools.pack import main as pack
+from fourm.tools.preview.command import main as preview
 from fourm.train.export import main as export
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.train_wordpiece import main as train_words

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fourm.models.token_sampling import SampleNoise, TokenSampler, sample_seeds
+from fourm.generation.token_sampling import SampleNoise, TokenSampler, sample_seeds
 from fourm.utils.errors import UserError
 
 PROBABILITIES = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])

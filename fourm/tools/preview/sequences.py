@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     role: str
 
 
-class Part(NamedTuple):
+class Annotation(NamedTuple):
     """What some tokens of a sequence say.
 
     Attributes:
@@ -95,7 +95,7 @@ def roles_of(entry: Masked, length: int) -> tuple[np.ndarray, dict[int, int]]:
 
 @dataclass(frozen=True)
 class SequenceReader:
-    """Ids of sequences → words and parts.
+    """Ids of sequences → words and annotations.
 
     Args:
         text_tokenizer: of modalities of type ``seq``.
@@ -107,7 +107,7 @@ class SequenceReader:
 
     def __call__(
         self, ids: Sequence[int], entry: Masked, modality: Modality
-    ) -> tuple[tuple[Piece, ...], tuple[Part, ...]]:
+    ) -> tuple[tuple[Piece, ...], tuple[Annotation, ...]]:
         """All tokens of a sequence with its sentinels, and what they say, if they are more than just words.
 
         Args:
@@ -117,7 +117,7 @@ class SequenceReader:
         roles, marks = roles_of(entry, len(ids))
         if modality.type == "seq_emb":  # its gaps are zeros, without a name
             return tuple(Piece("·", ROLES[role]) for role in roles), ()
-        return tuple(self._pieces(ids, roles, marks, modality)), tuple(self._parts(ids, roles, modality))
+        return tuple(self._pieces(ids, roles, marks, modality)), tuple(self._annotations(ids, roles, modality))
 
     def _pieces(
         self, ids: Sequence[int], roles: np.ndarray, marks: Mapping[int, int], modality: Modality
@@ -127,15 +127,15 @@ class SequenceReader:
             if place < len(ids):
                 yield Piece(self._word(ids[place], modality), ROLES[roles[place]])
 
-    def _parts(self, ids: Sequence[int], roles: np.ndarray, modality: Modality) -> Iterator[Part]:
+    def _annotations(self, ids: Sequence[int], roles: np.ndarray, modality: Modality) -> Iterator[Annotation]:
         form = _FORMS.get(modality.transform) if modality.type == "seq" else None
         if form is None:
             return
         starts = [start for number, (start, word) in enumerate(self._words(ids)) if form.begins(number, word)]
         for start, end in itertools.pairwise([*starts, len(ids)]):
             own = tuple(ROLES[role] for role in (INPUT, TARGET) if role in roles[start:end])
-            for part in form.parts(self.read(modality, torch.tensor(ids[start:end]))):
-                yield part._replace(roles=own)
+            for annotation in form.annotations(self.read(modality, torch.tensor(ids[start:end]))):
+                yield annotation._replace(roles=own)
 
     def _words(self, ids: Sequence[int]) -> list[tuple[int, str]]:
         """Where each word begins, and its text."""
@@ -159,32 +159,32 @@ class _Form(NamedTuple):
     """How a text says things: which of its words, by number and text, begin one, and what becomes of the value read."""
 
     begins: Callable[[int, str], bool]
-    parts: Callable[[Any], list[Part]]
+    annotations: Callable[[Any], list[Annotation]]
 
 
 _FORMS: dict[str | None, _Form] = {
     "det": _Form(
         lambda number, word: word.startswith("v0="),
-        lambda boxes: [Part(box["class_name"], boxes=(tuple(box["boxes"]),)) for box in boxes],
+        lambda boxes: [Annotation(box["class_name"], boxes=(tuple(box["boxes"]),)) for box in boxes],
     ),
     "human_poses": _Form(
         lambda number, word: word == "human",
-        lambda people: [Part("human", boxes=(tuple(person["box"]),)) for person in people],
+        lambda people: [Annotation("human", boxes=(tuple(person["box"]),)) for person in people],
     ),
     "sam_instance": _Form(
         lambda number, word: word == "point",
         lambda points: [
-            Part(point=(x / 224, y / 224), boxes=tuple(tuple(polygon["box"]) for polygon in point["polygons"]))
+            Annotation(point=(x / 224, y / 224), boxes=tuple(tuple(polygon["box"]) for polygon in point["polygons"]))
             for point in points
             for y, x in [point["point"]]
         ],
     ),
     "color_palette": _Form(
         lambda number, word: number % 3 == 1,  # behind their number, three words each
-        lambda colors: [Part(color=tuple(color)) for color in colors],
+        lambda colors: [Annotation(color=tuple(color)) for color in colors],
     ),
     "metadata": _Form(
         lambda number, word: word.startswith("v1="),
-        lambda values: [Part(name.replace("_", " "), f"{value:.4g}") for name, value in values.items()],
+        lambda values: [Annotation(name.replace("_", " "), f"{value:.4g}") for name, value in values.items()],
     ),
 }

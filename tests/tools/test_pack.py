@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.pack import PackOptions, main, pack
 from fourm.data.raw_sample import OpenFiles
 from fourm.data.shards import Shards, tar_members
+from fourm.tools.pack import PackOptions, main, pack
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import sample, write_folders, write_shards, write_tar
 
@@ -73,7 +73,7 @@ def test_finished_files_are_kept_and_what_is_missing_is_made(folders, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_is_completed_by_the_same_command(folders, tmp_path):
     make("shards", folders, tmp_path / "whole", shard_size=1)
-    command = [sys.executable, "-m", "fourm.data.pack", "shards", str(folders), f"{tmp_path}/s", "--shard_size", "1"]
+    command = [sys.executable, "-m", "fourm.tools.pack", "shards", str(folders), f"{tmp_path}/s", "--shard_size", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
     while not list((tmp_path / "s").glob("*/*.tar")):
         assert process.poll() is None

@@ -15,9 +15,9 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.masking import Masked, UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
-from fourm.data.preview.sequences import INPUT, ROLES, TARGET, Part, Piece, Places, Reader, SequenceReader
 from fourm.data.raw_sample import BadSample, OpenFiles
 from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
+from fourm.tools.preview.sequences import INPUT, ROLES, TARGET, Annotation, Piece, Places, Reader, SequenceReader
 from fourm.utils.seeds import generator
 
 Painter = Callable[[Modality, torch.Tensor], np.ndarray | None]
@@ -32,14 +32,14 @@ class Shown:
         inputs, targets: how many tokens are.
         grid: 0 unused, 1 input, 2 target, (h, w); None for sequences and numbers.
         pieces: the tokens of a sequence in their order, with its sentinels.
-        parts: what they say, in pictures and numbers.
+        annotations: What they say, as boxes, points, colours and values.
     """
 
     inputs: int
     targets: int
     grid: np.ndarray | None = None
     pieces: tuple[Piece, ...] = ()
-    parts: tuple[Part, ...] = ()
+    annotations: tuple[Annotation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ def _shown(value: Any, entry: Masked, modality: Modality, masking: UnifiedMaskin
         transform = transforms_for({modality.name: modality})[modality.name]
         if isinstance(transform, ScalarTransform):
             roles = tuple(role for role, count in zip(ROLES[1:], counts, strict=True) if count)
-            return Shown(*counts, parts=(Part(value=f"{transform.decode(int(value.item())):.4g}", roles=roles),))
+            return Shown(
+                *counts, annotations=(Annotation(value=f"{transform.decode(int(value.item())):.4g}", roles=roles),)
+            )
         side = round(len(inputs) ** 0.5)
         width = side if side * side == len(inputs) else len(inputs)
         return Shown(*counts, grid=(inputs * INPUT + targets * TARGET).astype(np.uint8).reshape(-1, width))

@@ -15,8 +15,8 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
-from fourm.models.token_selection import Batch
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer, merge_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, NUM_SENTINELS, PAD_ID, sentinel, sentinel_id
@@ -25,7 +25,7 @@ ModalityInfo = Mapping[str, Mapping[str, Any]]
 
 
 def init_empty_target_modality(
-    mod_dict: Batch, modality_info: ModalityInfo, domain: str, batch_size: int, num_tokens: int, device: Any
+    mod_dict: ModDict, modality_info: ModalityInfo, domain: str, batch_size: int, num_tokens: int, device: Any
 ) -> dict[str, Any]:
     """The batch with ``domain`` as a target of which nothing is known.
 
@@ -49,7 +49,7 @@ def init_empty_target_modality(
 
 
 def init_full_input_modality(
-    mod_dict: Batch, modality_info: ModalityInfo, domain: str, device: Any, eos_id: int = EOS_ID
+    mod_dict: ModDict, modality_info: ModalityInfo, domain: str, device: Any, eos_id: int = EOS_ID
 ) -> dict[str, Any]:
     """The batch with all of ``domain`` as input: a sequence up to its first [EOS], or its last token that is no padding.
 
@@ -78,7 +78,7 @@ def init_full_input_modality(
 
 
 def custom_text(
-    sample: Batch,
+    sample: ModDict,
     input_text: str,
     eos_token: str,
     key: str,
@@ -107,7 +107,7 @@ def custom_text(
     return {**sample, key: _entry(tensor, _first(len(inputs), tensor), attention)}
 
 
-def emptied(mod_dict: Batch, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:
+def emptied(mod_dict: ModDict, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:
     """The batch with nothing told about ``domains``: what guidance leads away from (method section 8)."""
     return {**mod_dict, **{name: _emptied(mod_dict[name], modality_info[name], name) for name in domains}}
 

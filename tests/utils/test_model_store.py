@@ -9,9 +9,9 @@ import torch
 from fourm.generation import Sampler
 from fourm.models import FM
 from fourm.models.from_checkpoint import load_model
-from fourm.models.remote import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
 from fourm.train import export
 from fourm.utils.errors import UserError
+from fourm.utils.model_store import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
 from fourm.utils.s3 import S3Store
 from fourm.utils.transfer import DamagedObject
 from tests.data.object_store import BUCKET, RETRIES, ObjectStore, client, faulty

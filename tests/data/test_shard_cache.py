@@ -17,7 +17,7 @@ import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import OpenFiles
-from fourm.data.remote import RemoteOptions, ShardCache
+from fourm.data.shard_cache import RemoteOptions, ShardCache
 from fourm.data.shards import Shards
 from fourm.utils.errors import UserError
 from fourm.utils.files import locked
@@ -360,7 +360,7 @@ def test_an_empty_member_is_read_from_the_store(store, tmp_path):
 
 
 def test_a_disk_that_is_full_is_one_error(store, tmp_path, monkeypatch):
-    monkeypatch.setattr("fourm.data.remote.os.pwrite", lambda descriptor, data, position: len(data) - 1)
+    monkeypatch.setattr("fourm.data.shard_cache.os.pwrite", lambda descriptor, data, position: len(data) - 1)
     with pytest.raises(UserError, match=f"data_cache_dir {tmp_path}: No space left on device"):
         ShardCache(options(store.endpoint, tmp_path)).open(f"s3://{BUCKET}/rgb/shard-00000.tar")
     assert not list(tmp_path.glob("*.part"))

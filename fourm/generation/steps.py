@@ -19,12 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.data.collate import ModDict
+from fourm.generation.batch_entries import merged
+from fourm.generation.kv_cache import DecoderCache
+from fourm.generation.token_sampling import SampleNoise, TokenSampler
 from fourm.models.fm import FourM
-from fourm.models.generation_inputs import merged
-from fourm.models.kv_cache import DecoderCache
 from fourm.models.modality_embedding import Rows
-from fourm.models.token_sampling import SampleNoise, TokenSampler
-from fourm.models.token_selection import Batch, select_inputs
+from fourm.models.token_selection import select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID
 
 Entry = dict[str, Any]
@@ -38,7 +39,7 @@ class Conditions:
         conditions: weight and inputs of each.
     """
 
-    def __init__(self, model: FourM, conditions: Sequence[tuple[float, Batch]]):
+    def __init__(self, model: FourM, conditions: Sequence[tuple[float, ModDict]]):
         self.model = model
         modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
         embedded = [model.embed_encoder(batch, select_inputs(batch, modalities)) for _, batch in conditions]

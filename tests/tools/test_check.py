@@ -12,10 +12,10 @@ import pytest
 import yaml
 from PIL import Image
 
-from fourm.data.check import _start, main
 from fourm.data.data_config import load_data_config
-from fourm.data.inspection import Inspector, Part
 from fourm.data.raw_sample import Member
+from fourm.tools.check import _start, main
+from fourm.tools.inspection import DataSlice, Inspector
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
     CROPS,
@@ -213,19 +213,21 @@ def test_worker_processes_find_the_same(tmp_path, capsys):
 
 def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
     arguments = config(tmp_path, write_shards(tmp_path / "s", 2, 5))
-    module, script = [sys.executable, "-m", "fourm.data.check"], [sys.executable, "-m", "fourm", "check"]
-    runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in (module, script)]
-    assert runs[0].stdout == runs[1].stdout and [run.returncode for run in runs] == [0, 0]
+    commands = [
+        [sys.executable, "-m", *module] for module in (["fourm.tools.check"], ["fourm", "check"], ["fourm.data.check"])
+    ]
+    runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in commands]
+    assert runs[0].stdout == runs[1].stdout == runs[2].stdout and [run.returncode for run in runs] == [0, 0, 0]
     lines = runs[0].stdout.splitlines()
     assert lines[0] == "train toy: 10 samples read; all good"
     assert (
         lines[1].split() == ["modality", "keys", "missing", "files", "content"] and "an epoch: 10 samples" in lines[-1]
     )
     write_tar(tmp_path / "s" / "det" / "shard-00000.tar", [("00001.json", b"{"), ("00002.json", sample(2)["det"][1])])
-    run = subprocess.run([*module, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+    run = subprocess.run([*commands[0], *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert run.returncode == 1 and "3 missing: det" in run.stdout and "1 corrupt member: det" in run.stdout
     (tmp_path / "s" / "rgb").rename(tmp_path / "s" / "gone")
-    run = subprocess.run([*script, *arguments], capture_output=True, text=True, cwd=REPOSITORY)
+    run = subprocess.run([*commands[1], *arguments], capture_output=True, text=True, cwd=REPOSITORY)
     assert run.returncode == 2
     assert run.stderr.startswith("error: data_path ") and run.stderr.endswith("s/rgb/shard-00000.tar\n")
 
@@ -310,7 +312,7 @@ def test_problems_do_not_tell_signatures(tmp_path, monkeypatch):
     inspector = Inspector(dataset, text_tokenizer())
     member = Member(url, "json", 0, 9)
     monkeypatch.setattr(inspector, "_join", lambda _: ({"rgb@32": {"0": member}, "caption": {}}, []))
-    report = inspector.inspect(Part(url))
+    report = inspector.inspect(DataSlice(url))
     (problem,) = report.problems.values()
     assert problem.examples[0].startswith("https://host/") and "do-not-tell" not in str(problem)
 
@@ -319,7 +321,7 @@ def test_worker_processes_load_the_plugin(tmp_path, monkeypatch):
     (tmp_path / "own_plugin_of_check.py").write_text("LOADED = True\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
-    monkeypatch.setattr("fourm.data.check._inspector", None, raising=False)
+    monkeypatch.setattr("fourm.tools.check._inspector", None, raising=False)
     _start(lambda: sys.modules.pop("own_plugin_of_check").LOADED, "own_plugin_of_check")
 
 

@@ -7,16 +7,16 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 
 from fourm.data.modality_info import declare
+from fourm.generation.batch_entries import emptied
 from fourm.models.generate import (
     GenerationSampler,
     custom_text,
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
 from fourm.utils.errors import UserError
-from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, toy_model
+from tests.reference import generation as reference
 
 MODALITIES = {name: declare(name, fields) for name, fields in DECLARATIONS.items()}
 WORDS = ["[PAD]", "[UNK]", "[SOS]", "[EOS]", *(f"[S_{i}]" for i in range(6)), *(f"w{i}" for i in range(10, 50))]
@@ -97,14 +97,14 @@ def test_writing_ends_at_the_token_that_the_prompt_names(end):
     batch = full_pixels()
     for seed in range(5):
         prompt = custom_text(batch, "w10 [S_1] w11", end, "text", "cpu", TOKENIZER, target_max_len=11)
-        plan = [{"target_domain": "text", "scheme": "autoregressive", "num_tokens": None, "temperature": 30.0}]
-        out = GenerationSampler(model).generate(prompt, plan, text_tokenizer=TOKENIZER, seed=seed)["text"]
+        schedule = [{"target_domain": "text", "scheme": "autoregressive", "num_tokens": None, "temperature": 30.0}]
+        out = GenerationSampler(model).generate(prompt, schedule, text_tokenizer=TOKENIZER, seed=seed)["text"]
         ids = out["tensor"][~out["input_mask"]].tolist()
         assert ids[-1] == 11, "what follows the gap stays"
         assert TOKENIZER.token_to_id(end) not in ids[1:-2], "nothing is written after the end"
     expected = reference.write(model, [(1.0, batch)], "text", [10, 5, 11], 11, TOKENIZER.token_to_id(end))
-    plan[0]["temperature"] = 0.0
-    out = GenerationSampler(model).generate(prompt, plan, text_tokenizer=TOKENIZER)["text"]
+    schedule[0]["temperature"] = 0.0
+    out = GenerationSampler(model).generate(prompt, schedule, text_tokenizer=TOKENIZER)["text"]
     assert out["tensor"][~out["input_mask"]].tolist() == expected
 
 
@@ -131,6 +131,6 @@ def test_guidance_takes_everything_away():
 def test_inputs_longer_than_their_position_table():
     model = toy_model().eval()
     text = full("text", torch.full((1, 700), 9))
-    plan = [{"target_domain": "grid", "scheme": "roar", "num_tokens": 16, "temperature": 0.0}]
-    out = GenerationSampler(model).generate({"text": text}, plan, seed=0)
+    schedule = [{"target_domain": "grid", "scheme": "roar", "num_tokens": 16, "temperature": 0.0}]
+    out = GenerationSampler(model).generate({"text": text}, schedule, seed=0)
     assert not out["grid"]["input_mask"].any()

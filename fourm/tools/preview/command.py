@@ -1,8 +1,8 @@
 """A page with samples of a data YAML as training sees them, and with the token budgets that its alphas give.
 
-    python -m fourm.data.preview CONFIG --out page.html
+    python -m fourm.tools.preview CONFIG --out page.html
 
-Beside the page, which needs nothing else and has no scripts, a PNG of the same name is written.
+The page is one file without scripts; it needs nothing else.
 """
 
 from __future__ import annotations
@@ -18,13 +18,12 @@ from tokenizers import Tokenizer
 
 from fourm.data.modality_info import Modality
 from fourm.data.options import DataOptions
-from fourm.data.preview.page import BEGINNING, page
-from fourm.data.preview.samples import Painter, preview
-from fourm.data.preview.sequences import Reader
-from fourm.data.preview.sheet import sheet
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
-from fourm.utils.errors import PrintableFormatter, UserError, run_cli
+from fourm.tools.preview.page import BEGINNING, page
+from fourm.tools.preview.samples import Painter, preview
+from fourm.tools.preview.sequences import Reader
+from fourm.utils.errors import PrintableFormatter, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
@@ -36,7 +35,7 @@ from fourm.vq import load_tokenizer
 class PreviewOptions(DataOptions):
     """What to show, and where."""
 
-    out: AnyPath = option("the page to write, .html; a .png of the same name is written too", "preview.html")
+    out: AnyPath = option("the page to write, .html", "preview.html")
     split: Literal["train", "val"] = option("train or val", "train")
     datasets: tuple[str, ...] = option("names of the data sets (default: all of the split)", ())
     samples: int = option(
@@ -82,30 +81,25 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
     return {tokenizer.config.modality: tokenizer for tokenizer in found}
 
 
-def _check_output(page: Path, picture: Path) -> None:
-    """See, before anything is read, whether both may be written.
+def _check_output(path: Path) -> None:
+    """Check, before anything is read, that the page may be written to ``path``.
 
     Raises:
-        UserError: something else than an earlier preview is there, or they cannot be written.
+        UserError: A file that is not an earlier preview is there, or the page cannot be written.
     """
-    own = False
-    for path in (page, picture):
-        check_file(path)
-        if path == page and path.exists():
-            own = path.read_bytes().startswith(BEGINNING.encode())
-        if path.exists() and not own:
-            raise UserError(f"out: {path} is there and is no preview: choose another name, or remove it")
+    check_file(path)
+    if path.exists() and not path.read_bytes().startswith(BEGINNING.encode()):
+        raise UserError(f"out: {path} is there and is no preview: choose another name, or remove it")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Write page and PNG."""
+    """Write the page."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
     handler = logging.StreamHandler()
     handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     out = Path(options.out)
-    picture = out.with_suffix(".png")
-    _check_output(out, picture)
+    _check_output(out)
     config = options.load_data()
     known = config.train if options.split == "train" else config.val
     for name in options.datasets:
@@ -121,14 +115,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, dataset in known.items()
         if name in options.datasets or not options.datasets
     ]  # fmt: skip
-    title = Path(options.data_config).name
     with atomic_path(out) as path:
-        path.write_text(page(title, previews), encoding="utf-8")
-    with atomic_path(picture) as path:
-        sheet(title, previews).save(path, optimize=True)
-    print(f"{out} and {picture}")
+        path.write_text(page(Path(options.data_config).name, previews), encoding="utf-8")
+    print(out)
     return 0
-
-
-if __name__ == "__main__":
-    run_cli(main)

@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 
 from fourm.data.modality_info import MODALITY_INFO, as_modality
-from fourm.models.token_sampling import LOWEST_TEMPERATURE
+from fourm.generation.token_sampling import LOWEST_TEMPERATURE
 from fourm.utils.config import Range
 from fourm.utils.errors import UserError, did_you_mean
 
-Schedule = Sequence[Mapping[str, Any]]
+GenerationSchedule = Sequence[Mapping[str, Any]]
 """Steps with target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains."""
 
 IMAGE_SCHEMES, SEQUENCE_SCHEMES = ("maskgit", "roar"), ("autoregressive",)
@@ -164,7 +164,10 @@ def _token_schedule(target: str, name: str, steps: int, tokens: int) -> list[int
 
 
 def check_schedule(
-    schedule: Schedule, modality_info: Mapping[str, Mapping[str, Any]], where: str = "schedule", multi: bool = False
+    schedule: GenerationSchedule,
+    modality_info: Mapping[str, Mapping[str, Any]],
+    where: str = "schedule",
+    multi: bool = False,
 ) -> None:
     """See that a schedule can be followed.
 

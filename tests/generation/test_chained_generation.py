@@ -9,17 +9,17 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from fourm.generation.batch_entries import emptied
+from fourm.generation.token_sampling import TokenSampler
 from fourm.models.generate import (
     GenerationSampler,
     build_chained_generation_schedules,
     init_empty_target_modality,
     init_full_input_modality,
 )
-from fourm.models.generation_inputs import emptied
-from fourm.models.token_sampling import TokenSampler
 from fourm.utils.errors import DataError, UserError
-from tests.models import reference_generation as reference
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
+from tests.reference import generation as reference
 
 S1, S2, EOS = 5, 6, 3
 ROOM = 11
@@ -37,8 +37,8 @@ def model(request):
     return model
 
 
-def generate(model, batch, plan, **options):
-    return GenerationSampler(model).generate(batch, plan, text_tokenizer=TOKENIZER, **options)
+def generate(model, batch, schedule, **options):
+    return GenerationSampler(model).generate(batch, schedule, text_tokenizer=TOKENIZER, **options)
 
 
 def inputs(model, batch_size=4, seed=0):
@@ -65,7 +65,7 @@ def with_target(model, batch, target, tokens):
     return init_empty_target_modality(batch, model.modality_info, target, size, tokens, "cpu")
 
 
-def schedule(model, targets, schemes, tokens, steps, scales=1.0, temperature=0.0, cond=("pixels",), **options):
+def make_schedule(model, targets, schemes, tokens, steps, scales=1.0, temperature=0.0, cond=("pixels",), **options):
     n = len(targets)
     return build_chained_generation_schedules(
         cond, targets, tokens, schemes, steps, ["linear"] * n, [temperature] * n, ["constant"] * n,
@@ -86,7 +86,7 @@ def conditions(model, batch, scale, domains=("pixels",)):
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 def test_captions_are_those_of_the_plain_method(model, scale):
     batch = with_target(model, inputs(model), "text", ROOM + 1)
-    steps = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], scale)
+    steps = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], scale)
     out = generate(model, batch, steps, seed=0)
     for b in range(4):
         expected = reference.write(model, conditions(model, one(inputs(model), b), scale), "text", [S1], ROOM, S2)
@@ -98,9 +98,9 @@ def test_captions_are_those_of_the_plain_method(model, scale):
 @pytest.mark.parametrize(("scheme", "steps"), [("maskgit", 1), ("maskgit", 3), ("roar", 1), ("roar", 5)])
 def test_images_are_those_of_the_plain_method(model, scheme, steps, scale):
     batch = with_target(model, inputs(model), "grid", 16)
-    plan = schedule(model, ["grid"], [scheme], [16], [steps], scale)
-    out = generate(model, batch, plan, seed=7)
-    counts = [step["num_tokens"] for step in plan]
+    schedule = make_schedule(model, ["grid"], [scheme], [16], [steps], scale)
+    out = generate(model, batch, schedule, seed=7)
+    counts = [step["num_tokens"] for step in schedule]
     for b in range(4):
         expected = reference.paint(
             model, conditions(model, one(inputs(model), b), scale), "grid", counts, 7 + b, scheme
@@ -118,8 +118,8 @@ def with_text(model, batch, ids=(20, 21, 22, EOS)):
 @pytest.mark.parametrize("domains", [("text",), ("vectors", "codes"), ("pixels", "text", "vectors")])
 def test_guidance_empties_every_kind_of_modality(model, domains):
     batch = with_text(model, inputs(model, 2))
-    plan = schedule(model, ["grid"], ["roar"], [16], [2], 2.5, cond=domains)
-    out = generate(model, with_target(model, batch, "grid", 16), plan, seed=1)
+    schedule = make_schedule(model, ["grid"], ["roar"], [16], [2], 2.5, cond=domains)
+    out = generate(model, with_target(model, batch, "grid", 16), schedule, seed=1)
     for b in range(2):
         pairs = conditions(model, one(batch, b), 2.5, domains)
         assert (
@@ -130,7 +130,7 @@ def test_guidance_empties_every_kind_of_modality(model, domains):
 @pytest.mark.parametrize(("target", "scheme"), [("grid", "roar"), ("grid", "maskgit"), ("text", "autoregressive")])
 def test_several_weighted_conditions_are_the_published_sum(model, target, scheme):
     weights, tokens = [2.0, -0.7], {"grid": 16, "text": ROOM}[target]
-    steps = schedule(model, [target], [scheme], [tokens], [4], weights)
+    steps = make_schedule(model, [target], [scheme], [tokens], [4], weights)
     batch = inputs(model, 2)
     for b in range(2):
         emptied = [("pixels", "vectors"), ("vectors",), ("pixels",)]
@@ -155,7 +155,7 @@ def test_spans_are_written_into_their_places(model):
     for row, entry in zip(rows, entries, strict=True):
         entry["input_mask"][0, len(row) :] = True
     entry = {key: torch.cat([entry[key] for entry in entries]) for key in entries[0]}
-    out = generate(model, {**batch, "text": entry}, schedule(
+    out = generate(model, {**batch, "text": entry}, make_schedule(
         model, ["text"], ["autoregressive"], [ROOM], [1]), seed=0)  # fmt: skip
     for b, row in enumerate(rows):
         end = [S2 + 1, S2, S2][b]
@@ -165,12 +165,12 @@ def test_spans_are_written_into_their_places(model):
 
 def test_every_sample_ends_at_the_token_that_its_own_row_names(model):
     batch = with_target(model, inputs(model), "text", ROOM + 1)
-    plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=30.0)
-    free = [valid(generate(model, batch, plan, seed=0)["text"], b) for b in range(4)]
+    schedule = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=30.0)
+    free = [valid(generate(model, batch, schedule, seed=0)["text"], b) for b in range(4)]
     ends = [ids[1] for ids in free]
     assert len(set(ends)) == 4
     batch["text"]["tensor"][:, -1] = torch.tensor(ends)
-    out = generate(model, batch, plan, seed=0)["text"]
+    out = generate(model, batch, schedule, seed=0)["text"]
     assert [valid(out, b) for b in range(4)] == [ids[: ids.index(end) + 1] for ids, end in zip(free, ends, strict=True)]
 
 
@@ -185,10 +185,10 @@ def same(a, b):
 
 
 def test_a_sample_does_not_depend_on_its_batch(model):
-    batch, plan, seeds = inputs(model), schedule(model, **CHAIN), [3, 1, 4, 1]
-    together = generate(model, batch, plan, top_p=0.95, seed=seeds)
+    batch, schedule, seeds = inputs(model), make_schedule(model, **CHAIN), [3, 1, 4, 1]
+    together = generate(model, batch, schedule, top_p=0.95, seed=seeds)
     for b in range(4):
-        alone = generate(model, one(batch, b), plan, top_p=0.95, seed=seeds[b])
+        alone = generate(model, one(batch, b), schedule, top_p=0.95, seed=seeds[b])
         for target in CHAIN["targets"]:
             assert valid(together[target], b) == valid(alone[target])
     lengths = {len(valid(together["text"], b)) for b in range(4)}
@@ -196,33 +196,36 @@ def test_a_sample_does_not_depend_on_its_batch(model):
 
 
 def test_seeds_reproduce_and_generators_do_too(model):
-    batch, plan = inputs(model), schedule(model, **CHAIN)
+    batch, schedule = inputs(model), make_schedule(model, **CHAIN)
     generators = (torch.Generator().manual_seed(2) for _ in range(2))
-    first, again = (generate(model, batch, plan, seed=generator) for generator in generators)
+    first, again = (generate(model, batch, schedule, seed=generator) for generator in generators)
     assert same(first, again)
-    assert not same(first, generate(model, batch, plan, seed=0))
+    assert not same(first, generate(model, batch, schedule, seed=0))
     assert not torch.equal(
-        generate(model, batch, plan)["grid"]["tensor"], generate(model, batch, plan)["grid"]["tensor"]
+        generate(model, batch, schedule)["grid"]["tensor"], generate(model, batch, schedule)["grid"]["tensor"]
     )
 
 
 def test_steps_are_snapshots_and_the_input_stays_as_it_is(model):
     batch = with_target(model, inputs(model), "text", ROOM + 1)
     before = {name: {k: value.clone() for k, value in entry.items()} for name, entry in batch.items()}
-    plan, sampler = schedule(model, **CHAIN), GenerationSampler(model)
+    schedule, sampler = make_schedule(model, **CHAIN), GenerationSampler(model)
     known = [
         (~step["grid"]["input_mask"]).sum().item()
-        for step in list(sampler.generate_iter(batch, plan, text_tokenizer=TOKENIZER, seed=0))
+        for step in list(sampler.generate_iter(batch, schedule, text_tokenizer=TOKENIZER, seed=0))
     ]
     assert known == [4 * n for n in (6, 11, 16, 16, 16, 16)]
     assert same(batch, before)
-    *_, last = sampler.generate_iter(batch, plan, text_tokenizer=TOKENIZER, seed=0)
-    assert same(last, generate(model, batch, plan, seed=0))
+    *_, last = sampler.generate_iter(batch, schedule, text_tokenizer=TOKENIZER, seed=0)
+    assert same(last, generate(model, batch, schedule, seed=0))
     last["grid"]["tensor"][0, 0] = 1  # an ordinary tensor
 
 
 def test_targets_may_take_turns(model):
-    grid, other = schedule(model, ["grid"], ["roar"], [16], [2]), schedule(model, ["global"], ["maskgit"], [4], [1])
+    grid, other = (
+        make_schedule(model, ["grid"], ["roar"], [16], [2]),
+        make_schedule(model, ["global"], ["maskgit"], [4], [1]),
+    )
     out = generate(model, inputs(model), [grid[0], *other, grid[1]], seed=0)
     in_a_row = generate(model, inputs(model), grid, seed=0)
     assert not out["grid"]["input_mask"].any() and not out["global"]["input_mask"].any()
@@ -243,8 +246,8 @@ def test_every_target_of_a_chain_has_fresh_randomness():
     model = toy_model(**names).eval()
     for name in ("grid", "again"):
         torch.nn.init.zeros_(model.decoder_embeddings[name].to_logits.weight)  # every token is as likely
-    plan = schedule(model, ["grid", "again"], ["roar"] * 2, [16] * 2, [2] * 2, temperature=1.0)
-    out = generate(model, inputs(model), plan, seed=0)
+    schedule = make_schedule(model, ["grid", "again"], ["roar"] * 2, [16] * 2, [2] * 2, temperature=1.0)
+    out = generate(model, inputs(model), schedule, seed=0)
     assert (out["grid"]["tensor"] != out["again"]["tensor"]).float().mean() > 0.8
     assert len(out["grid"]["tensor"].unique()) > 20
 
@@ -255,7 +258,7 @@ def test_only_targets_of_a_partly_known_image_change(model, scheme):
     known = torch.arange(16) < torch.tensor([[0], [5], [12], [16]])
     ids = torch.arange(16, dtype=torch.int16).view(4, 4).expand(4, 4, 4)
     batch["grid"] = {"tensor": ids, "input_mask": ~known, "target_mask": known}
-    out = generate(model, batch, schedule(model, ["grid"], [scheme], [16], [4]), seed=0)["grid"]
+    out = generate(model, batch, make_schedule(model, ["grid"], [scheme], [16], [4]), seed=0)["grid"]
     assert out["tensor"].shape == (4, 4, 4)
     assert (out["tensor"] == ids).flatten(1)[known].all()
     assert not (out["tensor"] == ids).flatten(1)[~known].all()
@@ -266,8 +269,8 @@ def test_a_row_with_more_room_than_the_model_has_positions():
     model = toy_model().eval()
     model.decoder_embeddings["text"].to_logits.weight.data[:10] = 0  # neither sentinel nor end
     batch = with_target(model, inputs(model, 2), "text", 40)
-    plan = [{**schedule(model, ["text"], ["autoregressive"], [12], [1])[0], "num_tokens": None}]
-    out = generate(model, batch, plan, seed=0)
+    schedule = [{**make_schedule(model, ["text"], ["autoregressive"], [12], [1])[0], "num_tokens": None}]
+    out = generate(model, batch, schedule, seed=0)
     assert max(len(valid(out["text"], b)) for b in range(2)) == 12
 
 
@@ -286,16 +289,16 @@ def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
         ),
     ]
     try:
-        plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], 2.0, temperature=2.0)
+        schedule = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], 2.0, temperature=2.0)
         rooms = torch.tensor([[4], [6], [6], [11]])
         batch = with_target(model, inputs(model), "text", ROOM + 1)
         batch["text"]["target_mask"] = (torch.arange(ROOM + 1) < 1) | (torch.arange(ROOM + 1) > rooms)
-        generate(model, batch, plan, seed=0)
+        generate(model, batch, schedule, seed=0)
         assert (calls["cross"], calls["embedded"], calls["encoded"]) == (1, 2, 1)
         alive = [(rooms > index).sum().item() for index in range(1, ROOM)]
         assert calls["decoded"] == [(2 * count, 1) for count in alive], "two conditions; what has ended leaves"
         calls.update(embedded=0, encoded=0, decoded=[])
-        generate(model, inputs(model), schedule(model, ["grid"], ["roar"], [16], [4], 2.0), seed=0)
+        generate(model, inputs(model), make_schedule(model, ["grid"], ["roar"], [16], [4], 2.0), seed=0)
         assert (calls["embedded"], calls["encoded"], calls["decoded"]) == (2, 4, [(8, 4)] * 4)
     finally:
         for hook in hooks:
@@ -304,23 +307,26 @@ def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
 
 def test_a_model_in_training_generates_without_its_noise_and_goes_on_training():
     model = toy_model(drop_path_rate_encoder=0.9, drop_path_rate_decoder=0.9)
-    plan, batch = schedule(model, ["grid", "text"], ["maskgit", "autoregressive"], [16, ROOM], [2, 1]), inputs(model)
-    out = GenerationSampler(model.train()).generate(batch, plan, seed=0)
+    schedule, batch = (
+        make_schedule(model, ["grid", "text"], ["maskgit", "autoregressive"], [16, ROOM], [2, 1]),
+        inputs(model),
+    )
+    out = GenerationSampler(model.train()).generate(batch, schedule, seed=0)
     assert model.training and model.decoder[0].training
-    assert same(out, GenerationSampler(model.eval()).generate(batch, plan, seed=0))
+    assert same(out, GenerationSampler(model.eval()).generate(batch, schedule, seed=0))
 
 
 def test_half_precision_generates_nearly_the_same(model):
-    batch, plan = inputs(model), schedule(model, ["grid"], ["roar"], [16], [4])
-    full, half = (GenerationSampler(model, dtype).generate(batch, plan, seed=0) for dtype in (None, torch.bfloat16))
+    batch, schedule = inputs(model), make_schedule(model, ["grid"], ["roar"], [16], [4])
+    full, half = (GenerationSampler(model, dtype).generate(batch, schedule, seed=0) for dtype in (None, torch.bfloat16))
     assert (full["grid"]["tensor"] == half["grid"]["tensor"]).float().mean() > 0.7
 
 
 def test_a_target_that_cannot_be_an_input():
     declared = {"domains_in": ["pixels", "vectors", "codes"], "domains_out": ["grid"]}
     model = toy_model(**declared).eval()
-    plan = schedule(model, ["grid"], ["maskgit"], [16], [3])
-    out = generate(model, inputs(model), plan, seed=0)
+    schedule = make_schedule(model, ["grid"], ["maskgit"], [16], [3])
+    out = generate(model, inputs(model), schedule, seed=0)
     assert not out["grid"]["input_mask"].any()
 
 
@@ -336,20 +342,20 @@ def test_a_target_that_cannot_be_an_input():
     ],
 )
 def test_a_schedule_that_cannot_be_followed_is_one_clear_error(model, change, message):
-    steps = [{**schedule(model, ["text"], ["autoregressive"], [ROOM], [1])[0], **change}]
+    steps = [{**make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1])[0], **change}]
     with pytest.raises(UserError, match=message):
         GenerationSampler(model).generate_iter(inputs(model), steps)
 
 
 def test_codes_without_sentinels_cannot_be_written():
     model = toy_model(modalities=DECLARATIONS).eval()
-    plan = schedule(model, ["codes"], ["autoregressive"], [5], [1])
+    schedule = make_schedule(model, ["codes"], ["autoregressive"], [5], [1])
     with pytest.raises(UserError, match="codes: its codes leave no room for sentinels"):
-        generate(model, inputs(model), plan)
+        generate(model, inputs(model), schedule)
 
 
 def test_inputs_that_do_not_fit_are_one_clear_error(model):
-    plan, sampler = schedule(model, ["grid"], ["roar"], [16], [1]), GenerationSampler(model)
+    schedule, sampler = make_schedule(model, ["grid"], ["roar"], [16], [1]), GenerationSampler(model)
     batch = inputs(model)
     for wrong, message in (
         ({}, "at least one"),
@@ -358,20 +364,20 @@ def test_inputs_that_do_not_fit_are_one_clear_error(model):
         (with_target(model, batch, "grid", 15), "grid: the batch has 15 tokens, the model 16 positions"),
     ):
         with pytest.raises(UserError, match=message):
-            sampler.generate(wrong, plan)
+            sampler.generate(wrong, schedule)
     with pytest.raises(UserError, match="cond_dicts is empty"):
-        sampler.generate_multi_guided(batch, [], plan)
+        sampler.generate_multi_guided(batch, [], schedule)
 
 
 def test_dense_answers_become_one_sequence(model):
     batch = with_target(model, inputs(model, 1), "text", ROOM + 1)
-    plan = schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=1.0)
+    schedule = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], temperature=1.0)
     sampler = GenerationSampler(model)
-    dense = sampler.generate_sam_dense(batch, plan, TOKENIZER, batch_size=3, key="text", seed=5)
-    answers = [valid(generate(model, batch, plan, seed=5 + i)["text"]) for i in range(3)]
+    dense = sampler.generate_sam_dense(batch, schedule, TOKENIZER, batch_size=3, key="text", seed=5)
+    answers = [valid(generate(model, batch, schedule, seed=5 + i)["text"]) for i in range(3)]
     assert valid(dense["text"]) == [token for answer in answers for token in answer if token != EOS] + [EOS]
     rows = {key: value.repeat(3, 1) for key, value in batch["text"].items()}
-    chunks = sampler.generate_sam_dense({**batch, "text": rows}, plan, TOKENIZER, batch_size=2, key="text", seed=5)
+    chunks = sampler.generate_sam_dense({**batch, "text": rows}, schedule, TOKENIZER, batch_size=2, key="text", seed=5)
     assert same(dense, chunks)
 
 
@@ -382,7 +388,7 @@ def test_compiled_blocks_generate_the_same_whatever_the_lengths():
     twin.compile_blocks(dynamic=True, backend=compiled)
     for size in (2, 3):
         batch = inputs(model, size)
-        steps = schedule(model, ["grid", "text"], ["roar", "autoregressive"], [16, ROOM], [3, 1], 2.0)
+        steps = make_schedule(model, ["grid", "text"], ["roar", "autoregressive"], [16, ROOM], [3, 1], 2.0)
         expected, found = (generate(m, batch, steps, seed=0) for m in (model, twin))
         for target in ("grid", "text"):
             assert torch.equal(found[target]["tensor"], expected[target]["tensor"])
@@ -416,10 +422,12 @@ def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, 
             for b in (pixels, *others)
         )  # fmt: skip
         sampler = GenerationSampler(one_of_them)
-        plans = [schedule(model, [target], [scheme], [tokens], [3], scale, 0.5) for scale in (1.0, 2.0, [2.0, -1.0])]
+        schedules = [
+            make_schedule(model, [target], [scheme], [tokens], [3], scale, 0.5) for scale in (1.0, 2.0, [2.0, -1.0])
+        ]
         options = {"text_tokenizer": TOKENIZER, "seed": 1, **limits}
-        results = [sampler.generate(batch, plan, **options) for plan in plans[:2]]
-        results.append(sampler.generate_multi_guided(batch, conditions, plans[2], **options))
+        results = [sampler.generate(batch, schedule, **options) for schedule in schedules[:2]]
+        results.append(sampler.generate_multi_guided(batch, conditions, schedules[2], **options))
         found[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
     assert (found["cast"] == found["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
 
@@ -438,4 +446,4 @@ def test_whole_numbers_are_no_normalised_pixels(model):
     batch = inputs(model)
     batch["pixels"]["tensor"] = torch.zeros(4, 3, 16, 16, dtype=torch.uint8)
     with pytest.raises(DataError, match=r"an image of type torch.uint8 reached the model; it takes normalised"):
-        generate(model, with_target(model, batch, "grid", 16), schedule(model, ["grid"], ["roar"], [16], [2]))
+        generate(model, with_target(model, batch, "grid", 16), make_schedule(model, ["grid"], ["roar"], [16], [2]))

@@ -10,8 +10,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
-from fourm.data.preview.samples import Component, Example, Preview, Shown
-from fourm.data.preview.sequences import Part, Piece
+from fourm.tools.preview.samples import Component, Example, Preview, Shown
+from fourm.tools.preview.sequences import Annotation, Piece
 from fourm.utils.transfer import shown as without_secrets
 
 INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"
@@ -93,10 +93,10 @@ def page(title: str, previews: Sequence[Preview]) -> str:
 
 def data_uri(picture: np.ndarray) -> str:
     """Small pictures without loss, larger ones as JPEG."""
-    kind, options = ("PNG", {}) if min(picture.shape[:2]) <= 64 else ("JPEG", {"quality": 90})
+    image_format, options = ("PNG", {}) if min(picture.shape[:2]) <= 64 else ("JPEG", {"quality": 90})
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, kind, **options)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    Image.fromarray(picture).save(buffer, image_format, **options)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _sharp(picture: np.ndarray) -> str:
@@ -154,52 +154,52 @@ def _tile(name: str, shown: Shown, picture: str) -> str:
     if shown.grid is not None:
         return f"<figure>{caption}{frame}{overlay(shown.grid)}</div></figure>"
     words = f'<div class="words">{_words(shown.pieces)}</div>' if shown.pieces else ""
-    if any(part.boxes or part.point for part in shown.parts):
-        return f'<figure class="wide">{caption}<div class="beside">{frame}{_boxes(shown.parts)}</div>{words}</div></figure>'
-    values = _values(shown.parts)
-    return f'<figure class="{"wide" if values else "text"}">{caption}{_swatches(shown.parts)}{values}{words}</figure>'
+    if any(annotation.boxes or annotation.point for annotation in shown.annotations):
+        return f'<figure class="wide">{caption}<div class="beside">{frame}{_boxes(shown.annotations)}</div>{words}</div></figure>'
+    values = _values(shown.annotations)
+    return f'<figure class="{"wide" if values else "text"}">{caption}{_swatches(shown.annotations)}{values}{words}</figure>'
 
 
-def outlines(part: Part) -> list[str]:
-    """The colours of a part's outlines: one for each role that its tokens have."""
-    return [{"input": INPUT, "target": TARGET}[role] for role in part.roles] or [NEITHER]
+def outlines(annotation: Annotation) -> list[str]:
+    """The colours of an annotation's outlines: one for each role that its tokens have."""
+    return [{"input": INPUT, "target": TARGET}[role] for role in annotation.roles] or [NEITHER]
 
 
-def _boxes(parts: Sequence[Part]) -> str:
+def _boxes(annotations: Sequence[Annotation]) -> str:
     """Boxes and points on the faded picture, with one outline inside the other where some tokens are input and some target."""
     drawn = ['<rect width="100" height="100" fill="#fff" fill-opacity=".35"/>']
-    for part in parts:
-        for xmin, ymin, xmax, ymax in part.boxes:
-            for i, color in enumerate(outlines(part)):
+    for annotation in annotations:
+        for xmin, ymin, xmax, ymax in annotation.boxes:
+            for i, color in enumerate(outlines(annotation)):
                 x, y, width, height = 100 * xmin + 2 * i, 100 * ymin + 2 * i, 100 * (xmax - xmin), 100 * (ymax - ymin)
                 size = f'width="{max(width - 4 * i, 0):.1f}" height="{max(height - 4 * i, 0):.1f}"'
                 drawn.append(f'<rect x="{x:.1f}" y="{y:.1f}" {size} fill="none" stroke="{color}" stroke-width="2"/>')
             drawn.append(
-                f'<text x="{100 * xmin + 3:.1f}" y="{100 * ymin + 9:.1f}" fill="{outlines(part)[-1]}">{escape(part.label)}</text>'
+                f'<text x="{100 * xmin + 3:.1f}" y="{100 * ymin + 9:.1f}" fill="{outlines(annotation)[-1]}">{escape(annotation.label)}</text>'
             )
-        if part.point:
-            x, y = part.point
+        if annotation.point:
+            x, y = annotation.point
             drawn += [
                 f'<circle cx="{100 * x:.1f}" cy="{100 * y:.1f}" r="{3 - 1.5 * i}" fill="{color}"/>'
-                for i, color in enumerate(outlines(part))
+                for i, color in enumerate(outlines(annotation))
             ]
     return f'<svg class="boxes" viewBox="0 0 100 100" preserveAspectRatio="none">{"".join(drawn)}</svg>'
 
 
-def _swatches(parts: Sequence[Part]) -> str:
+def _swatches(annotations: Sequence[Annotation]) -> str:
     found = []
-    for part in parts:
-        if part.color:
-            rings = [f"0 0 0 {2 + 2 * i}px {color}" for i, color in enumerate(outlines(part))]
-            found.append(f'<i style="background: rgb{part.color}; box-shadow: {", ".join(rings)}"></i>')
+    for annotation in annotations:
+        if annotation.color:
+            rings = [f"0 0 0 {2 + 2 * i}px {color}" for i, color in enumerate(outlines(annotation))]
+            found.append(f'<i style="background: rgb{annotation.color}; box-shadow: {", ".join(rings)}"></i>')
     return f'<div class="swatches">{"".join(found)}</div>' if found else ""
 
 
-def _values(parts: Sequence[Part]) -> str:
+def _values(annotations: Sequence[Annotation]) -> str:
     lines = [
-        f'<div class="{" ".join(part.roles) or "unused"}"><span>{escape(part.label)}</span><span class="n">{part.value}</span></div>'
-        for part in parts
-        if part.value
+        f'<div class="{" ".join(annotation.roles) or "unused"}"><span>{escape(annotation.label)}</span><span class="n">{annotation.value}</span></div>'
+        for annotation in annotations
+        if annotation.value
     ]
     return f'<div class="values">{"".join(lines)}</div>' if lines else ""
 

@@ -1,7 +1,7 @@
-"""What a data set holds and what is wrong with it: parts are read on their own, and their reports add up.
+"""What a data set holds and what is wrong with it: slices are read one by one, and their reports add up.
 
-A *part* is one shard with all its modalities, a file of records, or a slice of the keys of folders. A run would skip a bad
-sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
+A :class:`DataSlice` is one shard with all its modalities, a file of records, or some of the keys of folders. A run would skip
+a bad sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
 """Kinds of problems, beside the reasons of :class:`BadSample`."""
 
 _EXAMPLES = 3
-_SLICE = 64  # keys of folders that are one part
+_SLICE = 64  # keys of folders that are one slice
 
 
 class _Sum:
@@ -101,7 +101,7 @@ class Report(_Sum):
     """What was found.
 
     Attributes:
-        parts: looked at; slices of one folder count as one.
+        shards: Shards or files that were looked at; folders count as one.
         keys: in any modality. ``complete``: in all of them.
         present: modality → keys that it has.
         samples: read. ``bad``: of these, with problems.
@@ -110,7 +110,7 @@ class Report(_Sum):
         tokens: ``input`` and ``target``, that the samples gave with drawn budgets.
     """
 
-    parts: int = 0
+    shards: int = 0
     keys: int = 0
     complete: int = 0
     present: Counter[str] = field(default_factory=Counter)
@@ -125,17 +125,17 @@ class Report(_Sum):
         self.add(Report(problems={(modality, kind, re.sub(r"\d[\d.]*", "N", what)): problem}))
 
 
-class Part(NamedTuple):
-    """A shard, a file, or every ``slices``-th key of folders from the ``start``-th on.
+class DataSlice(NamedTuple):
+    """A shard, a file, or every ``step``-th key of folders from the ``start``-th on.
 
     Attributes:
-        most: samples to read of it, at random; None = all.
+        max_samples: How many samples to read, chosen at random; None = all.
     """
 
     data_path: str
     start: int = 0
-    slices: int = 1
-    most: int | None = None
+    step: int = 1
+    max_samples: int | None = None
 
 
 _Join: TypeAlias = tuple[dict[str, dict[str, Member]], list[tuple[str, str]]]
@@ -153,8 +153,10 @@ class _Warnings(BadSampleLedger):
         self.messages.append(message)
 
 
-def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: int = 32) -> tuple[list[Part], int]:
-    """The parts to look at, and the number of shards that there are (of folders: 1).
+def choose_slices(
+    dataset: DatasetConfig, most_samples: int | None, most_shards: int = 32
+) -> tuple[list[DataSlice], int]:
+    """The slices to look at, and the number of shards that there are (of folders: 1).
 
     Args:
         most_samples: to read; None = all samples of all shards, else of shards spread evenly over all, and at random.
@@ -167,12 +169,12 @@ def plan_parts(dataset: DatasetConfig, most_samples: int | None, most_shards: in
         count = len(paths) if most_samples is None else max(min(most_shards, most_samples, len(paths)), 1)
         chosen = [paths[i * len(paths) // count] for i in range(count)]
         share = None if most_samples is None else math.ceil(most_samples / count)
-        return [Part(path, most=share) for path in chosen], len(paths)
+        return [DataSlice(path, max_samples=share) for path in chosen], len(paths)
     ledger = _Warnings()
     total = len(_open(dataset, dataset.data_path, wanted_names(dataset.modalities), ledger).all(ledger))
     slices = math.ceil(min(total, most_samples or total) / _SLICE)
     share = None if most_samples is None else math.ceil(min(total, most_samples) / slices)
-    return [Part(dataset.data_path, index, slices, share) for index in range(slices)], 1
+    return [DataSlice(dataset.data_path, index, slices, share) for index in range(slices)], 1
 
 
 def _shard_paths(dataset: DatasetConfig) -> list[str]:
@@ -185,14 +187,14 @@ def _shard_paths(dataset: DatasetConfig) -> list[str]:
 
 def _files_of_records(dataset: DatasetConfig) -> list[str]:
     paths = local_files(dataset.data_path)
-    assert paths is not None, "what is on the hub has no parts"
+    assert paths is not None, "what is on the hub has no slices"
     if not any(Path(path).is_file() for path in paths):
         raise UserError(f"data_path {dataset.data_path}: there is no {paths[0]}")
     return paths
 
 
 def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
-    """The ``wanted`` modalities (and their usual folders) of one part of a data set."""
+    """The ``wanted`` modalities (and their usual folders) of one slice of a data set."""
     place = (data_path, wanted, dataset.modality_name_map)
     if not dataset.use_wds:
         return Folders(*place, ledger)
@@ -201,7 +203,7 @@ def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], led
 
 
 class Inspector:
-    """Reads parts of a data set.
+    """Reads slices of a data set.
 
     Args:
         text_tokenizer: the vocabulary or its path.
@@ -219,25 +221,28 @@ class Inspector:
         transforms = transforms_for(dataset.modalities)
         self._presence = presence(dataset.missing, dataset.modalities, transforms, dataset.main_augment_domain)
         self._files = OpenFiles()
-        self._joined: tuple[str, _Join] = "", ({}, [])  # the latest part: slices of folders follow each other
+        # Of the latest shard or folder only: the slices of a folder follow each other.
+        self._joined: tuple[str, _Join] = "", ({}, [])
 
-    def inspect(self, part: Part) -> Report:
-        """Join a part by key and read its samples, or read a file of records."""
-        return self._inspect_records(part) if self._dataset.type == "huggingface" else self._inspect_members(part)
+    def inspect(self, data_slice: DataSlice) -> Report:
+        """Join a slice by key and read its samples, or read a file of records."""
+        if self._dataset.type == "huggingface":
+            return self._inspect_records(data_slice)
+        return self._inspect_members(data_slice)
 
-    def _inspect_records(self, part: Part) -> Report:
+    def _inspect_records(self, data_slice: DataSlice) -> Report:
         """All lines are counted; those to read are drawn as they go by, for a file may be large."""
-        modalities, report, rng = self._dataset.modalities, Report(1), generator("check", part.data_path)
+        modalities, report, rng = self._dataset.modalities, Report(1), generator("check", data_slice.data_path)
         chosen: list[Record] = []
         lines = 0
         try:
-            source = Records(part.data_path, list(modalities), self._dataset.modality_name_map, self._presence)
+            source = Records(data_slice.data_path, list(modalities), self._dataset.modality_name_map, self._presence)
             for lines, record in enumerate(source.once(), 1):
-                if part.most is None:
+                if data_slice.max_samples is None:
                     self._read(record, report)
-                elif len(chosen) < part.most:
+                elif len(chosen) < data_slice.max_samples:
                     chosen.append(record)
-                elif (place := int(rng.integers(lines))) < part.most:
+                elif (place := int(rng.integers(lines))) < data_slice.max_samples:
                     chosen[place] = record
         except UserError as error:
             report.problem(", ".join(modalities), FILE, "", str(error))
@@ -265,26 +270,26 @@ class Inspector:
         report.complete += bool(usable)
         return {name: found[name] for name in usable}
 
-    def _inspect_members(self, part: Part) -> Report:
-        if self._joined[0] != part.data_path:
-            self._joined = part.data_path, self._join(part.data_path)
+    def _inspect_members(self, data_slice: DataSlice) -> Report:
+        if self._joined[0] != data_slice.data_path:
+            self._joined = data_slice.data_path, self._join(data_slice.data_path)
         indexes, troubles = self._joined[1]
         keys = dict.fromkeys(key for index in indexes.values() for key in index)
         samples, _ = join(indexes, self._presence)
         report = Report()
-        if part.start == 0:
+        if data_slice.start == 0:
             report = Report(1, len(keys), len(samples), Counter({name: len(index) for name, index in indexes.items()}))
             for name, message in troubles:
                 report.problem(name, SHARD, "", message)
             for name, index in indexes.items():
                 absent = [key for key in keys if key not in index]
                 if absent and self._dataset.missing == "error":
-                    where = f"{shown(part.data_path)}: no {self._wanted[name]} for key '{absent[0]}'"
+                    where = f"{shown(data_slice.data_path)}: no {self._wanted[name]} for key '{absent[0]}'"
                     report.problem(name, MISSING, "", where, len(absent))
-        chosen = samples[part.start :: part.slices]
-        if part.most is not None and part.most < len(chosen):
-            rng = generator("check", part.data_path, part.start)
-            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: part.most])]
+        chosen = samples[data_slice.start :: data_slice.step]
+        if data_slice.max_samples is not None and data_slice.max_samples < len(chosen):
+            rng = generator("check", data_slice.data_path, data_slice.start)
+            chosen = [chosen[i] for i in sorted(rng.permutation(len(chosen))[: data_slice.max_samples])]
         for sample in chosen:
             self._read(sample, report)
         return report

@@ -4,8 +4,13 @@ import math
 
 import pytest
 
-from fourm.models.generate import build_chained_generation_schedules
-from fourm.models.generation_schedules import check_schedule, cosine_schedule, linear_schedule, temperatures
+from fourm.generation.schedules import (
+    build_chained_generation_schedules,
+    check_schedule,
+    cosine_schedule,
+    linear_schedule,
+    temperatures,
+)
 from fourm.utils.errors import UserError
 
 

@@ -1,0 +1,268 @@
+"""Any-to-any generation: a chain of targets, each from all that is known before it (method section 8).
+
+``GenerationSampler(model).generate(batch, schedule)``; the batch comes from :mod:`fourm.generation.batch_entries`, the
+schedule from :mod:`fourm.generation.schedules`, and :mod:`fourm.generation.steps` holds what is done.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from fourm.data.collate import ModDict
+from fourm.data.modality_info import as_modality
+from fourm.generation.batch_entries import emptied, init_empty_target_modality, merged, sentinels_of
+from fourm.generation.schedules import GenerationSchedule, check_schedule
+from fourm.generation.steps import SCHEMES, Conditions, StepOptions
+from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
+from fourm.models.fm import FourM
+from fourm.utils.errors import UserError
+from fourm.utils.tokenizer.special_tokens import EOS_ID
+
+TextTokenizer = Tokenizer | str | Path | None
+
+
+class GenerationSampler(nn.Module):
+    """Generates with a model.
+
+    What all methods take:
+
+    * ``mod_dict``: modality → tensor, input_mask, target_mask; it is not changed. Of an image target, the positions that
+      are targets and not inputs are generated; of a sequence, what its sentinels stand for. A target that the batch
+      lacks is empty at first.
+    * ``schedule``: from :func:`fourm.generation.schedules.build_chained_generation_schedules`
+    * ``top_k``, ``top_p``: see :class:`TokenSampler`
+    * ``text_tokenizer``: the vocabulary, or its path; needed if it does not have the usual 200 sentinels
+    * ``verbose``: show the progress
+    * ``seed``: a number (sample b of the batch uses ``seed + b``), one number per sample, or a ``torch.Generator``; a
+      sample depends on its own seed, not on the rest of the batch
+
+    Args:
+        model: the model; it is used in evaluation mode.
+        dtype: compute in this precision where that is safe, e.g. ``torch.bfloat16``.
+    """
+
+    def __init__(self, model: FourM, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.model, self.dtype = model, dtype
+
+    def generate(
+        self,
+        mod_dict: ModDict,
+        schedule: GenerationSchedule,
+        top_k: int | float = 0.0,
+        top_p: float = 0.0,
+        text_tokenizer: TextTokenizer = None,
+        verbose: bool = False,
+        seed: Seed = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Follow the schedule.
+
+        Returns:
+            The batch with the targets, which are inputs now: ``tensor`` where ``input_mask`` is False.
+
+        Raises:
+            UserError: the schedule cannot be followed.
+        """
+        return _last(mod_dict, self.generate_iter(mod_dict, schedule, top_k, top_p, text_tokenizer, verbose, seed))
+
+    def generate_iter(
+        self,
+        mod_dict: ModDict,
+        schedule: GenerationSchedule,
+        top_k: int | float = 0.0,
+        top_p: float = 0.0,
+        text_tokenizer: TextTokenizer = None,
+        verbose: bool = False,
+        seed: Seed = None,
+    ) -> Iterator[dict[str, dict[str, Any]]]:
+        """:meth:`generate`, but yield the batch after every step. Each one is a batch of its own."""
+        self._check(mod_dict, schedule)
+        sampler = TokenSampler(top_k, top_p)
+        return self._follow(mod_dict, [mod_dict], schedule, sampler, text_tokenizer, verbose, seed)
+
+    def generate_multi_guided(
+        self,
+        uncond_dict: ModDict,
+        cond_dicts: Sequence[ModDict],
+        schedule: GenerationSchedule,
+        top_k: int | float = 0.0,
+        top_p: float = 0.0,
+        text_tokenizer: TextTokenizer = None,
+        verbose: bool = False,
+        seed: Seed = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Guidance by several conditions: logits = uncond + Σ w_i·(cond_i − uncond).
+
+        Args:
+            uncond_dict: what guidance leads away from; it also holds the targets.
+            cond_dicts: the same with one condition each.
+            schedule: ``cfg_scale`` is one weight per condition, negative ones lead away from it, or one for all.
+                Of ``cfg_cond_domains``, only targets of the schedule are emptied.
+
+        Returns:
+            ``uncond_dict`` with the targets.
+
+        Raises:
+            UserError: the schedule cannot be followed.
+        """
+        if not cond_dicts:
+            raise UserError("generate_multi_guided: guidance needs conditions, but cond_dicts is empty")
+        targets = {step["target_domain"] for step in schedule if "target_domain" in step}
+        steps = [
+            {**step, "cfg_cond_domains": [d for d in step.get("cfg_cond_domains", ()) if d in targets]}
+            for step in schedule
+        ]
+        self._check(uncond_dict, steps, cond_dicts)
+        sampler = TokenSampler(top_k, top_p)
+        return _last(uncond_dict, self._follow(uncond_dict, cond_dicts, steps, sampler, text_tokenizer, verbose, seed))
+
+    def generate_sam_dense(
+        self,
+        mod_dict: ModDict,
+        schedule: GenerationSchedule,
+        text_tokenizer: TextTokenizer,
+        batch_size: int = 16,
+        key: str = "sam_instance",
+        top_k: int | float = 0.0,
+        top_p: float = 0.0,
+        verbose: bool = False,
+        seed: Seed = None,
+    ) -> dict[str, dict[str, Any]]:
+        """Many answers about one image, each about query points of its own, as one long sequence.
+
+        Args:
+            mod_dict: a batch of one sample. ``key`` may have several rows, each with its own query points.
+            batch_size: answers at once; as many answers in all if ``key`` has one row, whose points the model chooses.
+
+        Returns:
+            The batch of one sample, ``key`` with all answers one after the other, closed by a single [EOS].
+        """
+        if key not in mod_dict:
+            raise UserError(f"generate_sam_dense: the batch has no '{key}'")
+        rows = len(mod_dict[key]["tensor"])
+        copies = batch_size if rows == 1 else rows
+        seeds = sample_seeds(seed, copies)
+        batch = _map(mod_dict, lambda value: value.expand(copies, *value.shape[1:]))
+        joined: list[int] = []
+        for start in range(0, copies, batch_size):
+            part = slice(start, start + batch_size)
+            chunk = _map(batch, itemgetter(part))
+            result = self.generate(chunk, schedule, top_k, top_p, text_tokenizer, verbose, seeds[part])
+            for ids, mask in zip(result[key]["tensor"], result[key]["input_mask"], strict=True):
+                joined += [token for token in ids[~mask].tolist() if token != EOS_ID]
+        first = _map(result, itemgetter(slice(1)))
+        return {**first, key: merged([[*joined, EOS_ID]], [[]], [], result[key]["tensor"].device)}
+
+    def _check(self, batch: ModDict, schedule: GenerationSchedule, cond_dicts: Sequence[ModDict] = ()) -> None:
+        """See that the schedule can be followed from these inputs."""
+        info, decoders = self.model.modality_info, self.model.decoder_embeddings
+        check_schedule(schedule, {name: info[name] for name in decoders}, multi=bool(cond_dicts))
+        for part in (batch, *cond_dicts):
+            for name in sorted(part.keys() & info.keys()):
+                if not {"tensor", "input_mask", "target_mask"} <= part[name].keys():
+                    raise UserError(f"{name}: its masks are missing; init_full_input_modality makes them")
+        sizes = {len(entry["tensor"]) for part in (batch, *cond_dicts) for entry in part.values()}
+        if len(sizes) != 1:
+            raise UserError(f"every modality must have the same number of samples, at least one, not {sorted(sizes)}")
+        known = set(batch)
+        for step in schedule:
+            target, scale = step["target_domain"], step.get("cfg_scale", 1.0)
+            for name in step.get("cfg_cond_domains", ()):
+                if name not in known or name not in self.model.encoder_embeddings:
+                    raise UserError(
+                        f"schedule: cfg_cond_domains of {target} has '{name}', which is not among the inputs"
+                    )
+            if isinstance(scale, Sequence) and len(scale) != max(len(cond_dicts), 1):
+                raise UserError(f"schedule: cfg_scale {scale} must have a weight for each condition")
+            if info[target]["type"] != "img" and len(sentinels_of(as_modality(target, info[target]))) < 2:
+                raise UserError(f"{target}: its codes leave no room for sentinels; raise vocab_offset and vocab_size")
+            if info[target]["type"] == "img" and target in batch:
+                tokens, positions = batch[target]["input_mask"].shape[1], decoders[target].num_positions
+                if tokens != positions:
+                    raise UserError(f"{target}: the batch has {tokens} tokens, the model {positions} positions")
+            known.add(target)
+
+    def _follow(
+        self,
+        uncond: ModDict,
+        conds: Sequence[ModDict],
+        schedule: GenerationSchedule,
+        sampler: TokenSampler,
+        text_tokenizer: TextTokenizer,
+        verbose: bool,
+        seed: Seed,
+    ) -> Iterator[dict[str, dict[str, Any]]]:
+        """Every scheme, guided or not: decode one target after another under weighted conditions.
+
+        Guidance by a single condition leads from ``uncond`` without its cfg_cond_domains to the condition.
+        """
+        info, some = self.model.modality_info, next(iter(uncond.values()))["tensor"]
+        noise = SampleNoise(sample_seeds(seed, len(some)))
+        batches = [dict(uncond), *map(dict, conds)]
+        with tqdm(total=len(schedule), disable=not verbose) as progress:
+            for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
+                modality = as_modality(target, info[target])
+                most = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
+                if target not in batches[0]:
+                    room = most if modality.type == "img" else most + 2  # [S_1] as input, and as the first target
+                    batches[0] = init_empty_target_modality(batches[0], info, target, len(some), room, some.device)
+                entry = dict(batches[0][target])
+                sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
+                for (weights, domains), alike in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
+                    batches = [{**batch, target: entry} for batch in batches]
+                    inputs = [emptied(batches[0], info, domains), *batches[1:]]
+                    with self._running(), torch.inference_mode():
+                        used = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
+                        conditions = Conditions(self.model, used)
+                    for step in alike:
+                        options = StepOptions(
+                            target, step["num_tokens"], step["temperature"], sampler, noise, sentinels, most
+                        )
+                        with self._running():
+                            entry = SCHEMES[step["scheme"]](conditions, entry, options)
+                        batches = [{**batch, target: entry} for batch in batches]
+                        progress.update()
+                        yield {name: dict(value) for name, value in batches[0].items()}
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """The model in evaluation mode and at the wanted precision."""
+        training = self.model.training
+        if training:
+            self.model.eval()
+        device = self.model.mask_token.device.type
+        try:
+            with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
+                yield
+        finally:
+            if training:
+                self.model.train()
+
+
+def _guidance(step: Mapping[str, Any], count: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
+    """Weights of the inputs without conditioning and of each of ``count`` conditions, and what guidance empties."""
+    scale = step.get("cfg_scale", 1.0)
+    weights = tuple(map(float, scale)) if isinstance(scale, Sequence) else (float(scale),) * count
+    return (1 - sum(weights), *weights), tuple(step.get("cfg_cond_domains", ()))
+
+
+def _last(mod_dict: ModDict, results: Iterable[dict[str, dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    result = {name: dict(entry) for name, entry in mod_dict.items()}
+    for result in results:  # noqa: B007
+        pass
+    return result
+
+
+def _map(batch: ModDict, change: Callable[[Tensor], Tensor]) -> dict[str, dict[str, Tensor]]:
+    return {name: {key: change(value) for key, value in entry.items()} for name, entry in batch.items()}

@@ -1,0 +1,258 @@
+"""Say what the data sets of a data YAML hold, and everything in them with which a run would have trouble.
+
+    python -m fourm.tools.check CONFIG [--full] [--json]
+
+Some samples of some shards are read unless --full is given: all of their pixels are decoded, the tokens of all stored crops
+are checked, and they are masked. Exit status: 0 all good, 1 problems found, 2 it cannot be checked (one line says why).
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from fourm.data.data_config import DatasetConfig
+from fourm.data.options import DataOptions
+from fourm.data.record_files import local_files
+from fourm.tools.inspection import UNKNOWN, Content, DataSlice, Inspector, Report, choose_slices
+from fourm.utils.errors import printable, run_cli
+from fourm.utils.options import option, parse_options
+from fourm.utils.plugin import load_plugin
+from fourm.utils.urls import without_secrets
+
+_MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
+_WORKERS = min(8, os.cpu_count() or 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(DataOptions):
+    """What to check."""
+
+    max_samples: int = option(
+        "samples that are read per data set, spread over at most 32 of its shards", 1000, at_least=1
+    )
+    full: bool = option("read every sample of every shard", False)
+    num_workers: int = option("processes that read; 0 = none but this one", _WORKERS, at_least=0, at_most=512)
+    json: bool = option("print JSON rather than a table", False)
+
+
+def check(
+    dataset: DatasetConfig, text_tokenizer: str, max_samples: int | None = None, num_workers: int = 0, plugin: str = ""
+) -> dict[str, Any]:
+    """Read samples of a data set.
+
+    Args:
+        text_tokenizer: path of the vocabulary.
+        max_samples: None = all.
+        plugin: module that worker processes import, too.
+
+    Returns:
+        What :func:`summary` makes of the report; of a data set of the hub, ``not_checked``: why.
+
+    Raises:
+        UserError: it cannot be read at all.
+    """
+    if dataset.type == "huggingface" and local_files(dataset.data_path) is None:
+        why = f"{dataset.data_path} is a data set of the hub; none of its records was read"
+        return {"dataset": dataset.name, "not_checked": why, "problems": []}
+    slices, shards = choose_slices(dataset, max_samples)
+    inspector = functools.partial(Inspector, dataset, text_tokenizer)
+    inspector()  # a setting that does not fit is an error here, not in a worker
+    total = Report()
+    with tqdm(total=len(slices), desc=dataset.name, unit=" slices", leave=False, disable=None) as bar:
+        for report in _reports(inspector, slices, min(num_workers, len(slices) // 2), plugin):
+            total.add(report)
+            bar.set_postfix(samples=total.samples, bad=total.bad, refresh=False)
+            bar.update()
+    return summary(dataset, total, shards)
+
+
+_inspector: Inspector  # of a worker process
+
+
+def _start(inspector: functools.partial[Inspector], plugin: str) -> None:
+    global _inspector
+    load_plugin(plugin)
+    torch.set_num_threads(1)
+    _inspector = inspector()
+
+
+def _inspect(data_slice: DataSlice) -> Report:
+    return _inspector.inspect(data_slice)
+
+
+def _reports(
+    inspector: functools.partial[Inspector], slices: Sequence[DataSlice], num_workers: int, plugin: str
+) -> Iterator[Report]:
+    if num_workers < 1:
+        yield from map(inspector().inspect, slices)
+        return
+    with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector, plugin)) as pool:
+        for future in as_completed([pool.submit(_inspect, data_slice) for data_slice in slices]):
+            yield future.result()
+
+
+def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, Any]:
+    """A report as plain values, for JSON and for the table.
+
+    Args:
+        shards: of the data set, of which ``report`` may have seen a part.
+    """
+    for name, content in report.content.items():
+        tokens = sum(length * count for length, count in content.lengths.items())
+        if content.unknown > _MOST_UNKNOWN * tokens:
+            what = f"{content.unknown / tokens:.1%} of its tokens are not in the vocabulary"
+            report.problem(name, UNKNOWN, what, dataset.name, content.unknown)
+    samples = round(report.complete * shards / max(report.shards, 1))
+    per_sample = {role: report.tokens[role] / max(report.samples - report.bad, 1) for role in ("input", "target")}
+    names = report.present
+    return {
+        "dataset": dataset.name,
+        "shards": {"looked_at": report.shards, "all": shards},
+        "keys": report.keys,
+        "complete_keys": report.complete,
+        "samples_read": report.samples,
+        "bad_samples": report.bad,
+        "modalities": {
+            name: {"keys": report.present[name], "missing": report.keys - report.present[name]}
+            | _content(report.content.get(name, Content()), dataset, name)
+            for name in names
+        },
+        "epoch": {
+            "samples": samples,
+            "estimated": report.shards < shards,
+            "input_tokens_per_sample": round(per_sample["input"], 1),
+            "target_tokens_per_sample": round(per_sample["target"], 1),
+            "tokens": round(samples * sum(per_sample.values())),
+        },
+        "problems": [
+            {"modality": modality, "kind": kind, "problem": what, "count": p.count, "examples": p.examples}
+            for (modality, kind, what), p in sorted(report.problems.items())
+        ],
+    }
+
+
+def _content(content: Content, dataset: DatasetConfig, name: str) -> dict[str, Any]:
+    """What the files of a modality hold; only what they can hold."""
+    found: dict[str, Any] = {"files": dict(content.files)}
+    modality = dataset.modalities.get(name)
+    if content.dtypes:
+        found["dtypes"] = dict(content.dtypes)
+    if content.crops:
+        found["crops"] = _spread(content.crops)
+    if content.ids and modality is not None:
+        assert modality.vocab_size
+        limit = modality.vocab_size - modality.vocab_offset
+        used = sum(0 <= index < limit for index in content.ids) / limit
+        found["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
+    if content.sizes:
+        small = sum(n for size, n in content.sizes.items() if modality and min(size) < (modality.input_size or 0))
+        found["height"] = _spread(_project(content.sizes, 0))
+        found["width"] = _spread(_project(content.sizes, 1))
+        found["smaller_than_input"] = round(small / content.sizes.total(), 4)
+    if content.lengths and modality is not None:
+        tokens = sum(length * count for length, count in content.lengths.items())
+        cut = sum(count for length, count in content.lengths.items() if length >= (modality.max_tokens or 0))
+        found["tokens"] = _spread(content.lengths) | {"limit": modality.max_tokens}
+        found["cut"] = round(cut / content.lengths.total(), 4)
+        found["unknown"] = round(content.unknown / max(tokens, 1), 4)
+    return found
+
+
+def _project(sizes: Counter[tuple[int, int]], axis: int) -> Counter[int]:
+    counts: Counter[int] = Counter()
+    for size, count in sizes.items():
+        counts[size[axis]] += count
+    return counts
+
+
+def _spread(counts: Counter[int]) -> dict[str, int]:
+    """Least, median and greatest of numbers that were counted."""
+    rest = counts.total() / 2
+    for value in sorted(counts):
+        rest -= counts[value]
+        if rest <= 0:
+            return {"min": min(counts), "median": value, "max": max(counts)}
+    raise AssertionError("nothing was counted")
+
+
+def table(split: str, found: dict[str, Any]) -> str:
+    """A summary for people."""
+    if why := found.get("not_checked"):
+        return f"{split} {found['dataset']}: not checked: {why}"
+    verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
+    if not found["problems"] and (lacking := found["keys"] - found["complete_keys"]):
+        verdict = f"no problems, but {lacking:,} are left out because they lack something"
+    lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
+    rows = [("modality", "keys", "missing", "files", "content")]
+    for name, entry in found["modalities"].items():
+        files = " ".join(entry["files"])
+        rows.append((name, f"{entry['keys']:,}", f"{entry['missing']:,}", files, _words(entry)))
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    for row in rows:
+        cells = (row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3].ljust(widths[3]))
+        lines.append("  " + "  ".join((*cells, row[4])).rstrip())
+    epoch, seen = found["epoch"], found["shards"]
+    about = f"about, from {seen['looked_at']} of {seen['all']} shards, " if epoch["estimated"] else ""
+    lines.append(
+        f"  an epoch: {about}{epoch['samples']:,} samples of {epoch['input_tokens_per_sample']:g} input and "
+        f"{epoch['target_tokens_per_sample']:g} target tokens, {epoch['tokens']:,} tokens"
+    )
+    for problem in found["problems"]:
+        what = f" ({problem['problem']})" if problem["problem"] else ""
+        lines.append(f"  {problem['count']:,} {problem['kind']}{what}: {problem['modality']}")
+        lines += [f"    {example}" for example in problem["examples"]]
+    return "\n".join(lines)
+
+
+def _words(entry: dict[str, Any]) -> str:
+    parts = []
+    if "dtypes" in entry:
+        parts.append(" ".join(entry["dtypes"]))
+    if "crops" in entry:
+        parts.append(f"{_range(entry['crops'])} crops")
+    if ids := entry.get("ids"):
+        parts.append(f"ids {ids['min']} to {ids['max']}, {ids['used']:.0%} of {ids['vocabulary']:,} used")
+    if "height" in entry:
+        parts.append(f"{_range(entry['height'])} x {_range(entry['width'])} px")
+        if entry["smaller_than_input"]:
+            parts.append(f"{entry['smaller_than_input']:.1%} smaller than the input")
+    if tokens := entry.get("tokens"):
+        parts.append(f"{_range(tokens)} tokens (median {tokens['median']}, limit {tokens['limit']})")
+        parts.append(f"{entry['cut']:.1%} cut, {entry['unknown']:.1%} unknown")
+    return ", ".join(parts)
+
+
+def _range(spread: dict[str, int]) -> str:
+    low, high = spread["min"], spread["max"]
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check all data sets; 1 if anything is wrong."""
+    options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
+    config = options.load_data()
+    most = None if options.full else options.max_samples
+    found = [
+        {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)
+        for split, datasets in (("train", config.train), ("val", config.val))
+        for dataset in datasets.values()
+    ]
+    if options.json:
+        print(json.dumps(without_secrets(found), indent=2))
+    else:
+        print(printable("\n".join(table(entry["split"], entry) for entry in found)))
+    return int(any(entry["problems"] for entry in found))
+
+
+if __name__ == "__main__":
+    run_cli(main)
