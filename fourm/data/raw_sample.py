@@ -113,7 +113,7 @@ class OpenFiles:
                 return file.readall()
         if member.size > MOST_BYTES:
             raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
-        file = self._open.pop(member.path, None) or open_regular(member.path)
+        file = self._open.pop(member.path) if member.path in self._open else open_regular(member.path)
         if member.version and version_of(file.fileno()) != member.version:
             file.close()
             file = open_regular(member.path)
