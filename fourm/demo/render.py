@@ -140,7 +140,7 @@ def _encode(value: Any, extension: str) -> bytes:
 def _write_tar(path: Path, files: dict[str, bytes]) -> None:
     import webdataset
 
-    with webdataset.TarWriter(str(path), mtime=0) as writer:
+    with path.open("wb") as tar, webdataset.TarWriter(tar, mtime=0) as writer:
         for name, content in files.items():
             key, extension = name.split(".")
             writer.write({"__key__": key, extension: content})

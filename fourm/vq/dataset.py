@@ -240,7 +240,8 @@ def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tupl
 
 
 def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    with TarWriter(str(path), mtime=0) as tar:  # without a time, the same content gives the same file
+    # Without a time, the same content gives the same file. A path would be taken for a URL, also for one of a command.
+    with path.open("wb") as file, TarWriter(file, mtime=0) as tar:
         for key, array in arrays:
             tar.write({"__key__": key, "npy": _npy(array)})
 
