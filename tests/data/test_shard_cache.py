@@ -270,7 +270,7 @@ def test_a_new_version_of_an_object_is_fetched(local, store, tmp_path):
 @pytest.mark.dist
 def test_processes_share_a_cache(local, store, tmp_path):
     program = (
-        "import json, sys; from tests.data.test_remote import *\n"
+        "import json, sys; from tests.data.test_shard_cache import *\n"
         "endpoint, path, folder, limit = sys.argv[1:]\n"
         "print(json.dumps(stream(path, options(endpoint, Path(folder), cache_bytes=int(limit)), draws=24)))"
     )
