@@ -40,10 +40,24 @@ def test_every_file_of_the_repository_that_is_named_exists(document):
     assert not missing
 
 
+def test_the_trees_of_files_name_files_that_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        (tree,) = re.findall(r"^```\nfourm/\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+        folder, named = "", 0
+        for line in tree.splitlines():
+            folder = next(iter(re.findall(r"^  (\w+/)", line)), folder)
+            for name in re.findall(r"[\w]+\.py|(?<= )transforms/|(?<= )tokenizer/|tasks/\w+\.py", line):
+                assert any((ROOT / "fourm" / place / name).exists() for place in (folder, "")), name
+                named += 1
+        assert named > 10
+
+
 def test_the_walks_name_functions_that_exist():
     text = " ".join(prose(ROOT / "CONTRIBUTING.md").split())
     places = re.findall(r"`(fourm/[\w/]+\.py)`,? \(?((?:`[\w.]+`(?:, )?)+)", text)
-    places += [(path, names) for names, path in re.findall(r"((?:`[\w.]+`(?: and )?)+) in \[?`(fourm/[\w/]+\.py)`", text)]
+    places += [
+        (path, names) for names, path in re.findall(r"((?:`[\w.]+`(?: and )?)+) in \[?`(fourm/[\w/]+\.py)`", text)
+    ]
     assert len(places) > 30
     for path, names in places:
         code = (ROOT / path).read_text()

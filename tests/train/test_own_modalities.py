@@ -26,9 +26,7 @@ from tests.data.dataset_files import npy, write_tar
 from tests.train.toy_run import ROOT, log_lines, run_here, write_run
 
 PAGE = (ROOT / "docs" / "modalities.md").read_text()
-CODE = {
-    code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", PAGE, re.M | re.S)
-}
+CODE = {code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", PAGE, re.M | re.S)}
 TINY = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 
 
