@@ -1,4 +1,4 @@
-"""Modalities of one's own: what the README says is done as it says, from files to a model, and on to another one."""
+"""Modalities of one's own: what docs/modalities.md says is done as it says, from files to a model, and on to another one."""
 
 import json
 import logging
@@ -25,10 +25,8 @@ from fourm.utils.plugin import load_plugin
 from tests.data.dataset_files import npy, write_tar
 from tests.train.toy_run import ROOT, log_lines, run_here, write_run
 
-SECTION = (ROOT / "README.md").read_text().split("## A modality of your own")[1].split("\n## ")[0]
-CODE = {
-    code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", SECTION, re.M | re.S)
-}
+PAGE = (ROOT / "docs" / "modalities.md").read_text()
+CODE = {code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", PAGE, re.M | re.S)}
 TINY = {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 
 
@@ -53,7 +51,7 @@ def main_config(root, **changes):
     return root / "main.yaml"
 
 
-def test_the_readme_declares_modalities_that_train_and_come_back(tmp_path, monkeypatch):
+def test_the_page_declares_modalities_that_train_and_come_back(tmp_path, monkeypatch):
     write_shards(tmp_path)
     (tmp_path / "my_data.yaml").write_text(CODE["my_data.yaml"])
     config = main_config(tmp_path, epoch_size=160, epochs=1, blr=0.3, warmup_epochs=0, eval_freq=0)
@@ -76,7 +74,7 @@ def test_the_readme_declares_modalities_that_train_and_come_back(tmp_path, monke
     assert sample["temperature"].kind == "scalar" and sample["temperature"].value == pytest.approx(10.1)
 
 
-def test_the_readme_plugin_is_used_in_training(tmp_path):
+def test_the_plugin_of_the_page_is_used_in_training(tmp_path):
     write_shards(tmp_path)
     (tmp_path / "my_package").mkdir()
     (tmp_path / "my_package" / "my_modalities.py").write_text(CODE["my_package/my_modalities.py"])

@@ -1,0 +1,66 @@
+"""The documents: links lead somewhere, and the files and names that they mention exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+CODE_BLOCK = re.compile(r"^```.*?^```", re.M | re.S)
+
+
+def prose(path: Path) -> str:
+    return CODE_BLOCK.sub("", path.read_text())
+
+
+def anchors(path: Path) -> set[str]:
+    """What ``#…`` in a link may be: the headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", prose(path), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def ids(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_every_link_leads_to_a_file_and_heading(document):
+    for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(document)):
+        name, _, anchor = target.partition("#")
+        path = (document.parent / name).resolve() if name else document
+        assert path.exists(), target
+        assert not anchor or anchor in anchors(path), target
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=ids)
+def test_every_file_of_the_repository_that_is_named_exists(document):
+    named = re.findall(r"`((?:fourm|tests|benchmarks|cfgs|docs|notebooks)/[\w./@-]*)`", prose(document))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert not missing
+
+
+def test_the_trees_of_files_name_files_that_exist():
+    for document in ("README.md", "CONTRIBUTING.md"):
+        (tree,) = re.findall(r"^```\nfourm/\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+        folder, named = "", 0
+        for line in tree.splitlines():
+            folder = next(iter(re.findall(r"^  (\w+/)", line)), folder)
+            for name in re.findall(r"[\w]+\.py|(?<= )transforms/|(?<= )tokenizer/|tasks/\w+\.py", line):
+                assert any((ROOT / "fourm" / place / name).exists() for place in (folder, "")), name
+                named += 1
+        assert named > 10
+
+
+def test_the_walks_name_functions_that_exist():
+    text = " ".join(prose(ROOT / "CONTRIBUTING.md").split())
+    places = re.findall(r"`(fourm/[\w/]+\.py)`,? \(?((?:`[\w.]+`(?:, )?)+)", text)
+    places += [
+        (path, names) for names, path in re.findall(r"((?:`[\w.]+`(?: and )?)+) in \[?`(fourm/[\w/]+\.py)`", text)
+    ]
+    assert len(places) > 30
+    for path, names in places:
+        code = (ROOT / path).read_text()
+        for name in re.findall(r"`([\w.]+)`", names):
+            for part in name.split("."):
+                assert re.search(rf"^ *(?:def|class) {part}\b|^{part}\b.*=", code, re.M), f"{path}: {name}"
