@@ -24,7 +24,7 @@ from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
-from fourm.models.token_selection import Selection, TokenPlan, plan_tokens
+from fourm.models.token_selection import Selection, TokenSelection, select_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.memory import check_memory
@@ -130,42 +130,44 @@ class FourM(Encoder):
         num_decoder_tokens: int,
         loss_type: str = "mod",
         return_logits: bool = False,
-        plan: TokenPlan | None = None,
+        selection: TokenSelection | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
         """Loss of a batch.
 
         Args:
             mod_dict: modality → tensor, input_mask, target_mask, decoder_attention_mask (method section 1).
-            num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``plan``.
+            num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``selection``.
             loss_type: ``mod`` = mean over the target modalities that ``mod_dict`` names, with or without targets, of each
                 one's mean cross-entropy; ``token`` = mean over all target tokens.
             return_logits: return the logits of the kept targets instead, {modality: (n_m, V)}.
-            plan: the tokens to use, from :meth:`plan`, on the device of the batch. With one, nothing here waits for
+            selection: the tokens to use, from :meth:`select_tokens`, on the device of the batch. With one, nothing here waits for
                 the device.
 
         Returns:
             The loss and {modality: its mean cross-entropy} of all target modalities of the model, 0 for one without
             targets.
         """
-        if plan is None:
-            plan = self.plan(mod_dict, num_encoder_tokens, num_decoder_tokens)
-        x, emb, padding = self.embed_encoder(mod_dict, plan.encoder)
+        if selection is None:
+            selection = self.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens)
+        x, emb, padding = self.embed_encoder(mod_dict, selection.encoder)
         context = self.context(self.encode(x + emb, padding), emb)
-        y = self.decode(self.embed_decoder(mod_dict, plan.decoder), context, padding, self.target_mask(plan.decoder))
-        logits = self.logits(y, plan.decoder)
-        return logits if return_logits else self.loss(logits, mod_dict, plan.decoder, loss_type)
+        y = self.decode(
+            self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder)
+        )
+        logits = self.logits(y, selection.decoder)
+        return logits if return_logits else self.loss(logits, mod_dict, selection.decoder, loss_type)
 
-    def plan(
+    def select_tokens(
         self,
         mod_dict: ModDict,
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         generator: torch.Generator | None = None,
-    ) -> TokenPlan:
-        """The tokens of a batch that the model will use: :func:`plan_tokens` with the model's modalities."""
+    ) -> TokenSelection:
+        """The tokens of a batch that the model will use: :func:`select_tokens` with the model's modalities."""
         inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
         targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
-        return plan_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
 
     def context(self, encoded: Tensor, emb: Tensor) -> Tensor:
         """What the decoder attends to, (B, R + N, D): the encoder's output, told again where each token belongs."""

@@ -116,7 +116,7 @@ class ModalityEmbedding(nn.Module):
         """The published name; raises a :class:`UserError` that says what there is now."""
         raise UserError(
             f"{type(self).__name__} has no forward_embed: targets are embedded by model.embed_decoder(mod_dict, "
-            "model.plan(mod_dict, num_encoder_tokens, num_decoder_tokens).decoder)"
+            "model.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens).decoder)"
         )
 
     def emb(self, position: Tensor) -> Tensor:

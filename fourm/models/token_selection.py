@@ -78,25 +78,25 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class TokenPlan:
-    """What :func:`plan_tokens` decides about a batch."""
+class TokenSelection:
+    """What :func:`select_tokens` decides about a batch."""
 
     encoder: Selection
     decoder: Selection
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenPlan:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenSelection:
         """The plan on ``device``; ``non_blocking`` copies from pinned memory."""
-        return TokenPlan(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
+        return TokenSelection(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
 
 
-def plan_tokens(
+def select_tokens(
     mod_dict: ModDict,
     encoder_modalities: Mapping[str, Mapping[str, Any]],
     decoder_modalities: Mapping[str, Mapping[str, Any]],
     num_encoder_tokens: int,
     num_decoder_tokens: int,
     generator: torch.Generator | None = None,
-) -> TokenPlan:
+) -> TokenSelection:
     """Choose the tokens of a batch.
 
     Args:
@@ -109,7 +109,7 @@ def plan_tokens(
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     targets = {name: _targets(mod_dict, name, decoder_modalities[name]["type"]) for name in shuffled}
-    return TokenPlan(
+    return TokenSelection(
         select_inputs(mod_dict, encoder_modalities, num_encoder_tokens),
         _select(targets, decoder_modalities, num_decoder_tokens),
     )
@@ -118,7 +118,7 @@ def plan_tokens(
 def select_inputs(
     mod_dict: ModDict, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
 ) -> Selection:
-    """The encoder's half of :func:`plan_tokens`; without ``num_tokens``, every valid input is kept."""
+    """The encoder's half of :func:`select_tokens`; without ``num_tokens``, every valid input is kept."""
     order = [*mod_dict, *modalities]
     inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
     if num_tokens is None:
