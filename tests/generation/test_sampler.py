@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_gives_its_newest_checkpoint(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "nowhere/at/all"}, "neither a folder with a model nor a model of the hub"),
+        ({"model": "nowhere/at/all"}, "neither a folder with a model nor a model on the hub"),
         ({"tokenizers": "{}/run"}, "has no folder with a config.json"),
         ({"text_tokenizer": "{}/photo.png"}, "not a text vocabulary"),
         ({"model": "{}/tokenizers"}, "no complete checkpoint"),
