@@ -36,12 +36,12 @@ def test_the_count_is_exactly_that_of_the_step(variant, tokens):
     model = toy_model(**VARIANTS[variant])
     batch = toy_batch(model)
     selection = model.select_tokens(batch, *tokens)
-    found = counted(model, batch, selection, tokens)
+    total = counted(model, batch, selection, tokens)
     if variant == "recomputed activations":  # are not the model's
-        assert found > 1.2 * analytic(model, 3, selection, tokens)
+        assert total > 1.2 * analytic(model, 3, selection, tokens)
         model.use_act_checkpoint = False
-        found = counted(model, batch, selection, tokens)
-    assert analytic(model, 3, selection, tokens) == found
+        total = counted(model, batch, selection, tokens)
+    assert analytic(model, 3, selection, tokens) == total
 
 
 def test_vectors_through_a_bottleneck():
