@@ -1,4 +1,4 @@
-"""Batches to generate from: what is given, what is asked for, and what guidance takes away."""
+"""Batches for generation have the right inputs and targets, and guidance empties the right modalities."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ TOKENIZER.pre_tokenizer = WhitespaceSplit()
 
 
 def described(entry, index=0):
-    """Ids with ``i`` before inputs and ``t`` before targets."""
+    """Return the ids with ``i`` before inputs and ``t`` before targets."""
     inputs, targets = ~entry["input_mask"][index], ~entry["target_mask"][index]
     return [
         "it"[bool(b)] + str(token) if a or b else "-"

@@ -1,4 +1,4 @@
-"""Generation equals the method written down plainly, sample by sample, whatever the batch and the guidance."""
+"""Generation equals a plain implementation that handles one sample at a time, for every batch and guidance."""
 
 import copy
 
@@ -42,7 +42,7 @@ def generate(model, batch, schedule, **options):
 
 
 def inputs(model, batch_size=4, seed=0):
-    """Some pixels, a text and vectors, of other lengths in every sample."""
+    """Return pixels, vectors and codes; the number of pixels that are inputs differs between samples."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
         "pixels": {"tensor": torch.randn(batch_size, 3, 16, 16, generator=generator)},
@@ -411,11 +411,11 @@ def cast(request):
     ("grid", "maskgit", 16), ("grid", "roar", 16), ("text", "autoregressive", 9), ("codes", "autoregressive", 5),
 ])  # fmt: skip
 def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, scheme, tokens, limits):
-    """Plainly, with guidance, and under several weighted conditions; the inputs are of any precision."""
+    """Covers plain generation, guidance, and several weighted conditions, with inputs of any precision."""
     model, twin = cast
     pixels = with_target(model, inputs(model), target, tokens)
     others = [{**pixels, name: emptied(pixels, model.modality_info, [name])[name]} for name in ("pixels", "vectors")]
-    results_of = {}
+    generated = {}
     for name, one_of_them, dtype in (("cast", model, torch.float64), ("twin", twin, torch.float32)):
         batch, *conditions = (
             {k: entry | {"tensor": entry["tensor"].to(dtype)} if k in ("pixels", "vectors") else entry for k, entry in b.items()}
@@ -428,8 +428,8 @@ def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, 
         options = {"text_tokenizer": TOKENIZER, "seed": 1, **limits}
         results = [sampler.generate(batch, schedule, **options) for schedule in schedules[:2]]
         results.append(sampler.generate_multi_guided(batch, conditions, schedules[2], **options))
-        results_of[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
-    assert (results_of["cast"] == results_of["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
+        generated[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
+    assert (generated["cast"] == generated["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -209,7 +209,7 @@ def test_causal_decoding_never_looks_ahead(change_at):
     batch = toy_batch(model, size=1)
     selection = model.select_tokens(batch, 20, 20)
     before = model(batch, 20, 20, return_logits=True, selection=selection)["text"]
-    batch["text"]["tensor"][0, 3 + change_at] = 7  # targets start behind the three inputs
+    batch["text"]["tensor"][0, 3 + change_at] = 7  # targets start after the three inputs
     after = model(batch, 20, 20, return_logits=True, selection=selection)["text"]
     changed = (before != after).any(1).nonzero().flatten().tolist()
     assert changed == list(range(change_at, 4))
@@ -312,7 +312,7 @@ def test_a_model_from_the_meta_device_is_a_whole_model():
     model.init_weights()
     torch.manual_seed(0)
     direct = FM(toy_config(share_embedding=True, num_register_tokens=2, **SWIGLU))
-    direct.init_weights()  # both drew once before
+    direct.init_weights()  # both models have been initialised once before
     torch.manual_seed(0)
     direct.init_weights()
     torch.testing.assert_close(model.state_dict(), direct.state_dict(), rtol=0, atol=0)

@@ -1,4 +1,4 @@
-"""Which tokens are kept, decided from the masks alone."""
+"""Tokens are selected from the masks alone."""
 
 import torch
 from hypothesis import given, settings
@@ -62,7 +62,7 @@ def test_target_modalities_come_in_a_random_order_that_the_generator_decides():
     assert len({str(order) for order in orders}) == 6
     assert orders == [select(masks, decoder_tokens=8, seed=seed).decoder.modality.tolist() for seed in range(20)]
     assert all(sorted(order[0]) == [11] * 3 + [12] * 2 + [13] * 3 for order in orders)
-    # The rows keep the order of the model, whatever that of the slots: ranks call modules in step.
+    # The rows follow the order of the model, not that of the slots, so that all ranks call modules in the same order.
     assert {tuple(select(masks, seed=seed).decoder.counts) for seed in range(20)} == {("a", "b", "c")}
 
 
