@@ -35,7 +35,7 @@ def init_empty_target_modality(
         domain: The target modality.
         batch_size: Number of samples.
         num_tokens: Number of tokens of an image, or length of the row of a sequence, which has [S_1] as its only input
-            and leaves the rest to be written.
+            and the rest to be generated.
         device: Device of the new tensors.
 
     Returns:

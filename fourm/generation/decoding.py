@@ -1,7 +1,7 @@
 """Converts the tokens of a batch to their natural form: pictures, sentences, boxes, numbers.
 
-The table :data:`DECODERS` says how each kind of image is decoded. A model may generate anything: tokens without a
-meaning are not an error, they are dropped and counted in :attr:`Decoded.dropped`.
+The table :data:`DECODERS` says how each kind of image is decoded. A model may generate anything, so tokens without a
+meaning are not an error; they are dropped and counted in :attr:`Decoded.dropped`.
 
 Shapes: h x w tokens, H x W pixels, C channels. Masks: True = masked.
 """

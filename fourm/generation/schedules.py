@@ -126,9 +126,8 @@ def build_chained_generation_schedules(
         if isinstance(column, str) or len(column) != len(target_domains):
             raise UserError(f"{name} must have one entry for each of the {len(target_domains)} target_domains")
         for target, value in zip(target_domains, column, strict=True):
-            if name in _RANGES and not isinstance(
-                value, (list, tuple)
-            ):  # weights of several conditions may be negative
+            # The weights of several conditions, a list, may be negative.
+            if name in _RANGES and not isinstance(value, (list, tuple)):
                 _RANGES[name].check(value, f"{name} of {target}")
     conditions = [*cond_domains]
     schedule: list[dict[str, Any]] = []

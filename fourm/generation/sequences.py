@@ -65,7 +65,7 @@ def boxes(words: Sequence[str]) -> Parsed:
 
 
 def color_palette(words: Sequence[str]) -> Parsed:
-    """Parse ``[[r, g, b], …]``, at most as many as the text announces."""
+    """Parse ``[[r, g, b], …]``, at most as many colours as the text announces."""
 
     def read(match: re.Match) -> list[int] | None:
         color = [int(value) for value in match.groups()]
@@ -78,7 +78,7 @@ def color_palette(words: Sequence[str]) -> Parsed:
 
 
 def metadata(words: Sequence[str]) -> Parsed:
-    """Parse ``{name: value}``; values that are written as the middle of a bin stand for the whole bin."""
+    """Parse ``{name: value}``; the value of a bin is its middle."""
 
     def read(match: re.Match) -> tuple[str, float] | None:
         key, number = map(int, match.groups())

@@ -218,9 +218,8 @@ def _generate_ids(
     active = list(range(len(sequences)))
     for index in range(max(max_lengths)):
         unfinished = [
-            i for i in active
-            if len(sequences[i]) < max_lengths[i] and (index == 0 or sequences[i][-1] != ends[i])
-        ]  # fmt: skip
+            i for i in active if len(sequences[i]) < max_lengths[i] and (index == 0 or sequences[i][-1] != ends[i])
+        ]
         if not unfinished:
             break
         if unfinished != active:
