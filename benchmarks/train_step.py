@@ -180,8 +180,10 @@ def measure(
     for _ in range(options.steps):
         variants["ours"]()
     means = trainer.interval.means(parallel)
-    plan = model.plan(batch.mod_dict, options.tokens, options.tokens)
-    flops = StepFlops(model)(batch_size, options.tokens, options.tokens, plan.encoder.counts, plan.decoder.counts)
+    selection = model.select_tokens(batch.mod_dict, options.tokens, options.tokens)
+    flops = StepFlops(model)(
+        batch_size, options.tokens, options.tokens, selection.encoder.counts, selection.decoder.counts
+    )
     strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12

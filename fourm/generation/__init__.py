@@ -1,4 +1,4 @@
-"""From a trained model to something a person looks at: ``Sampler``, ``decode``, ``plot``."""
+"""Generation with a trained model: ``Sampler`` generates, ``decode`` converts batches, ``plot`` draws the results."""
 
 from fourm.generation.decoding import Decoded, decode
 from fourm.generation.plotting import as_image, plot

@@ -1,6 +1,6 @@
-"""Batches to generate from: empty targets, full inputs, prompts, and inputs without their conditioning.
+"""Prepares batches for generation: empty targets, full inputs, prompts, and inputs without conditioning.
 
-Every function returns a new batch and leaves the one it is given alone.
+Every function returns a new batch and does not change the given one.
 
 Shapes: B batch, L tokens of one modality. Masks: True = masked.
 """
@@ -27,11 +27,22 @@ ModalityInfo = Mapping[str, Mapping[str, Any]]
 def init_empty_target_modality(
     mod_dict: ModDict, modality_info: ModalityInfo, domain: str, batch_size: int, num_tokens: int, device: Any
 ) -> dict[str, Any]:
-    """The batch with ``domain`` as a target of which nothing is known.
+    """Add ``domain`` to the batch as a target that is to be generated from scratch.
 
     Args:
-        num_tokens: of an image, all of its tokens; of a sequence, the length of its row: a lone [S_1] as input and the
-            rest to be written.
+        mod_dict: The batch.
+        modality_info: Maps each modality to its entry in the modality table.
+        domain: The target modality.
+        batch_size: Number of samples.
+        num_tokens: Number of tokens of an image, or length of the row of a sequence, which has [S_1] as its only input
+            and the rest to be generated.
+        device: Device of the new tensors.
+
+    Returns:
+        The new batch.
+
+    Raises:
+        UserError: If the modality does not consist of tokens.
     """
     modality = as_modality(domain, modality_info[domain])
     if modality.type == "seq_emb":
@@ -42,7 +53,7 @@ def init_empty_target_modality(
         attention[:, 0] = num_tokens
     else:
         tensor = torch.full((batch_size, max(num_tokens, 3)), PAD_ID, device=device)
-        tensor[:, :2] = sentinel_id(1)  # the whole input, and the beginning of the target
+        tensor[:, :2] = sentinel_id(1)  # the only input, and the first target
         inputs, attention = 1, torch.ones_like(tensor)
         attention[:, 0] = 0
     return {**mod_dict, domain: _entry(tensor, _first(inputs, tensor), attention)}
@@ -51,9 +62,13 @@ def init_empty_target_modality(
 def init_full_input_modality(
     mod_dict: ModDict, modality_info: ModalityInfo, domain: str, device: Any, eos_id: int = EOS_ID
 ) -> dict[str, Any]:
-    """The batch with all of ``domain`` as input: a sequence up to its first [EOS], or its last token that is no padding.
+    """Make all of ``domain`` an input: a sequence up to its first [EOS], or up to its last token that is not padding.
 
-    The room that :func:`custom_text` leaves for writing stays out. Rows of vectors keep their ``input_mask``.
+    The room that :func:`custom_text` leaves for generated text is not an input. Rows of vectors keep their
+    ``input_mask``.
+
+    Returns:
+        The new batch.
     """
     modality, tensor = as_modality(domain, modality_info[domain]), mod_dict[domain]["tensor"].to(device)
     if modality.is_pixels:
@@ -87,28 +102,39 @@ def custom_text(
     target_max_len: int = 50,
     start_token: str = "[S_1]",
 ) -> dict[str, Any]:
-    """The batch of one sample with a prompt as ``key``, of which a part may be left to be written.
+    """Add a prompt as ``key`` to the batch of one sample; parts of its text may be left to the model.
 
     Args:
-        input_text: what is given; every sentinel in it stands for text to be written. ``[S_1]`` alone: all of it.
-        eos_token: where writing ends.
-        target_max_len: room for what is written, with ``start_token`` and ``eos_token``.
-        start_token: how the written part begins.
+        sample: The batch.
+        input_text: The prompt. The model replaces every sentinel in it with generated text; ``[S_1]`` alone generates
+            the whole text.
+        eos_token: Token that ends the generated text.
+        key: The modality.
+        device: Device of the new tensors.
+        text_tokenizer: The text vocabulary, or its path.
+        target_max_len: Maximum number of generated tokens, including ``start_token`` and ``eos_token``.
+        start_token: Token that starts the generated text.
+
+    Returns:
+        The new batch.
+
+    Raises:
+        UserError: If the text vocabulary lacks ``start_token`` or ``eos_token``.
     """
     tokenizer = _load(text_tokenizer)
     inputs = tokenizer.encode(input_text, add_special_tokens=False).ids
-    ends = [tokenizer.token_to_id(token) for token in (start_token, eos_token)]
-    for token, found in zip((start_token, eos_token), ends, strict=True):
-        if found is None:
+    start_id, eos_id = (tokenizer.token_to_id(token) for token in (start_token, eos_token))
+    for token, token_id in ((start_token, start_id), (eos_token, eos_id)):
+        if token_id is None:
             raise UserError(f"custom_text: the text vocabulary has no token {token}")
-    ids = [*inputs, ends[0], *[PAD_ID] * (target_max_len - 2), ends[1]]
+    ids = [*inputs, start_id, *[PAD_ID] * (target_max_len - 2), eos_id]
     tensor = torch.tensor([ids], device=device)
     attention = (~_first(len(inputs), tensor)).long()
     return {**sample, key: _entry(tensor, _first(len(inputs), tensor), attention)}
 
 
 def emptied(mod_dict: ModDict, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:
-    """The batch with nothing told about ``domains``: what guidance leads away from (method section 8)."""
+    """Remove the content of ``domains`` from the batch, for the unconditional side of guidance (method section 8)."""
     return {**mod_dict, **{name: _emptied(mod_dict[name], modality_info[name], name) for name in domains}}
 
 
@@ -116,39 +142,43 @@ def _emptied(entry: Mapping[str, Tensor], info: Mapping[str, Any], name: str) ->
     modality, tensor = as_modality(name, info), entry["tensor"]
     if modality.type == "img" or (modality.type == "seq_token" and not sentinels_of(modality)):
         return {**entry, "input_mask": torch.ones_like(entry["input_mask"], dtype=torch.bool)}
-    lone = torch.zeros_like(tensor[:, :1]) if modality.type == "seq_emb" else torch.full_like(tensor[:, :1], _START)
-    masked = torch.zeros(lone.shape[:2], dtype=torch.bool, device=lone.device)
-    return {"tensor": lone, **_masks(masked, ~masked)}
+    first = tensor[:, :1]
+    single = torch.zeros_like(first) if modality.type == "seq_emb" else torch.full_like(first, _START)
+    masked = torch.zeros(single.shape[:2], dtype=torch.bool, device=single.device)
+    return {"tensor": single, **_masks(masked, ~masked)}
 
 
 _START = sentinel_id(1)
 
 
 def sentinels_of(modality: Modality, text_tokenizer: Tokenizer | str | Path | None = None) -> list[int]:
-    """Ids of [S_1], [S_2], … of a sequence; none if its codes leave no room for them."""
+    """Return the ids of [S_1], [S_2], … of a sequence; the list is empty if its codes leave no room for them."""
     if modality.type == "seq_token":
         return [*range(_START, min(modality.vocab_offset, sentinel_id(NUM_SENTINELS)))]
     if text_tokenizer is None:
         return [sentinel_id(index) for index in range(1, NUM_SENTINELS)]
     ids: list[int] = []
     tokenizer = _load(text_tokenizer)
-    while (mark := tokenizer.token_to_id(sentinel(len(ids) + 1))) is not None:
-        ids.append(mark)
+    while (token_id := tokenizer.token_to_id(sentinel(len(ids) + 1))) is not None:
+        ids.append(token_id)
     return ids
 
 
-def merged(inputs: Sequence[Sequence[int]], written: Sequence[Sequence[int]], marks: list[int], device: Any) -> dict:
-    """What is known of a sequence once it is written: the spans take the places of their sentinels.
+def merged(
+    inputs: Sequence[Sequence[int]], generated: Sequence[Sequence[int]], sentinels: list[int], device: Any
+) -> dict[str, Tensor]:
+    """Insert generated spans in place of their sentinels, and make the result an input.
 
     Args:
-        inputs: input ids of each sample.
-        written: ids of each sample that were decoded, beginning with a sentinel.
-        marks: the sentinels.
+        inputs: Input ids of each sample.
+        generated: Generated ids of each sample, which start with a sentinel.
+        sentinels: Ids of the sentinels.
+        device: Device of the new tensors.
 
     Returns:
-        The entry of the batch, rows as long as the longest.
+        The entry of the batch; rows are padded to the longest.
     """
-    rows = [merge_spans(given, spans, marks) for given, spans in zip(inputs, written, strict=True)]
+    rows = [merge_spans(given, spans, sentinels) for given, spans in zip(inputs, generated, strict=True)]
     length = max(map(len, rows))
     tensor = torch.tensor([row + [PAD_ID] * (length - len(row)) for row in rows], device=device)
     ends = torch.tensor([[len(row)] for row in rows], device=device)
@@ -161,12 +191,12 @@ def _load(text_tokenizer: Tokenizer | str | Path) -> Tokenizer:
 
 
 def _first(count: int, tensor: Tensor) -> Tensor:
-    """(B, L), True at the first ``count``."""
+    """Return a mask (B, L) that is True at the first ``count`` positions."""
     return (torch.arange(tensor.shape[1], device=tensor.device) < count).expand(tensor.shape).clone()
 
 
-def _entry(tensor: Tensor, given: Tensor, attention: Tensor) -> dict[str, Tensor]:
-    return {"tensor": tensor, **_masks(~given, given, attention)}
+def _entry(tensor: Tensor, is_input: Tensor, attention: Tensor) -> dict[str, Tensor]:
+    return {"tensor": tensor, **_masks(~is_input, is_input, attention)}
 
 
 def _masks(input_mask: Tensor, target_mask: Tensor, attention: Tensor | None = None) -> dict[str, Tensor]:

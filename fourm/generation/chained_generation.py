@@ -1,7 +1,7 @@
-"""Any-to-any generation: a chain of targets, each from all that is known before it (method section 8).
+"""Any-to-any generation: a chain of targets, each conditioned on the inputs and earlier targets (method section 8).
 
-``GenerationSampler(model).generate(batch, schedule)``; the batch comes from :mod:`fourm.generation.batch_entries`, the
-schedule from :mod:`fourm.generation.schedules`, and :mod:`fourm.generation.steps` holds what is done.
+Call ``GenerationSampler(model).generate(batch, schedule)`` with a batch from :mod:`fourm.generation.batch_entries` and
+a schedule from :mod:`fourm.generation.schedules`. The steps themselves are in :mod:`fourm.generation.steps`.
 """
 
 from __future__ import annotations
@@ -35,21 +35,21 @@ TextTokenizer = Tokenizer | str | Path | None
 class GenerationSampler(nn.Module):
     """Generates with a model.
 
-    What all methods take:
+    All methods take these arguments:
 
-    * ``mod_dict``: modality → tensor, input_mask, target_mask; it is not changed. Of an image target, the positions that
-      are targets and not inputs are generated; of a sequence, what its sentinels stand for. A target that the batch
-      lacks is empty at first.
+    * ``mod_dict``: maps each modality to its tensor, input_mask and target_mask; it is not changed. In an image target,
+      the positions that are targets and not inputs are generated; in a sequence, the text that its sentinels stand for.
+      A target that is not in the batch starts empty.
     * ``schedule``: from :func:`fourm.generation.schedules.build_chained_generation_schedules`
     * ``top_k``, ``top_p``: see :class:`TokenSampler`
-    * ``text_tokenizer``: the vocabulary, or its path; needed if it does not have the usual 200 sentinels
-    * ``verbose``: show the progress
+    * ``text_tokenizer``: the text vocabulary, or its path; needed if it does not have the usual 200 sentinels
+    * ``verbose``: show a progress bar
     * ``seed``: a number (sample b of the batch uses ``seed + b``), one number per sample, or a ``torch.Generator``; a
-      sample depends on its own seed, not on the rest of the batch
+      sample depends only on its own seed, not on the rest of the batch
 
     Args:
-        model: the model; it is used in evaluation mode.
-        dtype: compute in this precision where that is safe, e.g. ``torch.bfloat16``.
+        model: The model; it is used in evaluation mode.
+        dtype: Autocast precision, e.g. ``torch.bfloat16``; None disables autocast.
     """
 
     def __init__(self, model: FourM, dtype: torch.dtype | None = None):
@@ -66,13 +66,13 @@ class GenerationSampler(nn.Module):
         verbose: bool = False,
         seed: Seed = None,
     ) -> dict[str, dict[str, Any]]:
-        """Follow the schedule.
+        """Generate the targets of the schedule.
 
         Returns:
-            The batch with the targets, which are inputs now: ``tensor`` where ``input_mask`` is False.
+            The batch with the generated targets as inputs: ``tensor`` where ``input_mask`` is False.
 
         Raises:
-            UserError: the schedule cannot be followed.
+            UserError: If the schedule does not fit the model or the batch.
         """
         return _last(mod_dict, self.generate_iter(mod_dict, schedule, top_k, top_p, text_tokenizer, verbose, seed))
 
@@ -86,7 +86,7 @@ class GenerationSampler(nn.Module):
         verbose: bool = False,
         seed: Seed = None,
     ) -> Iterator[dict[str, dict[str, Any]]]:
-        """:meth:`generate`, but yield the batch after every step. Each one is a batch of its own."""
+        """Generate like :meth:`generate`, but yield a new batch after every step."""
         self._check(mod_dict, schedule)
         sampler = TokenSampler(top_k, top_p)
         return self._follow(mod_dict, [mod_dict], schedule, sampler, text_tokenizer, verbose, seed)
@@ -102,22 +102,22 @@ class GenerationSampler(nn.Module):
         verbose: bool = False,
         seed: Seed = None,
     ) -> dict[str, dict[str, Any]]:
-        """Guidance by several conditions: logits = uncond + Σ w_i·(cond_i − uncond).
+        """Generate with guidance by several conditions: logits = uncond + Σ w_i·(cond_i − uncond).
 
         Args:
-            uncond_dict: what guidance leads away from; it also holds the targets.
-            cond_dicts: the same with one condition each.
-            schedule: ``cfg_scale`` is one weight per condition, negative ones lead away from it, or one for all.
-                Of ``cfg_cond_domains``, only targets of the schedule are emptied.
+            uncond_dict: The batch without conditions, from which guidance leads away; it also contains the targets.
+            cond_dicts: The same batch with one condition each.
+            schedule: ``cfg_scale`` is one weight for all conditions, or one per condition; negative weights lead away
+                from a condition. Of ``cfg_cond_domains``, only targets of the schedule are emptied.
 
         Returns:
-            ``uncond_dict`` with the targets.
+            ``uncond_dict`` with the generated targets.
 
         Raises:
-            UserError: the schedule cannot be followed.
+            UserError: If there are no conditions, or the schedule does not fit the model or the batches.
         """
         if not cond_dicts:
-            raise UserError("generate_multi_guided: guidance needs conditions, but cond_dicts is empty")
+            raise UserError("generate_multi_guided: guidance needs at least one condition, but cond_dicts is empty")
         targets = {step["target_domain"] for step in schedule if "target_domain" in step}
         steps = [
             {**step, "cfg_cond_domains": [d for d in step.get("cfg_cond_domains", ()) if d in targets]}
@@ -139,14 +139,19 @@ class GenerationSampler(nn.Module):
         verbose: bool = False,
         seed: Seed = None,
     ) -> dict[str, dict[str, Any]]:
-        """Many answers about one image, each about query points of its own, as one long sequence.
+        """Generate several answers for one image, each for its own query points, and join them into one sequence.
 
         Args:
-            mod_dict: a batch of one sample. ``key`` may have several rows, each with its own query points.
-            batch_size: answers at once; as many answers in all if ``key`` has one row, whose points the model chooses.
+            mod_dict: A batch of one sample. ``key`` may have several rows, each with its own query points.
+            batch_size: Answers generated at a time. If ``key`` has one row, whose points the model chooses, this is
+                also the total number of answers.
+            key: The modality of the answers.
 
         Returns:
-            The batch of one sample, ``key`` with all answers one after the other, closed by a single [EOS].
+            The batch of one sample; ``key`` contains all answers in a row, closed by a single [EOS].
+
+        Raises:
+            UserError: If ``key`` is not in the batch, or the schedule does not fit the model or the batch.
         """
         if key not in mod_dict:
             raise UserError(f"generate_sam_dense: the batch has no '{key}'")
@@ -165,13 +170,17 @@ class GenerationSampler(nn.Module):
         return {**first, key: merged([[*joined, EOS_ID]], [[]], [], result[key]["tensor"].device)}
 
     def _check(self, batch: ModDict, schedule: GenerationSchedule, cond_dicts: Sequence[ModDict] = ()) -> None:
-        """See that the schedule can be followed from these inputs."""
+        """Check that the schedule fits the model and the batches.
+
+        Raises:
+            UserError: If it does not.
+        """
         info, decoders = self.model.modality_info, self.model.decoder_embeddings
         check_schedule(schedule, {name: info[name] for name in decoders}, multi=bool(cond_dicts))
         for part in (batch, *cond_dicts):
             for name in sorted(part.keys() & info.keys()):
                 if not {"tensor", "input_mask", "target_mask"} <= part[name].keys():
-                    raise UserError(f"{name}: its masks are missing; init_full_input_modality makes them")
+                    raise UserError(f"{name}: its masks are missing; add them with init_full_input_modality")
         sizes = {len(entry["tensor"]) for part in (batch, *cond_dicts) for entry in part.values()}
         if len(sizes) != 1:
             raise UserError(f"every modality must have the same number of samples, at least one, not {sorted(sizes)}")
@@ -181,10 +190,10 @@ class GenerationSampler(nn.Module):
             for name in step.get("cfg_cond_domains", ()):
                 if name not in known or name not in self.model.encoder_embeddings:
                     raise UserError(
-                        f"schedule: cfg_cond_domains of {target} has '{name}', which is not among the inputs"
+                        f"schedule: cfg_cond_domains of {target} contains '{name}', which is not among the inputs"
                     )
             if isinstance(scale, Sequence) and len(scale) != max(len(cond_dicts), 1):
-                raise UserError(f"schedule: cfg_scale {scale} must have a weight for each condition")
+                raise UserError(f"schedule: cfg_scale {scale} of {target} must have a weight for each condition")
             if info[target]["type"] != "img" and len(sentinels_of(as_modality(target, info[target]))) < 2:
                 raise UserError(f"{target}: its codes leave no room for sentinels; raise vocab_offset and vocab_size")
             if info[target]["type"] == "img" and target in batch:
@@ -203,31 +212,34 @@ class GenerationSampler(nn.Module):
         verbose: bool,
         seed: Seed,
     ) -> Iterator[dict[str, dict[str, Any]]]:
-        """Every scheme, guided or not: decode one target after another under weighted conditions.
+        """Decode one target after another under weighted conditions; this covers all schemes, guided or not.
 
-        Guidance by a single condition leads from ``uncond`` without its cfg_cond_domains to the condition.
+        Guidance leads away from ``uncond`` with its ``cfg_cond_domains`` emptied, and towards ``conds``.
         """
-        info, some = self.model.modality_info, next(iter(uncond.values()))["tensor"]
-        noise = SampleNoise(sample_seeds(seed, len(some)))
+        info, tensor = self.model.modality_info, next(iter(uncond.values()))["tensor"]
+        noise = SampleNoise(sample_seeds(seed, len(tensor)))
         batches = [dict(uncond), *map(dict, conds)]
         with tqdm(total=len(schedule), disable=not verbose) as progress:
             for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
                 modality = as_modality(target, info[target])
-                most = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
+                max_tokens = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
                 if target not in batches[0]:
-                    room = most if modality.type == "img" else most + 2  # [S_1] as input, and as the first target
-                    batches[0] = init_empty_target_modality(batches[0], info, target, len(some), room, some.device)
+                    # A sequence also has [S_1], as its input and as its first target.
+                    length = max_tokens if modality.type == "img" else max_tokens + 2
+                    batches[0] = init_empty_target_modality(
+                        batches[0], info, target, len(tensor), length, tensor.device
+                    )
                 entry = dict(batches[0][target])
                 sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
-                for (weights, domains), alike in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
+                for (weights, domains), group in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
                     batches = [{**batch, target: entry} for batch in batches]
                     inputs = [emptied(batches[0], info, domains), *batches[1:]]
                     with self._running(), torch.inference_mode():
-                        used = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
-                        conditions = Conditions(self.model, used)
-                    for step in alike:
+                        weighted = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
+                        conditions = Conditions(self.model, weighted)
+                    for step in group:
                         options = StepOptions(
-                            target, step["num_tokens"], step["temperature"], sampler, noise, sentinels, most
+                            target, step["num_tokens"], step["temperature"], sampler, noise, sentinels, max_tokens
                         )
                         with self._running():
                             entry = SCHEMES[step["scheme"]](conditions, entry, options)
@@ -237,7 +249,7 @@ class GenerationSampler(nn.Module):
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        """The model in evaluation mode and at the wanted precision."""
+        """Run the model in evaluation mode and at the requested precision."""
         training = self.model.training
         if training:
             self.model.eval()
@@ -251,7 +263,7 @@ class GenerationSampler(nn.Module):
 
 
 def _guidance(step: Mapping[str, Any], count: int) -> tuple[tuple[float, ...], tuple[str, ...]]:
-    """Weights of the inputs without conditioning and of each of ``count`` conditions, and what guidance empties."""
+    """Return the weights of the unconditional inputs and of ``count`` conditions, and the domains to empty."""
     scale = step.get("cfg_scale", 1.0)
     weights = tuple(map(float, scale)) if isinstance(scale, Sequence) else (float(scale),) * count
     return (1 - sum(weights), *weights), tuple(step.get("cfg_cond_domains", ()))

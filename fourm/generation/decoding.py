@@ -1,7 +1,7 @@
-"""What a batch holds → its natural form: pictures, sentences, boxes, numbers.
+"""Converts the tokens of a batch to their natural form: pictures, sentences, boxes, numbers.
 
-One table, :data:`DECODERS`, says how each kind of modality is read. Nothing that a model writes is an error: what has no
-meaning is left out, and :attr:`Decoded.dropped` counts it.
+The table :data:`DECODERS` says how each kind of image is decoded. A model may generate anything, so tokens without a
+meaning are not an error; they are dropped and counted in :attr:`Decoded.dropped`.
 
 Shapes: h x w tokens, H x W pixels, C channels. Masks: True = masked.
 """
@@ -26,7 +26,7 @@ from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 
 Tokenizers = Mapping[str, ImageTokenizer]
-"""By the modality of the images: ``rgb``, ``depth``, …"""
+"""Maps kinds of images (``rgb``, ``depth``, …) to their tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -34,12 +34,12 @@ class Decoded:
     """One modality of one sample.
 
     Attributes:
-        kind: what ``value`` is, a key of ``fourm.generation.plotting.PLOTTERS``.
-        value: see :data:`DECODERS`.
-        dropped: how many tokens (of texts: words) have no meaning and were left out.
-        names: of the classes, where ``value`` is class ids and they are known.
-        tensor: what the model has read or written: ids (h, w) of an image, −1 where nothing is known, ids (L,) of a
-            text, pixels as the model takes them. A result that is an input again is given as this.
+        kind: What ``value`` is: a key of ``IMAGES`` or ``PLOTTERS`` in :mod:`fourm.generation.plotting`.
+        value: The decoded value, see :data:`DECODERS`.
+        dropped: Number of tokens (words in texts) that have no meaning and were dropped.
+        names: Names of the classes, if ``value`` consists of class ids and the names are known.
+        tensor: What the model read or generated: ids (h, w) of an image, −1 where they are unknown, ids (L,) of a text,
+            or normalised pixels. If the result is used as an input, the model gets this tensor.
     """
 
     kind: str
@@ -50,7 +50,7 @@ class Decoded:
 
 
 def kind_of(modality: Modality) -> str:
-    """What a modality shows: ``tok_depth@224`` → ``depth``, ``rgb@224`` → ``rgb``, ``caption`` → ``caption``."""
+    """Return the kind of a modality, which is ``depth`` for ``tok_depth@224`` and ``rgb`` for ``rgb@224``."""
     return str(modality.transform).split("@")[0].removeprefix("tok_")
 
 
@@ -60,17 +60,21 @@ def decode(
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,
 ) -> list[dict[str, Decoded]]:
-    """Everything that a batch has as input, which after generation includes the targets.
+    """Decode all inputs of a batch, which include the targets after generation.
 
     Args:
-        modality_info: the model's modalities.
-        tokenizers: of images; tokens without one stay a grid of ids.
-        text_tokenizer: needed for texts.
+        mod_dict: The batch.
+        modality_info: The modalities of the model.
+        tokenizers: Tokenizers of images; tokens without a tokenizer stay a grid of ids.
+        text_tokenizer: Text vocabulary, needed for texts.
 
     Returns:
-        modality → :class:`Decoded`, for each sample.
+        A dict from modality to :class:`Decoded` for each sample.
+
+    Raises:
+        UserError: If the batch contains texts and there is no text vocabulary.
     """
-    read = {
+    decoded = {
         name: [
             decode_modality(
                 tensor, mask.bool(), as_modality(name, modality_info[name]), tokenizers or {}, text_tokenizer
@@ -80,17 +84,22 @@ def decode(
         for name, entry in mod_dict.items()
         if name in modality_info
     }
-    return [dict(zip(read, values, strict=True)) for values in zip(*read.values(), strict=True)]
+    return [dict(zip(decoded, values, strict=True)) for values in zip(*decoded.values(), strict=True)]
 
 
 def decode_modality(
     tensor: Tensor, masked: Tensor, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None
 ) -> Decoded:
-    """One modality of one sample.
+    """Decode one modality of one sample.
 
     Args:
-        tensor: ids (L,) or (h, w), or pixels (C, H, W).
-        masked: (L,)
+        tensor: Ids (L,) or (h, w), or pixels (C, H, W).
+        masked: Mask (L,), True where a token is unknown.
+        modality: The modality.
+        tokenizers, text_tokenizer: See :func:`decode`.
+
+    Raises:
+        UserError: If the modality is a text and there is no text vocabulary.
     """
     kind = kind_of(modality)
     if modality.is_pixels:
@@ -118,7 +127,7 @@ def decode_modality(
 
 
 def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None) -> Decoded:
-    """Tokens that are not known yet, or that the tokenizer does not have, are missing in the picture."""
+    """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
     grid, missing = ids.view(-1, width), masked.view(-1, width)
@@ -136,9 +145,9 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
 
 
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
-    """Pixels (1, C, H, W), nan where they are missing, as :data:`DECODERS` gives them."""
+    """Convert pixels (1, C, H, W), nan where they are missing, as described at :data:`DECODERS`."""
     kind = kind if kind in DECODERS else "feature"
-    image = pixels[0].permute(1, 2, 0).float().numpy()  # bfloat16 is unknown to numpy
+    image = pixels[0].permute(1, 2, 0).float().numpy()  # numpy has no bfloat16
     if statistics is not None and DECODERS[kind] in (_color, _grey):
         mean, std = (np.array(values, np.float32) for values in statistics)
         image = image * std + mean
@@ -172,16 +181,16 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "sam_edge": _grey,
     "feature": lambda image: image,
 }
-"""Kind → how values (H, W, C) of a picture, colours in [0, 1], become
+"""Maps each kind of picture to a function that converts its values (H, W, C), with colours in [0, 1], to
 
 * rgb: (H, W, 3) uint8, grey where something is missing
 * depth: (H, W) float, standardised; nan where something is missing
 * normal: (H, W, 3) float of unit length, zeros where something is missing
 * semseg: (H, W) class ids, −1 where something is missing
 * edges: (H, W) float in [0, 1]
-* feature, and whatever else has a tokenizer: (H, W, C) float
+* feature, and anything else that has a tokenizer: (H, W, C) float
 
-Tokens without a tokenizer are a grid (h, w) of ids, −1 where something is missing. What becomes of texts is in
+Tokens without a tokenizer are a grid (h, w) of ids, −1 where something is missing. Texts are decoded by
 :data:`fourm.generation.sequences.SEQUENCES`.
 """
 

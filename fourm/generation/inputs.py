@@ -1,4 +1,4 @@
-"""Pictures, texts and boxes as a person gives them → a batch: the transforms of the data pipeline, without random crops."""
+"""Converts pictures, texts and boxes to a batch, with the transforms of the data pipeline but without random crops."""
 
 from __future__ import annotations
 
@@ -24,22 +24,28 @@ from fourm.utils.tokenizer.text_tokenizer import written_text
 from fourm.vq.crops import tokenizer_transform
 
 
-def find_modality(name: str, known: Mapping[str, Modality], role: str, last: Collection[str] = ()) -> str:
-    """The modality called ``name``, or whose name it abbreviates: ``depth`` → ``tok_depth@224``.
+def find_modality(name: str, known: Mapping[str, Modality], role: str, avoid: Collection[str] = ()) -> str:
+    """Find a modality by its name or by an abbreviation: ``depth`` → ``tok_depth@224``.
 
-    Pixels come before tokens, smaller pictures before larger ones, and those in ``last`` after all others.
+    Of several matches, pixels are preferred to tokens, and smaller pictures to larger ones.
+
+    Args:
+        name: The name or abbreviation.
+        known: The modalities of the model.
+        role: What the modality is to be, for the error message, e.g. ``an input``.
+        avoid: Modalities that are chosen only if nothing else matches.
 
     Raises:
-        UserError: there is none.
+        UserError: If no modality matches.
     """
     if name in known:
         return name
     short = {candidate: candidate.split("@")[0] for candidate in known}
-    found = [candidate for candidate in known if short[candidate] in (name, f"tok_{name}")]
-    if not found:
+    matches = [candidate for candidate in known if short[candidate] in (name, f"tok_{name}")]
+    if not matches:
         options = [*known, *(value.removeprefix("tok_") for value in short.values())]
         raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, options)}")
-    return min(found, key=lambda m: (m in last, not known[m].is_pixels, known[m].input_size or 0))
+    return min(matches, key=lambda m: (m in avoid, not known[m].is_pixels, known[m].input_size or 0))
 
 
 def make_batch(
@@ -49,13 +55,17 @@ def make_batch(
     text_tokenizer: Tokenizer | None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """A batch that has all of ``samples`` as input; of token grids what is −1 is not known, and may be generated.
+    """Make a batch that has all of ``samples`` as input. Tokens of a grid that are −1 are unknown and may be generated.
 
     Args:
-        samples: modality → value, all with the same modalities; see :func:`read_value`.
+        samples: Samples that map the same modalities to values; see :func:`read_value`.
+        modality_info: The modalities of the model.
+        tokenizers: Tokenizers of images.
+        text_tokenizer: Text vocabulary.
+        device: Device of the batch.
 
     Raises:
-        UserError: a value that does not suit its modality.
+        UserError: If the modalities of the samples differ, or a value does not fit its modality.
     """
     names = list(samples[0])
     for sample in samples:
@@ -76,13 +86,13 @@ def make_batch(
 
 
 def _frame(sample: Mapping[str, Any], modality_info: Mapping[str, Modality]) -> tuple[int, int] | None:
-    """Height and width of the sample's picture, in which its boxes are given."""
+    """Return height and width of the picture of the sample, to which the boxes refer."""
     for name, value in sample.items():
         if modality_info[name].is_pixels and modality_info[name].transform in MODALITY_TRANSFORMS:
             try:
-                return None if isinstance(value, Decoded) else image_size(_load(value))  # a result is square
+                return None if isinstance(value, Decoded) else image_size(_load(value))  # results are square
             except (OSError, ValueError):
-                return None  # reading the picture itself says what is wrong with it
+                return None  # reading the picture itself reports the error
     return None
 
 
@@ -93,20 +103,25 @@ def read_value(
     text_tokenizer: Tokenizer | None,
     frame: tuple[int, int] | None = None,
 ) -> Tensor:
-    """One value as the model takes it, its centre square if it is a picture.
+    """Convert one value to the tensor that the model takes. Pictures are cropped to their centre square.
 
     Args:
-        value: of pictures a file, a PIL image or an array; of tokens these, or ids, −1 where they are not known; of
-            texts a string, or what the modality's files hold (boxes: ``[{"boxes": …, "class_name": …}]``, a palette:
-            ``[[r, g, b], …]``). Or a result, of which the model gets the same ids, or pixels.
-        frame: height and width of the picture of which boxes tell; the model gets those in its centre square.
+        value: For pictures, a file, a PIL image or an array. For tokens, one of these, or ids, which are −1 where they
+            are unknown. For texts, a string, or the content of the modality's files (boxes:
+            ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``). For any modality, a result, whose ids
+            or pixels the model gets unchanged.
+        modality: The modality.
+        tokenizers: Tokenizers of images.
+        text_tokenizer: Text vocabulary.
+        frame: Height and width of the picture to which boxes refer; the model gets the boxes in its centre square.
 
     Raises:
-        UserError: it does not suit the modality.
+        UserError: If the value does not fit the modality, or its tokenizer or vocabulary is missing.
+        DataError: If the value or its file cannot be read.
     """
     try:
         if isinstance(value, Decoded):
-            return _again(value, modality)
+            return _reuse(value, modality)
         transform = transforms_for({modality.name: modality})[modality.name]
         if modality.type == "seq_token" or isinstance(transform, (ScalarTransform, GridTransform)):
             return _numbers(value, modality, transform)
@@ -120,16 +135,16 @@ def read_value(
     except UserError as error:
         raise type(error)(f"{modality.name}: {error}") from error
     except (TypeError, KeyError, ValueError, OSError) as error:
-        shown = str(value) if isinstance(value, Path) else str(value)[:80]
-        raise DataError(f"{modality.name}: {shown} cannot be read: {error}") from error
+        description = str(value) if isinstance(value, Path) else str(value)[:80]
+        raise DataError(f"{modality.name}: {description} cannot be read: {error}") from error
 
 
-def _again(result: Decoded, modality: Modality) -> Tensor:
-    """What a model has read or written, as it was."""
+def _reuse(result: Decoded, modality: Modality) -> Tensor:
+    """Return what a model has read or generated, unchanged."""
     if result.tensor is None or result.tensor.is_floating_point() != (modality.vocab_size is None):
         raise UserError(
-            f"this {result.kind} does not hold {'values' if modality.vocab_size is None else 'ids'} that a model had: give "
-            "results by their full names, and what was read from disk as the file"
+            f"this {result.kind} does not hold {'values' if modality.vocab_size is None else 'ids'} of a model: name "
+            "results by their full modality names, and pass files for results that were read from disk"
         )
     if modality.is_pixels:
         return result.tensor
@@ -137,7 +152,7 @@ def _again(result: Decoded, modality: Modality) -> Tensor:
 
 
 def read_pixels(value: Any, transform: Any, size: int | None) -> Tensor:
-    """The centre square of a picture at ``size``, as its transform gives it: (C, H, W), class ids (H, W)."""
+    """Read the centre square of a picture at ``size`` through its transform: (C, H, W), or (H, W) for class ids."""
     assert isinstance(transform, ImageTransform)
     picture = transform.preprocess(_load(value))
     crop = center_crop(image_size(picture))
@@ -147,12 +162,15 @@ def read_pixels(value: Any, transform: Any, size: int | None) -> Tensor:
 
 
 def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
-    """Ids as they are, of stored crops the first; pictures through their tokenizer."""
+    """Return ids as they are (the first of several stored crops), and tokenize pictures."""
     value = _load(value)
     if isinstance(value, Tensor) or (isinstance(value, np.ndarray) and value.dtype.kind == "i"):
         ids = torch.as_tensor(np.asarray(value)).long().reshape(-1, modality.max_tokens or 1)[0]
         if ids.min() < -1 or ids.max() >= (modality.vocab_size or 0):
-            raise DataError(f"ids must be below {modality.vocab_size}, not {int(ids.min())} to {int(ids.max())}")
+            raise DataError(
+                f"ids must be below {modality.vocab_size}, and -1 where they are unknown, but they range from "
+                f"{int(ids.min())} to {int(ids.max())}"
+            )
         return ids
     tokenizer = tokenizers.get(kind_of(modality))
     if tokenizer is None:
@@ -164,28 +182,28 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
 
 
 def _numbers(value: Any, modality: Modality, transform: Any) -> Tensor:
-    """What needs neither a crop nor a vocabulary, of stored crops the first: a scalar, a grid of numbers, codes and [EOS]."""
+    """Read a scalar, a grid of numbers, or codes followed by [EOS] (the first of several stored crops)."""
     value = transform.preprocess(_load(value))
     numbers = torch.from_numpy(transform.postprocess(transform.image_augment(value, None, False, None, None, 0)))
     if modality.type == "seq_token":
-        end = [EOS_ID] * (modality.vocab_offset > EOS_ID)
+        end = [EOS_ID] if modality.vocab_offset > EOS_ID else []
         return torch.cat([numbers + modality.vocab_offset, torch.tensor(end, dtype=torch.long)])[: modality.max_tokens]
     return numbers
 
 
 def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None, frame: tuple[int, int] | None) -> Tensor:
-    """Ids and [EOS], cut where training cuts them."""
+    """Return the ids of a text and [EOS], truncated to the maximum length of training."""
     if text_tokenizer is None:
         raise UserError("texts need the text vocabulary; pass text_tokenizer")
     value = _load(value) if isinstance(value, Path) else value
     if not isinstance(value, str):
-        value = _written(value, modality, frame)
+        value = _to_text(value, modality, frame)
     ids = text_tokenizer.encode(written_text(value), add_special_tokens=False).ids
     return torch.tensor([*ids, EOS_ID][: modality.max_tokens])
 
 
-def _written(value: Any, modality: Modality, frame: tuple[int, int] | None) -> str:
-    """The text of a value, as of the centre crop, which is also the first of stored crops."""
+def _to_text(value: Any, modality: Modality, frame: tuple[int, int] | None) -> str:
+    """Convert a value to text for the centre crop, which is also the first of several stored crops."""
     transform = MODALITY_TRANSFORMS.get(str(modality.transform), MODALITY_TRANSFORMS["caption"])
     kind = kind_of(modality)
     if kind == "det" and not isinstance(value, Mapping):
@@ -199,7 +217,7 @@ def _written(value: Any, modality: Modality, frame: tuple[int, int] | None) -> s
 
 
 def _load(value: Any) -> Any:
-    """The content of a file; everything else as it is."""
+    """Read a value from its file; return other values as they are."""
     if isinstance(value, (str, Path)):
         path = Path(value)
         if not path.is_file():
@@ -207,13 +225,13 @@ def _load(value: Any) -> Any:
         try:
             value = decode_value(path.name, path.read_bytes())
             return EncodedImage(value, False) if isinstance(value, bytes) else value
-        except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
+        except Exception as error:  # decoders raise many types of errors for damaged files
             raise DataError(f"{path} cannot be read: {error}") from error
     return value
 
 
 def _stack(values: Iterable[Tensor]) -> Tensor:
-    """Rows of ids are padded to the longest."""
+    """Stack values; rows of ids are padded to the longest."""
     values = list(values)
     if values[0].ndim == 1:
         return torch.nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=PAD_ID)

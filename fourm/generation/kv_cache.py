@@ -1,9 +1,9 @@
-"""What a decoder remembers of the sequences that it writes one token at a time.
+"""Key-value cache of a decoder that writes sequences one token at a time.
 
-Attention to the earlier tokens reads their keys and values from a buffer; those of the context are computed once. The
-cost of a token then does not depend on how often the earlier ones were looked at, and a whole sequence is linear.
+The keys and values of earlier tokens are read from a buffer, and those of the context are computed once, so that each
+token of a sequence runs through the decoder only once.
 
-Shapes: B sequences, M most tokens of a sequence, N context tokens, D width, H heads, C width of one head.
+Shapes: B sequences, M maximum tokens of a sequence, N context tokens, D width, H heads, C width of one head.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from fourm.models.fm_utils import KeysValues, attendable
 
 
 class LayerCache:
-    """Keys and values of one block: of the context, and of the sequence so far.
+    """Keys and values of one block, for the context and for the sequence so far.
 
     Args:
-        block: a :class:`DecoderBlock`.
-        context: (B, N, D).
-        length: M.
+        block: A :class:`DecoderBlock`.
+        context: The context, (B, N, D).
+        length: Maximum number of tokens M.
     """
 
     def __init__(self, block: Any, context: Tensor, length: int):
@@ -32,25 +32,26 @@ class LayerCache:
         self._used = 0
 
     def extend(self, new: KeysValues) -> KeysValues:
-        """Remember those of the next tokens, (B, H, n, C) each → those of all so far."""
+        """Append the keys and values of the next tokens, (B, H, n, C) each, and return those of all tokens so far."""
         start, self._used = self._used, self._used + new.keys.shape[2]
         for buffer, part in zip(self._buffer, new, strict=True):
             buffer[:, :, start : self._used] = part
         return KeysValues(*(buffer[:, :, : self._used] for buffer in self._buffer))
 
     def keep(self, rows: Tensor) -> None:
+        """Keep only these sequences, given by their indices (b,)."""
         self.context = KeysValues(*(part[rows] for part in self.context))
         self._buffer = KeysValues(*(part[rows] for part in self._buffer))
 
 
 class DecoderCache:
-    """The whole decoder's.
+    """Caches of all decoder blocks.
 
     Args:
-        model: whose decoder it is.
-        context: (B, N, D), see :meth:`FourM.context`.
-        padding: (B, N) of the context, True = padding.
-        length: M.
+        model: The model.
+        context: The context, (B, N, D), see :meth:`FourM.context`.
+        padding: Padding mask of the context, (B, N), True = padding.
+        length: Maximum number of tokens M.
     """
 
     def __init__(self, model: FourM, context: Tensor, padding: Tensor, length: int):
@@ -59,13 +60,13 @@ class DecoderCache:
         self._context_mask = attendable(padding) if padding.any() else None
 
     def decode(self, y: Tensor) -> Tensor:
-        """The next token of every sequence, embedded (B, 1, D) → decoder output (B, 1, D)."""
+        """Decode the next token of every sequence, embedded as (B, 1, D), and return the decoder output (B, 1, D)."""
         for block, layer in zip(self._model.decoder, self._layers, strict=True):
             y = block(y, layer.context, None, self._context_mask, past=layer)
         return self._model.decoder_norm(y)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these sequences only, (b,) indices."""
+        """Keep only these sequences, given by their indices (b,)."""
         for layer in self._layers:
             layer.keep(rows)
         if self._context_mask is not None:

@@ -1,7 +1,7 @@
-"""The keys of ``run_generation.py``: those of one stage, and all.
+"""Options of ``run_generation.py``.
 
-A configuration may name others (``model_config``, ``data_config``, ``sr_config``), whose keys it overrides; the command line
-overrides all. The second stage has the keys of the first, with ``sr_`` before them.
+A configuration may name other configurations (``model_config``, ``data_config``, ``sr_config``) and override their
+keys; the command line overrides all of them. The second stage has the same keys as the first, prefixed with ``sr_``.
 """
 
 from __future__ import annotations
@@ -18,57 +18,62 @@ from fourm.utils.paths import AnyPath, InputPath, expand_path
 
 @dataclass(frozen=True, kw_only=True)
 class StageOptions:
-    """A model, what it generates, and from what."""
+    """The model, inputs, targets and settings of one stage."""
 
     model: InputPath = option("run folder, folder with a model, s3:// URL of one of these, or id on the hub")
     tokenizers: InputPath | dict[str, InputPath] | None = option(
-        "folder with a tokenizer per modality of images, or modality → folder or hub id", None
+        "folder with one tokenizer per modality of images, or a mapping from modality to folder or hub id", None
     )
     text_tokenizer: InputPath | None = option("text vocabulary (default: that of the run)", None)
-    cond_domains: str | None = option("of what is known, joined by '-' (default: all that the model reads)", None)
+    cond_domains: str | None = option(
+        "input modalities, joined by '-' (default: all known ones that the model reads)", None
+    )
     target_domains: str = option("modalities to generate, in this order, joined by '-'")
     tokens_per_target: Any = option(
-        "tokens of each target; from here on: one value, or one per target joined by '-'", None
+        "number of tokens; this and the following keys take one value, or one per target joined by '-'", None
     )
-    autoregression_schemes: Any = option("maskgit, roar (images) or autoregressive (sequences)", None)
-    decoding_steps: Any = option("steps of each image", None)
-    token_decoding_schedules: Any = option("linear or cosine", None)
-    temps: Any = option("temperatures; 0 = the likeliest token", None)
-    temp_schedules: Any = option("constant, linear or onex:MIN:POWER", None)
-    cfg_scales: Any = option("guidance; 1 = none", None)
-    cfg_schedules: Any = option("constant", None)
-    cfg_grow_conditioning: bool = option("finished targets guide those after them", True)
+    autoregression_schemes: Any = option("maskgit or roar (images), autoregressive (sequences)", None)
+    decoding_steps: Any = option("number of decoding steps (images)", None)
+    token_decoding_schedules: Any = option("tokens per step: linear or cosine (images)", None)
+    temps: Any = option("sampling temperatures; 0 = always the most likely token", None)
+    temp_schedules: Any = option("temperature schedules: constant, linear or onex:MIN:POWER", None)
+    cfg_scales: Any = option("guidance scales; 1 = no guidance", None)
+    cfg_schedules: Any = option("guidance schedules: constant", None)
+    cfg_grow_conditioning: bool = option("let finished targets guide the targets after them", True)
     top_k: int | float = option(
-        "only the likeliest tokens: a count, or a share of the vocabulary", 0.0, at_least=0, at_most=10**8
+        "sample only from the most likely tokens: a count, or a fraction of the vocabulary; 0 = all", 0.0,
+        at_least=0, at_most=10**8,
+    )  # fmt: skip
+    top_p: float = option(
+        "sample only from the most likely tokens with this total probability; 0 = all", 0.0, at_least=0, at_most=1
     )
-    top_p: float = option("only the likeliest tokens that have this probability together", 0.0, at_least=0, at_most=1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(StageOptions):
-    """The first stage, what it is given, and where the results go."""
+    """The first stage, its data, and the output of both stages."""
 
-    cond_domains: str = option("modalities that are given, joined by '-'")
+    cond_domains: str = option("input modalities, joined by '-'")
     data: InputPath | list[str] = option(
-        "folder with a folder per modality, folder of pictures, one picture, or prompts: a list or a .txt"
+        "folder with one folder per modality, folder of pictures, one picture, or prompts (a list or a .txt file)"
     )
-    output_dir: AnyPath = option("where the results go")
-    class_names: list[str] = option("of the class ids of segmentations", [])
+    output_dir: AnyPath = option("folder of the results")
+    class_names: list[str] = option("names of the classes of segmentations", [])
     model_config: InputPath | None = option("YAML file with further keys of the models", None)
     data_config: InputPath | None = option("YAML file with further keys of the data", None)
     sr_config: InputPath | None = option("YAML file with further keys of the second stage, without their 'sr_'", None)
-    num_samples: int | None = option("the first so many samples of the data (default: all)", None, at_least=1)
-    num_variations: int = option("results per sample, with other seeds", 1, at_least=1, at_most=10**6)
-    seed: int = option("of the first result", 0, at_least=0, at_most=2**62)
-    batch_size: int = option("results at once", 8, at_least=1, at_most=10**6)
-    sheet_samples: int = option("rows of the contact sheet", 12, at_least=1, at_most=10_000)
-    plugin: str = option("Python module of your own modalities: my_package.my_modalities", "")
-    device: str = option("'auto' = cuda where there is one, else cpu", "auto")
-    dtype: Literal["float32", "bfloat16", "float16"] = option("precision", "float32")
-    compile: bool = option("torch.compile the blocks", False)
+    num_samples: int | None = option("use only this many samples of the data (default: all)", None, at_least=1)
+    num_variations: int = option("results per sample, with different seeds", 1, at_least=1, at_most=10**6)
+    seed: int = option("seed of the first result", 0, at_least=0, at_most=2**62)
+    batch_size: int = option("results generated at a time", 8, at_least=1, at_most=10**6)
+    sheet_samples: int = option("maximum number of rows of the contact sheet", 12, at_least=1, at_most=10_000)
+    plugin: str = option("Python module that defines your own modalities: my_package.my_modalities", "")
+    device: str = option("device; 'auto' uses cuda if it is available, and the cpu otherwise", "auto")
+    dtype: Literal["float32", "bfloat16", "float16"] = option("precision of the model", "float32")
+    compile: bool = option("compile the blocks with torch.compile", False)
     sr: StageOptions | None = option_group(
-        "second stage: a super-resolution model goes on from what is given and the tokens of the first; tokenizers and "
-        "vocabulary are those of the first where it has no others",
+        "second stage: a super-resolution model continues from the inputs and the tokens of the first stage, whose "
+        "tokenizers and vocabulary it uses unless it has its own",
         StageOptions,
     )
 
@@ -76,31 +81,32 @@ class GenerationOptions(StageOptions):
         settle(self)
 
     def stages(self) -> dict[str, StageOptions]:
-        """The stages in their order, by what their keys begin with."""
+        """Return the stages in order, by the prefix of their keys."""
         return {"": self} if self.sr is None else {"": self, "sr_": self.sr}
 
     def flat(self) -> dict[str, Any]:
-        """All keys as they are written."""
+        """Return all options by their flat keys, as in YAML and on the command line."""
         values = dataclasses.asdict(self)
         second = values.pop("sr") or {}
         return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 
 
 def parse(argv: list[str] | None = None) -> GenerationOptions:
-    """Files that a configuration names < the configuration < the command line.
+    """Parse the options: the command line overrides the configuration, which overrides the files that it names.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or a required key that is missing.
+        UserError: If a key is unknown, a value has the wrong type, or a required key is missing.
     """
     overrides = parse_overrides(GenerationOptions, argv, "Generate with a 4M model.", config_file=True)
     path = overrides.pop("config", None)
     path = expand_path(path, "command line: 'config'") if path else None
     content = (_read(load_yaml(path), path, path) if path else {}) | _read(overrides, "command line", None)
     for key in ("data_config", "model_config", "sr_config"):
-        if named := content.get(key):
+        file = content.get(key)
+        if file:
             prefix = "sr_" if key == "sr_config" else ""
-            further = {f"{prefix}{name}": value for name, value in load_yaml(named).items()}
-            content = _read(further, named, named) | content
+            defaults = {f"{prefix}{name}": value for name, value in load_yaml(file).items()}
+            content = _read(defaults, file, file) | content
     where = path or "command line"
     second = {name: content.pop(f"sr_{name}") for name in flat_options(StageOptions) if f"sr_{name}" in content}
     if second:
@@ -109,7 +115,7 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
 
 
 def _read(content: Mapping[str, Any], where: str, config: str | None) -> dict[str, Any]:
-    """Converted values by their flat keys; files are also looked for beside ``config``."""
+    """Convert the values of flat keys; paths may also be relative to the folder of ``config``."""
     check_keys(content, flat_options(GenerationOptions), where)
     second = {key.removeprefix("sr_"): value for key, value in content.items() if _is_second(key)}
     first = {key: value for key, value in content.items() if not _is_second(key)}

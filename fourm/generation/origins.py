@@ -1,4 +1,4 @@
-"""What a result was made from, in few characters: results of other inputs or other models are then told apart."""
+"""Digests of the inputs and models of a result, to detect results that were made from others."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from torch import nn
 from fourm.data.raw_sample import OpenFiles
 from fourm.generation.stages import Stage
 
-_NUMBERS = 16  # of each tensor; training changes all of them
+_VALUES_PER_TENSOR = 16  # few are enough, because training changes all of them
 
 
 def digest_of_inputs(inputs: Mapping[str, Any]) -> str:
-    """Of the content of files and texts.
+    """Compute a digest of the content of files and texts.
 
     Args:
-        inputs: modality → file or text; or "" → a sample of a folder.
+        inputs: Maps each modality to a file or text, or "" to a sample of a folder.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: If a file cannot be read.
     """
     parts: dict[str, bytes] = {}
     for name, value in inputs.items():
@@ -33,34 +33,35 @@ def digest_of_inputs(inputs: Mapping[str, Any]) -> str:
             parts[name] = value.encode()
         else:
             files = OpenFiles()
-            parts |= {member: files.read(place) for member, place in value.members.items() if place is not None}
+            parts |= {member: files.read(source) for member, source in value.members.items() if source is not None}
     return _digest(*(part for name in sorted(parts) for part in (name.encode(), parts[name])))
 
 
 def digest_of_models(stages: Sequence[Stage]) -> str:
-    """Of the weights of models and tokenizers, a few of each tensor, and of the vocabularies."""
+    """Compute a digest of the models and tokenizers, from a few values of each tensor, and of the vocabularies."""
     parts = []
     for sampler in (stage.sampler for stage in stages):
         modules: list[nn.Module] = [sampler.generation.model]
         modules += [tokenizer for _, tokenizer in sorted(sampler.tokenizers.items())]
-        parts += [_sketch(module) for module in modules]
-        words = sampler.text_tokenizer
-        parts.append(b"" if words is None else words.to_str().encode())
+        parts += [_module_bytes(module) for module in modules]
+        vocabulary = sampler.text_tokenizer
+        parts.append(b"" if vocabulary is None else vocabulary.to_str().encode())
     return _digest(*parts)
 
 
-def _sketch(module: nn.Module) -> bytes:
-    # Compiled blocks have other names for the same tensors.
-    return b"".join(_some(tensor) for tensor in module.state_dict().values())
+def _module_bytes(module: nn.Module) -> bytes:
+    # Names are left out, because compiled blocks have other names for the same tensors.
+    return b"".join(_tensor_bytes(tensor) for tensor in module.state_dict().values())
 
 
-def _some(tensor: torch.Tensor) -> bytes:
+def _tensor_bytes(tensor: torch.Tensor) -> bytes:
     flat = tensor.detach().flatten()
-    return flat[:: max(len(flat) // _NUMBERS, 1)][:_NUMBERS].double().cpu().numpy().tobytes()
+    step = max(len(flat) // _VALUES_PER_TENSOR, 1)
+    return flat[::step][:_VALUES_PER_TENSOR].double().cpu().numpy().tobytes()
 
 
 def _digest(*parts: bytes) -> str:
-    whole = hashlib.sha256()
+    digest = hashlib.sha256()
     for part in parts:
-        whole.update(hashlib.sha256(part).digest())
-    return whole.hexdigest()[:24]
+        digest.update(hashlib.sha256(part).digest())
+    return digest.hexdigest()[:24]

@@ -1,4 +1,4 @@
-"""Results → pictures: one plotter per kind, and contact sheets of them. The only place of this package with matplotlib."""
+"""Draws results: one plotter per kind, and contact sheets. No other module of this package uses matplotlib."""
 
 from __future__ import annotations
 
@@ -18,25 +18,27 @@ if TYPE_CHECKING:
 
 _INK, _FAINT, _EMPTY = "#222222", "#777777", "#f3f3f3"
 _CELL = 2.1  # side of a picture in inches
-_LETTERS = 42  # on a line of a cell of text
-_WIDE = 1.35  # columns of text are so much wider
+_LINE_LENGTH = 42  # characters on a line of text
+_TEXT_WIDTH = 1.35  # width of a column of text, relative to one of pictures
 _TEXTS = ("caption", "metadata", "color_palette", "human_poses", "scalar", "vectors")
 
 
 def plot(
     samples: Sequence[Mapping[str, Decoded]] | Mapping[str, Decoded], title: str = "", labels: Sequence[str] = ()
 ) -> Figure:
-    """A contact sheet: a row per sample, a column per modality, in the order of the first sample.
+    """Draw a contact sheet with one row per sample and one column per modality, in the order of the first sample.
 
     Args:
-        samples: what ``Sampler`` or :func:`fourm.generation.decode` return; the keys are the titles of the columns.
-        labels: of the rows.
+        samples: Results of ``Sampler`` or :func:`fourm.generation.decode`; their keys become the titles of the columns.
+        title: Title of the sheet.
+        labels: Labels of the rows.
 
     Returns:
-        A figure; ``plot(samples).savefig("sheet.png")``.
+        The figure; save it with ``plot(samples).savefig("sheet.png")``.
 
     Raises:
-        UserError: there is nothing to plot, or matplotlib is missing.
+        UserError: If there is nothing to plot.
+        MissingDependency: If matplotlib is not installed.
     """
     rows = [samples] if isinstance(samples, Mapping) else list(samples)
     if not rows or not rows[0]:
@@ -46,19 +48,19 @@ def plot(
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     columns = [*rows[0]]
-    widths = [_WIDE if rows[0][name].kind in _TEXTS else 1.0 for name in columns]
+    widths = [_TEXT_WIDTH if rows[0][name].kind in _TEXTS else 1.0 for name in columns]
     classes = _classes_of(rows)
     legend = 0.3 * -(-len(classes) // _per_line(sum(widths)))
     height = len(rows) * _CELL * 1.04 + 0.35 + legend + (0.35 if title else 0)
-    # Below the edge, where the layout would cut the tops of the columns' titles.
-    inside = (0, 0, 1, 1 - 0.07 / height)
-    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01, rect=inside)
+    # Leave a margin at the top, because the layout would cut off the titles of the columns.
+    rect = (0, 0, 1, 1 - 0.07 / height)
+    layout = ConstrainedLayoutEngine(w_pad=0.03, h_pad=0.03, wspace=0.01, hspace=0.01, rect=rect)
     figure = Figure(figsize=(sum(widths) * _CELL, height), layout=layout, dpi=120)
     grid = figure.subplots(len(rows), len(columns), squeeze=False, gridspec_kw={"width_ratios": widths})
     features = {
         name: [row[name].value for row in rows if name in row and row[name].kind == "feature"] for name in columns
     }
-    # The same colour is the same feature all over a column.
+    # The same colour stands for the same feature in the whole column.
     colors = {name: principal_colors(maps) for name, maps in features.items() if maps}
     for axes_of_row, sample in zip(grid, rows, strict=True):
         for axes, name, width in zip(axes_of_row, columns, widths, strict=True):
@@ -78,7 +80,7 @@ def plot(
 
 
 def as_image(result: Decoded) -> np.ndarray | None:
-    """The picture of a result, (H, W, 3) uint8; None if it is none, such as a caption."""
+    """Return the picture of a result, (H, W, 3) uint8, or None if it is not a picture, such as a caption."""
     if result.kind not in IMAGES:
         return None
     image = IMAGES[result.kind](result.value)
@@ -86,7 +88,7 @@ def as_image(result: Decoded) -> np.ndarray | None:
 
 
 def class_colors(count: int) -> np.ndarray:
-    """(count, 3) uint8: grey for the first, then hues spread by the golden ratio, in turn light and dark."""
+    """Return colours (count, 3) uint8: grey, then hues spread by the golden ratio, alternately light and dark."""
     _matplotlib()
     from matplotlib.colors import hsv_to_rgb
 
@@ -107,7 +109,7 @@ def _matplotlib() -> Any:
 
 
 def _depth(depth: np.ndarray) -> np.ndarray:
-    """Near is red, far is blue, by the values between the 2nd and the 98th percentile; grey where nothing is known."""
+    """Colour depth from red (near) to blue (far) between the 2nd and the 98th percentile; unknown depth is grey."""
     known = depth[np.isfinite(depth)]
     low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
     image = _matplotlib().colormaps["Spectral"](np.nan_to_num((depth - low) / max(high - low, 1e-6)))[..., :3]
@@ -115,9 +117,8 @@ def _depth(depth: np.ndarray) -> np.ndarray:
 
 
 def _classes(ids: np.ndarray) -> np.ndarray:
-    return np.where(ids[..., None] < 0, 255, class_colors(max(int(ids.max()) + 1, 1))[np.maximum(ids, 0)]).astype(
-        np.uint8
-    )
+    colors = class_colors(max(int(ids.max()) + 1, 1))
+    return np.where(ids[..., None] < 0, 255, colors[np.maximum(ids, 0)]).astype(np.uint8)
 
 
 def _edges(edges: np.ndarray) -> np.ndarray:
@@ -125,7 +126,7 @@ def _edges(edges: np.ndarray) -> np.ndarray:
 
 
 def _tokens(ids: np.ndarray) -> np.ndarray:
-    """A colour for each id; the same ids look the same everywhere."""
+    """Give each id a colour, which is the same in all pictures."""
     mixed = (np.maximum(ids, 0).astype(np.uint64)[..., None] + 1) * np.array(
         [2654435761, 2246822519, 3266489917], np.uint64
     )
@@ -134,7 +135,7 @@ def _tokens(ids: np.ndarray) -> np.ndarray:
 
 
 def principal_colors(maps: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """How feature maps (h, w, C) become red, green and blue: the first three principal components of all ``maps``."""
+    """Return a function that draws feature maps (h, w, C): the first three principal components of ``maps`` as RGB."""
     rows = np.nan_to_num(np.concatenate([values.reshape(-1, values.shape[-1]) for values in maps]).astype(np.float64))
     mean = rows.mean(0)
     directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:3].T
@@ -158,25 +159,25 @@ IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "tokens": _tokens,
     "feature": lambda values: principal_colors([values])(values),
 }
-"""Kind → its value as a picture (H, W, 3), uint8 or in [0, 1]."""
+"""Maps each kind of picture to a function that converts its value to (H, W, 3), uint8 or in [0, 1]."""
 
 
-# What is drawn rather than shown. A plotter gets the axes, the value, and the sample that it belongs to.
+# Plotters of other kinds get the axes, the value, and the sample that it belongs to.
 
 
 def _caption(axes: Axes, text: str, sample: Mapping[str, Decoded]) -> None:
-    lines = textwrap.wrap(text, _LETTERS, max_lines=11, placeholder=" …") or ["(nothing)"]
+    lines = textwrap.wrap(text, _LINE_LENGTH, max_lines=11, placeholder=" …") or ["(nothing)"]
     quoted = [f"“{lines[0]}", *lines[1:]]
     _write(axes, "\n".join(quoted) + "”", style="italic")
 
 
 def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
-    """On the sample's picture if there is one, faded, else on paper; in the colours of its segmentation."""
+    """Draw boxes on the picture of the sample, in the colours of its segmentation."""
     from matplotlib.patches import Rectangle
 
-    height, width = _paper(axes, sample)
-    known = next((other.names for other in sample.values() if other.names), ("",))  # the first one's colour is grey
-    names = [*known, *sorted({box["class_name"] for box in boxes}.difference(known))]
+    height, width = _draw_background(axes, sample)
+    classes = next((other.names for other in sample.values() if other.names), ("",))  # grey is the first colour
+    names = [*classes, *sorted({box["class_name"] for box in boxes}.difference(classes))]
     colors = class_colors(len(names)) / 255
     for box in boxes:
         color = colors[names.index(box["class_name"])]
@@ -190,8 +191,8 @@ def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded
 
 
 def _instances(axes: Axes, points: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
-    """Query points, and the boxes of their polygons."""
-    height, width = _paper(axes, sample)
+    """Draw query points and the boxes of their polygons."""
+    height, width = _draw_background(axes, sample)
     colors = class_colors(len(points) + 1)[1:] / 255
     boxes = [(*polygon["box"], color) for p, color in zip(points, colors, strict=True) for polygon in p["polygons"]]
     for xmin, ymin, xmax, ymax, color in boxes:
@@ -210,13 +211,13 @@ def _palette(axes: Axes, colors: list[list[int]], sample: Mapping[str, Decoded])
         left = i / len(colors)
         axes.add_patch(Rectangle((left, 0.35), 0.96 / len(colors), 0.45, color=np.array(color) / 255, lw=0))
         axes.text(
-            left + 0.48 / len(colors), 0.32, "#{:02x}{:02x}{:02x}".format(*color), fontsize=5.5, rotation=90, ha="center",
-            va="top", color=_FAINT, family="monospace",
+            left + 0.48 / len(colors), 0.32, "#{:02x}{:02x}{:02x}".format(*color), fontsize=5.5, rotation=90,
+            ha="center", va="top", color=_FAINT, family="monospace",
         )  # fmt: skip
 
 
 def _metadata(axes: Axes, values: Mapping[str, float], sample: Mapping[str, Decoded]) -> None:
-    """A line each."""
+    """Write each value on a line of its own."""
     lines = max(len(values), 8)
     axes.set(xlim=(0, 1), ylim=(lines, 0))
     for line, (name, value) in enumerate(values.items()):
@@ -228,7 +229,7 @@ def _metadata(axes: Axes, values: Mapping[str, float], sample: Mapping[str, Deco
 
 def _json(axes: Axes, value: Any, sample: Mapping[str, Decoded]) -> None:
     text = json.dumps(value) if not isinstance(value, np.ndarray) else f"{' × '.join(map(str, value.shape))} numbers"
-    _write(axes, "\n".join(textwrap.wrap(text, _LETTERS, max_lines=11, placeholder=" …")), family="monospace")
+    _write(axes, "\n".join(textwrap.wrap(text, _LINE_LENGTH, max_lines=11, placeholder=" …")), family="monospace")
 
 
 PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
@@ -241,7 +242,7 @@ PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
     "scalar": _json,
     "vectors": _json,
 }
-"""Kind → what draws it, for kinds that are no pictures (:data:`IMAGES`)."""
+"""Maps each kind that is not a picture (see :data:`IMAGES`) to the function that draws it."""
 
 
 def _draw(
@@ -253,8 +254,8 @@ def _draw(
     else:
         PLOTTERS[result.kind](axes, result.value, sample)
     if result.dropped:
-        unit, fate = ("token", "missing") if image is not None else ("word", "left out")
-        text = f"{result.dropped} {unit}{'s' * (result.dropped > 1)} {fate}"
+        unit, state = ("token", "missing") if image is not None else ("word", "left out")
+        text = f"{result.dropped} {unit}{'s' if result.dropped > 1 else ''} {state}"
         axes.set_xlabel(text, fontsize=6, color=_FAINT, labelpad=2)
 
 
@@ -263,8 +264,8 @@ def _write(axes: Axes, text: str, **options: Any) -> None:
     axes.text(0.03, 0.97, text, va="top", fontsize=8.5, color=_INK, linespacing=1.3, **options)
 
 
-def _paper(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, int]:
-    """What boxes are drawn on; its height and width."""
+def _draw_background(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, int]:
+    """Draw the faded picture of the sample, or an empty area if it has none, and return its height and width."""
     pictures = [as_image(other) for other in sample.values() if other.kind == "rgb"]
     if pictures and pictures[0] is not None:
         faded = 255 - (255 - pictures[0].astype(float)) * 0.75
@@ -275,22 +276,22 @@ def _paper(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, int]:
 
 
 def _titles(columns: Sequence[str]) -> list[str]:
-    """``tok_depth@224`` → ``depth``, unless that could be another one."""
+    """Shorten ``tok_depth@224`` to ``depth``, unless another column has the same short name."""
     short = [name.split("@")[0].removeprefix("tok_").replace("_", " ") for name in columns]
     return [name if short.count(title) > 1 else title for name, title in zip(columns, short, strict=True)]
 
 
 def _classes_of(rows: Sequence[Mapping[str, Decoded]]) -> dict[int, str]:
-    """The class ids in all segmentations, with their names."""
-    found: dict[int, str] = {}
+    """Return the class ids in all segmentations, with their names."""
+    names: dict[int, str] = {}
     for result in (result for row in rows for result in row.values() if result.kind in CLASSES):
         for index in np.unique(result.value[result.value >= 0]).tolist():
-            found[index] = result.names[index] if index < len(result.names) else f"class {index}"
-    return dict(sorted(found.items()))
+            names[index] = result.names[index] if index < len(result.names) else f"class {index}"
+    return dict(sorted(names.items()))
 
 
 def _per_line(width: float) -> int:
-    """Entries of the legend beside each other."""
+    """Return the number of entries of the legend that fit on one line."""
     return max(int(width * _CELL / 1.05), 1)
 
 

@@ -1,4 +1,4 @@
-"""Prompts as people write them: a list, or a text file with one per line."""
+"""Reads and checks prompts, given as a list or as a text file with one prompt per line."""
 
 from __future__ import annotations
 
@@ -9,50 +9,50 @@ from typing import Any
 
 from fourm.utils.errors import UserError
 
-_NEWLINE = re.compile("\r?\n")  # and none of the other characters at which str.splitlines splits
+_NEWLINE = re.compile("\r?\n")  # str.splitlines would also split at other characters
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a file that are not blank.
+    """Return the lines of a file that are not blank.
 
     Raises:
-        UserError: it is not UTF-8, or none of its lines can be a prompt.
+        UserError: If the file is not UTF-8, a line is not valid text, or there are no prompts.
     """
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        # Positions of this codec do not count the mark at the beginning.
+        # The positions of this codec do not count a byte order mark.
         number = content.count(b"\n", 0, error.start) + 1
         raise UserError(f"data: {path}, line {number}: this is not UTF-8 text; save the file as UTF-8") from error
     lines = _NEWLINE.split(text)
     for number, prompt in enumerate(lines, 1):
         _check(prompt, f"data: {path}, line {number}")
-    return _some([prompt for prompt in lines if prompt.strip()], f"data: {path}")
+    return _not_empty([prompt for prompt in lines if prompt.strip()], f"data: {path}")
 
 
 def check_prompts(prompts: Sequence[Any], where: str) -> list[str]:
-    """A list of prompts as strings.
+    """Return a list of prompts as strings.
 
     Raises:
-        UserError: it is empty, or one of them is no text.
+        UserError: If the list is empty, or a prompt is empty or not valid text.
     """
     for number, prompt in enumerate(prompts, 1):
         if isinstance(prompt, (list, tuple, dict)) or prompt is None or not str(prompt).strip():
-            shown = "empty" if prompt is None or isinstance(prompt, str) else "no text"
-            raise UserError(f"{where}: prompt {number} is {shown}")
+            problem = "empty" if prompt is None or isinstance(prompt, str) else "not a text"
+            raise UserError(f"{where}: prompt {number} is {problem}")
         _check(str(prompt), f"{where}: prompt {number}")
-    return _some([str(prompt) for prompt in prompts], where)
+    return _not_empty([str(prompt) for prompt in prompts], where)
 
 
 def _check(prompt: str, where: str) -> None:
     if "\0" in prompt:
-        raise UserError(f"{where}: there is a NUL character in it; a prompt is text")
+        raise UserError(f"{where}: the prompt contains a NUL character; remove it")
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UserError(f"{where}: there is half a character in it, such as half an emoji; write the whole one")
+        raise UserError(f"{where}: the prompt contains half a character, such as half an emoji; write all of it")
 
 
-def _some(prompts: list[str], where: str) -> list[str]:
+def _not_empty(prompts: list[str], where: str) -> list[str]:
     if not prompts:
         raise UserError(f"{where}: there are no prompts")
     return prompts

@@ -1,7 +1,8 @@
-"""Results on disk: a folder per sample, to look at and to read back.
+"""Writes results to disk, one folder per sample, and reads them back.
 
-``MODALITY.png`` are pictures, ``MODALITY.txt`` captions; ``values.npz`` holds what the pictures show, in its own units, and
-``result.json`` all the rest, and under ``made_from`` what it was made from. A folder is there completely or not at all.
+``MODALITY.png`` contains a picture and ``MODALITY.txt`` a caption; ``values.npz`` contains the values of the pictures,
+in their own units, and ``result.json`` everything else, with the origin of the result under ``made_from``. Folders are
+written atomically.
 """
 
 from __future__ import annotations
@@ -24,20 +25,22 @@ from fourm.utils.files import atomic_folder, check_folder
 
 RESULT, VALUES = "result.json", "values.npz"
 _ORIGIN = "made_from"
-# What reading files that something else has written or cut off raises.
-_DAMAGE = (
+# Errors of reading files that are incomplete or were written by something else.
+_READ_ERRORS = (
     OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RecursionError, BadZipFile, zlib.error,
 )  # fmt: skip
 
 
 def write_result(folder: Path, result: Mapping[str, Decoded], origin: Mapping[str, Any] | None = None) -> None:
-    """Put a sample into ``folder``, in which nothing but an earlier result may be.
+    """Write the result of a sample to ``folder``, which may contain nothing but an earlier result.
 
     Args:
-        origin: what it was made from, for :func:`origin_of`.
+        folder: The folder to write.
+        result: The result.
+        origin: What the result was made from, for :func:`origin_of`.
 
     Raises:
-        UserError: as :func:`check_result`.
+        UserError: See :func:`check_result`.
     """
     with atomic_folder(folder, _own_files(folder)) as path:
         content: dict[str, Any] = {} if origin is None else {_ORIGIN: dict(origin)}
@@ -59,16 +62,16 @@ def write_result(folder: Path, result: Mapping[str, Decoded], origin: Mapping[st
 
 
 def check_result(folder: Path) -> None:
-    """See, before it is made, whether a result can be written to ``folder``.
+    """Check in advance that a result can be written to ``folder``.
 
     Raises:
-        UserError: anything but a result is there, or the folder cannot be written to.
+        UserError: If the folder contains anything but a result, or cannot be written to.
     """
     check_folder(folder, _own_files(folder))
 
 
 def origin_of(folder: Path) -> Any:
-    """What the result in ``folder`` was made from; None if it does not say, or if there is none."""
+    """Return what the result in ``folder`` was made from, or None if there is no result or it does not say."""
     try:
         return json.loads((folder / RESULT).read_bytes()).get(_ORIGIN)
     except (OSError, ValueError, AttributeError, RecursionError):
@@ -76,7 +79,7 @@ def origin_of(folder: Path) -> Any:
 
 
 def _own_files(folder: Path) -> list[str]:
-    """The names of a result's files, if there is one in ``folder``."""
+    """Return the names of the files of the result in ``folder``, if there is one."""
     try:
         names = [glob.escape(name) for name in json.loads((folder / RESULT).read_bytes())]
     except (OSError, ValueError, TypeError, RecursionError):
@@ -85,10 +88,10 @@ def _own_files(folder: Path) -> list[str]:
 
 
 def read_result(folder: Path) -> dict[str, Decoded]:
-    """What :func:`write_result` wrote.
+    """Read a result that :func:`write_result` wrote.
 
     Raises:
-        UserError: it did not write this folder.
+        UserError: If the folder does not contain a result, or the result is damaged.
     """
     try:
         content = json.loads((folder / RESULT).read_text(encoding="utf-8"))
@@ -101,5 +104,5 @@ def read_result(folder: Path) -> dict[str, Decoded]:
                 )
                 for name, entry in content.items()
             }  # fmt: skip
-    except _DAMAGE as error:
-        raise UserError(f"{folder} does not hold a result: {error}; remove it, and run again") from error
+    except _READ_ERRORS as error:
+        raise UserError(f"{folder} does not contain a readable result: {error}; remove it and run again") from error

@@ -1,4 +1,4 @@
-"""What is generated when: targets one after another, each in steps of tokens and temperatures (method section 8)."""
+"""Generation schedules: targets one after another, each in steps with tokens and temperatures (method section 8)."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from typing import Any
 import numpy as np
 
 from fourm.data.modality_info import MODALITY_INFO, as_modality
-from fourm.generation.token_sampling import LOWEST_TEMPERATURE
+from fourm.generation.token_sampling import MIN_TEMPERATURE
 from fourm.utils.config import Range
 from fourm.utils.errors import UserError, did_you_mean
 
 GenerationSchedule = Sequence[Mapping[str, Any]]
-"""Steps with target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains."""
+"""Steps, each a dict of target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains."""
 
 IMAGE_SCHEMES, SEQUENCE_SCHEMES = ("maskgit", "roar"), ("autoregressive",)
 
 
 def linear_schedule(num_steps: int, num_tokens: int) -> list[int]:
-    """Tokens of each step: as equal as can be, larger ones first, without empty steps."""
+    """Return the tokens of each step, as equal as possible, larger steps first and without empty steps."""
     ends = np.linspace(0, num_tokens, num_steps + 1).astype(int)
     return [n for n in sorted(np.diff(ends).tolist(), reverse=True) if n]
 
 
 def cosine_schedule(num_steps: int, num_tokens: int) -> list[int]:
-    """Tokens of each step along a cosine: few first, most in the middle, the last step takes what remains."""
-    left = 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
+    """Return the tokens of each step along a cosine; the last step takes the remaining tokens."""
+    remaining = 0.5 * (1 + np.cos(np.pi * np.arange(num_steps) / num_steps))
     counts: list[int] = []
-    for share in left[:-1] - left[1:]:
+    for share in remaining[:-1] - remaining[1:]:
         counts.append(min(round(num_tokens * share), num_tokens - sum(counts)))
     return [*counts, num_tokens - sum(counts)]
 
@@ -38,15 +38,16 @@ TOKEN_SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {"linear": linear_
 
 
 def temperatures(schedule: str, temperature: float, token_schedule: Sequence[int]) -> list[float]:
-    """The temperature of each step.
+    """Return the temperature of each step.
 
     Args:
-        schedule: ``constant``, ``linear``, or ``onex:MIN:POWER``: falls from ``temperature`` to MIN like x^−POWER.
-        temperature: T, of the first step (``onex``: before it).
-        token_schedule: tokens of each step.
+        schedule: ``constant``, ``linear``, or ``onex:MIN:POWER``, which falls from ``temperature`` to MIN like
+            x^−POWER.
+        temperature: Temperature of the first step (``onex``: before the first step).
+        token_schedule: Tokens of each step.
 
     Raises:
-        UserError: an unknown schedule.
+        UserError: If the schedule is unknown.
     """
     name, *parameters = schedule.split(":")
     decoded = np.cumsum(token_schedule) / max(sum(token_schedule), 1)
@@ -58,11 +59,11 @@ def temperatures(schedule: str, temperature: float, token_schedule: Sequence[int
         low, power = map(float, parameters)
         u = np.linspace(1, 100, sum(token_schedule)) ** -power
         u = (u - u.min()) / (np.ptp(u) or 1.0)
-        u = u[np.minimum(np.arange(len(token_schedule)), len(u) - 1)]  # there may be empty steps, so more than tokens
+        u = u[np.minimum(np.arange(len(token_schedule)), len(u) - 1)]  # empty steps may outnumber the tokens
         values = low + (temperature - low) * (1 - decoded) * u
     else:
         raise UserError(f"temp_schedules: '{schedule}' is none of constant, linear and onex:MIN:POWER")
-    return np.maximum(values, LOWEST_TEMPERATURE).tolist()
+    return np.maximum(values, MIN_TEMPERATURE).tolist()
 
 
 def _is_number(text: str) -> bool:
@@ -91,27 +92,30 @@ def build_chained_generation_schedules(
     cfg_grow_conditioning: bool = False,
     modality_info: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
-    """The schedule of a chain of targets; all arguments but the first and the last two have one entry per target.
+    """Build the schedule of a chain of targets.
+
+    All arguments except the first and the last two have one entry per target.
 
     Args:
-        cond_domains: the modalities that guidance empties.
-        target_domains: in the order of their generation.
-        tokens_per_target: tokens of each; of a sequence, the most.
-        autoregression_schemes: ``maskgit`` and ``roar`` for images, ``autoregressive`` for sequences.
-        decoding_steps: steps of an image; a sequence is one step.
-        token_decoding_schedules: ``linear`` or ``cosine``, of an image.
-        temps: temperatures; 0 takes the likeliest token.
-        temp_schedules: see :func:`temperatures`; a sequence has a constant one.
-        cfg_scales: guidance; 1 is none. For :meth:`GenerationSampler.generate_multi_guided` a weight per condition.
+        cond_domains: Modalities that guidance empties.
+        target_domains: Modalities to generate, in this order.
+        tokens_per_target: Number of tokens of an image, maximum number of tokens of a sequence.
+        autoregression_schemes: ``maskgit`` or ``roar`` for images, ``autoregressive`` for sequences.
+        decoding_steps: Number of steps of an image; a sequence is one step.
+        token_decoding_schedules: ``linear`` or ``cosine`` for images.
+        temps: Temperatures; 0 takes the most likely token.
+        temp_schedules: See :func:`temperatures`; the temperature of a sequence is constant.
+        cfg_scales: Guidance scales; 1 means no guidance. :meth:`GenerationSampler.generate_multi_guided` takes one
+            weight per condition.
         cfg_schedules: ``constant``.
-        cfg_grow_conditioning: every target that is finished becomes one of the ``cond_domains``.
-        modality_info: the modalities; those of the table unless given.
+        cfg_grow_conditioning: Add every finished target to the ``cond_domains`` of the targets after it.
+        modality_info: The modalities; None uses the modality table.
 
     Returns:
-        Steps: target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains.
+        Steps with target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains.
 
     Raises:
-        UserError: arguments that do not fit together.
+        UserError: If the arguments do not fit together.
     """
     columns = {
         "tokens_per_target": tokens_per_target, "autoregression_schemes": autoregression_schemes,
@@ -122,14 +126,16 @@ def build_chained_generation_schedules(
         if isinstance(column, str) or len(column) != len(target_domains):
             raise UserError(f"{name} must have one entry for each of the {len(target_domains)} target_domains")
         for target, value in zip(target_domains, column, strict=True):
-            if name in _RANGES and not isinstance(value, (list, tuple)):  # several conditions have any weights
+            # The weights of several conditions, a list, may be negative.
+            if name in _RANGES and not isinstance(value, (list, tuple)):
                 _RANGES[name].check(value, f"{name} of {target}")
-    conditions, schedule = [*cond_domains], []
+    conditions = [*cond_domains]
+    schedule: list[dict[str, Any]] = []
     for target, tokens, scheme, steps, token_schedule, temp, temp_schedule, scale, scale_schedule in zip(
         target_domains, *columns.values(), strict=True
     ):
         if scale_schedule != "constant":
-            raise UserError(f"cfg_schedules: '{scale_schedule}' of {target} is not known; use constant")
+            raise UserError(f"cfg_schedules: '{scale_schedule}' of {target} is unknown; use constant")
         scheme = scheme.lower()
         if scheme in SEQUENCE_SCHEMES:
             pairs = [(tokens, float(temp))]
@@ -169,15 +175,16 @@ def check_schedule(
     where: str = "schedule",
     multi: bool = False,
 ) -> None:
-    """See that a schedule can be followed.
+    """Check that a schedule fits the modalities.
 
     Args:
-        modality_info: the modalities that can be targets.
-        where: what an error message blames.
-        multi: conditions are given apart from the schedule.
+        schedule: The schedule.
+        modality_info: The modalities that can be targets.
+        where: What error messages refer to.
+        multi: Whether the conditions of guidance are given separately from the schedule.
 
     Raises:
-        UserError: it cannot.
+        UserError: If it does not.
     """
     for step in schedule:
         missing = {"target_domain", "scheme", "num_tokens", "temperature"} - step.keys()
@@ -197,7 +204,7 @@ def check_schedule(
             )
         if not multi and step.get("cfg_scale", 1.0) != 1.0 and not step.get("cfg_cond_domains"):
             raise UserError(
-                f"{where}: guidance of {target} needs cond_domains that it can empty; give some, or set cfg_scale to 1"
+                f"{where}: guidance of {target} needs cond_domains to empty; name some, or set cfg_scale to 1"
             )
     for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
         tokens = sum(step["num_tokens"] or 0 for step in steps)

@@ -1,7 +1,8 @@
-"""The command ``run_generation.py``: a configuration → a folder of results and a contact sheet.
+"""The command ``run_generation.py``, which writes a folder of results and a contact sheet.
 
-Sample i draws with seed ``seed + i`` whatever the batch and the process, so an interrupted command that is given again
-makes what is missing, and the same. Results say what they were made from: those of other inputs or models are made again.
+Sample i uses the seed ``seed + i`` in every batch and process, so running an interrupted command again generates the
+missing results, exactly as they would have been. Each result records what it was made from; if the inputs or models
+have changed, it is generated again.
 """
 
 from __future__ import annotations
@@ -42,19 +43,21 @@ _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
 _TABLES = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".md", ".parquet"}
 
 
-# What a folder of results may be continued with: everything else changes them.
-_FREE = {
-    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config", "sr_config",
-    "plugin",
+# Options that may change when a folder of results is continued, because they do not change the results.
+_MAY_CHANGE = {
+    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config",
+    "sr_config", "plugin",
 }  # fmt: skip
 
 
 class Job(NamedTuple):
-    """One result to make.
+    """One result to generate.
 
     Attributes:
-        inputs: modality → value; or "" → a sample of a folder.
-        models: digest of what makes it.
+        name: Name of its folder.
+        seed: Seed of its random numbers.
+        inputs: Maps each modality to its value, or "" to a sample of a folder.
+        models: Digest of the models.
     """
 
     name: str
@@ -63,52 +66,55 @@ class Job(NamedTuple):
     models: str = ""
 
     def origin(self) -> dict[str, Any]:
-        """What its result depends on, beside the settings in ``settings.json``."""
+        """Return what the result depends on, in addition to ``settings.json``."""
         return {"seed": self.seed, "inputs": digest_of_inputs(self.inputs), "models": self.models}
 
     def is_done(self, out: Path) -> bool:
-        """Whether there is a result of just this."""
-        before = origin_of(out / self.name)
-        return before is not None and before == self.origin()
+        """Return whether a result of the same origin exists."""
+        existing = origin_of(out / self.name)
+        return existing is not None and existing == self.origin()
 
 
 def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
-    """Make the results that are missing, every ``world_size``-th from ``rank`` on.
+    """Generate the missing results; this process takes every ``world_size``-th one, starting at ``rank``.
 
     Raises:
-        UserError: options or data that do not suit the models.
+        UserError: If the options or data do not fit the models.
     """
     out = Path(options.output_dir)
     _check_output(out)
     stages = load_stages(options)
-    every = jobs(options, {name: stages[0].sampler.inputs[name] for name in stages[0].conditions})
     models = digest_of_models(stages)
-    every = [job._replace(models=models) for job in every]
-    mine = every[rank::world_size]
-    pending = [job for job in mine if not job.is_done(out)]
+    inputs = {name: stages[0].sampler.inputs[name] for name in stages[0].conditions}
+    all_jobs = [job._replace(models=models) for job in jobs(options, inputs)]
+    own_jobs = all_jobs[rank::world_size]
+    pending = [job for job in own_jobs if not job.is_done(out)]
     for job in pending:
         check_result(out / job.name)
     _check_settings(out, options)
-    with tqdm(total=len(mine), initial=len(mine) - len(pending), unit=" samples", disable=None) as bar:
+    with tqdm(total=len(own_jobs), initial=len(own_jobs) - len(pending), unit=" samples", disable=None) as bar:
         for start in range(0, len(pending), options.batch_size):
             batch = pending[start : start + options.batch_size]
             results = generate(stages, [_read(job) for job in batch], [job.seed for job in batch])
             for job, result in zip(batch, results, strict=True):
                 write_result(out / job.name, result, job.origin())
             bar.update(len(batch))
-    others = (job for index, job in enumerate(every) if index % world_size != rank)
-    if all(job.is_done(out) for job in others):  # the last process sees them all
-        shown = [read_result(out / job.name) for job in every[: options.sheet_samples]]
+    others = (job for index, job in enumerate(all_jobs) if index % world_size != rank)
+    if all(job.is_done(out) for job in others):  # the process that finishes last draws the sheet
+        results = [read_result(out / job.name) for job in all_jobs[: options.sheet_samples]]
         with atomic_path(out / SHEET) as path:
-            plot(shown).savefig(path)
-        print(f"{len(every)} samples: {out}\ncontact sheet: {out / SHEET}")
+            plot(results).savefig(path)
+        print(f"{len(all_jobs)} samples: {out}\ncontact sheet: {out / SHEET}")
 
 
 def load_stages(options: GenerationOptions) -> list[Stage]:
-    """The models, with modalities by their full names; whatever does not suit one of them is said now, not hours later.
+    """Load the models of all stages, and check all options against them before anything is generated.
+
+    Returns:
+        The stages, with modalities by their full names.
 
     Raises:
-        UserError: it does not.
+        UserError: If the options do not fit the models.
     """
     stages: list[Stage] = []
     known: list[str] = []
@@ -122,7 +128,7 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs
         }
         if not readable:
-            raise UserError(f"{prefix}model: {part.model} reads none of {', '.join(known)}, which is all that there is")
+            raise UserError(f"{prefix}model: {part.model} reads none of {', '.join(known)}, the only known modalities")
         names = _split(part.cond_domains or [*readable], readable, f"{prefix}cond_domains")
         conditions = tuple(find_modality(name, readable, "an input") for name in names)
         targets = _split(part.target_domains, sampler.targets, f"{prefix}target_domains")
@@ -139,22 +145,25 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
 
 
 def jobs(options: GenerationOptions, conditions: Mapping[str, Modality]) -> list[Job]:
-    """All results, in the order of the data and then of the variations.
+    """Return all results to generate, in the order of the data and then of the variations.
 
     Args:
-        conditions: the modalities that are given.
+        options: The options.
+        conditions: The input modalities.
+
+    Raises:
+        UserError: If the data do not contain the input modalities.
     """
-    samples = _samples(options.data, conditions)[: options.num_samples]
-    many = options.num_variations > 1
+    count = options.num_variations
     return [
-        Job(f"{key}-{variation}" if many else key, options.seed + index * options.num_variations + variation, inputs)
-        for index, (key, inputs) in enumerate(samples)
-        for variation in range(options.num_variations)
+        Job(f"{key}-{variation}" if count > 1 else key, options.seed + index * count + variation, inputs)
+        for index, (key, inputs) in enumerate(_samples(options.data, conditions)[: options.num_samples])
+        for variation in range(count)
     ]
 
 
 def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Key and inputs of every sample."""
+    """Return the key and the inputs of every sample."""
     if isinstance(data, (list, tuple)):
         return _prompts(check_prompts(data, "data"), conditions)
     path = Path(str(data))
@@ -166,28 +175,27 @@ def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, M
     if path.is_dir():
         pictures = [p for p in pictures if p.suffix.lower() in _PICTURES and not p.name.startswith(".") and p.is_file()]
     if pictures:
-        (image,) = _only(conditions, "img", "pictures")
+        image = _only_condition(conditions, "img", "pictures")
         return [(name, {image: picture}) for name, picture in unique_names(pictures).items()]
     if not path.is_dir():
         raise UserError(
             f"data: there is neither a file nor a folder {data}; a list of prompts is written [one, another]"
         )
-    wanted = {name: modality.path or name for name, modality in conditions.items()}
+    folders = {name: modality.path or name for name, modality in conditions.items()}
     ledger = BadSampleLedger("data", max_bad_fraction=1.0)
-    names = sorted({wanted[name] for name in wanted} & {*existing_folders(path)})
-    if not names:
-        raise UserError(f"data: {path} has no folder {' or '.join(wanted.values())}, and no pictures")
-    return [(sample.key, {"": sample}) for sample in Folders(str(path), wanted, None, ledger).all(ledger)]
+    if not {*folders.values()} & {*existing_folders(path)}:
+        raise UserError(f"data: {path} has no folder {' or '.join(folders.values())}, and no pictures")
+    return [(sample.key, {"": sample}) for sample in Folders(str(path), folders, None, ledger).all(ledger)]
 
 
 def _prompts(prompts: Sequence[str], conditions: Mapping[str, Modality]) -> list[tuple[str, Mapping[str, Any]]]:
-    (text,) = _only(conditions, "seq", "prompts")
+    text = _only_condition(conditions, "seq", "prompts")
     return [(f"{index:05d}", {text: prompt}) for index, prompt in enumerate(prompts)]
 
 
 def unique_names(pictures: Sequence[Path]) -> dict[str, Path]:
-    """The files of a folder by their stems, or by their whole names where these are not unique."""
-    stems = Counter(picture.stem.casefold() for picture in pictures)  # some disks do not tell A from a
+    """Return the files of a folder by their stems, or by their full names if the stems are not unique."""
+    stems = Counter(picture.stem.casefold() for picture in pictures)  # file systems may ignore case
     taken = {SETTINGS, SHEET, *(picture.name.casefold() for picture in pictures)}
     names = [p.name if stems[p.stem.casefold()] > 1 or p.stem.casefold() in taken else p.stem for p in pictures]
     names = [f"{name}_" if name in (SETTINGS, SHEET) else name for name in names]
@@ -195,7 +203,7 @@ def unique_names(pictures: Sequence[Path]) -> dict[str, Path]:
 
 
 def _read(job: Job) -> Mapping[str, Any]:
-    """The values of a job; those of a folder are read only now."""
+    """Return the input values of a job; the files of a folder are read only now."""
     if "" not in job.inputs:
         return job.inputs
     try:
@@ -204,51 +212,52 @@ def _read(job: Job) -> Mapping[str, Any]:
         raise DataError(f"data: {error}") from error
 
 
-def _only(conditions: Mapping[str, Modality], modality_type: str, what: str) -> Sequence[str]:
+def _only_condition(conditions: Mapping[str, Modality], modality_type: str, data: str) -> str:
+    """Return the name of the only condition, which must be of this type."""
     if [modality.type for modality in conditions.values()] != [modality_type]:
         needed = "one text" if modality_type == "seq" else "one modality of images"
-        raise UserError(f"data: {what} need {needed} in cond_domains, not {', '.join(conditions)}")
-    return [*conditions]
+        raise UserError(f"data: {data} need {needed} in cond_domains, not {', '.join(conditions)}")
+    return next(iter(conditions))
 
 
 def _split(names: str | Sequence[str], known: Mapping[str, Modality], where: str) -> tuple[str, ...]:
-    """Names joined by ``-``, short ones too."""
+    """Split full or short names joined by ``-``."""
     short = {name.split("@")[0].removeprefix("tok_") for name in known} | {name.split("@")[0] for name in known}
     return split_domains(names, {*known, *short}, where)
 
 
 def _check_output(out: Path) -> None:
-    """See, before any model is loaded, whether results can go to ``out``, and nothing is lost there.
+    """Check, before any model is loaded, that results can be written to ``out`` and would not overwrite other files.
 
     Raises:
-        UserError: they cannot.
+        UserError: If they cannot.
     """
     if out.exists() and not out.is_dir():
-        raise UserError(f"output_dir: {out} is a file: give the path of a folder")
+        raise UserError(f"output_dir: {out} is a file; give the path of a folder")
     for name in (SETTINGS, SHEET):
         check_file(out / name)
     if (out / SHEET).exists() and not (out / SETTINGS).exists():
         raise UserError(
-            f"output_dir: {out / SHEET} is there and is no contact sheet: choose another folder, or remove it"
+            f"output_dir: {out / SHEET} exists and is not a contact sheet; choose another folder, or remove it"
         )
 
 
 def _check_settings(out: Path, options: GenerationOptions) -> None:
-    """Results of other settings must not get mixed.
+    """Check that ``out`` contains no results of other settings, and record the settings there.
 
     Raises:
-        UserError: ``out`` was made with others.
+        UserError: If the results in ``out`` were made with other settings.
     """
-    current = {key: value for key, value in options.flat().items() if key not in _FREE}
+    current = {key: value for key, value in options.flat().items() if key not in _MAY_CHANGE}
     current = json.loads(json.dumps(without_secrets(current), default=str))
     record = out / SETTINGS
     if record.exists():
-        before = without_secrets(_read_settings(record))
-        for key in {**current, **before}:
-            if before.get(key) != current.get(key):
+        recorded = without_secrets(_read_settings(record))
+        for key in {**current, **recorded}:
+            if recorded.get(key) != current.get(key):
                 raise UserError(
-                    f"{out} was made with {key} {before.get(key)}, not {current.get(key)}: choose another output_dir, or "
-                    "remove it"
+                    f"{out} was made with {key} {recorded.get(key)}, not {current.get(key)}; choose another "
+                    "output_dir, or remove it"
                 )
     else:
         with atomic_path(record) as path:
@@ -261,12 +270,12 @@ def _read_settings(record: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{record} does not hold the settings of results: choose another output_dir, or remove it")
+        raise UserError(f"{record} does not contain the settings of results; choose another output_dir, or remove it")
     return content
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command; started by torchrun, each process takes its share of the samples, and a GPU of its own if there are enough."""
+    """Run the command. Under torchrun, each process generates its share of the samples, on its own GPU if possible."""
     rank, world_size, local_rank = ranks_of_torchrun()
     share_gpus(local_rank)
     options = parse(argv)

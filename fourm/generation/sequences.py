@@ -1,7 +1,7 @@
-"""Ids of the text vocabulary → captions, boxes, palettes, metadata, poses and instances.
+"""Parses ids of the text vocabulary into captions, boxes, palettes, metadata, poses and instances.
 
-The inverse of :mod:`fourm.data.transforms.sequence`, of which a model may write anything but the right form: what can be
-read is kept, the rest is left out and counted.
+This is the inverse of :mod:`fourm.data.transforms.sequence`. Because a model may generate malformed sequences, parsers
+keep what can be read, and drop and count the rest.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from fourm.data.transforms.sequence import METADATA
 from fourm.utils.tokenizer.special_tokens import EOS_ID, NUM_BINS, PAD_ID, SENTINELS, SOS, UNK
 
 Parsed = tuple[Any, int]
-"""What was read, and the number of words that it leaves out."""
+"""The parsed value, and the number of dropped words."""
 
-# A text is matched as its words, each of which ends its line: class names have spaces in them.
+# Patterns match a text with one word per line, because class names contain spaces.
 _WORD = r"(?:(?!v[0-3]=)[^\n]+\n)"
 _CODE = r"(?:v[01]=\d+\n)"
 _NUMBER = re.compile(r"v[0-3]=\d+$")
@@ -29,9 +29,9 @@ def _numbers(roles: Iterable[int]) -> str:
 
 
 def read_words(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[str], int]:
-    """The words up to [EOS], and how many tokens are no part of any: unknown ids, sentinels and the like."""
+    """Return the words up to [EOS], and the number of tokens that belong to none, such as unknown ids and sentinels."""
     words: list[str] = []
-    meaningless = {UNK, SOS, *SENTINELS}
+    special = {UNK, SOS, *SENTINELS}
     dropped = 0
     for token_id in ids:
         if token_id == EOS_ID:
@@ -39,7 +39,7 @@ def read_words(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[str], int
         token = tokenizer.id_to_token(token_id) if token_id >= 0 else None
         if token_id == PAD_ID:
             continue
-        if token is None or token in meaningless:
+        if token is None or token in special:
             dropped += 1
         elif token.startswith("##") and words and not _NUMBER.match(words[-1]):
             words[-1] += token[2:]
@@ -49,36 +49,36 @@ def read_words(ids: Sequence[int], tokenizer: Tokenizer) -> tuple[list[str], int
 
 
 def caption(words: Sequence[str]) -> Parsed:
-    """A sentence."""
+    """Parse a sentence."""
     sentence = decoders.WordPiece(cleanup=True).decode(list(words)).replace(" ' ", "'")
     return re.sub(r" ([:;)])", r"\1", sentence), 0
 
 
 def boxes(words: Sequence[str]) -> Parsed:
-    """``[{"boxes": [xmin, ymin, xmax, ymax] in [0, 1], "class_name": …}]``; boxes without an area are no boxes."""
+    """Parse ``[{"boxes": [xmin, ymin, xmax, ymax] in [0, 1], "class_name": …}]``; boxes without an area are dropped."""
 
     def read(match: re.Match) -> dict[str, Any] | None:
         box = _box(match.groups()[:4])
         return {"boxes": box, "class_name": " ".join(match[5].split("\n")).strip()} if box else None
 
-    return _find(rf"{_numbers(range(4))}({_WORD}+)", words, read)
+    return _find_all(rf"{_numbers(range(4))}({_WORD}+)", words, read)
 
 
 def color_palette(words: Sequence[str]) -> Parsed:
-    """``[[r, g, b], …]``, no more than the text announces."""
+    """Parse ``[[r, g, b], …]``, at most as many colours as the text announces."""
 
     def read(match: re.Match) -> list[int] | None:
         color = [int(value) for value in match.groups()]
         return color if max(color) < 256 else None
 
     announced = re.match(r"v1=([1-7])$", words[0]) if words else None
-    most = int(announced[1]) if announced else 7
-    found, dropped = _find(_numbers([0, 0, 0]), words[bool(announced) :], read)
-    return found[:most], dropped + 3 * len(found[most:])
+    count, rest = (int(announced[1]), words[1:]) if announced else (7, words)
+    colors, dropped = _find_all(_numbers([0, 0, 0]), rest, read)
+    return colors[:count], dropped + 3 * len(colors[count:])
 
 
 def metadata(words: Sequence[str]) -> Parsed:
-    """``{name: value}``; a value stands for all that are written alike, such as the middle of a bin."""
+    """Parse ``{name: value}``; the value of a bin is its middle."""
 
     def read(match: re.Match) -> tuple[str, float] | None:
         key, number = map(int, match.groups())
@@ -88,22 +88,22 @@ def metadata(words: Sequence[str]) -> Parsed:
         value = scale.decode(number)
         return (name, round(value, 4)) if scale.encode(value) == number else None
 
-    found, dropped = _find(_numbers([1, 0]), words, read)
-    first = dict(reversed(found))
-    return {name: first[name] for name, _ in found}, dropped + 2 * (len(found) - len(first))
+    pairs, dropped = _find_all(_numbers([1, 0]), words, read)
+    first = dict(reversed(pairs))
+    return {name: first[name] for name, _ in pairs}, dropped + 2 * (len(pairs) - len(first))
 
 
 def human_poses(words: Sequence[str]) -> Parsed:
-    """``[{"box", "pose", "global", "shape", "camera"}]``; of a person, whatever parts could be read."""
+    """Parse ``[{"box", "pose", "global", "shape", "camera"}]``; a person has the parts that could be read."""
     parts: dict[str, tuple[str, Callable[[list[int]], list[float]]]] = {
         "pose": (rf"pose\n({_CODE}{{8}})", list),
         "global": (r"global\n((?:v0=\d+\n){9})", _rescale(499.5, 499.5)),
         "shape": (r"shape\n((?:v0=\d+\n){10})", _rescale(166.5, 499.5)),
         "camera": (r"camera\n((?:v0=\d+\n)+)", _rescale(49.95, 49.95)),
     }
-    people, dropped = _blocks("human", words)
-    found = []
-    for person in people:
+    blocks, dropped = _blocks("human", words)
+    people = []
+    for person in blocks:
         match = re.match(_numbers(range(4)), _text(person))
         box = match and _box(match.groups())
         if not box:
@@ -117,15 +117,15 @@ def human_poses(words: Sequence[str]) -> Parsed:
                 entry[name] = scale(_codes(match[1]))
                 person = (_text(person)[: match.start()] + _text(person)[match.end() :]).splitlines()
         dropped += len(person)
-        found.append(entry)
-    return found, dropped
+        people.append(entry)
+    return people, dropped
 
 
 def sam_instances(words: Sequence[str]) -> Parsed:
-    """``[{"point": [row, column], "polygons": [{"box", "codes"}]}]``, points in pixels of 224."""
-    points, dropped = _blocks("point", words)
-    found = []
-    for point in points:
+    """Parse ``[{"point": [row, column], "polygons": [{"box", "codes"}]}]``; points are in pixels at a size of 224."""
+    blocks, dropped = _blocks("point", words)
+    points = []
+    for point in blocks:
         match = re.match(_numbers([0, 1]), _text(point))
         if not match:
             dropped += 1 + len(point)
@@ -137,10 +137,10 @@ def sam_instances(words: Sequence[str]) -> Parsed:
 
         pattern = rf"polygon\n{_numbers(range(4))}({_CODE}{{16}})"
         rest = point[2:]
-        polygons, lost = _find(pattern, rest, read) if rest != ["none"] else ([], 0)
-        dropped += lost
-        found.append({"point": [int(value) for value in match.groups()], "polygons": polygons})
-    return found, dropped
+        polygons, dropped_words = _find_all(pattern, rest, read) if rest != ["none"] else ([], 0)
+        dropped += dropped_words
+        points.append({"point": [int(value) for value in match.groups()], "polygons": polygons})
+    return points, dropped
 
 
 SEQUENCES: dict[str, Callable[[Sequence[str]], Parsed]] = {
@@ -151,40 +151,41 @@ SEQUENCES: dict[str, Callable[[Sequence[str]], Parsed]] = {
     "human_poses": human_poses,
     "sam_instance": sam_instances,
 }
-"""By the modality's transform."""
+"""Maps each kind of sequence, which is the name of its transform, to its parser."""
 
 
 def _text(words: Sequence[str]) -> str:
     return "".join(f"{word}\n" for word in words)
 
 
-def _find(pattern: str, words: Sequence[str], read: Callable[[re.Match], Any]) -> tuple[list[Any], int]:
-    """What ``read`` makes of the matches, None = nothing, and the number of words that are in none of them."""
-    found, used = [], 0
+def _find_all(pattern: str, words: Sequence[str], read: Callable[[re.Match], Any]) -> tuple[list[Any], int]:
+    """Read all matches, of which ``read`` rejects some by returning None, and count the words outside of the others."""
+    values = []
+    used = 0
     for match in re.finditer(f"^{pattern}", _text(words), re.M):
         value = read(match)
         if value is not None:
-            found.append(value)
+            values.append(value)
             used += match[0].count("\n")
-    return found, len(words) - used
+    return values, len(words) - used
 
 
 def _blocks(head: str, words: Sequence[str]) -> tuple[list[list[str]], int]:
-    """The words after each ``head``, and how many are before the first; a lone ``none`` is nothing at all."""
+    """Return the words after each ``head``, and the number of words before the first; a single ``none`` means none."""
     starts = [i for i, word in enumerate(words) if word == head]
     ends = [*starts, len(words)]
-    lost = 0 if list(words) == ["none"] else ends[0]
-    return [list(words[start + 1 : end]) for start, end in zip(starts, ends[1:], strict=True)], lost
+    dropped = 0 if list(words) == ["none"] else ends[0]
+    return [list(words[start + 1 : end]) for start, end in zip(starts, ends[1:], strict=True)], dropped
 
 
 def _box(numbers: Iterable[str]) -> list[float] | None:
-    """Corners in [0, 1]; None if they enclose nothing."""
+    """Return the corners of a box in [0, 1], or None if it has no area."""
     xmin, ymin, xmax, ymax = (min(int(value) / (NUM_BINS - 1), 1.0) for value in numbers)
     return [round(c, 4) for c in (xmin, ymin, xmax, ymax)] if xmin < xmax and ymin < ymax else None
 
 
 def _codes(text: str) -> list[int]:
-    """``v0=i`` → i, ``v1=i`` → 512 + i."""
+    """Return the codes of a text: ``v0=i`` is i, ``v1=i`` is 512 + i."""
     return [512 * int(role) + int(value) for role, value in re.findall(r"v(\d)=(\d+)", text)]
 
 

@@ -1,4 +1,4 @@
-"""How each target is generated: values per target as the configurations write them, and defaults for what they leave out."""
+"""Generation settings of each target, as written in configurations, and their defaults."""
 
 from __future__ import annotations
 
@@ -21,17 +21,18 @@ COLUMNS: dict[str, type] = {
     "cfg_scales": float,
     "cfg_schedules": str,
 }
-"""Arguments of :func:`build_chained_generation_schedules` with a value per target."""
+"""Arguments of :func:`build_chained_generation_schedules` that have one value per target, and their types."""
 
 
 def default_settings(target: Modality) -> dict[str, Any]:
-    """Values that suit a kind of modality.
+    """Return default settings for a target.
 
-    Many colour pictures fit a prompt: they are drawn hot at first and guided. Geometry, segmentation, edges and features
-    follow from what is given: nearly the likeliest tokens, in few steps. Guidance costs twice as much; it made the demo's
-    segmentation better, which else prefers the commonest class, and its normals worse. Texts are written nearly greedily.
+    Many colour pictures fit a prompt, so they are sampled at a high temperature at first, and with guidance. Geometry,
+    segmentation, edges and features follow from the inputs, so they use nearly the most likely tokens, in few steps.
+    Guidance doubles the cost. In the demo, it improved segmentation, which otherwise prefers the most common class, and
+    it made normals worse. Texts are sampled nearly greedily.
     """
-    assert target.max_tokens  # every target has a limit: resolve_modalities
+    assert target.max_tokens  # resolve_modalities makes sure that every target has a maximum
     tokens = target.max_tokens
     common = {"tokens_per_target": tokens, "token_decoding_schedules": "linear", "cfg_schedules": "constant"}
     if target.type != "img":
@@ -58,35 +59,40 @@ def chained_schedule(
     cfg_grow_conditioning: bool = True,
     where: str = "settings",
 ) -> list[dict[str, Any]]:
-    """The schedule of a chain of targets.
+    """Build the schedule of a chain of targets.
 
     Args:
-        settings: any of :data:`COLUMNS`; each a value for all targets, or one per target: a list, values joined by
-            ``-``, or a mapping by the target's name. What is left out: :func:`default_settings`; a temperature that is
-            given stays constant unless its schedule is given too.
-        where: what error messages name.
+        cond_domains: Modalities that guidance empties.
+        targets: Modalities to generate, in this order.
+        modality_info: The modalities of the model.
+        settings: Any of :data:`COLUMNS`: one value for all targets, or one per target, as a list, as values joined by
+            ``-``, or as a mapping by target. The rest comes from :func:`default_settings`, but a given temperature
+            stays constant unless its schedule is given, too.
+        cfg_grow_conditioning: Let finished targets guide the targets after them.
+        where: What error messages refer to.
 
     Raises:
-        UserError: settings that do not fit the targets.
+        UserError: If the settings do not fit the targets.
     """
     check_keys(settings, COLUMNS, where)
     defaults = [default_settings(as_modality(name, modality_info[name])) for name in targets]
     columns = {}
     for key, value_type in COLUMNS.items():
         given = per_target(settings.get(key), value_type, targets, f"{where}: '{key}'")
-        columns[key] = [own[key] if value is None else value for value, own in zip(given, defaults, strict=True)]
+        columns[key] = [d[key] if value is None else value for value, d in zip(given, defaults, strict=True)]
         if key == "temps":
-            for own, temperature in zip(defaults, given, strict=True):
-                own["temp_schedules"] = own["temp_schedules"] if temperature is None else "constant"
+            for default, temperature in zip(defaults, given, strict=True):
+                if temperature is not None:
+                    default["temp_schedules"] = "constant"
     if not cond_domains:
-        columns["cfg_scales"] = [1.0] * len(targets)  # there is nothing to be guided by
+        columns["cfg_scales"] = [1.0] * len(targets)  # guidance needs conditions
     return build_chained_generation_schedules(
         cond_domains, targets, **columns, cfg_grow_conditioning=cfg_grow_conditioning, modality_info=modality_info
     )
 
 
 def per_target(value: Any, value_type: type, targets: Sequence[str], where: str) -> list[Any]:
-    """A setting as one value per target, None where nothing is said; see :func:`chained_schedule`."""
+    """Convert a setting to one value per target, None for the default; see :func:`chained_schedule`."""
     if isinstance(value, Mapping):
         check_keys(value, targets, where)
         values = [value.get(name) for name in targets]

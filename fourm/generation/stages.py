@@ -1,4 +1,4 @@
-"""Several models one after another: each goes on from what is given and what those before it have generated."""
+"""Runs several models in a row, each conditioned on the inputs and on the results of the models before it."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 
 from fourm.generation.sampler import Result, Sampler
 
-_STRIDE = 2_654_435_769  # 2³² / golden ratio: no stage draws the numbers of another one, or of a sample nearby
+_SEED_STRIDE = 2_654_435_769  # 2³² / golden ratio: keeps the seeds of stages and of nearby samples apart
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A model, what it is to generate, and from what.
+    """One model with its inputs and targets.
 
     Attributes:
-        conditions: its inputs, by their full names.
-        targets: modalities, by their full names.
-        settings: further arguments of the sampler.
+        sampler: The model and its tokenizers.
+        conditions: Full names of the input modalities.
+        targets: Full names of the modalities to generate.
+        settings: Further arguments of the sampler.
     """
 
     sampler: Sampler
@@ -28,16 +29,20 @@ class Stage:
 
 
 def generate(stages: Sequence[Stage], samples: Sequence[Mapping[str, Any]], seeds: Sequence[int]) -> list[Result]:
-    """What all stages together make of each sample.
+    """Run all stages on each sample.
 
     Args:
-        samples: modality → value, as for the first stage's sampler.
-        seeds: one per sample, of the first stage; those of the others follow from it.
+        stages: The stages, in order.
+        samples: Samples that map modalities to values, as for the sampler of the first stage.
+        seeds: Seed of each sample in the first stage; the seeds of later stages are derived from it.
+
+    Returns:
+        The inputs and the results of all stages for each sample.
     """
     known: list[dict[str, Any]] = [dict(sample) for sample in samples]
     for index, stage in enumerate(stages):
         given = [{name: sample[name] for name in stage.conditions} for sample in known]
-        own = [seed + index * _STRIDE for seed in seeds]
-        results = stage.sampler(given, stage.targets, own, **stage.settings)
-        known = [{**before, **result} for before, result in zip(known, results, strict=True)]
+        stage_seeds = [seed + index * _SEED_STRIDE for seed in seeds]
+        results = stage.sampler(given, stage.targets, stage_seeds, **stage.settings)
+        known = [{**sample, **result} for sample, result in zip(known, results, strict=True)]
     return known

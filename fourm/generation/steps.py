@@ -1,11 +1,12 @@
 """One step of generation: a decoding scheme applied to weighted conditions (method section 8).
 
-A condition is a set of inputs. All conditions go through the model in one batch, and what the decoder says under each is
-added up by weight: one condition of weight 1 is plain generation; inputs without their conditioning of weight 1 − s and
-with it of weight s are guidance by s; several weighted conditions are the same with more rows.
+A condition is a set of inputs. All conditions run through the model in one batch, and the decoder outputs are summed
+with the weights of their conditions. A single condition of weight 1 is generation without guidance. Guidance with scale
+s uses two conditions, the inputs without conditioning with weight 1 − s and with conditioning with weight s. Several
+weighted conditions work alike.
 
 Shapes: B batch, C conditions, N encoder tokens, K tokens decoded in a step, L tokens of the target, D model width,
-V vocabulary. Rows of C·B run through the batch first. Masks: True = masked.
+V vocabulary size. In dimensions of C·B, the batch index changes fastest. Masks: True = masked.
 """
 
 from __future__ import annotations
@@ -32,31 +33,31 @@ Entry = dict[str, Any]
 
 
 class Conditions:
-    """The embedded inputs of all conditions, to which decoded tokens are added.
+    """The embedded inputs of all conditions, to which decoded tokens can be appended.
 
     Args:
-        model: the model.
-        conditions: weight and inputs of each.
+        model: The model.
+        conditions: Weight and inputs of each condition.
     """
 
     def __init__(self, model: FourM, conditions: Sequence[tuple[float, ModDict]]):
         self.model = model
         modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
         embedded = [model.embed_encoder(batch, select_inputs(batch, modalities)) for _, batch in conditions]
-        most = max(padding.shape[1] for *_, padding in embedded)
         x, emb, padding = zip(*embedded, strict=True)
+        length = max(part.shape[1] for part in padding)
         self._x, self._emb = (
-            torch.cat([F.pad(part, (0, 0, 0, most - part.shape[1])) for part in parts]) for parts in (x, emb)
+            torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts]) for parts in (x, emb)
         )
-        self._padding = torch.cat([F.pad(part, (0, most - part.shape[1]), value=True) for part in padding])
+        self._padding = torch.cat([F.pad(part, (0, length - part.shape[1]), value=True) for part in padding])
         self.weights = torch.tensor([weight for weight, _ in conditions], device=self._x.device)
 
     def context(self) -> tuple[Tensor, Tensor]:
-        """What the decoder attends to, (C·B, N, D), and its padding."""
+        """Return what the decoder attends to, (C·B, N, D), and its padding mask, (C·B, N)."""
         return self.model.context(self.model.encode(self._x + self._emb, self._padding), self._emb), self._padding
 
     def append(self, domain: str, ids: Tensor, position: Tensor, valid: Tensor) -> None:
-        """Let tokens of an image, (B, K) each, be inputs from now on."""
+        """Add tokens of an image, (B, K) each, to the inputs of all conditions."""
         if domain in self.model.encoder_embeddings:
             x, emb = self.model.encoder_embeddings[domain](ids, _rows(position))
             parts = (part.view(*ids.shape, -1).repeat(len(self.weights), 1, 1) for part in (x, emb))
@@ -64,16 +65,16 @@ class Conditions:
             self._padding = torch.cat([self._padding, ~valid.repeat(len(self.weights), 1)], 1)
 
     def embed_target(self, domain: str, ids: Tensor, position: Tensor) -> Tensor:
-        """Decoder tokens at ``position`` (B, K) → (C·B, K, D)."""
+        """Embed decoder tokens at ``position``, (B, K) → (C·B, K, D)."""
         x, emb = self.model.decoder_embeddings[domain](ids, _rows(position), self.model.mask_token)
         return (x + emb).view(*position.shape, -1).repeat(len(self.weights), 1, 1)
 
     def combine(self, y: Tensor) -> Tensor:
-        """Decoder output (C·B, …) → the weighted sum over the conditions (B, …).
+        """Sum the decoder output (C·B, …) over the conditions with their weights, to (B, …).
 
-        Logits are linear in it, so that this sum and that of the logits say the same, at a fraction of the cost. The
-        weights add up to 1, so there is nothing to do for a single condition. What is added up in float32 goes on in the
-        precision of the model, whose weights may have been cast.
+        Logits are linear in the decoder output, so summing the output is equivalent to summing the logits, and much
+        cheaper. The weights add up to 1, so a single condition needs no sum. The sum is computed in float32 and
+        returned in the precision of the model, whose weights may have been cast.
         """
         if len(self.weights) == 1:
             return y
@@ -81,7 +82,7 @@ class Conditions:
 
 
 def _rows(position: Tensor) -> Rows:
-    """All of (B, K), at ``position``."""
+    """Return rows for all tokens (B, K) at ``position``."""
     batch, count = position.shape
     index = torch.arange(batch * count, device=position.device)
     return Rows(index // max(count, 1), index % max(count, 1), position.flatten())
@@ -89,16 +90,16 @@ def _rows(position: Tensor) -> Rows:
 
 @dataclass(frozen=True)
 class StepOptions:
-    """What a scheme is told about a step.
+    """Options of one decoding step.
 
     Attributes:
-        domain: the target.
-        num_tokens: how many tokens to decode; of a sequence the most, None = as many as there is room for.
-        temperature: see :class:`TokenSampler`.
-        sampler: draws the tokens.
-        noise: of each sample.
-        sentinels: of a sequence.
-        most_tokens: the model has positions for so many tokens of a sequence.
+        domain: The target modality.
+        num_tokens: Number of tokens to decode, for sequences the maximum; None fills the available room.
+        temperature: See :class:`TokenSampler`.
+        sampler: Draws the tokens.
+        noise: Random numbers of each sample.
+        sentinels: Ids of the sentinels of a sequence.
+        max_tokens: Maximum number of tokens of a sequence, for which the model has positions.
     """
 
     domain: str
@@ -107,131 +108,136 @@ class StepOptions:
     sampler: TokenSampler
     noise: SampleNoise
     sentinels: list[int]
-    most_tokens: int
+    max_tokens: int
 
 
 def decode_image(conditions: Conditions, entry: Entry, step: StepOptions, random_order: bool) -> Entry:
-    """MaskGIT and ROAR: some of the remaining positions at once.
+    """Decode several tokens of an image at once, with MaskGIT or ROAR.
 
     Args:
-        conditions: get the decoded tokens as inputs.
-        entry: the target so far.
-        random_order: decode ``num_tokens`` positions, chosen at random (ROAR), or all that remain, of which the
-            ``num_tokens`` most confident ones are kept (MaskGIT).
+        conditions: The inputs, to which the decoded tokens are appended.
+        entry: The target so far.
+        step: Options of the step.
+        random_order: ROAR: decode ``num_tokens`` random positions. Otherwise, MaskGIT: decode all remaining positions
+            and keep the ``num_tokens`` most confident ones.
 
     Returns:
-        The target with more tokens known.
+        The target with the decoded tokens.
     """
     remaining = ~entry["target_mask"].bool() & entry["input_mask"].bool()
-    order, luck = step.noise.uniform(2, remaining.shape[1]).to(remaining.device).unbind(1)
-    position, valid = _first_of(remaining, order if random_order else torch.zeros_like(order))
+    order, uniform = step.noise.uniform(2, remaining.shape[1]).to(remaining.device).unbind(1)
+    position, valid = _true_columns(remaining, order if random_order else torch.zeros_like(order))
     count = step.num_tokens or 0
     if random_order:
         position, valid = position[:, :count], valid[:, :count]
     if position.shape[1] == 0:
         return entry
     with torch.inference_mode():
-        position, ids, kept = _decode_positions(conditions, position, valid, step, luck)
+        position, ids, kept = _decode_positions(conditions, position, valid, step, uniform)
         if not random_order:
             position, ids, kept = position[:, :count], ids[:, :count], kept[:, :count]
         conditions.append(step.domain, ids, position, kept)
     sample, column = kept.nonzero(as_tuple=True)
-    where, shape = (sample, position[sample, column]), entry["tensor"].shape
+    index, shape = (sample, position[sample, column]), entry["tensor"].shape
     return {
         **entry,
-        "tensor": _put(entry["tensor"].flatten(1).long(), where, ids[sample, column]).view(shape),
-        "input_mask": _put(entry["input_mask"], where, False),
-        "target_mask": _put(entry["target_mask"], where, True),
+        "tensor": _put(entry["tensor"].flatten(1).long(), index, ids[sample, column]).view(shape),
+        "input_mask": _put(entry["input_mask"], index, False),
+        "target_mask": _put(entry["target_mask"], index, True),
     }
 
 
 def _decode_positions(
-    conditions: Conditions, position: Tensor, valid: Tensor, step: StepOptions, luck: Tensor
+    conditions: Conditions, position: Tensor, valid: Tensor, step: StepOptions, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Positions (B, K) → positions, ids and validity, the most confident ones first."""
+    """Decode the positions (B, K) and return positions, ids and validity, sorted by decreasing confidence."""
     model = conditions.model
     y = conditions.embed_target(step.domain, position, position)
     y = model.decode(y, *conditions.context(), ~valid.repeat(len(conditions.weights), 1))
     logits = model.decoder_embeddings[step.domain].to_logits(conditions.combine(y)[valid])
-    found, confidence = step.sampler(logits, step.temperature, luck.gather(1, position)[valid])
-    ids = torch.zeros_like(position).masked_scatter(valid, found)
+    tokens, confidence = step.sampler(logits, step.temperature, uniform.gather(1, position)[valid])
+    ids = torch.zeros_like(position).masked_scatter(valid, tokens)
     ranks = confidence.new_full(valid.shape, -1.0).masked_scatter(valid, confidence).argsort(1, descending=True)
     return position.gather(1, ranks), ids.gather(1, ranks), valid.gather(1, ranks)
 
 
-def _first_of(chosen: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
-    """Columns of a mask (B, L) that are True, by ``order``, and which of them are none → two of (B, K)."""
-    column = order.masked_fill(~chosen, 2.0).argsort(dim=1, stable=True)[:, : int(chosen.sum(1).max())]
-    return column, chosen.gather(1, column)
+def _true_columns(mask: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the True columns of a mask (B, L), sorted by ``order``, and which of them are valid, (B, K) each."""
+    column = order.masked_fill(~mask, 2.0).argsort(dim=1, stable=True)[:, : int(mask.sum(1).max())]
+    return column, mask.gather(1, column)
 
 
-def _put(tensor: Tensor, where: tuple[Tensor, Tensor], value: Any) -> Tensor:
+def _put(tensor: Tensor, index: tuple[Tensor, Tensor], value: Any) -> Tensor:
     changed = tensor.clone()
-    changed[where] = value
+    changed[index] = value
     return changed
 
 
 def decode_sequence(conditions: Conditions, entry: Entry, step: StepOptions) -> Entry:
-    """Autoregressive: from the first token of the target until its end token, or no room is left.
+    """Decode a sequence autoregressively, from the first token of the target to its end token, or until it is full.
 
     Returns:
-        The target as an input, what was written in the places of its sentinels.
+        The target as an input, with the generated spans in place of its sentinels.
     """
     tensor, first = entry["tensor"], step.sentinels[0]
     inputs = [row[~mask].tolist() or [first] for row, mask in zip(tensor, entry["input_mask"].bool(), strict=True)]
     targets = [row[~mask].tolist() for row, mask in zip(tensor, entry["target_mask"].bool(), strict=True)]
     starts = [row[0] if row and row[0] != PAD_ID else first for row in targets]
     ends = [_end_token(*rows, step.sentinels) for rows in zip(inputs, targets, strict=True)]
-    most = min(step.num_tokens or step.most_tokens, step.most_tokens)
-    rooms = [min(len(row), 1 + most) for row in targets]
+    max_tokens = min(step.num_tokens or step.max_tokens, step.max_tokens)
+    max_lengths = [min(len(row), 1 + max_tokens) for row in targets]
     with torch.inference_mode():
-        written = _write(conditions, step, starts, ends, rooms)
-    return merged(inputs, written, step.sentinels, tensor.device)
+        generated = _generate_ids(conditions, step, starts, ends, max_lengths)
+    return merged(inputs, generated, step.sentinels, tensor.device)
 
 
 def _end_token(inputs: list[int], targets: list[int], sentinels: list[int]) -> int:
-    """What ends the writing of a sample: the token that the row asks for, after its room, or the next sentinel."""
-    if len(targets) > 1 and targets[-2] == PAD_ID != targets[-1]:
+    """Return the token that ends the sequence: the one that follows the padding of its row, or the next sentinel."""
+    if len(targets) > 1 and targets[-2] == PAD_ID and targets[-1] != PAD_ID:
         return targets[-1]
-    return next((mark for mark in sentinels if mark not in inputs), sentinels[-1])
+    return next((sentinel for sentinel in sentinels if sentinel not in inputs), sentinels[-1])
 
 
-def _write(
-    conditions: Conditions, step: StepOptions, starts: list[int], ends: list[int], rooms: list[int]
+def _generate_ids(
+    conditions: Conditions, step: StepOptions, starts: list[int], ends: list[int], max_lengths: list[int]
 ) -> list[list[int]]:
-    """The sequences, each from its start to its end token; what has ended leaves the batch.
+    """Generate the ids of each sequence, from its start to its end token. Finished sequences leave the batch.
 
     Args:
-        starts, ends: first and last token of each sequence.
-        rooms: most tokens of each, the first one included.
+        conditions: The inputs.
+        step: Options of the step.
+        starts, ends: First and last token of each sequence.
+        max_lengths: Maximum number of tokens of each sequence, including the first one.
     """
     model, context = conditions.model, conditions.context()
     device, copies = context[0].device, len(conditions.weights)
-    cache = DecoderCache(model, *context, max([*rooms, 2]) - 1)
+    cache = DecoderCache(model, *context, max([*max_lengths, 2]) - 1)
     to_logits = _by_columns(model.decoder_embeddings[step.domain].to_logits)
-    luck = step.noise.uniform(step.most_tokens).to(device)
-    written = [[start] for start in starts]
-    alive = list(range(len(written)))
-    for index in range(max(rooms)):
-        going = [i for i in alive if len(written[i]) < rooms[i] and (index == 0 or written[i][-1] != ends[i])]
-        if not going:
+    uniform = step.noise.uniform(step.max_tokens).to(device)
+    sequences = [[start] for start in starts]
+    active = list(range(len(sequences)))
+    for index in range(max(max_lengths)):
+        unfinished = [
+            i for i in active if len(sequences[i]) < max_lengths[i] and (index == 0 or sequences[i][-1] != ends[i])
+        ]
+        if not unfinished:
             break
-        if going != alive:
-            kept = torch.tensor([alive.index(i) for i in going], device=device)
-            cache.keep((kept + len(alive) * torch.arange(copies, device=device)[:, None]).flatten())
-            alive = going
-        ids = torch.tensor([written[i][-1:] for i in alive], device=device)
+        if unfinished != active:
+            kept = torch.tensor([active.index(i) for i in unfinished], device=device)
+            cache.keep((kept + len(active) * torch.arange(copies, device=device)[:, None]).flatten())
+            active = unfinished
+        ids = torch.tensor([sequences[i][-1:] for i in active], device=device)
         y = cache.decode(conditions.embed_target(step.domain, ids, torch.full_like(ids, index)))
-        found, _ = step.sampler(to_logits(conditions.combine(y)[:, 0]), step.temperature, luck[alive, index])
-        for i, token in zip(alive, found.tolist(), strict=True):
-            written[i].append(token)
-    return written
+        tokens, _ = step.sampler(to_logits(conditions.combine(y)[:, 0]), step.temperature, uniform[active, index])
+        for i, token in zip(active, tokens.tolist(), strict=True):
+            sequences[i].append(token)
+    return sequences
 
 
 def _by_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
-    """A linear map without bias for one or two rows at a time.
+    """Transpose the matrix of a linear layer without bias that is applied to one or two rows at a time.
 
-    A CPU then spends all its time on reading the matrix, which is more than twice as fast in this order.
+    On a CPU, reading the matrix then dominates the time, and it is more than twice as fast in this order.
     """
     if linear.weight.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return linear

@@ -1,6 +1,6 @@
-"""From logits to tokens: top-k, top-p, temperature, and randomness that belongs to a sample, not to its batch.
+"""Samples tokens from logits, with top-k, top-p, temperature and random numbers that do not depend on the batch.
 
-Shapes: B batch, n tokens, V vocabulary.
+Shapes: B batch, n tokens, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -13,17 +13,22 @@ from torch import Tensor
 
 from fourm.utils.errors import UserError
 
-LOWEST_TEMPERATURE = 1e-9
-"""A schedule ends here rather than at 0, and means the same."""
+MIN_TEMPERATURE = 1e-9
+"""Schedules end here instead of at 0; both take the most likely token."""
 
 Seed = int | Sequence[int] | torch.Generator | None
 
 
 def sample_seeds(seed: Seed, batch_size: int) -> list[int]:
-    """A seed for every sample.
+    """Return one seed for each sample.
 
     Args:
-        seed: sample b gets ``seed + b``; or one seed per sample; or a generator to draw them from (None: torch's).
+        seed: A number, from which sample b gets ``seed + b``, one seed per sample, or a generator that draws the seeds.
+            None uses PyTorch's global generator.
+        batch_size: Number of samples.
+
+    Raises:
+        UserError: If the number of seeds is not ``batch_size``.
     """
     if isinstance(seed, int):
         return [seed + b for b in range(batch_size)]
@@ -36,23 +41,26 @@ def sample_seeds(seed: Seed, batch_size: int) -> list[int]:
 
 
 class SampleNoise:
-    """One stream of random numbers for every sample, so that no sample depends on its neighbours."""
+    """One stream of random numbers per sample, so that samples do not depend on the rest of the batch."""
 
     def __init__(self, seeds: Sequence[int]):
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def uniform(self, *shape: int) -> Tensor:
-        """(B, *shape) in [0, 1), on the host."""
+        """Draw numbers (B, *shape) in [0, 1), on the host."""
         return torch.stack([torch.rand(shape, generator=generator) for generator in self._generators])
 
 
 @dataclass(frozen=True)
 class TokenSampler:
-    """Which tokens may be drawn.
+    """Samples tokens from the most likely ones.
 
     Attributes:
-        top_k: the likeliest ones, as a count (int) or as a fraction of the vocabulary (float); 0 = all.
-        top_p: the fewest likeliest ones that have this probability together; 0 = all.
+        top_k: Number of most likely tokens (int), or their fraction of the vocabulary (float); 0 = all.
+        top_p: Total probability that the most likely tokens must reach; 0 = all.
+
+    Raises:
+        UserError: If a value is out of range.
     """
 
     top_k: int | float = 0.0
@@ -60,7 +68,7 @@ class TokenSampler:
 
     def __post_init__(self) -> None:
         if not self.top_k >= 0 or (isinstance(self.top_k, float) and self.top_k > 1):
-            raise UserError(f"top_k is a count (int) or a fraction of the vocabulary (float), not {self.top_k}")
+            raise UserError(f"top_k must be a count (int) or a fraction of the vocabulary (float), not {self.top_k}")
         if not 0 <= self.top_p <= 1:
             raise UserError(f"top_p must lie between 0 and 1, not {self.top_p}")
 
@@ -68,32 +76,32 @@ class TokenSampler:
         """Draw a token for each row.
 
         Args:
-            logits: (n, V).
-            temperature: 0 = the likeliest token.
-            uniform: (n,) numbers in [0, 1) that decide.
+            logits: Logits, (n, V).
+            temperature: Temperature; 0 takes the most likely token.
+            uniform: Random numbers in [0, 1) that determine the tokens, (n,).
 
         Returns:
             The ids and their probabilities, (n,) each.
         """
         logits = logits.float()
-        if temperature <= LOWEST_TEMPERATURE:
+        if temperature <= MIN_TEMPERATURE:
             confidence, ids = logits.max(-1)
             return ids, (confidence - logits.logsumexp(-1)).exp()
         probabilities = (self.filter(logits) / temperature).softmax(-1)
         ends = probabilities.cumsum(-1)
-        # The first token whose share of [0, 1) ends beyond the number: one without probability never is.
+        # Take the first token whose share of [0, 1) ends beyond the number; tokens of probability 0 are never drawn.
         ids = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)
         return ids[:, 0], probabilities.gather(-1, ids)[:, 0]
 
     def filter(self, logits: Tensor) -> Tensor:
-        """Logits (n, V) with −∞ for what may not be drawn."""
+        """Set the logits (n, V) of tokens that must not be drawn to −∞."""
         if self.top_k:
             count = self.top_k if isinstance(self.top_k, int) else max(int(self.top_k * logits.shape[-1]), 1)
-            least = logits.topk(min(count, logits.shape[-1])).values[:, -1:]
-            logits = logits.masked_fill(logits < least, -torch.inf)
+            threshold = logits.topk(min(count, logits.shape[-1])).values[:, -1:]
+            logits = logits.masked_fill(logits < threshold, -torch.inf)
         if self.top_p:
             ordered, order = logits.sort(descending=True)
-            before = ordered.softmax(-1).cumsum(-1).roll(1, -1)
-            before[:, 0] = 0.0
-            logits = logits.scatter(-1, order, ordered.masked_fill(before > self.top_p, -torch.inf))
+            preceding = ordered.softmax(-1).cumsum(-1).roll(1, -1)  # total probability of the more likely tokens
+            preceding[:, 0] = 0.0
+            logits = logits.scatter(-1, order, ordered.masked_fill(preceding > self.top_p, -torch.inf))
         return logits

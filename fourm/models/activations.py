@@ -1,14 +1,14 @@
-"""Memory of a training step's activations, from the shapes alone.
+"""Estimates the activation memory of a training step from the shapes alone.
 
-Counted is what autograd keeps for the backward pass of an eager step, tensor by tensor as listed below, with fused
-attention (no matrix of scores) and the logits. c is 2 bytes with 16-bit autocast, else 4; the residual stream and what
-norms read are float32 either way. Per slot of width D, with MLPs of hidden width h:
+The estimate counts what autograd keeps for the backward pass of an eager step, tensor by tensor as listed below, with
+fused attention (no score matrix), plus the logits. c is 2 bytes with 16-bit autocast and 4 otherwise; the residual
+stream and the inputs of norms are float32 in both cases. Per slot of width D, with MLPs of hidden width h:
 
-* every block: the input of each norm (4 D each, shared with the residual stream), its result, q, k, v, the sum that
-  attention returns (c D each), and of the MLP fc1's result and fc2's input (2 c h), or four such of a gated one
-* once: what the last norms read, the context, and for every target token float32 log-probabilities and logits (c)
+* every block: the input of each norm (4 D each, shared with the residual stream), its output, q, k, v and the output of
+  attention (c D each), and in the MLP the output of fc1 and the input of fc2 (2 c h), or four tensors of a gated MLP
+* once: the inputs of the last norms, the context, and for every target token float32 log-probabilities and logits (c)
 
-With recomputed activations a block keeps its input alone, and one block at a time all of the above.
+With recomputed activations, a block keeps only its input, and one block at a time keeps all of the above.
 """
 
 from __future__ import annotations
@@ -22,18 +22,24 @@ from fourm.models.fm_utils import GatedMlp, LayerNorm
 
 
 def activation_bytes(
-    model: FourM, batch_size: int, num_encoder_tokens: int, num_decoder_tokens: int, targets: Mapping[str, float], half: bool
-) -> dict[str, float]:  # fmt: skip
-    """Bytes of a step's activations.
+    model: FourM,
+    batch_size: int,
+    num_encoder_tokens: int,
+    num_decoder_tokens: int,
+    targets: Mapping[str, float],
+    half: bool,
+) -> dict[str, float]:
+    """Estimate the bytes of the activations of a training step.
 
     Args:
-        model: may be on the meta device.
-        num_encoder_tokens, num_decoder_tokens: slots per sample, without registers.
-        targets: kept target tokens per modality in the whole batch.
-        half: with 16-bit autocast.
+        model: The model, which may be on the meta device.
+        batch_size: Samples per step.
+        num_encoder_tokens, num_decoder_tokens: Slots per sample, without registers.
+        targets: Selected target tokens of each modality in the whole batch.
+        half: Whether the step uses 16-bit autocast.
 
     Returns:
-        ``blocks``, ``logits`` and ``rest``.
+        The bytes of ``blocks``, ``logits`` and ``rest``.
     """
     contexts = batch_size * (num_encoder_tokens + model.num_register_tokens)
     slots = batch_size * num_decoder_tokens
@@ -41,10 +47,12 @@ def activation_bytes(
     per_context, per_slot, context_per_context = _block_bytes(model.decoder[0], dim, half)
     encoder_block = contexts * per_context
     decoder_block = slots * per_slot + contexts * context_per_context
-    every = int(model.use_act_checkpoint)  # how many blocks there are to one that is recomputed; 0 = none is
-    again = [math.ceil(depth / every) if every else 0 for depth in (encoder, decoder)]
-    blocks = (encoder - again[0]) * encoder_block + (decoder - again[1]) * decoder_block
-    blocks += 4 * dim * (again[0] * contexts + again[1] * slots) + (max(encoder_block, decoder_block) if every else 0)
+    every = int(model.use_act_checkpoint)  # every k-th block is recomputed; 0 = none
+    recomputed = [math.ceil(depth / every) if every else 0 for depth in (encoder, decoder)]
+    blocks = (encoder - recomputed[0]) * encoder_block + (decoder - recomputed[1]) * decoder_block
+    blocks += 4 * dim * (recomputed[0] * contexts + recomputed[1] * slots)  # their inputs
+    if every:
+        blocks += max(encoder_block, decoder_block)  # the block that is being recomputed
     c = 2 if half else 4
     logits = sum(count * model.decoder_embeddings[name].vocab_size for name, count in targets.items()) * (4 + c)
     rest = contexts * (4 + 4 + c) * dim + slots * (4 + c) * dim
@@ -52,15 +60,15 @@ def activation_bytes(
 
 
 def _block_bytes(block: Any, dim: int, half: bool) -> tuple[float, float, float]:
-    """Per encoder slot of an encoder block; per target slot and per encoder slot of a decoder block."""
+    """Return the bytes of an encoder block per encoder slot, and of a decoder block per target and per encoder slot."""
     c = 2 if half else 4
     attention, mlp = block.self_attn, block.mlp
     hidden, gated = mlp.fc1.out_features, isinstance(mlp, GatedMlp)
-    score = 4 * attention.num_heads  # log of the softmax's denominator
-    # fc1 and fc3 each convert the norm's result to 16 bits for themselves.
+    score = 4 * attention.num_heads  # log of the softmax denominator
+    # fc1 and fc3 each convert the output of the norm to 16 bits.
     mlp_bytes = c * (dim * (2 if gated and half else 1) + hidden * (4 if gated else 2))
     norm = 4 * dim + 8  # input, mean and deviation
-    # A norm of queries or keys reads a float32 copy.
+    # The norms of queries and keys read a float32 copy.
     qk = (4 + c) * dim + 2 * score if isinstance(attention.q_norm, LayerNorm) else 0
     self_attention = norm + c * (1 + 3 + 1) * dim + score + 2 * qk
     cross_of_slot = norm + c * (1 + 1 + 1) * dim + score + qk

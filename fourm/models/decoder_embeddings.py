@@ -1,7 +1,7 @@
-"""Decoder tokens of one modality, their targets, and decoder output → logits (method section 2).
+"""Embedding modules of the decoder: decoder tokens, target ids and logits of one modality (method section 2).
 
 Shapes: B batch, L tokens of one modality, n selected targets of one modality in the whole batch, D model width,
-V vocabulary.
+V vocabulary size.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from fourm.models.modality_embedding import Rows, TokenEmbedding, image_grid, pi
 
 
 class _DecoderEmbedding(TokenEmbedding):
-    """A token embedding that also has the way back.
+    """A token embedding that also maps the decoder output to logits.
 
     Args:
-        share_embedding: ``to_logits`` is ``token_emb``, transposed (training); False is the published hub layout.
+        share_embedding: Tie ``to_logits`` to ``token_emb``, as in training; the published hub files are untied.
     """
 
-    def __init__(self, share_embedding: bool, *options: Any, **more: Any):
+    def __init__(self, share_embedding: bool, *args: Any, **kwargs: Any):
         self.share_embedding = share_embedding
-        super().__init__(*options, **more)
+        super().__init__(*args, **kwargs)
 
     def init(self, dim_tokens: int) -> None:
         super().init(dim_tokens)
@@ -31,13 +31,13 @@ class _DecoderEmbedding(TokenEmbedding):
         self.tie()
 
     def tie(self) -> None:
-        """Make the two matrices one, also after something has replaced the parameters."""
+        """Tie the two matrices; this is needed again after the parameters have been replaced."""
         if self.share_embedding:
             self.to_logits.weight = self.token_emb.weight
 
 
 class ImageTokenDecoderEmbedding(_DecoderEmbedding):
-    """A grid of token ids as targets: position and modality ask for them, the content is the mask token."""
+    """Embeds targets of a token grid: the mask token as content, with position and modality of the token to predict."""
 
     def __init__(
         self,
@@ -51,21 +51,23 @@ class ImageTokenDecoderEmbedding(_DecoderEmbedding):
         grid = image_grid(image_size, patch_size)
         super().__init__(share_embedding, vocab_size, None, grid, sincos_pos_emb, dim_tokens)
 
-    def forward(self, tensor: Tensor, rows: Rows, mask_token: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """→ content and position + modality of the selected targets, (n, D) each; ``mask_token`` is (1, 1, D)."""
+    def forward(  # type: ignore[override]
+        self, tensor: Tensor, rows: Rows, mask_token: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return content and position + modality of the selected targets, (n, D) each; ``mask_token`` is (1, 1, D)."""
         x = mask_token[0].expand(len(rows.index), -1)
         if not self.share_embedding:
-            # The untied layout has a token_emb that nothing reads; no rows of it keep it in the graph, as DDP needs.
+            # Nothing reads the token_emb of the untied layout; zero rows keep it in the graph for DDP.
             x = torch.cat([x, self.token_emb(rows.index[:0])])
         return x, self.emb(rows.position)
 
     def targets(self, tensor: Tensor, rows: Rows) -> Tensor:
-        """Ids to predict, (n,)."""
+        """Return the ids to predict, (n,)."""
         return pick_ids(tensor, rows.sample, rows.index)
 
 
 class SequenceDecoderEmbedding(_DecoderEmbedding):
-    """Ids of a sequence as targets: every token is given and predicts the next one."""
+    """Embeds targets of a sequence: every token predicts the next one."""
 
     def __init__(
         self,
@@ -82,10 +84,12 @@ class SequenceDecoderEmbedding(_DecoderEmbedding):
             share_embedding, vocab_size, padding_idx, grid, sincos_pos_emb, dim_tokens, num_positions=max_length
         )
 
-    def forward(self, tensor: Tensor, rows: Rows, mask_token: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        """→ content and position + modality of the selected tokens, (n, D) each; ``mask_token`` is not used."""
+    def forward(  # type: ignore[override]
+        self, tensor: Tensor, rows: Rows, mask_token: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return content and position + modality of the selected tokens, (n, D) each; ``mask_token`` is ignored."""
         return super().forward(tensor, rows)
 
     def targets(self, tensor: Tensor, rows: Rows) -> Tensor:
-        """Ids to predict, (n,): those that follow."""
+        """Return the ids to predict, (n,): those of the next tokens."""
         return pick_ids(tensor, rows.sample, rows.index + 1)

@@ -1,4 +1,4 @@
-"""Embedding the inputs and encoding them: what FourM and FourMViT share (method section 3, 1 and 3).
+"""The encoder that FourM and FourMViT share: it embeds the inputs and encodes them (method section 3, 1 and 3).
 
 Shapes: B batch, N encoder slots, R register tokens, D model width. Masks: True = masked.
 """
@@ -23,10 +23,13 @@ class Encoder(nn.Module):
     """Embedding modules of the inputs, blocks, norm and register tokens.
 
     Args:
-        embeddings: modality → embedding module.
-        drop_path_rates: one per block.
-        init_std: of the embedding vectors.
-        pos_temperature: of the positions in images.
+        embeddings: Maps each modality to its embedding module.
+        options: Options of the blocks.
+        drop_path_rates: Stochastic depth rate of each block.
+        num_register_tokens: Number of learned tokens in front of the inputs.
+        use_act_checkpoint: Recompute the blocks in the backward pass; a number k recomputes only every k-th block.
+        init_std: Standard deviation of the initial embedding vectors.
+        pos_temperature: Temperature of the sine-cosine positions in images.
     """
 
     def __init__(
@@ -42,15 +45,15 @@ class Encoder(nn.Module):
         super().__init__()
         self.init_std, self.pos_temperature = init_std, pos_temperature
         self.use_act_checkpoint = use_act_checkpoint
-        self.encoder_embeddings: Any = self.sized(embeddings, options.dim)
+        self.encoder_embeddings: Any = self.init_embeddings(embeddings, options.dim)
         self.encoder = nn.ModuleList(Block(options, rate) for rate in drop_path_rates)
         self.encoder_norm = options.norm()
         self.num_register_tokens = num_register_tokens
         if num_register_tokens:
             self.register_tokens = nn.Parameter(torch.empty(1, num_register_tokens, options.dim))
 
-    def sized(self, embeddings: Mapping[str, ModalityEmbedding], dim: int) -> nn.ModuleDict:
-        """The embedding modules at the width of the model."""
+    def init_embeddings(self, embeddings: Mapping[str, ModalityEmbedding], dim: int) -> nn.ModuleDict:
+        """Create the parameters of the embedding modules at the width of the model."""
         for embedding in embeddings.values():
             if len(embedding.grid) == 2:
                 embedding.pos_temperature = self.pos_temperature
@@ -58,13 +61,13 @@ class Encoder(nn.Module):
         return nn.ModuleDict(embeddings)
 
     def init_weights(self) -> None:
-        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        """Initialise all parameters and buffers; models built on the meta device need ``to_empty`` before."""
         init_weights(self, self.init_std)
         if self.num_register_tokens:
             nn.init.normal_(self.register_tokens, std=self.init_std)
 
     def embed_encoder(self, mod_dict: ModDict, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
-        """→ content and position + modality, (B, R + N, D) each, and the padding (B, R + N); registers go first."""
+        """Return content, position + modality, (B, R + N, D) each, and padding (B, R + N); registers come first."""
         rows = selection.rows()
         tokens = [
             embedding(tensor_of(mod_dict, name, embedding), rows[name])
@@ -72,18 +75,19 @@ class Encoder(nn.Module):
         ]
         x, emb = (selection.place(part) for part in zip(*tokens, strict=True))
         padding = selection.padding
-        if registers := self.num_register_tokens:
+        if self.num_register_tokens:
             x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], dim=1)
-            emb, padding = F.pad(emb, (0, 0, registers, 0)), F.pad(padding, (registers, 0))
+            emb = F.pad(emb, (0, 0, self.num_register_tokens, 0))
+            padding = F.pad(padding, (self.num_register_tokens, 0))
         return x, emb, padding
 
     def encode(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """(B, R + N, D) → (B, R + N, D)."""
+        """Run the encoder, (B, R + N, D) → (B, R + N, D)."""
         mask = None if padding is None else additive(attendable(padding), x)
         return self.encoder_norm(self.run_blocks(self.encoder, x, mask))
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None) -> Tensor:
-        """``x`` through a stack of blocks that all get the same ``context``."""
+        """Run ``x`` through a stack of blocks that all get the same ``context``."""
         every = int(self.use_act_checkpoint) if torch.is_grad_enabled() else 0
         for i, block in enumerate(blocks):
             recompute = every and i % every == 0
@@ -94,7 +98,7 @@ class Encoder(nn.Module):
         return len(self.encoder)
 
     def encoder_trunk(self) -> list[nn.Module | nn.Parameter]:
-        """All of the encoder but its embedding modules."""
+        """Return everything in the encoder except its embedding modules."""
         return [self.encoder, self.encoder_norm, *([self.register_tokens] if self.num_register_tokens else [])]
 
     def freeze_encoder(self, freeze_embeddings: bool = True) -> None:
@@ -111,10 +115,10 @@ def set_trainable(trainable: bool, *parts: nn.Module | nn.Parameter) -> None:
 
 
 def tensor_of(mod_dict: ModDict, name: str, embedding: ModalityEmbedding) -> Tensor:
-    """A modality's tensor, or one without samples if the batch lacks it."""
+    """Return the tensor of a modality, or an empty one if the modality is not in the batch."""
     return mod_dict[name]["tensor"] if name in mod_dict else embedding.empty()
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth of ``depth`` blocks, growing linearly from 0 to ``rate``."""
+    """Return the stochastic depth rates of ``depth`` blocks, which grow linearly from 0 to ``rate``."""
     return [rate * i / max(depth - 1, 1) for i in range(depth)]

@@ -1,4 +1,4 @@
-"""Tokens, patches and vectors of one modality → encoder tokens (method section 2).
+"""Embedding modules of the encoder, for token ids, image patches and vectors (method section 2).
 
 Shapes: B batch, L tokens of one modality, n selected tokens of one modality in the whole batch, D model width.
 """
@@ -13,7 +13,7 @@ from fourm.utils.errors import DataError
 
 
 class ImageTokenEncoderEmbedding(TokenEmbedding):
-    """A grid of token ids, (B, L) or (B, h, w)."""
+    """Embeds a grid of token ids, (B, L) or (B, h, w)."""
 
     def __init__(
         self,
@@ -27,7 +27,7 @@ class ImageTokenEncoderEmbedding(TokenEmbedding):
 
 
 class ImageEncoderEmbedding(ModalityEmbedding):
-    """Pixels or a feature map, (B, C, H, W): linear patches."""
+    """Embeds patches of pixels or of a feature map, (B, C, H, W), linearly."""
 
     def __init__(
         self,
@@ -45,26 +45,27 @@ class ImageEncoderEmbedding(ModalityEmbedding):
         self.proj = nn.Linear(self.num_channels * self.patch_size**2, dim_tokens, bias=False)
 
     def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """→ content and position + modality of the selected patches, (n, D) each. Only those are copied.
+        """Return content and position + modality of the selected patches, (n, D) each. Other patches are not copied.
 
         Raises:
-            DataError: another shape, or whole numbers, which nobody has normalised.
+            DataError: If the image has another shape, or integer values, which have not been normalised.
         """
-        if tensor.shape[1:] != (expected := (self.num_channels, self.image_size, self.image_size)):
+        expected = (self.num_channels, self.image_size, self.image_size)
+        if tensor.shape[1:] != expected:
             raise DataError(f"an image of shape {tuple(tensor.shape[1:])} reached an embedding for {expected}")
         _check_floating(tensor, "an image")
         p, width = self.patch_size, self.grid[1]
         patches = rearrange(tensor, "b c (h p) (w q) -> b h w p q c", p=p, q=p)  # a view
-        chosen = patches[rows.sample, rows.index // width, rows.index % width]
-        chosen = rearrange(chosen, "n p q c -> n (p q c)").to(self.proj.weight.dtype)
-        return self.proj(chosen), self.emb(rows.position)
+        selected = patches[rows.sample, rows.index // width, rows.index % width]
+        selected = rearrange(selected, "n p q c -> n (p q c)").to(self.proj.weight.dtype)
+        return self.proj(selected), self.emb(rows.position)
 
     def empty(self) -> Tensor:
         return self.mod_emb.new_empty((0, self.num_channels, self.image_size, self.image_size))
 
 
 class SequenceEncoderEmbedding(TokenEmbedding):
-    """Ids of a text or of integer codes, (B, L)."""
+    """Embeds ids of a text or of integer codes, (B, L)."""
 
     def __init__(
         self,
@@ -80,7 +81,7 @@ class SequenceEncoderEmbedding(TokenEmbedding):
 
 
 class SequenceEmbEncoderEmbedding(ModalityEmbedding):
-    """Embedding vectors of another model, (B, L, orig_emb_dim), such as those of T5 for a caption."""
+    """Projects embedding vectors of another model, (B, L, orig_emb_dim), such as T5 embeddings of a caption."""
 
     def __init__(
         self,
@@ -105,7 +106,11 @@ class SequenceEmbEncoderEmbedding(ModalityEmbedding):
         )
 
     def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """→ content and position + modality of the selected vectors, (n, D) each."""
+        """Return content and position + modality of the selected vectors, (n, D) each.
+
+        Raises:
+            DataError: If the vectors have integer values.
+        """
         _check_floating(tensor, "a row of vectors")
         return self.emb_proj(tensor[rows.sample, rows.index].to(self.mod_emb.dtype)), self.emb(rows.position)
 
@@ -113,6 +118,8 @@ class SequenceEmbEncoderEmbedding(ModalityEmbedding):
         return self.mod_emb.new_empty((0, 1, self.orig_emb_dim))
 
 
-def _check_floating(tensor: Tensor, what: str) -> None:
+def _check_floating(tensor: Tensor, description: str) -> None:
     if not tensor.is_floating_point():
-        raise DataError(f"{what} of type {tensor.dtype} reached the model; it takes normalised floating-point numbers")
+        raise DataError(
+            f"{description} of type {tensor.dtype} reached the model; it takes normalised floating-point numbers"
+        )

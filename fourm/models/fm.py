@@ -1,7 +1,7 @@
 """4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406; method sections 2-4).
 
 Shapes: B batch, N encoder slots, R register tokens, M decoder slots, L tokens of one modality, n_m selected tokens of
-modality m in the whole batch, D model width, V vocabulary. Masks: True = masked.
+modality m in the whole batch, D model width, V vocabulary size. Masks: True = masked.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
 from fourm.models.hub import HubModel, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
-from fourm.models.token_selection import Selection, TokenPlan, plan_tokens
+from fourm.models.token_selection import Selection, TokenSelection, select_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.memory import check_memory
@@ -32,29 +32,32 @@ from fourm.utils.options import option
 
 
 class FourM(Encoder):
-    """The model, from embedding modules on.
+    """The 4M model, built from the embedding modules of its modalities.
 
     Args:
-        encoder_embeddings, decoder_embeddings: modality → embedding module, for every modality that can be an input,
-            or a target.
-        modality_info: modality → its entry of the modality table.
-        dim, encoder_depth, decoder_depth, num_heads, mlp_ratio: sizes of the trunk.
-        qkv_bias, proj_bias, mlp_bias: which linear maps of the blocks have biases.
-        drop_path_rate_encoder, drop_path_rate_decoder: stochastic depth of the last block, growing linearly from 0.
-        shared_drop_path: the rate grows over encoder and decoder as if they were one stack.
-        act_layer, norm_layer: classes of the activation and of the norms; the latter is called with the width.
-        gated_mlp, qk_norm: see :mod:`fourm.models.fm_utils`.
-        decoder_causal_mask: a target sees those before it, whatever the batch's ``decoder_attention_mask`` says.
-        decoder_sep_mask: a target sees only targets of its own modality.
-        num_register_tokens: learned tokens in front of the encoder's.
-        use_act_checkpoint: recompute each block in the backward pass instead of keeping its activations; a number k =
-            only every k-th block.
-        share_modality_embeddings: a modality that is input and target has one modality vector.
-        init_std: of the embedding vectors at first. Published models have 0.02, which is small beside the position vectors,
-            whose entries are about 0.7; with 0.5 a short run learns much sooner to read its tokens.
-        pos_temperature: of the sine-cosine positions in images, see :func:`sincos_table`. With the published 10 000
-            neighbours have vectors of a cosine of 0.98; on small grids a short run learns much sooner to look at the
-            same place of another modality if it is a few times the side of the grid, or less.
+        encoder_embeddings, decoder_embeddings: Maps each modality that can be an input, or a target, to its embedding
+            module.
+        modality_info: Maps each modality to its entry in the modality table.
+        dim, encoder_depth, decoder_depth, num_heads, mlp_ratio: Sizes of the trunk.
+        qkv_bias, proj_bias, mlp_bias: Which linear layers of the blocks have biases.
+        drop_path_rate_encoder, drop_path_rate_decoder: Stochastic depth rate of the last block; it grows linearly from
+            0.
+        shared_drop_path: Let the rate grow across encoder and decoder as if they were one stack.
+        act_layer, norm_layer: Classes of the activation and of the norms; the norm is called with the width.
+        gated_mlp, qk_norm: See :mod:`fourm.models.fm_utils`.
+        decoder_causal_mask: Let a target see only the targets before it, regardless of ``decoder_attention_mask``.
+        decoder_sep_mask: Let a target see only targets of its own modality.
+        num_register_tokens: Number of learned tokens in front of the encoder tokens.
+        use_act_checkpoint: Recompute the blocks in the backward pass instead of keeping their activations; a number k
+            recomputes only every k-th block.
+        share_modality_embeddings: Use the same modality vector for a modality in encoder and decoder.
+        init_std: Standard deviation of the initial embedding vectors. The published models use 0.02, which is small
+            compared to the position vectors, whose entries are about 0.7; with 0.5 a short run learns much sooner to
+            read its tokens.
+        pos_temperature: Temperature of the sine-cosine positions in images, see :func:`sincos_table`. With the
+            published 10 000, the vectors of neighbours have a cosine similarity of 0.98. On small grids, a short run
+            learns much sooner to look at the same place in another modality if the temperature is at most a few times
+            the side of the grid.
     """
 
     def __init__(
@@ -92,14 +95,14 @@ class FourM(Encoder):
         encoder_rates = drop_path_rates(drop_path_rate_encoder, depth if shared_drop_path else encoder_depth)
         decoder_rates = drop_path_rates(drop_path_rate_decoder, depth if shared_drop_path else decoder_depth)
         super().__init__(
-            encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint, init_std,
-            pos_temperature,
+            encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint,
+            init_std, pos_temperature,
         )  # fmt: skip
         check_ids({name: modality_info[name] for name in {**encoder_embeddings, **decoder_embeddings}})
         self.modality_info = modality_info
         self.decoder_causal_mask, self.decoder_sep_mask = decoder_causal_mask, decoder_sep_mask
         self.share_modality_embeddings = share_modality_embeddings
-        self.decoder_embeddings: Any = self.sized(decoder_embeddings, dim)
+        self.decoder_embeddings: Any = self.init_embeddings(decoder_embeddings, dim)
         self.mask_token = nn.Parameter(torch.empty(1, 1, dim))
         self.decoder_proj_context = nn.Linear(dim, dim)
         self.decoder = nn.ModuleList(
@@ -109,7 +112,7 @@ class FourM(Encoder):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        """Initialise all parameters and buffers; models built on the meta device need ``to_empty`` before."""
         for embedding in self.decoder_embeddings.values():
             embedding.tie()
         if self.share_modality_embeddings:
@@ -119,7 +122,7 @@ class FourM(Encoder):
         nn.init.normal_(self.mask_token, std=self.init_std)
 
     def compile_blocks(self, **options: Any) -> None:
-        """``torch.compile`` every block, in place and with the same parameter names; ``options`` are of that function."""
+        """Compile every block in place, which keeps the parameter names; ``options`` go to ``torch.compile``."""
         for block in (*self.encoder, *self.decoder):
             block.compile(**options)
 
@@ -130,51 +133,57 @@ class FourM(Encoder):
         num_decoder_tokens: int,
         loss_type: str = "mod",
         return_logits: bool = False,
-        plan: TokenPlan | None = None,
+        selection: TokenSelection | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]] | dict[str, Tensor]:
-        """Loss of a batch.
+        """Compute the loss of a batch.
 
         Args:
-            mod_dict: modality → tensor, input_mask, target_mask, decoder_attention_mask (method section 1).
-            num_encoder_tokens, num_decoder_tokens: slots per sample; they are read only if there is no ``plan``.
-            loss_type: ``mod`` = mean over the target modalities that ``mod_dict`` names, with or without targets, of each
-                one's mean cross-entropy; ``token`` = mean over all target tokens.
-            return_logits: return the logits of the kept targets instead, {modality: (n_m, V)}.
-            plan: the tokens to use, from :meth:`plan`, on the device of the batch. With one, nothing here waits for
-                the device.
+            mod_dict: Maps each modality to its tensor, input_mask, target_mask and decoder_attention_mask (method
+                section 1).
+            num_encoder_tokens, num_decoder_tokens: Slots per sample; ignored if ``selection`` is given.
+            loss_type: ``mod`` averages the mean cross-entropies of the target modalities in ``mod_dict``, whether or
+                not they have targets; ``token`` averages over all target tokens.
+            return_logits: Return the logits of the selected targets instead of the loss.
+            selection: The tokens to use, from :meth:`select_tokens`, on the device of the batch. If it is given, the
+                forward pass never waits for the device.
 
         Returns:
-            The loss and {modality: its mean cross-entropy} of all target modalities of the model, 0 for one without
-            targets.
-        """
-        if plan is None:
-            plan = self.plan(mod_dict, num_encoder_tokens, num_decoder_tokens)
-        x, emb, padding = self.embed_encoder(mod_dict, plan.encoder)
-        context = self.context(self.encode(x + emb, padding), emb)
-        y = self.decode(self.embed_decoder(mod_dict, plan.decoder), context, padding, self.target_mask(plan.decoder))
-        logits = self.logits(y, plan.decoder)
-        return logits if return_logits else self.loss(logits, mod_dict, plan.decoder, loss_type)
+            The loss, and the mean cross-entropy of each target modality of the model, which is 0 without targets. With
+            ``return_logits``, {modality: (n_m, V)}.
 
-    def plan(
+        Raises:
+            UserError: If ``loss_type`` is unknown.
+        """
+        if selection is None:
+            selection = self.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens)
+        x, emb, padding = self.embed_encoder(mod_dict, selection.encoder)
+        context = self.context(self.encode(x + emb, padding), emb)
+        y = self.decode(
+            self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder)
+        )
+        logits = self.logits(y, selection.decoder)
+        return logits if return_logits else self.loss(logits, mod_dict, selection.decoder, loss_type)
+
+    def select_tokens(
         self,
         mod_dict: ModDict,
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         generator: torch.Generator | None = None,
-    ) -> TokenPlan:
-        """The tokens of a batch that the model will use: :func:`plan_tokens` with the model's modalities."""
+    ) -> TokenSelection:
+        """Select the tokens that the model uses: :func:`select_tokens` for the modalities of the model."""
         inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
         targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
-        return plan_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
 
     def context(self, encoded: Tensor, emb: Tensor) -> Tensor:
-        """What the decoder attends to, (B, R + N, D): the encoder's output, told again where each token belongs."""
+        """Return what the decoder attends to, (B, R + N, D): the projected encoder output plus ``emb``."""
         return self.decoder_proj_context(encoded) + emb
 
     def embed_decoder(self, mod_dict: ModDict, selection: Selection) -> Tensor:
-        """→ (B, M, D): content + position + modality of the targets."""
+        """Embed the targets, (B, M, D): content + position + modality."""
         rows = selection.rows()
-        # Without image targets, no row of the mask token keeps it in the graph, as DDP needs.
+        # DDP needs a gradient for every parameter: zero rows keep the mask token in the graph without image targets.
         tokens = [(self.mask_token[0, :0], self.mask_token[0, :0])] + [
             embedding(tensor_of(mod_dict, name, embedding), rows[name], self.mask_token)
             for name, embedding in self.decoder_embeddings.items()
@@ -183,9 +192,10 @@ class FourM(Encoder):
         return x + emb
 
     def target_mask(self, selection: Selection) -> Tensor:
-        """Which targets each target must not see, (B, M, M).
+        """Return which targets each target must not see, (B, M, M).
 
-        Target i sees j iff j < cumsum(attention)_i: [4, 0, 0, 0] = all four see each other, [1, 1, 1, 1] = causal.
+        Target i sees target j if j < cumsum(attention)_i: with [4, 0, 0, 0], all four see each other; [1, 1, 1, 1] is
+        causal.
         """
         column = torch.arange(selection.modality.shape[1], device=selection.modality.device)
         end = column + 1 if self.decoder_causal_mask else selection.attention.cumsum(1)
@@ -195,18 +205,21 @@ class FourM(Encoder):
         return masked
 
     def decode(self, y: Tensor, context: Tensor, context_padding: Tensor, target_mask: Tensor) -> Tensor:
-        """(B, M, D), (B, R + N, D) → (B, M, D)."""
+        """Run the decoder on the targets ``y`` (B, M, D) and the context (B, R + N, D); returns (B, M, D)."""
         masks = (additive(attendable(mask), y) for mask in (target_mask, context_padding))
         return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:
-        """Decoder output (B, M, D) → {modality: (n_m, V)}, from the positions of that modality only."""
+        """Return the logits of each modality, (n_m, V), from its own positions in the decoder output (B, M, D)."""
         return {name: self.decoder_embeddings[name].to_logits(rows) for name, rows in selection.take(y).items()}
 
     def loss(
         self, logits: dict[str, Tensor], mod_dict: ModDict, selection: Selection, loss_type: str = "mod"
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """See :meth:`forward`. Sums over no targets are 0, but keep a modality's parameters in the graph."""
+        """Compute the loss as in :meth:`forward`.
+
+        The sum over no targets is 0, but it keeps the parameters of the modality in the graph.
+        """
         sums = {}
         for name, rows in selection.rows().items():
             embedding = self.decoder_embeddings[name]
@@ -214,15 +227,17 @@ class FourM(Encoder):
             sums[name] = F.cross_entropy(logits[name].float(), targets, reduction="sum")
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
-            named = [mean for name, mean in means.items() if name in mod_dict]
-            absent = [total for name, total in sums.items() if name not in mod_dict]  # zeros, with a gradient for DDP
-            mean = [torch.stack(named).mean()] if named else []
+            present = [mean for name, mean in means.items() if name in mod_dict]
+            absent = [
+                total for name, total in sums.items() if name not in mod_dict
+            ]  # zeros that have a gradient, for DDP
+            mean = [torch.stack(present).mean()] if present else []
             return (torch.stack([*mean, *absent]).sum() if absent else mean[0]), means
         if loss_type == "token":
             return torch.stack(list(sums.values())).sum() / max(sum(selection.counts.values()), 1), means
         raise UserError(f"loss_type must be 'mod' or 'token', not {loss_type!r}")
 
-    # Freezing. `frozen_embedding_domain` is a list of modalities joined by "-", as in the configs.
+    # Freezing. `frozen_embedding_domain` lists modalities joined by "-", as in the configurations.
 
     def get_num_layers_decoder(self) -> int:
         return len(self.decoder)
@@ -231,35 +246,37 @@ class FourM(Encoder):
         return [self.mask_token, self.decoder_proj_context, self.decoder, self.decoder_norm]
 
     def freeze_encoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
-        """Freeze the encoder; of its embeddings only those of ``frozen_embedding_domain``."""
-        set_trainable(False, *self.encoder_trunk(), *self._of_domains(self.encoder_embeddings, frozen_embedding_domain))
+        """Freeze the encoder trunk and the encoder embeddings of ``frozen_embedding_domain``."""
+        embeddings = self._select_embeddings(self.encoder_embeddings, frozen_embedding_domain)
+        set_trainable(False, *self.encoder_trunk(), *embeddings)
 
     def freeze_decoder(self, freeze_embeddings: bool = True) -> None:
         set_trainable(False, *self.decoder_trunk(), *([self.decoder_embeddings] if freeze_embeddings else []))
 
     def freeze_decoder_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
-        """Freeze the decoder; of its embeddings only those of ``frozen_embedding_domain``."""
-        set_trainable(False, *self.decoder_trunk(), *self._of_domains(self.decoder_embeddings, frozen_embedding_domain))
+        """Freeze the decoder trunk and the decoder embeddings of ``frozen_embedding_domain``."""
+        embeddings = self._select_embeddings(self.decoder_embeddings, frozen_embedding_domain)
+        set_trainable(False, *self.decoder_trunk(), *embeddings)
 
     def unfreeze_decoder(self, unfreeze_embeddings: bool = True) -> None:
         set_trainable(True, *self.decoder_trunk(), *([self.decoder_embeddings] if unfreeze_embeddings else []))
 
     def freeze_shared_params(self) -> None:
-        """Freeze all but the embeddings."""
+        """Freeze everything except the embeddings."""
         set_trainable(False, *self.encoder_trunk(), *self.decoder_trunk())
 
     def unfreeze_shared_params(self) -> None:
         set_trainable(True, *self.encoder_trunk(), *self.decoder_trunk())
 
     def freeze_params_except_specific_embeddings(self, frozen_embedding_domain: str) -> None:
-        """Freeze all but the embeddings, and of these those of ``frozen_embedding_domain``."""
+        """Freeze the trunk and the embeddings of ``frozen_embedding_domain``."""
         self.freeze_encoder_except_specific_embeddings(frozen_embedding_domain)
         self.freeze_decoder_except_specific_embeddings(frozen_embedding_domain)
 
     def unfreeze_all(self) -> None:
         set_trainable(True, self)
 
-    def _of_domains(self, embeddings: Mapping[str, ModalityEmbedding], domains: str) -> list[ModalityEmbedding]:
+    def _select_embeddings(self, embeddings: Mapping[str, ModalityEmbedding], domains: str) -> list[ModalityEmbedding]:
         known = {**self.encoder_embeddings, **self.decoder_embeddings}
         for name in domains.split("-"):
             if name not in known:
@@ -270,27 +287,31 @@ class FourM(Encoder):
 
 
 def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:
-    """The decoder tells modalities apart by their ids alone, 15 bits of a hash of their names.
+    """Check that the ids of the modalities, by which the decoder tells them apart, are valid and unique.
+
+    An id is 15 bits of a hash of the modality's name, unless its entry sets one.
 
     Raises:
-        UserError: two have the same one, or an own one is no 15-bit number.
+        UserError: If two modalities have the same id, or an id is not a 15-bit number.
     """
     names: dict[int, str] = {}
     for name, modality in modalities.items():
-        number = modality["id"]
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**15:
-            raise UserError(f"modality {name}: its id must be a whole number from 0 to {2**15 - 1}, not {number!r}")
-        if other := names.get(number):
+        modality_id = modality["id"]
+        if isinstance(modality_id, bool) or not isinstance(modality_id, int) or not 0 <= modality_id < 2**15:
             raise UserError(
-                f"modalities {other} and {name} have the same id, {number}, and would see each other's targets; "
-                "give one of them another name, or another 'id' where its entry sets one"
+                f"modality {name}: its id must be a whole number from 0 to {2**15 - 1}, not {modality_id!r}"
             )
-        names[number] = name
+        if modality_id in names:
+            raise UserError(
+                f"modalities {names[modality_id]} and {name} have the same id, {modality_id}, and would see each "
+                "other's targets; give one of them another name, or another 'id' if its entry sets one"
+            )
+        names[modality_id] = name
 
 
 @dataclass(kw_only=True)
 class _ConfigKeys:
-    """The keys of a hub configuration that are not those of :class:`FourM`, or of another type there."""
+    """The keys of a hub configuration that :class:`FourM` does not take, or takes as another type."""
 
     domains_in: list[str]
     domains_out: list[str]
@@ -317,29 +338,33 @@ _RANGES = {
     "pos_temperature": Range(above=0, at_most=1e9),
 }
 _NOT_IN_CONFIGS = {"self", "encoder_embeddings", "decoder_embeddings", "modality_info", "norm_layer"}
-_OWN_KEYS = tuple(field.name for field in dataclasses.fields(_ConfigKeys))
+_EXTRA_KEYS = tuple(field.name for field in dataclasses.fields(_ConfigKeys))
 CONFIG_KEYS = (
     *(key for key in inspect.signature(FourM.__init__).parameters if key not in _NOT_IN_CONFIGS | {"act_layer"}),
-    *_OWN_KEYS,
+    *_EXTRA_KEYS,
 )
-_MOST_PARAMETERS = 10**12
+_MAX_PARAMETERS = 10**12
 
 
 def check_config(config: Mapping[str, Any], where: str = "model config") -> dict[str, Any]:
-    """The values of a hub configuration, or of a part of one, each of its type.
+    """Check a complete or partial hub configuration and convert its values to their types.
 
     Raises:
-        UserError: an unknown key, a value of another type, or a number that makes no model.
+        UserError: If a key is unknown, or a value has the wrong type or is out of range.
     """
     check_keys(config, CONFIG_KEYS, where)
-    own = {key: value for key, value in config.items() if key in _OWN_KEYS}
-    trunk = {key: value for key, value in config.items() if key not in _OWN_KEYS}
-    values = convert_arguments(FourM, trunk, where, _RANGES) | convert_fields(_ConfigKeys, own, where)
+    extra = {key: value for key, value in config.items() if key in _EXTRA_KEYS}
+    trunk = {key: value for key, value in config.items() if key not in _EXTRA_KEYS}
+    values = convert_arguments(FourM, trunk, where, _RANGES) | convert_fields(_ConfigKeys, extra, where)
     return {key: value for key, value in values.items() if config[key] is not None}
 
 
 def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) -> None:
-    """Raise a :class:`UserError` for a model that this machine cannot hold: the system would end the process."""
+    """Refuse a model that does not fit into the memory of this machine, because the system would kill the process.
+
+    Raises:
+        UserError: If the model is too large.
+    """
     defaults = inspect.signature(FourM.__init__).parameters
     dim, encoder, decoder, ratio = (
         options.get(key, defaults[key].default) for key in ("dim", "encoder_depth", "decoder_depth", "mlp_ratio")
@@ -348,7 +373,7 @@ def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) ->
     for modality in modalities:
         patch = (modality.num_channels or 0) * (modality.patch_size or 0) ** 2
         parameters += dim * max(modality.vocab_size or 0, patch, modality.max_tokens or 0)
-    if parameters > _MOST_PARAMETERS:
+    if parameters > _MAX_PARAMETERS:
         raise UserError(
             f"model config: about {parameters:.1e} parameters are more than any model has; lower 'dim' or the depths"
         )
@@ -357,16 +382,20 @@ def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) ->
 
 
 class FM(FourM, HubModel):
-    """A 4M model from a hub configuration; ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
+    """A 4M model from a hub configuration, with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
     Args:
-        config: any argument of :class:`FourM` (``act_layer`` by its name in ``torch.nn``) and
+        config: Any argument of :class:`FourM` (``act_layer`` by its name in ``torch.nn``) and
 
             * ``domains_in``, ``domains_out``: modalities that can be inputs, and targets
-            * ``image_size``, ``patch_size``: of images whose table entry leaves them open
+            * ``image_size``, ``patch_size``: sizes of images whose table entry does not set them
             * ``norm_bias``: whether norms learn a bias
             * ``modalities``: declarations of modalities that are not in the table, or differ from it
-            * ``share_embedding``: ``to_logits`` is tied to ``token_emb``, as in training (published files: untied)
+            * ``share_embedding``: whether ``to_logits`` is tied to ``token_emb``, as in training (published files are
+              untied)
+
+    Raises:
+        UserError: If the configuration is incomplete or invalid, or the model does not fit into memory.
     """
 
     def __init__(self, config: dict):
@@ -389,37 +418,42 @@ class FM(FourM, HubModel):
         self.config = copy.deepcopy(config)
 
 
-def own_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict[str, type[ModalityEmbedding]]:
-    """Name → class of the embeddings that modules outside of this package define, wherever they have been imported from."""
-    found = {}
+def custom_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict[str, type[ModalityEmbedding]]:
+    """Return the embedding classes, by name, that are defined outside this package and have been imported."""
+    classes = {}
     for cls in base.__subclasses__():
         if cls.__module__.split(".")[0] != __name__.split(".")[0]:
-            found[cls.__name__] = cls
-        found |= own_embeddings(cls)
-    return found
+            classes[cls.__name__] = cls
+        classes |= custom_embeddings(cls)
+    return classes
 
 
-_OF_EMBEDDINGS = dict.fromkeys(
-    ("vocab_size", "max_length", "max_sincos_pos_emb", "dim_tokens", "num_channels", "patch_size", "image_size", "orig_emb_dim",
-     "bottleneck_dim"), Range(at_least=1, at_most=10**8)
+_EMBEDDING_RANGES = dict.fromkeys(
+    ("vocab_size", "max_length", "max_sincos_pos_emb", "dim_tokens", "num_channels", "patch_size", "image_size",
+     "orig_emb_dim", "bottleneck_dim"), Range(at_least=1, at_most=10**8)
 )  # fmt: skip
 
 
 def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:
-    """The embedding module that the modality table names.
+    """Build the embedding module that the modality table names.
 
     Args:
+        modality: The modality to embed.
         side: ``encoder`` or ``decoder``.
-        sizes: ``image_size`` and ``patch_size`` where the table leaves them open.
+        sizes: ``image_size`` and ``patch_size`` of images whose table entry does not set them.
+        options: Further arguments of the module.
+
+    Raises:
+        UserError: If the modality cannot be used on this side, the class is unknown, or its options are invalid.
     """
     class_name = modality[f"{side}_embedding"]
     if class_name is None:
         raise UserError(f"modality {modality.name} cannot be {'an input' if side == 'encoder' else 'a target'}")
-    classes = vars({"encoder": encoder_embeddings, "decoder": decoder_embeddings}[side]) | own_embeddings()
+    classes = vars({"encoder": encoder_embeddings, "decoder": decoder_embeddings}[side]) | custom_embeddings()
     if class_name not in classes:
         raise UserError(
-            f"modality {modality.name}: no {side} embedding '{class_name}'{did_you_mean(class_name, classes)}; "
-            "if it is your own, 'plugin' must name its module"
+            f"modality {modality.name}: there is no {side} embedding '{class_name}'"
+            f"{did_you_mean(class_name, classes)}; if it is your own, 'plugin' must name its module"
         )
     if modality.type == "img":
         options |= {"image_size": modality.input_size or sizes["image_size"]}
@@ -429,7 +463,6 @@ def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **o
     elif modality.type != "seq_emb":
         options["vocab_size"] = modality.vocab_size
     cls = classes[class_name]
-    own = convert_arguments(
-        cls, modality.embedding_options, f"modality {modality.name}: embedding_options", _OF_EMBEDDINGS
-    )
-    return cls(**options | own)
+    where = f"modality {modality.name}: embedding_options"
+    declared = convert_arguments(cls, modality.embedding_options, where, _EMBEDDING_RANGES)
+    return cls(**options | declared)

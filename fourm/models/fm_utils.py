@@ -1,4 +1,4 @@
-"""Norm, attention, MLPs and blocks: the parts of the trunk (method section 3, "Blocks").
+"""Norm, attention, MLPs and blocks of the trunk (method section 3, "Blocks").
 
 Shapes: B batch, N tokens, M targets, Q queries, K keys, D width, H heads, C width of one head.
 """
@@ -21,7 +21,7 @@ INIT_STD = 0.02
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm whose bias, when it is not learned, is a buffer of zeros: the published files carry one."""
+    """Layer norm that keeps a buffer of zeros if its bias is not learned, because the published files contain one."""
 
     def __init__(self, dim: int, eps: float = 1e-6, bias: bool = True):
         super().__init__(dim, eps=eps, bias=bias)
@@ -30,14 +30,25 @@ class LayerNorm(nn.LayerNorm):
             self.register_buffer("bias", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # FSDP may hold the weight in less precision than x or the bias, which not every device can mix.
+        # FSDP may keep the weight in lower precision than x or the bias, and not every device can mix the two.
         dtype = torch.promote_types(x.dtype, self.weight.dtype)
         return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
 
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What all blocks of a model have in common."""
+    """Options that all blocks of a model share.
+
+    Attributes:
+        dim, num_heads, mlp_ratio: Width, attention heads, and hidden width of the MLP relative to ``dim``.
+        qkv_bias, proj_bias, mlp_bias: Which linear layers have biases.
+        act_layer, norm_layer: Classes of the activation and of the norms; the norm is called with the width.
+        gated_mlp: Use :class:`GatedMlp` instead of :class:`Mlp`.
+        qk_norm: Normalise the queries and keys of each head.
+
+    Raises:
+        UserError: If the sizes do not fit together.
+    """
 
     dim: int
     num_heads: int
@@ -64,22 +75,22 @@ class BlockOptions:
 
 
 def attendable(masked: Tensor) -> Tensor:
-    """Turn a mask of keys, (B, K) or (B, Q, K) with True = masked, into what attention wants: True = may attend.
+    """Convert a mask of keys, (B, K) or (B, Q, K) with True = masked, into the mask that attention takes.
 
-    A query that may see no key sees all of them, so that its softmax stays finite. Where all keys are padding, they
-    are equal, and it reads one padding token, however many there are.
+    A query whose keys are all masked sees all of them instead, so that its softmax stays finite. If all keys are
+    padding, they are equal, so the query reads one padding token regardless of their number.
 
     Returns:
-        (B, 1, Q or 1, K) bool, the ``mask`` of the attention modules.
+        The ``mask`` of the attention modules, (B, 1, Q or 1, K) bool, True = may attend.
     """
     allowed = ~(masked if masked.ndim == 3 else masked[:, None])
     return (allowed | ~allowed.any(-1, keepdim=True))[:, None]
 
 
 def additive(mask: Tensor, x: Tensor) -> Tensor:
-    """A mask as from :func:`attendable` → 0 and −inf, to be added to the scores of attention over ``x``.
+    """Convert a mask from :func:`attendable` to 0 and −inf, which attention over ``x`` adds to its scores.
 
-    Attention would do the same with a bool mask, but in every block anew, and keep each for the backward pass.
+    Attention does the same with a bool mask, but again in every block, and it keeps each copy for the backward pass.
     """
     device = x.device.type
     lower = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -88,21 +99,21 @@ def additive(mask: Tensor, x: Tensor) -> Tensor:
 
 
 class KeysValues(NamedTuple):
-    """What queries attend to, ready for use: (B, H, K, C) each."""
+    """The keys and values that queries attend to, (B, H, K, C) each."""
 
     keys: Tensor
     values: Tensor
 
 
 class Past(Protocol):
-    """Remembers the keys and values of earlier tokens, see :mod:`fourm.generation.kv_cache`."""
+    """Stores the keys and values of earlier tokens, see :mod:`fourm.generation.kv_cache`."""
 
     def extend(self, new: KeysValues) -> KeysValues:
-        """Remember those of new tokens → those of all tokens so far."""
+        """Append the keys and values of new tokens and return those of all tokens so far."""
 
 
 class _MultiHead(nn.Module):
-    """What self- and cross-attention share."""
+    """Base class of self- and cross-attention."""
 
     def __init__(self, options: BlockOptions):
         super().__init__()
@@ -111,9 +122,9 @@ class _MultiHead(nn.Module):
         self.q_norm, self.k_norm = (norm(options.dim // options.num_heads) for _ in range(2))
         self.proj = nn.Linear(options.dim, options.dim, bias=options.proj_bias)
 
-    def attend(self, q: Tensor, known: KeysValues, mask: Tensor | None) -> Tensor:
-        """(B, H, Q, C) → (B, Q, D)."""
-        y = F.scaled_dot_product_attention(self.q_norm(q), known.keys, known.values, attn_mask=mask)
+    def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
+        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D)."""
+        y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
         return self.proj(rearrange(y, "b h q c -> b q (h c)"))
 
 
@@ -125,14 +136,14 @@ class Attention(_MultiHead):
         self.qkv = nn.Linear(options.dim, 3 * options.dim, bias=options.qkv_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
-        """(B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
+        """Attend within ``x``, (B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
         q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
-        known = KeysValues(self.k_norm(k), v)
-        return self.attend(q, known if past is None else past.extend(known), mask)
+        keys_values = KeysValues(self.k_norm(k), v)
+        return self.attend(q, keys_values if past is None else past.extend(keys_values), mask)
 
 
 class CrossAttention(_MultiHead):
-    """Multi-head attention of ``x`` to ``context``."""
+    """Multi-head attention from ``x`` to ``context``."""
 
     def __init__(self, options: BlockOptions):
         super().__init__(options)
@@ -140,16 +151,17 @@ class CrossAttention(_MultiHead):
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
     def keys_values(self, context: Tensor) -> KeysValues:
+        """Compute the keys and values of the context (B, K, D)."""
         k, v = rearrange(self.kv(context), "b k (two h c) -> two b h k c", two=2, h=self.num_heads)
         return KeysValues(self.k_norm(k), v)
 
     def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
-        """(B, M, D) → (B, M, D); ``context`` is from :meth:`keys_values`."""
+        """Attend to ``context``, which :meth:`keys_values` returns: (B, M, D) → (B, M, D)."""
         return self.attend(rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads), context, mask)
 
 
 class Mlp(nn.Module):
-    """``fc2(act(fc1(x)))``."""
+    """The MLP ``fc2(act(fc1(x)))``."""
 
     def __init__(self, options: BlockOptions):
         super().__init__()
@@ -167,7 +179,7 @@ class Mlp(nn.Module):
 
 
 class GatedMlp(Mlp):
-    """``fc2(act(fc1(x)) · fc3(x))``, two thirds as wide, so that it has as many parameters as the plain one."""
+    """The gated MLP ``fc2(act(fc1(x)) · fc3(x))``, narrowed to two thirds to have as many parameters as ``Mlp``."""
 
     def __init__(self, options: BlockOptions):
         super().__init__(options)
@@ -182,10 +194,10 @@ class GatedMlp(Mlp):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: training leaves a branch out for some samples and scales it up for the others, to keep the mean.
+    """Stochastic depth: drops a branch for some samples in training and scales it up for the others to keep the mean.
 
     Args:
-        drop_prob: share of samples for which it is left out, in [0, 1].
+        drop_prob: Probability of dropping the branch, in [0, 1].
     """
 
     def __init__(self, drop_prob: float = 0.0):
@@ -193,7 +205,7 @@ class DropPath(nn.Module):
         self.drop_prob = drop_prob
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, ...) → (B, ...)."""
+        """Drop the branch ``x``, (B, ...) → (B, ...)."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep_prob = 1 - self.drop_prob
@@ -216,7 +228,7 @@ class Block(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(B, N, D) → (B, N, D); ``mask`` as from :func:`attendable`."""
+        """Run the block, (B, N, D) → (B, N, D); ``mask`` is from :func:`attendable`."""
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -235,7 +247,7 @@ class DecoderBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """What targets read of the context (B, N, D), whichever they are."""
+        """Compute the keys and values of the context (B, N, D), which do not depend on the targets."""
         return self.cross_attn.keys_values(self.context_norm(context))
 
     def forward(
@@ -246,26 +258,29 @@ class DecoderBlock(nn.Module):
         context_mask: Tensor | None = None,
         past: Past | None = None,
     ) -> Tensor:
-        """(B, M, D) → (B, M, D); masks as from :func:`attendable`.
+        """Run the block, (B, M, D) → (B, M, D).
 
         Args:
-            context: (B, N, D), or what :meth:`keys_values` made of it.
-            past: the targets before ``y``, which see nothing of ``y``.
+            y: The targets.
+            context: The context (B, N, D), or its :meth:`keys_values`.
+            self_mask, context_mask: Masks from :func:`attendable`.
+            past: Keys and values of the targets before ``y``, which do not see ``y``.
         """
-        known = self.keys_values(context) if isinstance(context, Tensor) else context
+        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
         y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past))
-        y = y + self.drop_path(self.cross_attn(self.query_norm(y), known, context_mask))
+        y = y + self.drop_path(self.cross_attn(self.query_norm(y), keys_values, context_mask))
         return y + self.drop_path(self.mlp(self.norm2(y)))
 
 
 def init_weights(model: nn.Module, std: float = INIT_STD) -> None:
-    """Initialise all submodules of ``model`` (method section 3), embedding vectors with ``std``.
+    """Initialise all submodules of ``model`` (method section 3), the embedding vectors with ``std``.
 
-    A tied output matrix is met twice, as an embedding first and as a linear map last, and so ends up Xavier-uniform.
+    A tied output matrix is initialised twice, first as an embedding and then as a linear layer, and so ends up
+    Xavier-uniform.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
-            # The matrices inside a fused weight are initialised as the separate maps that they are.
+            # Fused matrices are initialised like separate ones.
             fused = {"qkv": 3, "kv": 2}.get(name.rpartition(".")[2], 1)
             bound = math.sqrt(6 / (module.out_features // fused + module.in_features))
             nn.init.uniform_(module.weight, -bound, bound)

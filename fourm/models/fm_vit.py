@@ -22,14 +22,14 @@ from fourm.utils.errors import UserError
 
 
 class FourMViT(Encoder):
-    """(B, 3, H, W) → (B, N, D), or what the output head makes of it.
+    """A vision transformer, (B, 3, H, W) → (B, N, D) or the output of its head.
 
     Args:
-        encoder_embedding: of the pixels.
-        modality: its name, as in the checkpoints to load.
-        output_head: called with (B, N, D).
+        encoder_embedding: Embedding module of the pixels.
+        modality: Name of the modality, as in the checkpoints to load.
+        output_head: Module that is called with (B, N, D).
 
-    The others are as in :class:`fourm.models.fm.FourM`.
+    The other arguments are those of :class:`fourm.models.fm.FourM`.
     """
 
     def __init__(
@@ -58,52 +58,51 @@ class FourMViT(Encoder):
         rates = drop_path_rates(drop_path_rate_encoder, encoder_depth)
         super().__init__({modality: encoder_embedding}, options, rates, num_register_tokens, use_act_checkpoint)
         self.modality = modality
-        self.init_weights()
-        self.output_head = nn.Identity() if output_head is None else output_head  # keeps the weights that it comes with
+        self.init_weights()  # before the head is set, which keeps its own weights
+        self.output_head = nn.Identity() if output_head is None else output_head
 
     def forward(self, x: Tensor) -> Tensor:
+        """Encode the pixels, (B, 3, H, W) → (B, N, D), and apply the output head."""
         num_patches = self.encoder_embeddings[self.modality].num_positions
         selection = Selection.everything(self.modality, len(x), num_patches, x.device)
         tokens, emb, _ = self.embed_encoder({self.modality: {"tensor": x}}, selection)
         return self.output_head(self.encode(tokens + emb)[:, self.num_register_tokens :])
 
 
-_KEYS = {*inspect.signature(FourMViT.__init__).parameters} & {*CONFIG_KEYS} | {"norm_bias"}
+_VIT_KEYS = {*inspect.signature(FourMViT.__init__).parameters} & {*CONFIG_KEYS} | {"norm_bias"}
 
 
 class FMViT(FourMViT, HubModel):
-    """The ViT of a hub configuration; loads full 4M checkpoints and drops what it does not have.
+    """A ViT from a hub configuration. It loads complete 4M checkpoints and drops the weights that it does not have.
 
     Args:
-        config: that of an :class:`fourm.models.fm.FM`, or only the keys of the encoder with ``image_size`` and
+        config: Configuration of an :class:`fourm.models.fm.FM`, or only the keys of the encoder with ``image_size`` and
             ``patch_size``.
-        output_head: as in :class:`FourMViT`; no file holds its weights.
+        output_head: See :class:`FourMViT`; its weights are not in the files of the model.
+
+    Raises:
+        UserError: If the configuration is invalid or has no RGB pixels.
     """
 
     def __init__(self, config: dict, output_head: nn.Module | None = None):
-        given, config = config, check_config(config)
-        sizes = {"image_size": config.get("image_size", 224), "patch_size": config.get("patch_size", 16)}
-        if "domains_in" in config:
-            names = [name for name in config["domains_in"] if name.split("@")[0] == "rgb"]
+        options = check_config(config)
+        sizes = {"image_size": options.get("image_size", 224), "patch_size": options.get("patch_size", 16)}
+        if "domains_in" in options:
+            names = [name for name in options["domains_in"] if name.split("@")[0] == "rgb"]
             if not names:
-                raise UserError("model config: domains_in holds no rgb@…, which a ViT needs")
-            name, declarations = names[0], config.get("modalities")
+                raise UserError("model config: a ViT needs RGB pixels, but domains_in has no rgb@… modality")
+            name, declarations = names[0], options.get("modalities")
         else:
             name = f"rgb@{sizes['image_size']}"
-            declarations = {
-                name: {
-                    "type": "img",
-                    "num_channels": 3,
-                    "input_size": sizes["image_size"],
-                    "patch_size": sizes["patch_size"],
-                }
-            }
+            size = {"input_size": sizes["image_size"], "patch_size": sizes["patch_size"]}
+            declarations = {name: {"type": "img", "num_channels": 3, **size}}
         modality = resolve_modalities([name], declarations, "model config")[name]
-        options = trunk_options({key: value for key, value in config.items() if key in _KEYS})
-        super().__init__(build_embedding(modality, "encoder", sizes), name, **options, output_head=output_head)
-        self.config = copy.deepcopy(given)
+        trunk = trunk_options({key: value for key, value in options.items() if key in _VIT_KEYS})
+        super().__init__(build_embedding(modality, "encoder", sizes), name, **trunk, output_head=output_head)
+        self.config = copy.deepcopy(config)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        mine = self.state_dict()
-        head = {name: tensor for name, tensor in mine.items() if name.startswith("output_head.")}
-        return head | {name: tensor for name, tensor in state_dict.items() if name in mine}
+        """Drop the weights that a ViT does not have, and keep those of the head."""
+        own = self.state_dict()
+        head = {name: tensor for name, tensor in own.items() if name.startswith("output_head.")}
+        return head | {name: tensor for name, tensor in state_dict.items() if name in own}

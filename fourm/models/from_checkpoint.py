@@ -1,4 +1,4 @@
-"""A 4M model out of the checkpoint of a training run, whatever the number of processes that wrote it."""
+"""Loads a 4M model from the checkpoint of a training run, regardless of the number of processes that wrote it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,15 @@ FORMAT = ModelFormat("4M model", FM, MARKS, published_config)
 
 
 def load_model(checkpoint: Path, ema: bool = False) -> FM:
-    """The model of a checkpoint, as :meth:`FM.from_pretrained` gives that of a run's end; raises like :func:`read_weights`."""
+    """Load the model of a checkpoint, as :meth:`FM.from_pretrained` loads the final model of a run.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        ema: Load the moving average of the weights instead of the weights.
+
+    Raises:
+        UserError: See :func:`read_weights`.
+    """
     config, weights = read_weights(checkpoint, FORMAT, ema)
     model = layout(published_config(config), FORMAT, checkpoint)
     assert isinstance(model, FM)

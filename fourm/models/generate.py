@@ -1,4 +1,4 @@
-"""The published import path of generation, which lives in :mod:`fourm.generation`."""
+"""Published import path of generation; the code is in :mod:`fourm.generation`."""
 
 from fourm.generation.batch_entries import custom_text, init_empty_target_modality, init_full_input_modality
 from fourm.generation.chained_generation import GenerationSampler

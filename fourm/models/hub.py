@@ -1,4 +1,4 @@
-"""Models on disk and on the Hugging Face hub: ``config.json`` + ``model.safetensors`` in the published layout."""
+"""Saves and loads models, on disk and on the Hugging Face hub: ``config.json`` and ``model.safetensors``."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ from fourm.utils.files import atomic_path, save_tensors
 from fourm.utils.finite import check_finite
 
 MARKS = frozenset({"domains_in", "encoder_depth"})
-"""Keys by which the ``config.json`` of a 4M model is known."""
+"""Keys by which the ``config.json`` of a 4M model is recognised."""
 
 
 class HubModel(PyTorchModelHubMixin):
-    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model with a ``config``."""
+    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model that has a ``config``."""
 
     config: dict[str, Any]
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What of a file's weights the model wants; the rest of the loading is strict."""
+        """Choose the weights to load from those of a file; loading them is strict."""
         return state_dict
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> str | None:
-        """As of the base class.
+        """Save the model to a folder, as the base class does.
 
         Raises:
-            UserError: another kind of model is in the folder, or it cannot be written to; nothing is changed.
+            UserError: If the folder contains another kind of model or cannot be written to; nothing is changed then.
         """
-        own = ModelFormat("4M model", type(self), MARKS)  # type: ignore[arg-type]
-        check_export(Path(save_directory), own)  # the base class begins by removing config.json
+        model_format = ModelFormat("4M model", type(self), MARKS)  # type: ignore[arg-type]
+        check_export(Path(save_directory), model_format)  # before the base class removes config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        """Write tied weights under each of their names: the published layout does not know ties."""
+        """Write tied weights under each of their names, because the published layout has no ties."""
         assert isinstance(self, nn.Module)
         tensors: dict[str, Tensor] = {}
         written: set[int] = set()
@@ -54,20 +54,21 @@ class HubModel(PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
-        """A model from a folder, or from the hub.
+        """Load a model from a folder or from the hub.
 
         Raises:
-            UserError: there is none, or its files are damaged, malformed or do not fit together.
+            UserError: If there is no model, or its files are damaged, malformed, or do not fit together.
         """
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
         except UserError as error:
             raise UserError(f"{pretrained_model_name_or_path}: {error}") from error
-        except Exception as error:  # the hub's client, json, safetensors and torch each have errors of their own
+        except Exception as error:  # the hub client, json, safetensors and torch each raise their own errors
             reason = " ".join(str(error).split())[:200] or type(error).__name__
-            if Path(place := str(pretrained_model_name_or_path)).is_dir():
-                raise UserError(f"{place}: no model could be loaded: {reason}") from error
-            raise UserError(f"{place} is neither a folder with a model nor a model of the hub: {reason}") from error
+            source = str(pretrained_model_name_or_path)
+            if Path(source).is_dir():
+                raise UserError(f"{source}: no model could be loaded: {reason}") from error
+            raise UserError(f"{source} is neither a folder with a model nor a model on the hub: {reason}") from error
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
@@ -80,7 +81,7 @@ class HubModel(PyTorchModelHubMixin):
 
 
 def published_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration beside published weights, which stand under each of their names whether tied or not."""
+    """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
     return {key: value for key, value in config.items() if key != "share_embedding"}
 
 
@@ -96,7 +97,11 @@ def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:
 
 
 def trunk_options(config: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of FourM from those of a hub config: classes instead of ``act_layer``'s name and ``norm_bias``."""
+    """Convert a hub configuration to arguments of FourM: classes replace the name of ``act_layer`` and ``norm_bias``.
+
+    Raises:
+        UserError: If ``act_layer`` is not an activation in ``torch.nn``.
+    """
     options = dict(config)
     name = options.pop("act_layer", "GELU")
     activation = getattr(nn, name, None)
@@ -114,5 +119,5 @@ def _is_activation(activation: type) -> bool:
     try:
         with torch.device("meta"):
             return activation()(torch.empty(1, 2, 8)).shape == (1, 2, 8)
-    except Exception:  # whatever a module that is something else raises
+    except Exception:  # other modules may raise anything
         return False

@@ -1,7 +1,7 @@
-"""What the embedding modules of all modalities share: positions and the modality vector (method section 2).
+"""Base classes of the embedding modules: positions and the modality vector (method section 2).
 
-An embedding module sees only the tokens that were selected, named by :class:`Rows`, never the whole modality. It
-returns their content ``x`` and ``emb`` = position + modality vector.
+An embedding module embeds only the selected tokens, which :class:`Rows` names, never the whole modality. It returns
+their content ``x`` and ``emb`` = position + modality vector.
 
 Shapes: B batch, L tokens of one modality, n selected tokens of one modality in the whole batch, D model width.
 """
@@ -25,12 +25,13 @@ POS_TEMPERATURE = 10000.0
 
 @dataclass(frozen=True)
 class Rows:
-    """Which tokens of a modality are selected.
+    """The selected tokens of a modality.
 
     Attributes:
-        sample: (n,) index in the batch.
-        index: (n,) index of the token in its sample's row.
-        position: (n,) row of the position table. An image's is ``index``; a sequence's counts the valid tokens.
+        sample: (n,) Index of the sample in the batch.
+        index: (n,) Index of the token within its sample.
+        position: (n,) Row of the position table: ``index`` for images, the number of earlier valid tokens for
+            sequences.
     """
 
     sample: Tensor
@@ -39,12 +40,15 @@ class Rows:
 
 
 def sincos_table(grid: tuple[int, ...], dim: int, temperature: float = POS_TEMPERATURE) -> Tensor:
-    """Sine-cosine positions of all cells of a grid in row-major order.
+    """Compute the sine-cosine positions of all cells of a grid in row-major order.
 
     Every axis gets an equal share of the width: ``[sin(pω), cos(pω)]`` with ω_i = temperature^(−i/k) of k frequencies.
 
     Returns:
-        (1, cells, D).
+        The table, (1, cells, D).
+
+    Raises:
+        UserError: If the width cannot be divided among the axes.
     """
     if dim % (2 * len(grid)):
         raise UserError(f"dim {dim} must be a multiple of {2 * len(grid)} for {len(grid)}-D sine-cosine positions")
@@ -56,16 +60,20 @@ def sincos_table(grid: tuple[int, ...], dim: int, temperature: float = POS_TEMPE
 
 
 class ModalityEmbedding(nn.Module):
-    """Positions over a grid, (h, w) or (length,), and the learned vector of the modality.
+    """Holds the positions over a grid and the learned vector of a modality.
 
-    Subclasses add their content modules in :meth:`init`. It runs at once if ``dim_tokens`` is given (so options are
-    set before ``super().__init__``), else when FourM, which knows its width, takes the module.
+    Subclasses create their content modules in :meth:`init`. If ``dim_tokens`` is given, the constructor calls it, so
+    subclasses set their options before ``super().__init__``; otherwise FourM calls it with the width of the model.
 
     Args:
-        num_positions: a position from here on is treated as position 0; the whole table unless given.
+        grid: Shape of the positions, (h, w) or (length,).
+        sincos_pos_emb: Use fixed sine-cosine positions instead of learned ones.
+        dim_tokens: Width of the model, if it is known already.
+        num_positions: Number of valid positions; positions beyond them are treated as position 0. None uses the whole
+            grid.
 
     Attributes:
-        pos_temperature: of the sine-cosine positions; FourM sets it for images.
+        pos_temperature: Temperature of the sine-cosine positions; FourM sets it for images.
     """
 
     pos_temperature = POS_TEMPERATURE
@@ -83,7 +91,7 @@ class ModalityEmbedding(nn.Module):
             init_weights(self)
 
     def init(self, dim_tokens: int) -> None:
-        """Create the parameters at the width D of the model; their values come from :meth:`reset_embedding`."""
+        """Create the parameters at the width D of the model; :meth:`reset_embedding` sets their values."""
         self.mod_emb = nn.Parameter(torch.empty(1, 1, dim_tokens))
         table = torch.empty(1, math.prod(self.grid), dim_tokens)
         if self.sincos_pos_emb:
@@ -92,7 +100,7 @@ class ModalityEmbedding(nn.Module):
             self.pos_emb = nn.Parameter(table)
 
     def reset_embedding(self, std: float) -> None:
-        """Initialise what this class holds itself."""
+        """Initialise the positions and the modality vector."""
         nn.init.normal_(self.mod_emb, std=std)
         if self.sincos_pos_emb:
             self.pos_emb.copy_(sincos_table(self.grid, self.pos_emb.shape[-1], self.pos_temperature))
@@ -100,40 +108,44 @@ class ModalityEmbedding(nn.Module):
             nn.init.normal_(self.pos_emb, std=std)
 
     def __call__(self, tensor: Any, *selected: Any) -> Any:
-        """→ content and position + modality of the selected tokens, (n, D) each; see ``forward``.
+        """Embed the selected tokens, see ``forward``.
 
         Raises:
-            UserError: called with the entry of a batch, as the published modules were.
+            UserError: If it is called with the entry of a batch, as the published modules are.
         """
         if isinstance(tensor, Mapping):
             raise UserError(
-                f"{type(self).__name__} embeds selected tokens, not the whole entry of a batch; the embedded inputs of a "
-                "batch are model.embed_encoder(mod_dict, select_inputs(mod_dict, modalities))"
+                f"{type(self).__name__} embeds selected tokens, not the whole entry of a batch; to embed the inputs of "
+                "a batch, call model.embed_encoder(mod_dict, select_inputs(mod_dict, modalities))"
             )
         return super().__call__(tensor, *selected)
 
     def forward_embed(self, entry: Any) -> Any:
-        """The published name; raises a :class:`UserError` that says what there is now."""
+        """Raise an error that names the replacement of this published method.
+
+        Raises:
+            UserError: Always.
+        """
         raise UserError(
             f"{type(self).__name__} has no forward_embed: targets are embedded by model.embed_decoder(mod_dict, "
-            "model.plan(mod_dict, num_encoder_tokens, num_decoder_tokens).decoder)"
+            "model.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens).decoder)"
         )
 
     def emb(self, position: Tensor) -> Tensor:
-        """(n,) → position + modality vector (n, D)."""
+        """Return position + modality vector, (n, D), for positions (n,)."""
         position = position.masked_fill(position >= self.num_positions, 0)
         return self.pos_emb[0].index_select(0, position) + self.mod_emb[0]
 
     def empty(self) -> Tensor:
-        """The tensor of a batch that lacks the modality: its zero rows keep the parameters in the graph."""
+        """Return an empty tensor for a batch without this modality; it keeps the parameters in the graph."""
         return self.mod_emb.new_empty((0, 1), dtype=torch.long)
 
 
 def image_grid(image_size: int, patch_size: int) -> tuple[int, int]:
-    """Tokens along each side of an image.
+    """Return the number of patches along each side of an image.
 
     Raises:
-        UserError: patches do not fill the image.
+        UserError: If the image size is not a multiple of the patch size.
     """
     if image_size % patch_size:
         raise UserError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
@@ -141,34 +153,34 @@ def image_grid(image_size: int, patch_size: int) -> tuple[int, int]:
 
 
 def sequence_grid(max_length: int, sincos_pos_emb: bool, max_sincos_pos_emb: int) -> tuple[int]:
-    """Length of a sequence's position table.
+    """Return the length of the position table of a sequence.
 
     Raises:
-        UserError: the sequence is longer than its table.
+        UserError: If the sequence is longer than the table.
     """
     if sincos_pos_emb and max_length > max_sincos_pos_emb:
         raise UserError(
-            f"max_length {max_length} exceeds the table of {max_sincos_pos_emb} positions; raise max_sincos_pos_emb"
+            f"max_length {max_length} exceeds the {max_sincos_pos_emb} positions of the table; raise max_sincos_pos_emb"
         )
     return (max_sincos_pos_emb if sincos_pos_emb else max_length,)
 
 
 class TokenEmbedding(ModalityEmbedding):
-    """Ids of tokens, (B, L) or (B, h, w)."""
+    """Embeds token ids, (B, L) or (B, h, w)."""
 
-    def __init__(self, vocab_size: int, padding_idx: int | None, *options: Any, **more: Any):
+    def __init__(self, vocab_size: int, padding_idx: int | None, *args: Any, **kwargs: Any):
         self.vocab_size, self.padding_idx = vocab_size, padding_idx
-        super().__init__(*options, **more)
+        super().__init__(*args, **kwargs)
 
     def init(self, dim_tokens: int) -> None:
         super().init(dim_tokens)
         self.token_emb = nn.Embedding(self.vocab_size, dim_tokens, padding_idx=self.padding_idx)
 
     def forward(self, tensor: Tensor, rows: Rows) -> tuple[Tensor, Tensor]:
-        """→ content and position + modality of the selected tokens, (n, D) each."""
+        """Return content and position + modality of the selected tokens, (n, D) each."""
         return self.token_emb(pick_ids(tensor, rows.sample, rows.index)), self.emb(rows.position)
 
 
 def pick_ids(tensor: Tensor, sample: Tensor, index: Tensor) -> Tensor:
-    """Ids of the selected tokens, (n,) int64, from (B, L) or (B, h, w)."""
+    """Return the ids of the selected tokens, (n,) int64, from (B, L) or (B, h, w)."""
     return rearrange(tensor, "b ... -> b (...)")[sample, index].long()

@@ -1,4 +1,4 @@
-"""The 26 model names of the papers, from one table of sizes."""
+"""Registry of the 26 models of the papers, which are built from one table of sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fourm.models.fm import check_config
 from fourm.utils.config import convert
 from fourm.utils.errors import UserError, did_you_mean
 
-_SIZES = {  # width, depth of the encoder and of the decoder, attention heads
+_SIZES = {  # width, depth of encoder and decoder each, attention heads
     "tiny": (384, 6, 6),
     "small": (512, 8, 8),
     "base": (768, 12, 12),
@@ -53,16 +53,17 @@ def model_config(
     modalities: Mapping[str, Mapping[str, Any]] | None = None,
     **overrides: Any,
 ) -> dict[str, Any]:
-    """The hub configuration of a named model: ``FM(model_config(...))``, or ``FMViT`` for a ``fm_vit_`` name.
+    """Return the hub configuration of a named model, for ``FM(model_config(...))``, or ``FMViT`` for ``fm_vit_`` names.
 
     Args:
-        domains_in, domains_out: modalities that can be inputs, and targets. A ViT has no use for them.
-        image_size, patch_size: of images whose table entry leaves them open.
-        modalities: declarations of modalities that are not in the table.
-        overrides: any other key of the configuration, such as ``dim`` or ``num_register_tokens``.
+        name: One of :data:`MODEL_NAMES`.
+        domains_in, domains_out: Modalities that can be inputs, and targets; ignored for a ViT.
+        image_size, patch_size: Sizes of images whose table entry does not set them.
+        modalities: Declarations of modalities that are not in the table.
+        overrides: Any other key of the configuration, such as ``dim`` or ``num_register_tokens``.
 
     Raises:
-        UserError: an unknown name or key, with the nearest one.
+        UserError: If the name or a key is unknown; the message suggests the nearest one.
     """
     if name not in _TABLE:
         raise UserError(f"unknown model '{name}'{did_you_mean(name, MODEL_NAMES)}")
@@ -78,7 +79,7 @@ def model_config(
 
 
 def count_parameters(model: nn.Module) -> dict[str, int]:
-    """Parameters of the trunk, as the papers count them, and of the embedding modules; a tied one counts once."""
+    """Count the parameters of the trunk, as the papers do, and of the embedding modules; tied ones count once."""
     parts = {"trunk": 0, "embeddings": 0}
     for name, parameter in model.named_parameters():
         is_embedding = name.startswith(("encoder_embeddings.", "decoder_embeddings."))

@@ -1,8 +1,8 @@
-"""Which tokens of a batch the model reads and predicts, decided from the masks alone (method section 3, 1 and 2).
+"""Selects the tokens of a batch that the model reads and predicts, from the masks alone (method section 3, 1 and 2).
 
-A sample has some thousands of tokens, of which a few hundred are used. Selecting them before anything is embedded
-makes memory and time independent of the others. The plan is made on the host, before the batch goes to the device: the
-number of tokens of every modality is then known there, and the forward pass never waits for the device.
+A sample has several thousand tokens, of which a few hundred are used. Because they are selected before anything is
+embedded, memory and time do not depend on the others. The selection happens on the host, before the batch moves to the
+device, so the number of tokens of each modality is known there and the forward pass never waits for the device.
 
 Shapes: B batch, L tokens of one modality, T tokens of all modalities, S slots (N of the encoder, M of the decoder),
 n selected tokens in the whole batch, D model width. Masks: True = masked.
@@ -23,14 +23,14 @@ from fourm.models.modality_embedding import Rows
 
 @dataclass(frozen=True)
 class Selection:
-    """The kept tokens of one side, grouped by modality.
+    """The selected tokens of the encoder or of the decoder, grouped by modality.
 
     Attributes:
-        counts: kept tokens of each modality in the whole batch, in the order of the rows.
+        counts: Number of selected tokens of each modality in the whole batch, in the order of the rows.
         sample, index, position: (n,) each, see :class:`Rows`.
-        slot: (n,) where each token goes, as index into the B·S slots.
-        modality: (B, S) ``id`` of each slot's modality; −1 is padding.
-        attention: (B, S) the gathered compressed decoder attention mask; zeros in the encoder.
+        slot: (n,) Slot of each token, as an index into the B·S slots.
+        modality: (B, S) ``id`` of the modality in each slot; −1 is padding.
+        attention: (B, S) Compressed decoder attention mask of the selected tokens; zeros in the encoder.
     """
 
     counts: dict[str, int]
@@ -43,34 +43,35 @@ class Selection:
 
     @classmethod
     def everything(cls, name: str, batch_size: int, length: int, device: torch.device) -> Selection:
-        """All tokens of a single modality."""
+        """Select all tokens of a single modality."""
         slot = torch.arange(batch_size * length, device=device)
         index = slot % length
-        blank = torch.zeros_like(slot).view(batch_size, length)
-        return cls({name: len(slot)}, slot // length, index, index, slot, modality=blank, attention=blank)
+        zeros = torch.zeros_like(slot).view(batch_size, length)
+        return cls({name: len(slot)}, slot // length, index, index, slot, modality=zeros, attention=zeros)
 
     @property
     def padding(self) -> Tensor:
-        """(B, S), True = padding."""
+        """Padding mask, (B, S), True = padding."""
         return self.modality < 0
 
     def rows(self) -> dict[str, Rows]:
-        """The rows of every modality."""
+        """Return the selected rows of each modality."""
         parts = (part.split(list(self.counts.values())) for part in (self.sample, self.index, self.position))
         return {name: Rows(*rows) for name, *rows in zip(self.counts, *parts, strict=True)}
 
     def place(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Tokens of every modality, (n_m, D) each → their slots (B, S, D), zeros in the padding."""
+        """Scatter the tokens of each modality, (n_m, D) each, into their slots (B, S, D); padding is zero."""
         flat = torch.cat(list(tokens))
         slots = flat.new_zeros(self.modality.numel(), flat.shape[1])
         return slots.index_copy(0, self.slot, flat).view(*self.modality.shape, -1)
 
     def take(self, slots: Tensor) -> dict[str, Tensor]:
-        """Slots (B, S, D) → those of every modality, (n_m, D) each."""
+        """Gather the tokens of each modality, (n_m, D) each, from their slots (B, S, D)."""
         flat = slots.flatten(0, 1).index_select(0, self.slot)
         return dict(zip(self.counts, flat.split(list(self.counts.values())), strict=True))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Selection:
+        """Move the selection to ``device``; ``non_blocking`` copies from pinned memory."""
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
         if non_blocking and torch.device(device).type == "cuda":
             tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
@@ -78,38 +79,41 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class TokenPlan:
-    """What :func:`plan_tokens` decides about a batch."""
+class TokenSelection:
+    """The tokens that the model uses of a batch, as chosen by :func:`select_tokens`."""
 
     encoder: Selection
     decoder: Selection
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenPlan:
-        """The plan on ``device``; ``non_blocking`` copies from pinned memory."""
-        return TokenPlan(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TokenSelection:
+        """Move both selections to ``device``, see :meth:`Selection.to`."""
+        return TokenSelection(self.encoder.to(device, non_blocking), self.decoder.to(device, non_blocking))
 
 
-def plan_tokens(
+def select_tokens(
     mod_dict: ModDict,
     encoder_modalities: Mapping[str, Mapping[str, Any]],
     decoder_modalities: Mapping[str, Mapping[str, Any]],
     num_encoder_tokens: int,
     num_decoder_tokens: int,
     generator: torch.Generator | None = None,
-) -> TokenPlan:
-    """Choose the tokens of a batch.
+) -> TokenSelection:
+    """Select the tokens of a batch that the model reads and predicts.
 
     Args:
-        mod_dict: the batch; only its masks are read. Modalities that it lacks get no tokens.
-        encoder_modalities, decoder_modalities: name → its entry of the modality table (``type`` and ``id`` are read).
-        num_encoder_tokens: per sample, the first valid inputs are kept, modalities in the order of ``mod_dict``.
-        num_decoder_tokens: per sample, the first valid targets are kept, modalities in random order.
-        generator: of the random order, on the CPU; the global one if None.
+        mod_dict: The batch; only its masks are read. Modalities that are not in it get no tokens.
+        encoder_modalities, decoder_modalities: Maps each modality to its entry in the modality table, of which ``type``
+            and ``id`` are read.
+        num_encoder_tokens: Maximum number of inputs per sample. The first valid ones are selected, with the modalities
+            in the order of ``mod_dict``.
+        num_decoder_tokens: Maximum number of targets per sample. The first valid ones are selected, with the modalities
+            in random order.
+        generator: CPU generator for the random order; None uses PyTorch's global one.
     """
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     targets = {name: _targets(mod_dict, name, decoder_modalities[name]["type"]) for name in shuffled}
-    return TokenPlan(
+    return TokenSelection(
         select_inputs(mod_dict, encoder_modalities, num_encoder_tokens),
         _select(targets, decoder_modalities, num_decoder_tokens),
     )
@@ -118,17 +122,17 @@ def plan_tokens(
 def select_inputs(
     mod_dict: ModDict, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
 ) -> Selection:
-    """The encoder's half of :func:`plan_tokens`; without ``num_tokens``, every valid input is kept."""
+    """Select only the inputs, like :func:`select_tokens`; all valid ones if ``num_tokens`` is None."""
     order = [*mod_dict, *modalities]
     inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
     if num_tokens is None:
         valid = torch.cat([candidates.valid for candidates in inputs.values()], dim=1)
-        num_tokens = max(int(valid.sum(1).max()), 1)  # of nothing at all, one padding token is left to attend to
+        num_tokens = max(int(valid.sum(1).max()), 1)  # attention needs at least one token, even if it is padding
     return _select(inputs, modalities, num_tokens)
 
 
 class _Candidates(NamedTuple):
-    """All tokens of a modality that might be kept, (B, L) each."""
+    """All tokens of a modality that may be selected, (B, L) each."""
 
     valid: Tensor
     position: Tensor
@@ -146,7 +150,7 @@ def _targets(mod_dict: ModDict, name: str, modality_type: str) -> _Candidates:
     attention = mod_dict[name]["decoder_attention_mask"] if name in mod_dict else torch.zeros_like(position)
     if modality_type == "img":
         return _Candidates(valid, position, attention)
-    # A sequence's token predicts the next one: both must be valid.
+    # A token of a sequence predicts the next one, so both must be valid.
     return _Candidates(valid[:, :-1] & valid[:, 1:], position[:, :-1], attention[:, :-1])
 
 
@@ -158,17 +162,17 @@ def _valid(mod_dict: ModDict, name: str, mask: str) -> Tensor:
 
 
 def _positions(valid: Tensor, modality_type: str) -> Tensor:
-    """A sequence's positions count its valid tokens only; what they are elsewhere is never read."""
+    """Return the positions, which count only valid tokens in a sequence. Those of invalid tokens are never read."""
     return (valid if modality_type != "img" else torch.ones_like(valid)).cumsum(1) - 1
 
 
 def _select(
     candidates: Mapping[str, _Candidates], modalities: Mapping[str, Mapping[str, Any]], num_slots: int
 ) -> Selection:
-    """Give each sample's first ``num_slots`` valid candidates their slots, in the order of ``candidates``.
+    """Assign slots to the first ``num_slots`` valid candidates of each sample, in the order of ``candidates``.
 
-    The rows are ordered by ``modalities``, whatever the order of the slots: modules are called in the same order on
-    every rank.
+    The rows follow the order of ``modalities``, not that of the slots, so that every rank calls the modules in the same
+    order.
     """
     valid = torch.cat([c.valid for c in candidates.values()], dim=1)
     rank = (valid.cumsum(1) - 1).masked_fill(~valid, num_slots)

@@ -1,4 +1,4 @@
-"""Batches to generate from: what is given, what is asked for, and what guidance takes away."""
+"""Batches for generation have the right inputs and targets, and guidance empties the right modalities."""
 
 import pytest
 import torch
@@ -24,8 +24,8 @@ TOKENIZER = Tokenizer(WordLevel({word: i for i, word in enumerate(WORDS)}))
 TOKENIZER.pre_tokenizer = WhitespaceSplit()
 
 
-def shown(entry, index=0):
-    """Ids with ``i`` before inputs and ``t`` before targets."""
+def described(entry, index=0):
+    """Return the ids with ``i`` before inputs and ``t`` before targets."""
     inputs, targets = ~entry["input_mask"][index], ~entry["target_mask"][index]
     return [
         "it"[bool(b)] + str(token) if a or b else "-"
@@ -45,7 +45,7 @@ def test_an_empty_image_is_all_target():
 
 def test_an_empty_sequence_is_a_lone_sentinel_and_room():
     entry = init_empty_target_modality({}, MODALITIES, "text", 2, 5, "cpu")["text"]
-    assert shown(entry, 1) == ["i5", "t5", "t0", "t0", "t0"]
+    assert described(entry, 1) == ["i5", "t5", "t0", "t0", "t0"]
     assert entry["decoder_attention_mask"].tolist() == [[0, 1, 1, 1, 1]] * 2
 
 
@@ -79,7 +79,7 @@ def test_the_batch_that_is_given_stays_as_it_is():
 
 def test_a_prompt_and_the_room_for_what_follows():
     entry = custom_text({}, "w10 [S_1] w11", "[EOS]", "text", "cpu", TOKENIZER, target_max_len=4)["text"]
-    assert shown(entry) == ["i10", "i5", "i11", "t5", "t0", "t0", "t3"]
+    assert described(entry) == ["i10", "i5", "i11", "t5", "t0", "t0", "t3"]
     assert entry["decoder_attention_mask"].tolist() == [[0, 0, 0, 1, 1, 1, 1]]
     with pytest.raises(UserError, match=r"no token \[END\]"):
         custom_text({}, "w10", "[END]", "text", "cpu", TOKENIZER)
@@ -88,7 +88,7 @@ def test_a_prompt_and_the_room_for_what_follows():
 def test_a_prompt_as_a_full_input_is_what_it_says():
     prompt = custom_text({}, "w10 w11", "[EOS]", "text", "cpu", TOKENIZER, target_max_len=4)
     entry = init_full_input_modality(prompt, MODALITIES, "text", "cpu")["text"]
-    assert shown(entry) == ["i10", "i11", "-", "-", "-", "-"]
+    assert described(entry) == ["i10", "i11", "-", "-", "-", "-"]
 
 
 @pytest.mark.parametrize("end", ["[EOS]", "[S_2]", "w30"])
@@ -122,7 +122,7 @@ def test_guidance_takes_everything_away():
     }
     empty = emptied(batch, MODALITIES, batch)
     assert empty["pixels"]["input_mask"].all() and empty["codes"]["input_mask"].all()
-    assert shown(empty["text"]) == ["i5"]
+    assert described(empty["text"]) == ["i5"]
     assert empty["vectors"]["tensor"].shape == (2, 1, 10) and not empty["vectors"]["tensor"].any()
     assert not empty["vectors"]["input_mask"].any()
     assert not batch["pixels"]["input_mask"].any()

@@ -1,4 +1,4 @@
-"""Generation equals the method written down plainly, sample by sample, whatever the batch and the guidance."""
+"""Generation equals a plain implementation that handles one sample at a time, for every batch and guidance."""
 
 import copy
 
@@ -42,7 +42,7 @@ def generate(model, batch, schedule, **options):
 
 
 def inputs(model, batch_size=4, seed=0):
-    """Some pixels, a text and vectors, of other lengths in every sample."""
+    """Return pixels, vectors and codes; the number of pixels that are inputs differs between samples."""
     generator = torch.Generator().manual_seed(seed)
     batch = {
         "pixels": {"tensor": torch.randn(batch_size, 3, 16, 16, generator=generator)},
@@ -136,12 +136,12 @@ def test_several_weighted_conditions_are_the_published_sum(model, target, scheme
         emptied = [("pixels", "vectors"), ("vectors",), ("pixels",)]
         uncond, *conds = (reference.emptied(model, one(batch, b), domains) for domains in emptied)
         pairs = list(zip([0, *weights], (uncond, *conds), strict=True))
-        found = GenerationSampler(model).generate_multi_guided(uncond, conds, steps, text_tokenizer=TOKENIZER, seed=3)
+        result = GenerationSampler(model).generate_multi_guided(uncond, conds, steps, text_tokenizer=TOKENIZER, seed=3)
         if target == "text":
-            assert valid(found["text"]) == reference.write(model, pairs, "text", [S1], ROOM + 1, S2)
+            assert valid(result["text"]) == reference.write(model, pairs, "text", [S1], ROOM + 1, S2)
         else:
             expected = reference.paint(model, pairs, "grid", [4] * 4, 3, scheme)
-            assert found["grid"]["tensor"][0].tolist() == expected.tolist()
+            assert result["grid"]["tensor"][0].tolist() == expected.tolist()
 
 
 def text_row(inputs, room=ROOM):
@@ -389,9 +389,9 @@ def test_compiled_blocks_generate_the_same_whatever_the_lengths():
     for size in (2, 3):
         batch = inputs(model, size)
         steps = make_schedule(model, ["grid", "text"], ["roar", "autoregressive"], [16, ROOM], [3, 1], 2.0)
-        expected, found = (generate(m, batch, steps, seed=0) for m in (model, twin))
+        expected, actual = (generate(m, batch, steps, seed=0) for m in (model, twin))
         for target in ("grid", "text"):
-            assert torch.equal(found[target]["tensor"], expected[target]["tensor"])
+            assert torch.equal(actual[target]["tensor"], expected[target]["tensor"])
     assert 0 < compiled.frame_count < 30  # not once for every length
 
 
@@ -411,11 +411,11 @@ def cast(request):
     ("grid", "maskgit", 16), ("grid", "roar", 16), ("text", "autoregressive", 9), ("codes", "autoregressive", 5),
 ])  # fmt: skip
 def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, scheme, tokens, limits):
-    """Plainly, with guidance, and under several weighted conditions; the inputs are of any precision."""
+    """Covers plain generation, guidance, and several weighted conditions, with inputs of any precision."""
     model, twin = cast
     pixels = with_target(model, inputs(model), target, tokens)
     others = [{**pixels, name: emptied(pixels, model.modality_info, [name])[name]} for name in ("pixels", "vectors")]
-    found = {}
+    generated = {}
     for name, one_of_them, dtype in (("cast", model, torch.float64), ("twin", twin, torch.float32)):
         batch, *conditions = (
             {k: entry | {"tensor": entry["tensor"].to(dtype)} if k in ("pixels", "vectors") else entry for k, entry in b.items()}
@@ -428,16 +428,16 @@ def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, 
         options = {"text_tokenizer": TOKENIZER, "seed": 1, **limits}
         results = [sampler.generate(batch, schedule, **options) for schedule in schedules[:2]]
         results.append(sampler.generate_multi_guided(batch, conditions, schedules[2], **options))
-        found[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
-    assert (found["cast"] == found["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
+        generated[name] = torch.cat([result[target]["tensor"][:, :4].flatten() for result in results])
+    assert (generated["cast"] == generated["twin"]).float().mean() > 0.6, "16 bits may tip a choice, not most of them"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_probabilities_of_tokens_are_computed_in_float32(dtype):
     logits = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)).to(dtype)
-    luck = torch.linspace(0, 1 - 1e-6, 50)
+    uniform = torch.linspace(0, 1 - 1e-6, 50)
     for limits in ((0, 0.0), (5, 0.0), (0, 0.7)):
-        mine, exact = (TokenSampler(*limits)(values, 0.7, luck) for values in (logits, logits.float()))
+        mine, exact = (TokenSampler(*limits)(values, 0.7, uniform) for values in (logits, logits.float()))
         assert mine[1].dtype == torch.float32
         assert all(torch.equal(a, b) for a, b in zip(mine, exact, strict=True))
 

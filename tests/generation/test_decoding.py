@@ -1,4 +1,4 @@
-"""Every kind of modality in a batch comes out in its natural form, whatever is missing or unknown in it."""
+"""Every kind of modality is decoded to its natural form, even if parts of it are missing or unknown."""
 
 import numpy as np
 import pytest

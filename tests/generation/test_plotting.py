@@ -1,4 +1,4 @@
-"""Every kind of result has a picture, and sheets show what belongs together."""
+"""Every kind of result can be drawn, and contact sheets share colours and legends where they should."""
 
 import subprocess
 import sys

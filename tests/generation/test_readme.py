@@ -1,4 +1,4 @@
-"""README_GENERATION.md: what it says is done, in its order, with a toy model in place of the demo's."""
+"""The examples in README_GENERATION.md run in order, with a toy model in place of that of the demo."""
 
 import os
 import re
@@ -19,7 +19,7 @@ BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_GENERATION.md
 
 
 def write_demo(folder):
-    """What ``make demo`` leaves, as far as generation needs it."""
+    """Write the files of ``make demo`` that generation needs."""
     write_run(folder)
     (folder / "demo_run/data/val/rgb/00000").mkdir(parents=True)
     shutil.move(folder / "run", folder / "demo_run/training")

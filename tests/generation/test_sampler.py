@@ -1,4 +1,4 @@
-"""From inputs to results in one call, from folders on disk."""
+"""The sampler loads models from disk and generates results in one call."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ RGB = f"rgb@{SIZE}"
 
 
 def write_run(folder):
-    """Model, vocabulary and tokenizers, and a picture."""
+    """Write a model, its vocabulary and tokenizers, and a picture."""
     toy_model().save_pretrained(folder / "run")
     TOKENIZER.save(str(folder / "words.json"))
     (folder / "run" / "config.yaml").write_text(yaml.safe_dump({"text_tokenizer_path": str(folder / "words.json")}))
@@ -90,7 +90,7 @@ def test_a_run_that_goes_on_gives_its_newest_checkpoint(folder, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "nowhere/at/all"}, "neither a folder with a model nor a model of the hub"),
+        ({"model": "nowhere/at/all"}, "neither a folder with a model nor a model on the hub"),
         ({"tokenizers": "{}/run"}, "has no folder with a config.json"),
         ({"text_tokenizer": "{}/photo.png"}, "not a text vocabulary"),
         ({"model": "{}/tokenizers"}, "no complete checkpoint"),

@@ -1,4 +1,4 @@
-"""Schedules as numbers, from the formulae of the method; schedules that cannot be followed say why."""
+"""Schedules follow the formulae of the method; invalid ones are refused with the reason."""
 
 import math
 

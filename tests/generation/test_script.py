@@ -1,4 +1,4 @@
-"""run_generation.py: results of folders, pictures and prompts; it goes on where it was interrupted."""
+"""run_generation.py generates from folders, pictures and prompts, and continues after an interruption."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Texts of models are read as far as they make sense: what the transforms write comes back, and nothing raises."""
+"""Generated texts are parsed as far as possible: texts of the transforms survive a round trip, and nothing raises."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A second model goes on from the tokens of the first: super-resolution, from Python and from the command."""
+"""A super-resolution model continues from the tokens of the first model, from Python and from the command line."""
 
 import dataclasses
 import json

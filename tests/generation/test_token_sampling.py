@@ -1,4 +1,4 @@
-"""Drawing tokens: what may be drawn, how often, and by whose random numbers."""
+"""Tokens are drawn with the right frequencies, from the permitted ones, with the random numbers of their sample."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
 
 
 def drawn(sampler, temperature=1.0, n=4001):
-    """How often each token comes, over evenly spread numbers."""
+    """Frequency of each token for evenly spaced numbers."""
     logits = PROBABILITIES.log().expand(n, -1)
     ids, confidence = sampler(logits, temperature, (torch.arange(n) + 0.5) / n)
     assert confidence.isfinite().all()

@@ -23,14 +23,14 @@ def small_model(name, **overrides):
 def test_the_formula_is_what_autograd_keeps(name, half):
     model = small_model(f"fm_{name}", num_register_tokens=2)
     batch = synthetic_batch(model.modality_info, 8, 16, 20)
-    plan = model.plan(batch, *SLOTS)
+    selection = model.select_tokens(batch, *SLOTS)
 
     def loss():
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            return model(batch, *SLOTS, plan=plan)[0]
+            return model(batch, *SLOTS, selection=selection)[0]
 
-    parts = activation_bytes(model, 8, *SLOTS, plan.decoder.counts, half)
-    logits = sum(count * model.decoder_embeddings[name].vocab_size for name, count in plan.decoder.counts.items())
+    parts = activation_bytes(model, 8, *SLOTS, selection.decoder.counts, half)
+    logits = sum(count * model.decoder_embeddings[name].vocab_size for name, count in selection.decoder.counts.items())
     expected = sum(parts.values()) - logits * (2 if half else 4)  # logits are alive, but not kept for the backward pass
     if half:  # autocast's copies of the weights are parameters, not activations
         expected += 2 * sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))

@@ -1,4 +1,4 @@
-"""Two processes, each with modalities that the other lacks: nobody waits for a gradient."""
+"""Two processes whose batches have different modalities do not wait for missing gradients."""
 
 import pytest
 import torch

@@ -19,15 +19,15 @@ VARIANTS = {
 }
 
 
-def counted(model, batch, plan, tokens) -> int:
+def counted(model, batch, selection, tokens) -> int:
     """Operations of a step as PyTorch counts them; it does not know the CPU's fused attention."""
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(batch, *tokens, plan=plan)[0].backward()
+        model(batch, *tokens, selection=selection)[0].backward()
     return counter.get_total_flops()
 
 
-def analytic(model, size, plan, tokens) -> float:
-    return StepFlops(model)(size, *tokens, plan.encoder.counts, plan.decoder.counts)
+def analytic(model, size, selection, tokens) -> float:
+    return StepFlops(model)(size, *tokens, selection.encoder.counts, selection.decoder.counts)
 
 
 @pytest.mark.parametrize("tokens", [(20, 16), (9, 5)], ids=["with padding", "full"])
@@ -35,13 +35,13 @@ def analytic(model, size, plan, tokens) -> float:
 def test_the_count_is_exactly_that_of_the_step(variant, tokens):
     model = toy_model(**VARIANTS[variant])
     batch = toy_batch(model)
-    plan = model.plan(batch, *tokens)
-    found = counted(model, batch, plan, tokens)
+    selection = model.select_tokens(batch, *tokens)
+    total = counted(model, batch, selection, tokens)
     if variant == "recomputed activations":  # are not the model's
-        assert found > 1.2 * analytic(model, 3, plan, tokens)
+        assert total > 1.2 * analytic(model, 3, selection, tokens)
         model.use_act_checkpoint = False
-        found = counted(model, batch, plan, tokens)
-    assert analytic(model, 3, plan, tokens) == found
+        total = counted(model, batch, selection, tokens)
+    assert analytic(model, 3, selection, tokens) == total
 
 
 def test_vectors_through_a_bottleneck():
@@ -51,9 +51,9 @@ def test_vectors_through_a_bottleneck():
     }
     model = FM(config)
     batch = toy_batch(model)
-    plan = model.plan(batch, 20, 16)
-    assert plan.encoder.counts["vectors"] and analytic(model, 3, plan, (20, 16)) == counted(
-        model, batch, plan, (20, 16)
+    selection = model.select_tokens(batch, 20, 16)
+    assert selection.encoder.counts["vectors"] and analytic(model, 3, selection, (20, 16)) == counted(
+        model, batch, selection, (20, 16)
     )
 
 

@@ -36,10 +36,10 @@ def test_losses_and_gradients_equal_the_plain_implementation(variant, loss_type)
     batch["text"]["input_mask"][0] = True  # nothing to read in one modality of one sample
     for entry in batch.values():  # and nothing to read at all in another sample
         entry["input_mask"][1] = True
-    plan = model.plan(batch, 14, 11, generator=torch.Generator().manual_seed(7))
+    selection = model.select_tokens(batch, 14, 11, generator=torch.Generator().manual_seed(7))
     order = [TARGETS[i] for i in torch.randperm(len(TARGETS), generator=torch.Generator().manual_seed(7)).tolist()]
 
-    loss, per_modality = model(batch, 14, 11, loss_type, plan=plan)
+    loss, per_modality = model(batch, 14, 11, loss_type, selection=selection)
     expected, expected_per_modality = embed_all_loss(twin, batch, 14, 11, loss_type, order)
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(per_modality, {name: expected_per_modality[name] for name in per_modality})
@@ -51,13 +51,13 @@ def test_losses_and_gradients_equal_the_plain_implementation(variant, loss_type)
         torch.testing.assert_close(mine.grad, reference, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5)
 
 
-def test_a_plan_made_beforehand_changes_nothing():
+def test_a_selection_made_beforehand_changes_nothing():
     model = toy_model()
     batch = toy_batch(model)
     torch.manual_seed(5)
     inside, _ = model(batch, 10, 9)
     torch.manual_seed(5)
-    outside, _ = model(batch, 10, 9, plan=model.plan(batch, 10, 9))
+    outside, _ = model(batch, 10, 9, selection=model.select_tokens(batch, 10, 9))
     assert torch.equal(inside, outside)
 
 
@@ -67,10 +67,10 @@ def test_dropped_tokens_do_not_matter_and_get_no_gradient():
     for entry in batch.values():
         if entry["tensor"].is_floating_point():
             entry["tensor"].requires_grad_()
-    plan = model.plan(batch, 10, 9)
-    loss, _ = model(batch, 10, 9, plan=plan)
+    selection = model.select_tokens(batch, 10, 9)
+    loss, _ = model(batch, 10, 9, selection=selection)
     loss.backward()
-    kept = plan.encoder.rows()["pixels"]
+    kept = selection.encoder.rows()["pixels"]
     used = torch.zeros(3, 16, dtype=torch.bool)
     used[kept.sample, kept.index] = True
     gradient = batch["pixels"]["tensor"].grad.unfold(2, 4, 4).unfold(3, 4, 4).abs().sum((1, 4, 5)).flatten(1)
@@ -79,14 +79,14 @@ def test_dropped_tokens_do_not_matter_and_get_no_gradient():
     changed = copy.deepcopy({name: {k: v.detach() for k, v in entry.items()} for name, entry in batch.items()})
     for name, entry in changed.items():
         tensor, used = entry["tensor"], torch.zeros(entry["input_mask"].shape, dtype=torch.bool)
-        for rows in (plan.encoder.rows()[name], plan.decoder.rows().get(name)):
+        for rows in (selection.encoder.rows()[name], selection.decoder.rows().get(name)):
             if rows is not None:
                 used[rows.sample, rows.index] = True
                 if DECLARATIONS[name]["type"].startswith("seq"):
                     used[rows.sample, (rows.index + 1).clamp(max=used.shape[1] - 1)] = True
         if name != "pixels":
             tensor[~used] = 1
-    assert torch.equal(model(changed, 10, 9, plan=plan)[0], loss)
+    assert torch.equal(model(changed, 10, 9, selection=selection)[0], loss)
 
 
 def test_forward_never_waits_for_the_device():
@@ -94,9 +94,9 @@ def test_forward_never_waits_for_the_device():
     with torch.device("meta"):
         model = FM(toy_config(num_register_tokens=2))
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9).to("meta")
+    selection = model.select_tokens(batch, 10, 9).to("meta")
     on_device = {name: {key: t.to("meta") for key, t in entry.items()} for name, entry in batch.items()}
-    loss, _ = model(on_device, 10, 9, plan=plan)
+    loss, _ = model(on_device, 10, 9, selection=selection)
     loss.backward()
     assert loss.shape == ()
 
@@ -147,12 +147,12 @@ def test_the_loss_is_the_mean_over_the_target_modalities_that_the_batch_names(lo
     model = toy_model()
     batch = {name: entry for name, entry in toy_batch(model).items() if name in named}
     batch = {name: entry if name in with_targets else without_targets(entry) for name, entry in batch.items()}
-    plan = model.plan(batch, 16, 16)
-    loss, each = model(batch, 16, 16, loss_type, plan=plan)
+    selection = model.select_tokens(batch, 16, 16)
+    loss, each = model(batch, 16, 16, loss_type, selection=selection)
     expected = {
         "mod": sum(each[name].item() for name in with_targets) / max(len({*named} & {*TARGETS}), 1),
-        "token": sum(each[name].item() * count for name, count in plan.decoder.counts.items())
-        / max(sum(plan.decoder.counts.values()), 1),
+        "token": sum(each[name].item() * count for name, count in selection.decoder.counts.items())
+        / max(sum(selection.decoder.counts.values()), 1),
     }
     assert loss.item() == pytest.approx(expected[loss_type], rel=1e-6)
     assert all(each[name] == 0 for name in TARGETS if name not in with_targets)
@@ -184,10 +184,10 @@ def test_twenty_one_modalities_run_forward_and_backward():
 def test_autocast_agrees_with_float32():
     model = toy_model(**SWIGLU)
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9)
-    exact, _ = model(batch, 10, 9, plan=plan)
+    selection = model.select_tokens(batch, 10, 9)
+    exact, _ = model(batch, 10, 9, selection=selection)
     with torch.autocast("cpu", torch.bfloat16):
-        loss, _ = model(batch, 10, 9, plan=plan)
+        loss, _ = model(batch, 10, 9, selection=selection)
     loss.backward()
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, exact, rtol=0.03, atol=0)
@@ -196,10 +196,10 @@ def test_autocast_agrees_with_float32():
 def test_logits_are_those_of_the_kept_targets_only():
     model = toy_model()
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9)
-    logits = model(batch, 10, 9, return_logits=True, plan=plan)
+    selection = model.select_tokens(batch, 10, 9)
+    logits = model(batch, 10, 9, return_logits=True, selection=selection)
     assert {name: tuple(t.shape) for name, t in logits.items()} == {
-        name: (plan.decoder.counts[name], DECLARATIONS[name]["vocab_size"]) for name in TARGETS
+        name: (selection.decoder.counts[name], DECLARATIONS[name]["vocab_size"]) for name in TARGETS
     }
 
 
@@ -207,10 +207,10 @@ def test_logits_are_those_of_the_kept_targets_only():
 def test_causal_decoding_never_looks_ahead(change_at):
     model = toy_model(decoder_causal_mask=True)
     batch = toy_batch(model, size=1)
-    plan = model.plan(batch, 20, 20)
-    before = model(batch, 20, 20, return_logits=True, plan=plan)["text"]
-    batch["text"]["tensor"][0, 3 + change_at] = 7  # targets start behind the three inputs
-    after = model(batch, 20, 20, return_logits=True, plan=plan)["text"]
+    selection = model.select_tokens(batch, 20, 20)
+    before = model(batch, 20, 20, return_logits=True, selection=selection)["text"]
+    batch["text"]["tensor"][0, 3 + change_at] = 7  # targets start after the three inputs
+    after = model(batch, 20, 20, return_logits=True, selection=selection)["text"]
     changed = (before != after).any(1).nonzero().flatten().tolist()
     assert changed == list(range(change_at, 4))
 
@@ -224,7 +224,7 @@ def test_compressed_attention_masks(attention, visible):
     batch = toy_batch(model, size=1)
     chosen = (~batch["grid"]["target_mask"][0]).nonzero().flatten()
     batch["grid"]["decoder_attention_mask"][0, chosen] = torch.tensor(attention, dtype=torch.int32)
-    masked = model.target_mask(model.plan(batch, 4, 6).decoder)
+    masked = model.target_mask(model.select_tokens(batch, 4, 6).decoder)
     assert (~masked[0, :4]).sum(1).tolist() == visible
     assert masked[0, :, 4:].all()  # nobody sees padding
 
@@ -244,10 +244,10 @@ def test_stochastic_depth_grows_linearly_and_acts_only_in_training():
     assert [b.drop_path.drop_prob for b in shared.encoder] == pytest.approx([0, 0.05, 0.1])
     assert [b.drop_path.drop_prob for b in shared.decoder] == pytest.approx([0.3, 0.4])
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9)
-    assert model(batch, 10, 9, plan=plan)[0] != model(batch, 10, 9, plan=plan)[0]
+    selection = model.select_tokens(batch, 10, 9)
+    assert model(batch, 10, 9, selection=selection)[0] != model(batch, 10, 9, selection=selection)[0]
     model.eval()
-    assert model(batch, 10, 9, plan=plan)[0] == model(batch, 10, 9, plan=plan)[0]
+    assert model(batch, 10, 9, selection=selection)[0] == model(batch, 10, 9, selection=selection)[0]
 
 
 def _trainable(model):
@@ -312,7 +312,7 @@ def test_a_model_from_the_meta_device_is_a_whole_model():
     model.init_weights()
     torch.manual_seed(0)
     direct = FM(toy_config(share_embedding=True, num_register_tokens=2, **SWIGLU))
-    direct.init_weights()  # both drew once before
+    direct.init_weights()  # both models have been initialised once before
     torch.manual_seed(0)
     direct.init_weights()
     torch.testing.assert_close(model.state_dict(), direct.state_dict(), rtol=0, atol=0)

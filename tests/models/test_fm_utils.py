@@ -91,8 +91,8 @@ def test_a_model_of_compiled_blocks_trains_and_keeps_its_names():
     model, twin = toy_model(), toy_model()
     twin.compile_blocks(fullgraph=True, backend="aot_eager")
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9)
-    losses = [m(batch, 10, 9, plan=plan)[0] for m in (model, twin)]
+    selection = model.select_tokens(batch, 10, 9)
+    losses = [m(batch, 10, 9, selection=selection)[0] for m in (model, twin)]
     torch.testing.assert_close(*losses)
     losses[1].backward()
     assert model.state_dict().keys() == twin.state_dict().keys()

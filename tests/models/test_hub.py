@@ -30,8 +30,8 @@ def test_a_tied_model_is_written_in_the_published_untied_layout(tmp_path):
     embedding = loaded.decoder_embeddings["text"]
     assert embedding.to_logits.weight is not embedding.token_emb.weight
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9)
-    assert torch.equal(loaded(batch, 10, 9, plan=plan)[0], model(batch, 10, 9, plan=plan)[0])
+    selection = model.select_tokens(batch, 10, 9)
+    assert torch.equal(loaded(batch, 10, 9, selection=selection)[0], model(batch, 10, 9, selection=selection)[0])
     assert not loaded.training
 
 
@@ -72,7 +72,7 @@ def test_a_vit_takes_its_part_of_a_full_checkpoint(tmp_path):
         "target_mask": ~batch["rgb@16"]["input_mask"],
         "decoder_attention_mask": torch.zeros(2, 16).int(),
     }
-    x, emb, padding = model.embed_encoder(batch, model.plan(batch, 16, 1).encoder)
+    x, emb, padding = model.embed_encoder(batch, model.select_tokens(batch, 16, 1).encoder)
     expected = head(model.encode(x + emb, padding)[:, 2:])
     torch.testing.assert_close(vit(pixels), expected)
 

@@ -58,19 +58,19 @@ def test_the_moving_average_is_exported_on_demand(model, checkpoint, tmp_path):
         checkpoints.export_model(write_checkpoint(tmp_path / "without", 1, model), tmp_path, FORMAT, ema=True)
 
 
-@pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "checksums"])
-def test_damage_is_found_and_named(model, tmp_path, what):
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing", "checksums"])
+def test_damage_is_found_and_named(model, tmp_path, damage):
     checkpoint = write_checkpoint(tmp_path / "checkpoints", 3, model)
-    name = "checksums.json" if what == "checksums" else next(checkpoint.glob("shard-*")).name
+    name = "checksums.json" if damage == "checksums" else next(checkpoint.glob("shard-*")).name
     content = bytearray((checkpoint / name).read_bytes())
-    if what == "missing":
+    if damage == "missing":
         (checkpoint / name).unlink()
-    elif what == "truncated":
+    elif damage == "truncated":
         (checkpoint / name).write_bytes(content[:-1])
     else:
         content[len(content) // 2] ^= 4
         (checkpoint / name).write_bytes(content)
-    with pytest.raises(UserError, match="step-00000003 is damaged" if what == "checksums" else f"damaged.*{name}"):
+    with pytest.raises(UserError, match="step-00000003 is damaged" if damage == "checksums" else f"damaged.*{name}"):
         checkpoints.export_model(checkpoint, tmp_path / "out", FORMAT)
     with pytest.raises(UserError, match="no model .* and no complete checkpoint"):
         checkpoints.newest_checkpoint(tmp_path / "nowhere")

@@ -1,10 +1,10 @@
-"""Which tokens are kept, decided from the masks alone."""
+"""Tokens are selected from the masks alone."""
 
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourm.models.token_selection import Selection, plan_tokens
+from fourm.models.token_selection import Selection, select_tokens
 
 KINDS = {"a": {"type": "img", "id": 11}, "b": {"type": "seq", "id": 12}, "c": {"type": "img", "id": 13}}
 
@@ -25,9 +25,9 @@ def batch(masks):
     }
 
 
-def plan(masks, encoder_tokens=4, decoder_tokens=4, seed=0):
+def select(masks, encoder_tokens=4, decoder_tokens=4, seed=0):
     generator = torch.Generator().manual_seed(seed)
-    return plan_tokens(batch(masks), KINDS, KINDS, encoder_tokens, decoder_tokens, generator)
+    return select_tokens(batch(masks), KINDS, KINDS, encoder_tokens, decoder_tokens, generator)
 
 
 def rows_of(selection, name):
@@ -36,7 +36,7 @@ def rows_of(selection, name):
 
 
 def test_the_first_valid_inputs_are_kept_in_the_order_of_the_batch():
-    encoder = plan({"c": (["x.x", "..."], ["...", "..."]), "a": (["xx.x", ".x.."], ["....", "...."])}).encoder
+    encoder = select({"c": (["x.x", "..."], ["...", "..."]), "a": (["xx.x", ".x.."], ["....", "...."])}).encoder
     assert encoder.modality.tolist() == [[13, 13, 11, 11], [11, -1, -1, -1]]
     assert rows_of(encoder, "c") == [(0, 0, 0), (0, 2, 2)]
     assert rows_of(encoder, "a") == [(0, 0, 0), (0, 1, 1), (1, 1, 1)]
@@ -45,29 +45,29 @@ def test_the_first_valid_inputs_are_kept_in_the_order_of_the_batch():
 
 
 def test_positions_of_a_sequence_count_its_valid_tokens():
-    encoder = plan({"b": ([".xx..x"], ["......"])}).encoder
+    encoder = select({"b": ([".xx..x"], ["......"])}).encoder
     assert rows_of(encoder, "b") == [(0, 1, 0), (0, 2, 1), (0, 5, 2)]
 
 
 def test_sequence_targets_are_shifted():
     """The last valid token is only predicted; a gap breaks the chain."""
-    decoder = plan({"b": (["......."], [".xxx.xx"])}).decoder
+    decoder = select({"b": (["......."], [".xxx.xx"])}).decoder
     assert rows_of(decoder, "b") == [(0, 1, 0), (0, 2, 1), (0, 5, 3)]
     assert decoder.attention.tolist() == [[1, 1, 1, 0]]
 
 
 def test_target_modalities_come_in_a_random_order_that_the_generator_decides():
     masks = {name: (["..."], ["xxx"]) for name in KINDS}
-    orders = [plan(masks, decoder_tokens=8, seed=seed).decoder.modality.tolist() for seed in range(20)]
+    orders = [select(masks, decoder_tokens=8, seed=seed).decoder.modality.tolist() for seed in range(20)]
     assert len({str(order) for order in orders}) == 6
-    assert orders == [plan(masks, decoder_tokens=8, seed=seed).decoder.modality.tolist() for seed in range(20)]
+    assert orders == [select(masks, decoder_tokens=8, seed=seed).decoder.modality.tolist() for seed in range(20)]
     assert all(sorted(order[0]) == [11] * 3 + [12] * 2 + [13] * 3 for order in orders)
-    # The rows keep the order of the model, whatever that of the slots: ranks call modules in step.
-    assert {tuple(plan(masks, seed=seed).decoder.counts) for seed in range(20)} == {("a", "b", "c")}
+    # The rows follow the order of the model, not that of the slots, so that all ranks call modules in the same order.
+    assert {tuple(select(masks, seed=seed).decoder.counts) for seed in range(20)} == {("a", "b", "c")}
 
 
 def test_place_and_take_are_inverse():
-    encoder = plan({"a": (["xx.x", ".x.."], ["....", "...."]), "b": (["x..x", "xxxx"], ["....", "...."])}).encoder
+    encoder = select({"a": (["xx.x", ".x.."], ["....", "...."]), "b": (["x..x", "xxxx"], ["....", "...."])}).encoder
     tokens = [torch.randn(count, 5) for count in encoder.counts.values()]
     slots = encoder.place(tokens)
     assert slots.shape == (2, 4, 5)
@@ -77,11 +77,11 @@ def test_place_and_take_are_inverse():
         assert torch.equal(taken[name], expected)
 
 
-def test_everything_is_what_a_plan_of_full_rows_gives():
-    planned = plan_tokens(batch({"a": (["xxx", "xxx"], ["...", "..."])}), {"a": KINDS["a"]}, {"a": KINDS["a"]}, 3, 3)
+def test_everything_is_what_selecting_full_rows_gives():
+    selected = select_tokens(batch({"a": (["xxx", "xxx"], ["...", "..."])}), {"a": KINDS["a"]}, {"a": KINDS["a"]}, 3, 3)
     everything = Selection.everything("a", 2, 3, torch.device("cpu"))
-    assert rows_of(everything, "a") == rows_of(planned.encoder, "a")
-    assert torch.equal(everything.slot, planned.encoder.slot)
+    assert rows_of(everything, "a") == rows_of(selected.encoder, "a")
+    assert torch.equal(everything.slot, selected.encoder.slot)
 
 
 row = st.text("x.", min_size=6, max_size=6)
@@ -91,7 +91,7 @@ row = st.text("x.", min_size=6, max_size=6)
 @given(st.lists(st.tuples(row, row, row), min_size=1, max_size=4), st.integers(1, 20))
 def test_every_valid_token_gets_one_slot_until_they_are_full(samples, num_slots):
     columns = {name: [sample[i] for sample in samples] for i, name in enumerate(KINDS)}
-    selection = plan({name: (rows, rows) for name, rows in columns.items()}, num_slots, num_slots).encoder
+    selection = select({name: (rows, rows) for name, rows in columns.items()}, num_slots, num_slots).encoder
     assert len(set(selection.slot.tolist())) == len(selection.slot)
     for b, sample in enumerate(samples):
         valid = [(name, i) for name, text in zip(KINDS, sample, strict=True) for i, c in enumerate(text) if c == "x"]

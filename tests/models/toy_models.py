@@ -38,7 +38,7 @@ def toy_model(seed=0, **overrides):
 
 
 def randomise_(model, scale=0.15):
-    """Give every parameter noise, also those that start at 0 or 1, so that none can be forgotten unseen."""
+    """Add noise to every parameter, including those that start at 0 or 1, so that tests notice if one is ignored."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter) * scale)

@@ -1,6 +1,6 @@
-"""Generation as the method states it: one sample at a time, the whole forward pass of training for every step.
+"""A plain implementation of generation: one sample at a time, with the complete forward pass of training in every step.
 
-Nothing is cached, no conditions share a batch, and guidance is the published formula.
+Nothing is cached, every condition is a batch of its own, and guidance is the published formula.
 """
 
 import torch
@@ -12,7 +12,7 @@ SENTINELS = range(S1, 10)  # of the toy vocabulary
 
 
 def image_entry(ids, inputs, targets):
-    """``inputs`` and ``targets``: bool (L,), True where a token is one."""
+    """Make the entry of an image; ``inputs`` and ``targets`` are bool (L,), True where a token is one."""
     attention = torch.zeros(len(ids), dtype=torch.long)
     attention[targets.int().argmax()] = targets.sum()
     entry = {"tensor": ids, "input_mask": ~inputs, "target_mask": ~targets, "decoder_attention_mask": attention}
@@ -28,7 +28,7 @@ def sequence_entry(inputs, targets):
 
 
 def as_input(entry):
-    """Not a target, with the masks of the training pass."""
+    """Remove the targets of an entry, with the masks of training."""
     masked = torch.ones_like(entry["input_mask"])
     return {**entry, "target_mask": masked, "decoder_attention_mask": masked.long() * 0}
 
@@ -51,17 +51,17 @@ def emptied(model, batch, domains):
 
 @torch.no_grad()
 def logits_of(model, conditions, target, entry):
-    """Weighted logits of the targets of ``entry``: the first condition + Σ w·(condition − the first)."""
-    found = []
+    """Return the weighted logits of the targets of ``entry``: the first condition + Σ w·(condition − the first)."""
+    outputs = []
     for _, batch in conditions:
         batch = {name: as_input(value) for name, value in batch.items()} | {target: entry}
-        found.append(model(batch, 500, 500, return_logits=True)[target])
-    first = found[0]
-    return first + sum((w * (logits - first) for (w, _), logits in zip(conditions[1:], found[1:], strict=True)))
+        outputs.append(model(batch, 500, 500, return_logits=True)[target])
+    first = outputs[0]
+    return first + sum((w * (logits - first) for (w, _), logits in zip(conditions[1:], outputs[1:], strict=True)))
 
 
 def write(model, conditions, target, inputs, room, end):
-    """Autoregressive: from [S_1] on, at most ``room`` tokens."""
+    """Generate a sequence autoregressively, starting with [S_1], with at most ``room`` tokens."""
     written = [S1]
     while len(written) < room and (len(written) == 1 or written[-1] != end):
         logits = logits_of(model, conditions, target, sequence_entry(inputs, [*written, 0]))
@@ -70,7 +70,7 @@ def write(model, conditions, target, inputs, room, end):
 
 
 def paint(model, conditions, target, counts, seed, scheme):
-    """MaskGIT and ROAR at temperature 0 from an empty image."""
+    """Generate an image with MaskGIT or ROAR at temperature 0."""
     length = model.modality_info[target].max_tokens
     ids, known = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)

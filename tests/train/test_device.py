@@ -86,10 +86,10 @@ def test_losses_and_gradients_are_the_same_to_the_last_bit(toy_run, split):
         for batch in batches(toy_run, raw_pixels, split):
             assert batch.mod_dict["rgb@32"]["tensor"].dtype == (torch.uint8 if raw_pixels else torch.float32)
             torch.manual_seed(0)
-            plan = model.plan(batch.mod_dict, 16, 12)
-            assert plan.encoder.counts["rgb@32"]
-            mod_dict, plan = to_device(batch, plan, CPU)
-            loss, _ = model(mod_dict, 16, 12, plan=plan)
+            selection = model.select_tokens(batch.mod_dict, 16, 12)
+            assert selection.encoder.counts["rgb@32"]
+            mod_dict, selection = to_device(batch, selection, CPU)
+            loss, _ = model(mod_dict, 16, 12, selection=selection)
             loss.backward()
             losses.append(loss.item())
             gradients.append(model.encoder_embeddings["rgb@32"].proj.weight.grad.clone())
@@ -124,6 +124,6 @@ def test_a_sample_without_the_picture_changes_nothing_for_the_others(toy_run):
     assert raw.mod_dict["rgb@32"]["tensor"].dtype == torch.uint8
     seen = ~floats.mod_dict["rgb@32"]["input_mask"].all(1)
     assert 0 < seen.sum() < 16
-    plan = toy_run.trainer.model.plan(raw.mod_dict, 16, 12)
-    mod_dict, _ = to_device(raw, plan, CPU)
+    selection = toy_run.trainer.model.select_tokens(raw.mod_dict, 16, 12)
+    mod_dict, _ = to_device(raw, selection, CPU)
     assert torch.equal(mod_dict["rgb@32"]["tensor"][seen], floats.mod_dict["rgb@32"]["tensor"][seen])

@@ -53,26 +53,26 @@ def test_generation(dtype, cast):
     batch = {"pixels": {"tensor": torch.randn(2, 3, 16, 16)}}
     batch = init_full_input_modality(batch, model.modality_info, "pixels", "cuda")
     targets = ["grid", "text"]
-    plan = build_chained_generation_schedules(
+    schedule = build_chained_generation_schedules(
         ["pixels"], targets, [16, 8], ["maskgit", "autoregressive"], [3, None], ["linear", None], [1.0, 0.5],
         ["constant"] * 2, [2.0, 2.0], ["constant"] * 2, modality_info=model.modality_info,
     )  # fmt: skip
     batch = init_empty_target_modality(batch, model.modality_info, "grid", 2, 16, "cuda")
     sampler = GenerationSampler(model, None if cast else dtype)
     for seed in (0, torch.Generator("cuda").manual_seed(0)):
-        result = sampler.generate(batch, plan, top_p=0.9, top_k=10, seed=seed)
+        result = sampler.generate(batch, schedule, top_p=0.9, top_k=10, seed=seed)
         assert result["grid"]["tensor"].is_cuda and not result["grid"]["input_mask"].any()
 
 
 def test_a_step_never_waits_for_the_device():
     model = toy_model(**SWIGLU).cuda()
     batch = toy_batch(model)
-    plan = model.plan(batch, 10, 9).to("cuda", non_blocking=True)
+    selection = model.select_tokens(batch, 10, 9).to("cuda", non_blocking=True)
     batch = {name: {key: value.cuda() for key, value in entry.items()} for name, entry in batch.items()}
-    model(batch, 10, 9, plan=plan)[0].backward()
+    model(batch, 10, 9, selection=selection)[0].backward()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        model(batch, 10, 9, plan=plan)[0].backward()
+        model(batch, 10, 9, selection=selection)[0].backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

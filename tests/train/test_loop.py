@@ -27,7 +27,7 @@ def within(name: str) -> bool:
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations whose result, or its shape, a GPU would be waited for; those of the plan run on the host."""
+    """Collects the operations whose result, or its shape, a GPU would be waited for; the selection of tokens runs on the host."""
 
     def __init__(self):
         super().__init__()
@@ -36,7 +36,7 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name in BY_MASK and any(t is not None and t.dtype == torch.bool for t in args[1])
-        if (name in WAITS or by_mask) and not within("plan"):
+        if (name in WAITS or by_mask) and not within("select_tokens"):
             self.found.append(name)
         return func(*args, **(kwargs or {}))
 

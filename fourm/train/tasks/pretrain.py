@@ -19,7 +19,7 @@ from fourm.data.identity import identity_of
 from fourm.data.modality_info import own_declarations
 from fourm.data.options import DataOptions
 from fourm.data.unified_datasets import Batch, build_eval_loader, build_masking, build_train_loader
-from fourm.models import FM, StepFlops, TokenPlan, count_parameters, model_config
+from fourm.models import FM, StepFlops, TokenSelection, count_parameters, model_config
 from fourm.models.activations import activation_bytes
 from fourm.models.from_checkpoint import FORMAT
 from fourm.train.config import RunConfig
@@ -163,19 +163,19 @@ class Pretrain(Task[PretrainConfig]):
         )  # fmt: skip
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
-        return self._planned(model, batch, device, self.slots, None)
+        return self._select_tokens(model, batch, device, self.slots, None)
 
-    def _planned(
+    def _select_tokens(
         self, model: nn.Module, batch: Batch, device: torch.device, slots: tuple[int, int],
         generator: torch.Generator | None,
     ) -> Inputs:  # fmt: skip
         """Which tokens the model uses is decided on the host, so that the device need not be waited for."""
         assert isinstance(model, FM)
-        plan = model.plan(batch.mod_dict, *slots, generator)
-        inputs, targets = plan.encoder.counts, plan.decoder.counts
-        samples = len(plan.encoder.modality)
+        selection = model.select_tokens(batch.mod_dict, *slots, generator)
+        inputs, targets = selection.encoder.counts, selection.decoder.counts
+        samples = len(selection.encoder.modality)
         return Inputs(
-            values=(*to_device(batch, plan, device), slots),
+            values=(*to_device(batch, selection, device), slots),
             targets=targets,
             samples=samples,
             tokens=sum(inputs.values()) + sum(targets.values()),
@@ -188,8 +188,8 @@ class Pretrain(Task[PretrainConfig]):
         return self._flops[1]
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Losses:
-        mod_dict, plan, slots = inputs.values
-        return Losses(*model(mod_dict, *slots, self.config.loss_type, plan=plan))
+        mod_dict, selection, slots = inputs.values
+        return Losses(*model(mod_dict, *slots, self.config.loss_type, selection=selection))
 
     def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
         """Each validation set with the training's token budgets and with fixed ones.
@@ -228,7 +228,7 @@ class Pretrain(Task[PretrainConfig]):
         self, slots: tuple[int, int], model: nn.Module, batch: Batch | None, device: torch.device,
         generator: torch.Generator,
     ) -> Inputs:  # fmt: skip
-        return self._planned(model, batch or _NOTHING, device, slots, generator)
+        return self._select_tokens(model, batch or _NOTHING, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
         """As in training: a mean over the modalities that have targets or, for ``loss_type`` token, over the tokens."""
@@ -277,10 +277,12 @@ _NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attentio
 _NOTHING = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
 
 
-def to_device(batch: Batch, plan: TokenPlan, device: torch.device) -> tuple[dict[str, dict[str, Tensor]], TokenPlan]:
-    """Values and plan of a batch on ``device``, from page-locked memory without waiting.
+def to_device(
+    batch: Batch, selection: TokenSelection, device: torch.device
+) -> tuple[dict[str, dict[str, Tensor]], TokenSelection]:
+    """Values and selected tokens of a batch on ``device``, from page-locked memory without waiting.
 
-    The masks stay behind: the plan says all that the model needs of them. Pictures travel in 8 bits and are normalised
+    The masks stay behind: the selection says all that the model needs of them. Pictures travel in 8 bits and are normalised
     there.
     """
     values = {}
@@ -289,7 +291,7 @@ def to_device(batch: Batch, plan: TokenPlan, device: torch.device) -> tuple[dict
         if tensor.dtype == torch.uint8:
             tensor = normalised(tensor, *batch.scaling[name])
         values[name] = {"tensor": tensor}
-    return values, plan.to(device, non_blocking=True)
+    return values, selection.to(device, non_blocking=True)
 
 
 def normalised(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
