@@ -259,13 +259,13 @@ class Inspector:
         except BadSample as error:
             report.problem(", ".join(self._wanted), error.reason, "", str(error).removeprefix(f"{error.reason}: "))
             return {}
-        found = record.found(row)
+        found = record.available(row)
         report.present.update({name: int(name in found) for name in self._wanted})
         for name in self._wanted:
             if name in found:
                 report.content.setdefault(name, Content()).files[record.extension] += 1
             elif self._dataset.missing == "error":
-                report.problem(name, MISSING, "", record.lacks(name, row))
+                report.problem(name, MISSING, "", record.missing_column_message(name, row))
         usable = self._presence.usable(found, self._wanted)
         report.complete += bool(usable)
         return {name: found[name] for name in usable}
