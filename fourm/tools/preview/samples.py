@@ -16,7 +16,7 @@ from fourm.data.masking import Masked, UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
 from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
+from fourm.data.unified_datasets import build_dataset, build_masking, name_file_in_errors
 from fourm.tools.preview.sequences import INPUT, ROLES, TARGET, Annotation, Piece, Places, Reader, SequenceReader
 from fourm.utils.seeds import generator
 
@@ -148,7 +148,7 @@ def _transformed(
         if where in found:
             continue
         try:
-            with errors_name_the_file(sample):
+            with name_file_in_errors(sample):
                 raw = dataset.present(sample, sample.values(files, keep_pixels=False))
                 values = dataset.transform(raw, generator(seed, "crop", number))
         except BadSample as error:
