@@ -40,9 +40,8 @@ class UnifiedMasking:
     """Masks samples of any modalities: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}.
 
     Integer codes (``seq_token``) need no text vocabulary. Their ids below ``vocab_offset`` follow the layout of the
-    text
-    vocabulary: padding 0, [EOS] 3, sentinels from 4 on. If ``vocab_offset`` is too small for sentinels, kept codes are
-        the input and dropped codes the target, without a mark of where these belong.
+    text vocabulary: padding 0, [EOS] 3, sentinels from 4 on. If ``vocab_offset`` is too small for sentinels, kept codes
+    are the input and dropped codes the target, without a mark of where these belong.
 
     Args:
         modality_info: Name → entry of the modality table, with ``input_alphas``, ``target_alphas`` and, for sequences,

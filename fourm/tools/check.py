@@ -148,29 +148,29 @@ def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, An
 
 def _content(content: Content, dataset: DatasetConfig, name: str) -> dict[str, Any]:
     """Summarise the content of a modality's files with the keys that apply to it."""
-    found: dict[str, Any] = {"files": dict(content.files)}
+    entry: dict[str, Any] = {"files": dict(content.files)}
     modality = dataset.modalities.get(name)
     if content.dtypes:
-        found["dtypes"] = dict(content.dtypes)
+        entry["dtypes"] = dict(content.dtypes)
     if content.crops:
-        found["crops"] = _distribution(content.crops)
+        entry["crops"] = _distribution(content.crops)
     if content.ids and modality is not None:
         assert modality.vocab_size
         limit = modality.vocab_size - modality.vocab_offset
         used = sum(0 <= index < limit for index in content.ids) / limit
-        found["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
+        entry["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
     if content.sizes:
         small = sum(n for size, n in content.sizes.items() if modality and min(size) < (modality.input_size or 0))
-        found["height"] = _distribution(_project(content.sizes, 0))
-        found["width"] = _distribution(_project(content.sizes, 1))
-        found["smaller_than_input"] = round(small / content.sizes.total(), 4)
+        entry["height"] = _distribution(_project(content.sizes, 0))
+        entry["width"] = _distribution(_project(content.sizes, 1))
+        entry["smaller_than_input"] = round(small / content.sizes.total(), 4)
     if content.lengths and modality is not None:
         tokens = sum(length * count for length, count in content.lengths.items())
         cut = sum(count for length, count in content.lengths.items() if length >= (modality.max_tokens or 0))
-        found["tokens"] = _distribution(content.lengths) | {"limit": modality.max_tokens}
-        found["cut"] = round(cut / content.lengths.total(), 4)
-        found["unknown"] = round(content.unknown / max(tokens, 1), 4)
-    return found
+        entry["tokens"] = _distribution(content.lengths) | {"limit": modality.max_tokens}
+        entry["cut"] = round(cut / content.lengths.total(), 4)
+        entry["unknown"] = round(content.unknown / max(tokens, 1), 4)
+    return entry
 
 
 def _project(sizes: Counter[tuple[int, int]], axis: int) -> Counter[int]:

@@ -338,7 +338,7 @@ def test_the_command(config, tmp_path, module):
 def test_bad_options_are_one_line(config, tmp_path):
     for options, message in (
         (["--datasets", "other"], r"no data set 'other' in train, only toy<&>"),
-        (["--tokenizers", f"{tmp_path}/none"], "there is no tokenizer in its folders"),
+        (["--tokenizers", f"{tmp_path}/none"], "none of its subfolders contains a tokenizer"),
         (["--samples", "0"], "'samples' must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -95,9 +95,9 @@ def cut(
 
 def same_frame(size: tuple[int, int], frame: tuple[int, int]) -> bool:
     """Return whether two (height, width) sizes have the same aspect ratio up to rounding."""
-    wide, high = size[1] * frame[0], size[0] * frame[1]
+    width, height = size[1] * frame[0], size[0] * frame[1]  # cross-multiplied, so they are equal for equal ratios
     # Rounding a side to a whole pixel changes the products by one side of the frame.
-    return size == frame or abs(math.log(high / wide)) <= _ASPECT_TOLERANCE or abs(high - wide) <= max(frame)
+    return size == frame or abs(math.log(height / width)) <= _ASPECT_TOLERANCE or abs(height - width) <= max(frame)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
