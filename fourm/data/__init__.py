@@ -1,4 +1,4 @@
-"""Data: what a modality is, how it is read, cropped alike, masked and batched."""
+"""Data loading: modalities, and how they are read, cropped together, masked and batched."""
 
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform, load_data_config
 from fourm.data.image_augmenter import (
@@ -28,5 +28,6 @@ __all__ = [
     "MODALITY_INFO", "MODALITY_TRANSFORMS", "Batch", "DataConfig", "DatasetConfig", "Modality", "UnifiedDataTransform",
     "UnifiedMasking", "build_eval_loader", "build_fm_pretraining_dataset", "build_mixture_dataloader",
     "build_sample_transform", "build_train_loader", "build_wds_fm_pretraining_dataloader", "draws_in_epoch",
-    "load_data_config", "AbstractImageAugmenter", "CenterCropImageAugmenter", "EmptyAugmenter", "PreTokenizedImageAugmenter", "RandomCropImageAugmenter", "register_modality", "resolve_modalities",
+    "load_data_config", "AbstractImageAugmenter", "CenterCropImageAugmenter", "EmptyAugmenter",
+    "PreTokenizedImageAugmenter", "RandomCropImageAugmenter", "register_modality", "resolve_modalities",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The Dirichlet mixture of a data set: which modalities get how many of a sample's tokens.
+"""The Dirichlet mixture of a data set, which divides a sample's tokens among its modalities.
 
 Component m of the mixture draws the input budgets from Dirichlet(input_alphas[:, m]), and the target budgets from
 Dirichlet(target_alphas[:, m]) (method section of the paper, and its appendix on masking).
@@ -22,7 +22,7 @@ Keep = Literal["random", "all", "binary"]
 
 @dataclass(frozen=True)
 class _ModalityAlphas:
-    """One modality of an alphas file: a value per component, or one value if there is one component."""
+    """One modality of an alphas file, with a value per component or a single value for a single component."""
 
     input_alphas: float | list[float] | None = None
     target_alphas: float | list[float] | None = None
@@ -31,10 +31,13 @@ class _ModalityAlphas:
 
 @dataclass(frozen=True)
 class Mixture:
-    """Values per modality, one for each component.
+    """The alphas and keep schemes of a mixture by modality, with one value per component.
 
     Attributes:
-        sampling_weights: of the components; None = equal.
+        input_alphas: Input alphas of each input modality.
+        target_alphas: Target alphas of each target modality.
+        keep: Keep schemes of sequences.
+        sampling_weights: Weights of the components; None = equal.
     """
 
     input_alphas: dict[str, tuple[float, ...]]
@@ -43,7 +46,7 @@ class Mixture:
     sampling_weights: tuple[float, ...] | None = None
 
     def fill(self, modality: Modality) -> Modality:
-        """``modality`` with its values; alphas of 0 in a role that it does not have."""
+        """Return ``modality`` with its values; alphas are 0 in a role that it does not have."""
         components = len(next(iter((*self.input_alphas.values(), *self.target_alphas.values()))))
         is_text = modality.type.startswith("seq")
         return dataclasses.replace(
@@ -57,12 +60,12 @@ class Mixture:
 def alphas_from_values(
     input_alphas: Any, target_alphas: Any, inputs: Sequence[str], targets: Sequence[str], where: str
 ) -> Mixture:
-    """A mixture of one component, from one value for all or one per modality, joined by ``-`` or as a list."""
+    """Build a mixture of one component from one value, or from a value per modality (joined by ``-``, or a list)."""
 
     def spread(value: Any, names: Sequence[str], key: str) -> dict[str, tuple[float, ...]]:
         if value is None:
             raise UserError(f"{where}: '{key}' is required, or an 'alphas_config'")
-        # A minus sign in an exponent joins nothing.
+        # A minus sign in an exponent is not a separator.
         parts = re.split(r"(?<![eE])-", value) if isinstance(value, str) else value
         numbers = convert(parts if isinstance(parts, list) else [parts], list[float], f"{where}: '{key}'")
         if len(numbers) not in (1, len(names)):
@@ -82,10 +85,10 @@ def alphas_from_values(
 def alphas_from_file(
     path: Path, modalities: Mapping[str, Modality], inputs: Sequence[str], targets: Sequence[str]
 ) -> Mixture:
-    """The part of an alphas file that concerns ``modalities``; the file may hold more.
+    """Build a mixture from the entries of an alphas file for ``modalities``; the file may contain others.
 
     Raises:
-        UserError: a modality without the values that its role needs, or lists of different length.
+        UserError: A modality lacks values that its role requires, or lists differ in length.
     """
     content = load_yaml(path)
     weights = None
@@ -112,8 +115,8 @@ def alphas_from_file(
         values = tuple(value) if isinstance(value, list) else (value,)
         components.setdefault(len(values), f"{name}: '{key}'")
         if len(components) > 1:
-            found = " and ".join(f"{count} of {where}" for count, where in components.items())
-            raise UserError(f"{path}: every list needs one value per component of the mixture, not {found}")
+            counts = " and ".join(f"{count} of {where}" for count, where in components.items())
+            raise UserError(f"{path}: every list needs one value per component of the mixture, not {counts}")
         return values
 
     def numbers(name: str, key: str) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""What goes wrong in the data is counted and reported; more than a configured share of it stops the run."""
+"""Count and report bad samples, and stop the run when their share exceeds a limit."""
 
 from __future__ import annotations
 
@@ -10,19 +10,21 @@ from fourm.utils.errors import DataError, printable
 
 _log = logging.getLogger(__name__)
 
-MIN_READS = 100  # samples drawn, and
-MIN_JOINS = 10  # shards joined, before their share of bad samples is judged
+MIN_READS = 100  # samples that are read before their share of bad samples is checked
+MIN_JOINS = 10  # shards that are joined before their share of bad samples is checked
 
 
 class BadSampleLedger:
-    """The bad samples of one data set, as seen by one reader.
+    """Counts the bad samples of one data set in one reader.
 
-    Two shares are watched apart: keys that are not in every modality (known when a shard or folder is *joined*), and
-    samples whose content cannot be *read*.
+    Two shares are checked separately: keys that are not in every modality (known when a shard or folder is *joined*),
+    and samples whose content cannot be *read*.
 
     Args:
-        size: number of samples of the data set if each is read once, by whichever reader: the share of unreadable ones is
-            then taken of it. None: of the samples that this reader has drawn.
+        dataset: Name of the data set.
+        max_bad_fraction: Maximum share of bad samples.
+        size: Total number of samples if each is read once by some reader; the share of unreadable samples then refers
+            to it. None: the share refers to the samples that this reader has drawn.
     """
 
     def __init__(self, dataset: str, max_bad_fraction: float, size: int | None = None):
@@ -33,16 +35,18 @@ class BadSampleLedger:
         self._joins = 0
         self._joined = Counter[str]()
         self._read = Counter[str]()
-        self._complete = Counter[str]()  # per modality, the samples that have it
-        self._lacking = Counter[str]()
+        self._present = Counter[str]()  # per modality, the samples that have it
+        self._absent = Counter[str]()
 
     def joined(self, total: int, bad: Mapping[str, int], left_out: int = 0, final: bool = False) -> None:
         """Count the keys of one shard or folder.
 
         Args:
-            bad: how many were dropped, by reason.
-            left_out: how many the data set asks to drop; only dropping all of them is an error.
-            final: there are no more to come.
+            total: Number of keys.
+            bad: Number of dropped keys by reason.
+            left_out: Number of keys that the data set is configured to drop; this is an error only if it drops all
+                keys.
+            final: Whether this is the last call.
         """
         self._joins += 1
         self._joined.update(total=total, bad=sum(bad.values()), left_out=left_out)
@@ -53,48 +57,51 @@ class BadSampleLedger:
             self._judge(number + self._joined["left_out"], of, "cannot be joined by key", 1.0)
 
     def read(self, reason: str | None = None, tolerated: bool = False) -> None:
-        """Count one sample that was drawn and, with a ``reason``, skipped.
+        """Count one sample that was drawn and, if there is a ``reason``, skipped.
 
         Args:
-            tolerated: as of :meth:`joined`.
+            reason: Why the sample was skipped.
+            tolerated: Whether the data set is configured to skip such samples.
         """
         self._read["total"] += 1
         if reason:
             outcome = "left out" if tolerated else "bad"
             self._read[outcome] += 1
-            self._recent[reason] += not tolerated
+            if not tolerated:
+                self._recent[reason] += 1
             if self._size is not None or self._read["total"] >= MIN_READS:
                 total = self._size or self._read["total"]
                 self._judge(self._read[outcome], total, "cannot be read", 1.0 if tolerated else self._max_bad_fraction)
 
-    def has(self, found: Collection[str], modalities: Iterable[str]) -> None:
-        """Count which of its ``modalities`` a sample has."""
+    def has(self, sample: Collection[str], modalities: Iterable[str]) -> None:
+        """Count which of the ``modalities`` a sample has."""
         for name in modalities:
-            (self._complete if name in found else self._lacking)[name] += 1
+            counts = self._present if name in sample else self._absent
+            counts[name] += 1
 
     def warn(self, subject: str, message: str) -> None:
-        """Log a warning, the first time that it is about ``subject``."""
+        """Log a warning unless there was one about ``subject`` before."""
         if subject not in self._warned:
             self._warned.add(subject)
             _log.warning("data set %s: %s", self._dataset, printable(message))
 
     def collect(self) -> dict[str, int]:
-        """Number of skipped samples by reason since the last call."""
+        """Return the number of skipped samples by reason since the last call."""
         recent = {f"{self._dataset}: {reason}": count for reason, count in self._recent.items() if count}
         self._recent.clear()
         return recent
 
     def collect_missing(self) -> dict[str, tuple[int, int]]:
-        """Per modality, the number of samples without it and of all samples, since the last call."""
-        names = {**self._complete, **self._lacking}
-        counts = {name: (self._lacking[name], self._lacking[name] + self._complete[name]) for name in names}
-        self._complete.clear()
-        self._lacking.clear()
+        """Return, per modality, the number of samples without it and of all samples since the last call."""
+        names = {**self._present, **self._absent}
+        counts = {name: (self._absent[name], self._absent[name] + self._present[name]) for name in names}
+        self._present.clear()
+        self._absent.clear()
         return counts
 
-    def _judge(self, bad: int, total: int, what: str, most: float) -> None:
-        if bad > most * total or bad == total > 0:  # the latter would be an endless search
+    def _judge(self, bad: int, total: int, problem: str, max_fraction: float) -> None:
+        if bad > max_fraction * total or bad == total > 0:  # if all are bad, the search for a good one would not end
             raise DataError(
-                f"data set {self._dataset}: {bad} of {total} samples {what}, with "
+                f"data set {self._dataset}: {bad} of {total} samples {problem}, with "
                 f"max_bad_fraction={self._max_bad_fraction:g}; the warnings above name the files"
             )

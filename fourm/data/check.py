@@ -1,4 +1,4 @@
-"""``python -m fourm.data.check`` as it was before the commands on data moved to :mod:`fourm.tools.check`."""
+"""The former name of :mod:`fourm.tools.check`, so that ``python -m fourm.data.check`` still works."""
 
 from fourm.tools.check import main
 from fourm.utils.errors import run_cli

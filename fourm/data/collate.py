@@ -1,4 +1,4 @@
-"""Masked samples → a batch. Samples of different data sets may lack different modalities; batches all look alike."""
+"""Collate masked samples into a batch. Samples may lack modalities, but all batches have the same ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fourm.data.modality_info import Modality
 
 MaskedSample = Mapping[str, Mapping[str, np.ndarray]]
 ModDict = Mapping[str, Mapping[str, Tensor]]
-"""What a model takes: modality → tensor, input_mask, target_mask, decoder_attention_mask, as :func:`collate` stacks them."""
+"""The input of a model as :func:`collate` returns it: modality → tensor, input_mask, target_mask, …"""
 
 
 def collate(
@@ -23,13 +23,13 @@ def collate(
     """Stack masked samples (method section 1).
 
     Args:
-        samples: results of ``UnifiedMasking.apply``.
-        modality_info: the modalities of the batch, in its order. A sample without one of them gets an all-masked row.
-        shared: in memory that other processes can read. What a worker process sends is copied there otherwise.
+        samples: Results of ``UnifiedMasking.apply``.
+        modality_info: The modalities of the batch in order. A sample without one of them gets a fully masked row.
+        shared: Allocate the batch in shared memory. Otherwise a worker process has to copy it there to send it.
 
     Returns:
-        {modality: {tensor, input_mask, target_mask, decoder_attention_mask}} with a leading B; ids are int64, grids of
-        tokens are (B, L).
+        {modality: {tensor, input_mask, target_mask, decoder_attention_mask}} with a leading dimension B. Ids are int64,
+        and grids of tokens are (B, L).
     """
     batch = {}
     for name, modality in modality_info.items():
@@ -37,14 +37,14 @@ def collate(
         absent = None if all(name in sample for sample in samples) else _masked_row(modality, present)
         rows: list[Any] = [sample.get(name, absent) for sample in samples]
         length = len(rows[0]["input_mask"]) if modality.type == "seq_emb" else None
-        batch[name] = {field: _stacked([row[field] for row in rows], length, shared) for field in rows[0]}
+        batch[name] = {field: _stack([row[field] for row in rows], length, shared) for field in rows[0]}
         if modality.type == "img" and not modality.is_pixels:
             batch[name]["tensor"] = batch[name]["tensor"].flatten(1)
     return batch
 
 
-def _stacked(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Tensor:
-    """One row below the other; with a ``length``, shorter rows have zeros behind them."""
+def _stack(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Tensor:
+    """Stack rows; with a ``length``, shorter rows are padded with zeros."""
     if length is None:
         stack = _zeros((len(rows), *rows[0].shape), rows[0].dtype, shared)
         np.stack(rows, out=stack.numpy())
@@ -57,13 +57,13 @@ def _stacked(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Te
 
 def _zeros(shape: tuple[int, ...], dtype: np.dtype, shared: bool) -> Tensor:
     if not shared:
-        return torch.from_numpy(np.zeros(shape, dtype))  # whose pages cost nothing until they are written to
+        return torch.from_numpy(np.zeros(shape, dtype))  # pages of np.zeros cost nothing until they are written to
     storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)
     return torch.from_numpy(np.empty(0, dtype)).new_empty(0).set_(storage).view(shape)
 
 
 def _masked_row(modality: Modality, dtype: np.dtype | None) -> dict[str, np.ndarray]:
-    """What stands for a modality that a sample does not have; ``dtype`` is that of the samples that have it, if any do."""
+    """Return the row of a modality that a sample lacks; ``dtype`` is that of the samples that have it, if any."""
     assert modality.max_tokens is not None
     length = modality.max_tokens if modality.type == "img" else (modality.max_tokens + 1) * 2
     shape: tuple[int, ...] = (length,)

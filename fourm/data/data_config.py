@@ -1,7 +1,7 @@
-"""The data YAML → typed data sets, everything they refer to resolved and checked before training starts.
+"""Load the data YAML into typed data sets; all references are resolved and checked before training starts.
 
-``train.datasets.NAME`` declares a data set, ``val.datasets.NAME`` one for validation, which inherits what it does not
-set from the training set of that name. ``modalities:`` declares modalities that the table lacks.
+``train.datasets.NAME`` declares a data set, and ``val.datasets.NAME`` one for validation, which inherits unset fields
+from the training set of that name. ``modalities:`` declares modalities that the table lacks.
 """
 
 from __future__ import annotations
@@ -43,29 +43,33 @@ from fourm.utils.options import option
 from fourm.utils.paths import AnyPath, InputPath, expand_path
 from fourm.utils.seeds import generator
 
-_BUDGETS = 200  # draws without a token to predict that mean that there never is one
+_BUDGET_DRAWS = 200  # if none of so many draws has a target token, we assume that no draw has
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Options:
-    """What a data set may set and what is used as it is; ``None`` of a number of tokens: that of the main config.
+    """The fields of a data set that need no resolution.
 
     Attributes:
-        type: ``multimodal`` (shards or folders) or ``huggingface`` (records: JSON or text files, or a data set of the hub).
-        data_path: where the data lies, e.g. ``root/[rgb,caption]/shard-{00000..00099}.tar``.
-        missing: a sample that lacks a modality is a bad one (``error``), is left out (``skip``), or is used with what it has
-            (``allow``).
-        masking: budgets from a Dirichlet ``mixture``; or ``transfer``, where all of in_domains is input and all of
-            out_domains is target.
-        use_wds: it lies in tar shards; False, or if data_path is a folder: in folders.
-        wds_n_repeats: how often a sample is used while it is in memory, with other crops and masks.
-        wds_shuffle_buffer_tar, wds_shuffle_buffer_repeat: samples that are mixed before and after the repeats.
-        main_augment_domain: modality whose image gives the original size; None = the first one of pixels.
-        aligned_captions: a list of captions has one per stored crop.
-        tok_train_aug: draw a stored crop; False: always the first, the centre crop.
-        hflip, crop_scale, crop_ratio: probability of a flip, area and aspect ratio of crops of data without tokens.
-        modality_name_map: folder (or column) → modality, where the names differ.
-        max_bad_fraction: the run stops when more than this share of the samples is unusable.
+        type: ``multimodal`` (shards or folders) or ``huggingface`` (records: JSON or text files, or a data set on the
+            hub).
+        data_path: Location of the data, e.g. ``root/[rgb,caption]/shard-{00000..00099}.tar``.
+        missing: Whether a sample that lacks a modality is bad (``error``), is left out (``skip``), or is used with the
+            modalities that it has (``allow``).
+        masking: ``mixture`` draws budgets from a Dirichlet mixture. ``transfer`` uses all tokens of in_domains as input
+            and all tokens of out_domains as target.
+        use_wds: Whether the data are tar shards. If False, or if data_path is a folder, they are folders of files.
+        wds_n_repeats: Number of times a sample is used while it is in memory, with different crops and masks.
+        wds_shuffle_buffer_tar: Number of samples that are shuffled before the repeats.
+        wds_shuffle_buffer_repeat: Number of samples that are shuffled after the repeats.
+        main_augment_domain: Modality whose image defines the original size; None = the first pixel modality.
+        aligned_captions: Whether a list of captions has one caption per stored crop.
+        tok_train_aug: Whether to draw a random stored crop; False always takes the first, which is the centre crop.
+        hflip: Probability of a horizontal flip, for data without tokens.
+        crop_scale: Range of the area of crops relative to the image, for data without tokens.
+        crop_ratio: Range of the aspect ratio (width by height) of crops, for data without tokens.
+        modality_name_map: Folder (or column) → modality where the names differ.
+        max_bad_fraction: Maximum share of unusable samples; more than this stops the run.
     """
 
     type: Literal["multimodal", "huggingface"] = "multimodal"
@@ -87,8 +91,8 @@ class _Options:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Declared(_Options):
-    """A data set as the YAML has it."""
+class _DeclaredDataset(_Options):
+    """A data set as declared in the YAML. A number of tokens that is None comes from the main config."""
 
     in_domains: str | list[str]
     out_domains: str | list[str]
@@ -103,15 +107,17 @@ class _Declared(_Options):
 
 @dataclass(frozen=True, kw_only=True)
 class DatasetConfig(_Options):
-    """One data set, resolved.
+    """A resolved data set.
 
     Attributes:
-        name: its key in the YAML.
-        in_domains, out_domains: names of the modalities that may be inputs, and targets.
-        modalities: the union of both, inputs first, with ``input_alphas``, ``target_alphas`` and ``keep`` of its mixture.
-        sampling_weights: of the components of the mixture; None = equal.
-        input_tokens_range, target_tokens_range: fewest and most tokens of a sample, both included.
-        remote: how to read shards from stores.
+        name: Key of the data set in the YAML.
+        in_domains: Names of the modalities that may be inputs.
+        out_domains: Names of the modalities that may be targets.
+        modalities: All of these modalities, inputs first, with ``input_alphas``, ``target_alphas`` and ``keep``.
+        sampling_weights: Weights of the components of the mixture; None = equal.
+        input_tokens_range: Minimum and maximum input tokens of a sample, both inclusive.
+        target_tokens_range: Minimum and maximum target tokens of a sample, both inclusive.
+        remote: Options for reading shards from object stores.
     """
 
     name: str
@@ -129,10 +135,11 @@ class DataConfig:
     """All data sets of a run.
 
     Attributes:
-        train, val: data sets by name, in the order of the file.
-        weights: share of each training set in the mixture, not normalised.
-        declarations: the file's ``modalities:`` block; models build their embeddings from it.
-        path: the file.
+        train: Training sets by name, in the order of the file.
+        weights: Unnormalised weight of each training set in the mixture.
+        val: Validation sets by name, in the order of the file.
+        declarations: The ``modalities:`` block of the file, from which models build their embeddings.
+        path: Path of the file.
     """
 
     train: dict[str, DatasetConfig]
@@ -168,15 +175,19 @@ def load_data_config(
     max_bad_fraction: float = 0.01,
     remote: RemoteOptions | None = None,
 ) -> DataConfig:
-    """Read the data YAML at ``path``, and the alphas files that it refers to.
+    """Read a data YAML and the alphas files that it refers to.
 
     Args:
-        num_input_tokens, num_target_tokens, min_input_tokens, min_target_tokens, max_bad_fraction: for data sets that
-            set no own value; a minimum of None is the maximum.
-        remote: how to read shards from stores.
+        path: Path of the YAML.
+        num_input_tokens: Maximum input tokens of data sets that do not set their own.
+        num_target_tokens: Maximum target tokens of data sets that do not set their own.
+        min_input_tokens: Minimum input tokens of data sets that do not set their own; None = the maximum.
+        min_target_tokens: Minimum target tokens of data sets that do not set their own; None = the maximum.
+        max_bad_fraction: Maximum share of unusable samples of data sets that do not set their own.
+        remote: Options for reading shards from object stores.
 
     Raises:
-        UserError: anything that cannot work, with file, data set, key and the nearest name.
+        UserError: The configuration is invalid. The message names the file, data set and key, and suggests a name.
     """
     path = Path(expand_path(str(path), "data_config"))
     content = load_yaml(path)
@@ -210,13 +221,15 @@ def load_data_config(
 
 
 def build_sample_transform(dataset: DatasetConfig, training: bool, raw_pixels: bool = False) -> UnifiedDataTransform:
-    """The aligned transform of a data set: random crops for training, stored crop 0 or the centre for evaluation.
+    """Build the aligned transform of a data set.
 
     Args:
-        raw_pixels: leave pictures in 8 bits, see :class:`PixelTransform`.
+        dataset: The data set.
+        training: Use random crops; otherwise the first stored crop or the centre crop.
+        raw_pixels: Leave images in 8 bits, see :class:`PixelTransform`.
 
     Raises:
-        UserError: a transform that does not exist or does not fit.
+        UserError: A transform does not exist or does not match its modality.
     """
     captions = {
         name: replace(transform, aligned_captions=dataset.aligned_captions)
@@ -245,9 +258,9 @@ def _augmenter(dataset: DatasetConfig, training: bool) -> AbstractImageAugmenter
 def _dataset(
     name: str, fields: Mapping[str, Any], declarations: Mapping[str, Any], path: Path, where: str
 ) -> DatasetConfig:
-    fields = _published_names(fields, where)
-    declared = build(_Declared, fields, where, path)
-    declared = replace(declared, data_path=_located(declared.data_path, path))
+    fields = _rename_published_keys(fields, where)
+    declared = build(_DeclaredDataset, fields, where, path)
+    declared = replace(declared, data_path=_resolve_data_path(declared.data_path, path))
     known = {**MODALITY_INFO, **declarations}
     inputs = split_domains(declared.in_domains, known, f"{where}: 'in_domains'")
     targets = split_domains(declared.out_domains, known, f"{where}: 'out_domains'")
@@ -261,15 +274,16 @@ def _dataset(
             raise UserError(f"{where}: set either 'alphas_config' or 'input_alphas' and 'target_alphas', not both")
         if not Path(declared.alphas_config).is_file():
             raise UserError(
-                f"{where}: 'alphas_config': there is no file {declared.alphas_config}, neither in the working directory nor "
-                f"beside or above {path}"
+                f"{where}: 'alphas_config': there is no file {declared.alphas_config} in the working directory, in the "
+                f"folder of {path}, or in a parent folder of it"
             )
         mixture = alphas_from_file(Path(declared.alphas_config), modalities, inputs, targets)
     else:
-        unset = 1.0 if declared.masking == "transfer" else None
-        given = [unset if alphas is None else alphas for alphas in (declared.input_alphas, declared.target_alphas)]
-        mixture = alphas_from_values(given[0], given[1], inputs, targets, where)
-    _check_kind(declared, modalities, inputs, targets, where)
+        default = 1.0 if declared.masking == "transfer" else None
+        input_alphas = default if declared.input_alphas is None else declared.input_alphas
+        target_alphas = default if declared.target_alphas is None else declared.target_alphas
+        mixture = alphas_from_values(input_alphas, target_alphas, inputs, targets, where)
+    _check_type_and_masking(declared, modalities, inputs, targets, where)
     check_keys(dict.fromkeys(declared.modality_name_map.values()), modalities, f"{where}: 'modality_name_map'")
     for key in ("crop_scale", "crop_ratio"):
         pair = getattr(declared, key)
@@ -293,34 +307,36 @@ def _dataset(
     return dataset
 
 
-def _located(data_path: str, config: Path) -> str:
-    """Data that are not there from the working directory, but beside the configuration or above it."""
+def _resolve_data_path(data_path: str, config: Path) -> str:
+    """Resolve a relative path against the working directory, the folder of the configuration and its parents."""
     if is_remote(data_path) or re.match(r"\w+://", data_path) or os.path.isabs(data_path):
         return data_path
-    pattern, folders = split_data_path(re.sub(r":\w+$", "", data_path))  # a split of records
-    firsts = [expand_braces(pattern)[0].replace("\0", folder) for folder in folders or [""]]
-    for place in ("", *map(str, config.resolve().parents)):
-        for first in firsts:
-            if next(glob.iglob(os.path.join(glob.escape(place), first)), None):
-                return os.path.join(place, data_path)
+    pattern, folders = split_data_path(re.sub(r":\w+$", "", data_path))  # without the split of records
+    first_files = [expand_braces(pattern)[0].replace("\0", folder) for folder in folders or [""]]
+    for parent in ("", *map(str, config.resolve().parents)):
+        for file in first_files:
+            if next(glob.iglob(os.path.join(glob.escape(parent), file)), None):
+                return os.path.join(parent, data_path)
     return data_path
 
 
-def _published_names(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Fields by our names: published data sets of records call their buffer ``shuffle_buffer_load``."""
+def _rename_published_keys(fields: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Rename keys of published configs to ours: those of records use ``shuffle_buffer_load``."""
     fields = dict(fields)
     if "shuffle_buffer_load" in fields:
         if "wds_shuffle_buffer_tar" in fields:
-            raise UserError(f"{where}: 'shuffle_buffer_load' and 'wds_shuffle_buffer_tar' mean the same; keep one")
+            raise UserError(
+                f"{where}: 'shuffle_buffer_load' and 'wds_shuffle_buffer_tar' have the same meaning; keep one of them"
+            )
         fields["wds_shuffle_buffer_tar"] = fields.pop("shuffle_buffer_load")
     return fields
 
 
 def _is_folder(data_path: str, where: str) -> bool:
-    """Whether files in folders lie at ``data_path``, rather than shards.
+    """Return whether ``data_path`` names folders of files rather than shards.
 
     Raises:
-        UserError: it is a folder, but one of shards.
+        UserError: The path is a folder that contains shards.
     """
     if is_remote(data_path):
         return False
@@ -330,35 +346,40 @@ def _is_folder(data_path: str, where: str) -> bool:
         return False
     if any(first.glob("*.tar")) or any(first.glob("*/*.tar")):
         raise UserError(
-            f"{where}: 'data_path' {data_path} is a folder with shards: name them, ROOT/[rgb,caption]/shard-{{00000..00099}}.tar"
+            f"{where}: 'data_path' {data_path} is a folder with shards; name the shards, "
+            "for example ROOT/[rgb,caption]/shard-{00000..00099}.tar"
         )
     return True
 
 
 def leaves_targets(dataset: DatasetConfig) -> bool:
-    """Whether the budgets of inputs leave something to predict: a patch is input or target, not both."""
+    """Return whether the input budgets leave tokens to predict, because a patch cannot be both input and target."""
     ranges = dataset.input_tokens_range, dataset.target_tokens_range
     budgets = BudgetSampler(dataset.modalities, *ranges, sampling_weights=dataset.sampling_weights)
     rng = generator(0, "targets")
-    return any(any(budgets.draw(rng).target.values()) for _ in range(_BUDGETS))
+    return any(any(budgets.draw(rng).target.values()) for _ in range(_BUDGET_DRAWS))
 
 
 def _check_targets(dataset: DatasetConfig, where: str) -> None:
-    """Raise a :class:`UserError` if nothing is left to predict."""
+    """Raise a :class:`UserError` if no tokens are left to predict."""
     if not leaves_targets(dataset):
         inputs, targets = dataset.input_tokens_range, dataset.target_tokens_range
-        most = sum(modality.max_tokens or 0 for modality in dataset.modalities.values())
+        max_tokens = sum(modality.max_tokens or 0 for modality in dataset.modalities.values())
         raise UserError(
-            f"{where}: nothing is left to predict: samples have at most {most} tokens, and inputs take {inputs[0]} to "
-            f"{inputs[1]}, targets {targets[0]} to {targets[1]} of them; lower 'num_input_tokens', and "
+            f"{where}: nothing is left to predict: samples have at most {max_tokens} tokens, of which inputs take "
+            f"{inputs[0]} to {inputs[1]} and targets {targets[0]} to {targets[1]}; lower 'num_input_tokens' and "
             "'min_input_tokens', or raise 'num_target_tokens'"
         )
 
 
-def _check_kind(
-    declared: _Declared, modalities: Mapping[str, Modality], inputs: Sequence[str], targets: Sequence[str], where: str
+def _check_type_and_masking(
+    declared: _DeclaredDataset,
+    modalities: Mapping[str, Modality],
+    inputs: Sequence[str],
+    targets: Sequence[str],
+    where: str,
 ) -> None:
-    """Raise a :class:`UserError` for modalities that ``type`` or ``masking`` has no place for."""
+    """Raise a :class:`UserError` for modalities that ``type`` or ``masking`` does not support."""
     if declared.type == "huggingface":
         for name, modality in modalities.items():
             if modality.pretokenized or modality.is_pixels:
@@ -369,7 +390,7 @@ def _check_kind(
 
 
 def _main_domain(name: str | None, modalities: Mapping[str, Modality], where: str) -> str | None:
-    """The modality whose image gives the original size: ``name``, else the first one of pixels."""
+    """Return the modality whose image defines the original size: ``name``, or else the first pixel modality."""
     pixels = [m.name for m in modalities.values() if m.is_pixels and _is_picture(m)]
     boxes_follow_crops = any(m.transform == "det" for m in modalities.values()) and any(
         m.pretokenized for m in modalities.values()
@@ -390,10 +411,10 @@ def _is_picture(modality: Modality) -> bool:
 
 
 def split_domains(value: str | Sequence[str], known: Iterable[str], where: str) -> tuple[str, ...]:
-    """Names joined by ``-``, or a list. A name may itself contain ``-``: the longest known one is taken.
+    """Split names joined by ``-``, or check a list. A name may contain ``-``: the longest known name is taken.
 
     Raises:
-        UserError: an unknown name, one that comes twice, or none at all.
+        UserError: A name is unknown or repeated, or there is none.
     """
     known = set(known)
     parts = value.split("-") if isinstance(value, str) else list(value)
@@ -407,14 +428,14 @@ def split_domains(value: str | Sequence[str], known: Iterable[str], where: str) 
             )
         names.append("-".join(parts[: ends[0]]))
         parts = parts[ends[0] :]
-    twice = [name for name in names if names.count(name) > 1]
-    if twice or not names:
-        raise UserError(f"{where}: " + (f"'{twice[0]}' is named twice" if twice else "names no modality"))
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated or not names:
+        raise UserError(f"{where}: " + (f"'{repeated[0]}' is listed twice" if repeated else "lists no modality"))
     return tuple(names)
 
 
 def _inherit(train: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """A validation set's fields over those of the training set; own alphas replace all alphas."""
+    """Merge a validation set's fields into those of the training set; its own alphas replace all inherited ones."""
     alphas = {"input_alphas", "target_alphas", "alphas_config"}
     dropped = alphas if alphas & own.keys() else set()
     return {key: value for key, value in train.items() if key not in dropped} | dict(own)
@@ -430,7 +451,7 @@ def _datasets(split: Mapping[str, Any], where: str) -> dict[str, dict[str, Any]]
 
 
 def _weights(value: Any, names: Sequence[str], where: str) -> dict[str, float]:
-    """A list in the order of the data sets, or a mapping by name; all equal if nothing is given."""
+    """Parse a list of weights in the order of the data sets, or a mapping by name; all weights are equal if unset."""
     if isinstance(value, Mapping):
         check_keys(value, names, where)
         value = [value.get(name, 0) for name in names]
@@ -445,5 +466,7 @@ def _range(low: int | None, high: int | None, where: str) -> tuple[int, int]:
     assert high is not None  # load_data_config gives every data set a maximum
     low = high if low is None else low
     if not 0 <= low <= high:
-        raise UserError(f"{where} tokens must range from at least 0 to their maximum, not from {low} to {high}")
+        raise UserError(
+            f"{where} tokens must range from a minimum of at least 0 to a maximum, not from {low} to {high}"
+        )
     return low, high

@@ -1,4 +1,4 @@
-"""Folders of files, ``root/MODALITY/FOLDER/KEY.EXT``, joined by key: for small and for validation data sets."""
+"""Folders of files, ``root/MODALITY/FOLDER/KEY.EXT``, joined by key; meant for small and for validation data sets."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from fourm.utils.transfer import shown
 
 
 class Folders:
-    """The samples below a ``data_path``; the key of a sample is its path below the modality's folder, without extension.
+    """The samples below a ``data_path``; a key is the path relative to the modality's folder, without extension.
 
     Args:
         data_path: ``root`` or ``root/[rgb,caption]``.
-        wanted: the modalities to read and their usual folder names.
-        name_map: folder → modality where the names differ.
-        ledger: counts the keys of samples that cannot be used.
-        presence: which samples are used; unless given, those that have everything.
+        wanted: The modalities to read and their default folder names.
+        name_map: Folder → modality where the names differ.
+        ledger: Counts the keys of unusable samples.
+        presence: Rules for which samples are used. The default uses only samples with every modality.
 
     Raises:
-        UserError: nothing lies at ``data_path``, a modality is not there, or no sample can be used.
-        DataError: too many samples cannot be used.
+        UserError: ``data_path`` does not exist or lacks a modality, or no sample is usable.
+        DataError: Too many samples are unusable.
     """
 
     def __init__(
@@ -40,22 +40,22 @@ class Folders:
     ):
         if is_remote(data_path):
             raise UserError(
-                f"data_path {shown(data_path)}: folders must be local; pack them into shards, with use_wds: true"
+                f"data_path {shown(data_path)}: folders must be local; pack them into shards and set use_wds: true"
             )
         presence = presence or Presence()
         pattern, folders = split_data_path(data_path)
         if folders is None:
             pattern, folders = f"{pattern}/\0", existing_folders(pattern)
-        found = assign_folders(wanted, folders, name_map, data_path)
-        roots = {name: expand(pattern, folder)[0] for name, folder in found.items()}
-        indexes = {name: index_folder(root, (found[name], name)) for name, root in roots.items()}
+        folder_of = assign_folders(wanted, folders, name_map, data_path)
+        roots = {name: expand(pattern, folder)[0] for name, folder in folder_of.items()}
+        indexes = {name: index_folder(root, (folder_of[name], name)) for name, root in roots.items()}
         for root, index in zip(roots.values(), indexes.values(), strict=True):
             if index.collisions:
                 ledger.warn(f"collision {root}", f"{root}: {index.collision()}; skipped")
         columns, bad = leave_out(indexes)
         samples, incomplete = join(columns, presence)
         if not samples and not bad:
-            raise UserError(f"data_path {data_path}: no key is in all of {', '.join(roots.values())}")
+            raise UserError(f"data_path {data_path}: no key occurs in all of {', '.join(roots.values())}")
         tolerated = presence.missing != "error"
         for name, root in roots.items() if not tolerated else ():
             lacking = sorted(key for key in incomplete if key not in columns[name])
@@ -68,10 +68,10 @@ class Folders:
         self._samples = sorted(samples, key=lambda sample: sample.key)
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
-        """Endless samples of one stream: all streams take turns in one sequence of shuffled passes over the data.
+        """Yield the endless samples of one stream; the streams take turns in one sequence of shuffled passes.
 
         Args:
-            key: what the order depends on beside the stream: (seed, epoch, …).
+            key: Seeds of the order besides the stream: (seed, epoch, …).
         """
         samples, turn, sweep = self._samples, stream, -1
         while True:
@@ -79,19 +79,22 @@ class Folders:
                 sweep = turn // len(samples)
                 order = generator(*key, "pass", sweep).permutation(len(samples))
             sample = samples[order[turn % len(samples)]]
-            yield RawSample(sample.key, sample.members)  # a fresh one: decoded values live as long as its repeats
+            yield RawSample(
+                sample.key, sample.members
+            )  # a new object, so that decoded values live only as long as its repeats
             turn += num_streams
 
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
-        """Every sample once, ordered by key."""
+        """Return every sample once, ordered by key."""
         return self._samples
 
 
 def index_folder(root: str, own: tuple[str, ...]) -> MemberIndex:
-    """Key → file, of all :func:`files_below` ``root``.
+    """Index all :func:`files_below` ``root`` by key.
 
     Args:
-        own: names of the modality, which are not part of a key.
+        root: Folder of the modality.
+        own: Names of the modality, which are not part of a key.
     """
     index = MemberIndex()
     for name, path in files_below(root):
@@ -101,7 +104,7 @@ def index_folder(root: str, own: tuple[str, ...]) -> MemberIndex:
 
 
 def files_below(root: str) -> Iterator[tuple[str, str]]:
-    """Name, as it goes on after ``root``, and path of its files; hidden ones, and what operating systems leave, apart."""
+    """Yield the name relative to ``root`` and the path of each file, except hidden and system files."""
     for folder, _, files in os.walk(root, followlinks=True, onerror=_raise):
         below = os.path.relpath(folder, root)
         for file in sorted(files):

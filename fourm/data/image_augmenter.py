@@ -1,4 +1,4 @@
-"""One crop, one flip and one target size for all modalities of a sample."""
+"""Draw the crop, flip and target size that all modalities of a sample share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fourm.utils.errors import DataError
 
 
 class Augmentation(NamedTuple):
-    """What the modalities of a sample share.
+    """The augmentation that the modalities of a sample share.
 
     Attributes:
-        crop_coords: (top, left, height, width) in the main modality's image; None = everything.
-        flip: mirror left and right, after the crop.
+        crop_coords: (top, left, height, width) in the main modality's image; None = the whole image.
+        flip: Whether to flip horizontally after the crop.
         orig_size: (height, width) of the main modality's image; None if there is none.
-        target_size: (height, width) after resizing, where a modality's name gives no other; None = the crop's.
-        rand_aug_idx: index of the stored crop; None if crops were not stored.
+        target_size: (height, width) after resizing, unless a modality's name has its own; None = the crop's size.
+        rand_aug_idx: Index of the stored crop; None if crops were not stored.
     """
 
     crop_coords: CropCoords | None = None
@@ -45,18 +45,18 @@ class AbstractImageAugmenter:
 
 
 class EmptyAugmenter(AbstractImageAugmenter):
-    """For samples without images: nothing is cropped."""
+    """The augmenter for samples without images, which crops nothing."""
 
     def __call__(self, mod_dict, crop_settings=None, generator=None) -> Augmentation:
         return Augmentation()
 
 
 class _ImageAugmenter(AbstractImageAugmenter):
-    """What the three below share.
+    """Base class of the augmenters of images.
 
     Attributes:
-        target_size: pixels, one number for squares or (height, width).
-        main_domain: modality whose image gives the original size.
+        target_size: Size in pixels, one number for squares or (height, width).
+        main_domain: Modality whose image defines the original size.
     """
 
     target_size: int | tuple[int, int]
@@ -67,7 +67,7 @@ class _ImageAugmenter(AbstractImageAugmenter):
         return (self.target_size, self.target_size) if isinstance(self.target_size, int) else self.target_size
 
     def orig_size(self, mod_dict: Mapping[str, Any]) -> tuple[int, int] | None:
-        """(height, width) of the main modality's image, if the sample has it as an image."""
+        """Return the (height, width) of the main modality's image, or None if the sample has no such image."""
         image = mod_dict.get(self.main_domain, mod_dict.get(self.main_domain.split("@")[0]))
         return None if image is None else image_size(image)
 
@@ -75,14 +75,14 @@ class _ImageAugmenter(AbstractImageAugmenter):
         size = self.orig_size(mod_dict)
         if size is None:
             raise DataError(
-                f"main_augment_domain '{self.main_domain}' is no image of this sample ({', '.join(mod_dict)})"
+                f"main_augment_domain '{self.main_domain}' is not an image of this sample ({', '.join(mod_dict)})"
             )
         return size
 
 
 @dataclass(frozen=True)
 class CenterCropImageAugmenter(_ImageAugmenter):
-    """The largest centred crop of the target's shape; flipped with probability ``hflip``."""
+    """Takes the largest centred crop with the target's aspect ratio, flipped with probability ``hflip``."""
 
     target_size: int | tuple[int, int]
     hflip: float = 0.0
@@ -96,11 +96,11 @@ class CenterCropImageAugmenter(_ImageAugmenter):
 
 @dataclass(frozen=True)
 class RandomCropImageAugmenter(_ImageAugmenter):
-    """A crop of random area and aspect ratio; flipped with probability ``hflip``.
+    """Takes a crop of random area and aspect ratio, flipped with probability ``hflip``.
 
     Attributes:
-        crop_scale: range of the crop's share of the image's area.
-        crop_ratio: range of width / height, drawn uniformly in its logarithm.
+        crop_scale: Range of the crop's area relative to the image's area.
+        crop_ratio: Range of width / height, whose logarithm is drawn uniformly.
     """
 
     target_size: int | tuple[int, int]
@@ -118,9 +118,9 @@ class RandomCropImageAugmenter(_ImageAugmenter):
 
 @dataclass(frozen=True)
 class PreTokenizedImageAugmenter(_ImageAugmenter):
-    """One of the crops for which tokens were computed; with ``no_aug`` always the first, the centre crop.
+    """Takes one of the crops that tokens were computed for; with ``no_aug`` always the first, the centre crop.
 
-    Where nothing needs to know where they lie, the number of crops may stand for ``crop_settings``.
+    If no modality needs the coordinates of crops, the number of crops may be passed as ``crop_settings``.
     """
 
     target_size: int | tuple[int, int]
@@ -133,9 +133,9 @@ class PreTokenizedImageAugmenter(_ImageAugmenter):
             return Augmentation(rand_aug_idx=index)
         settings = np.asarray(crop_settings)
         if crop_settings is None or settings.ndim != 2 or settings.shape[1] != 5 or len(settings) == 0:
-            found = "none" if crop_settings is None else f"an array of shape {settings.shape}"
+            actual = "none" if crop_settings is None else f"an array of shape {settings.shape}"
             raise DataError(
-                f"tokens need crop_settings of shape (crops, 5): top, left, height, width, flip; found {found}"
+                f"tokens need crop_settings of shape (crops, 5): top, left, height, width, flip; found {actual}"
             )
         index = 0 if self.no_aug else int(_generator(generator).integers(len(settings)))
         top, left, height, width, flip = settings[index].tolist()
@@ -144,7 +144,7 @@ class PreTokenizedImageAugmenter(_ImageAugmenter):
 
 
 def center_crop(size: tuple[int, int], ratio: float = 1.0) -> CropCoords:
-    """The largest crop of width / height ``ratio`` in the middle of an image of ``size`` (height, width)."""
+    """Return the largest centred crop with width / height ``ratio`` of an image of ``size`` (height, width)."""
     height, width = size
     h, w = min(height, round(width / ratio)), min(width, round(height * ratio))
     return (height - h) // 2, (width - w) // 2, h, w
@@ -153,7 +153,7 @@ def center_crop(size: tuple[int, int], ratio: float = 1.0) -> CropCoords:
 def random_crop(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], generator: np.random.Generator
 ) -> CropCoords:
-    """Draw area and ratio until the crop fits into ``size`` (height, width), ten times at most; then the centre."""
+    """Draw area and ratio until the crop fits into ``size`` (height, width); after ten draws, take the centre crop."""
     height, width = size
     for _ in range(10):
         area = height * width * generator.uniform(*scale)

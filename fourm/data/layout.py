@@ -1,4 +1,4 @@
-"""Where a data set lies: what ``data_path`` stands for, and which folder feeds which modality."""
+"""Interpret ``data_path``, and assign folders to modalities."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.transfer import shown
 
 CROP_SETTINGS = "crop_settings"
-_MOST_FILES = 10**6
+_MAX_FILES = 10**6
 
 
 def is_remote(path: str) -> bool:
-    """Whether a path is the URL of something in an object store or on a web server."""
+    """Return whether a path is a URL of an object store or web server."""
     return path.startswith(("s3://", "https://", "http://"))
 
 
 def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
-    """The path with ``{}`` in place of its ``[a,b]``, and the folder names in the brackets (None without brackets).
+    """Split a path into a pattern, with ``\\0`` in place of ``[a,b]``, and the folder names in the brackets, if any.
 
     Raises:
-        UserError: a path that cannot be read, or has several pairs of brackets.
+        UserError: The scheme is not supported, or there are several pairs of brackets.
     """
     if re.match(r"\w+:", data_path) and not is_remote(data_path):
         raise UserError(f"data_path {shown(data_path)}: only local files, s3:// and http(s):// can be read")
@@ -40,16 +40,16 @@ def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
         return data_path, None
     if len(parts) != 3:
         raise UserError(
-            f"data_path {shown(data_path)}: there must be one pair of brackets, around the modality folders"
+            f"data_path {shown(data_path)}: expected exactly one pair of brackets, around the modality folders"
         )
     return f"{parts[0]}\0{parts[2]}", [name.strip() for name in parts[1].split(",") if name.strip()]
 
 
 def expand(pattern: str, folder: str | None) -> list[str]:
-    """The files that ``pattern`` names for one modality folder: ranges in braces are written out, ``*`` and ``?`` looked up.
+    """Return the files that ``pattern`` names for one modality folder; braces, ``*`` and ``?`` are expanded.
 
     Raises:
-        UserError: braces that cannot be read or name too many files, or ``*`` that nothing matches.
+        UserError: The braces are invalid or name too many files, or no file matches ``*``.
     """
     return [
         path if folder is None else path.replace("\0", folder)
@@ -58,50 +58,50 @@ def expand(pattern: str, folder: str | None) -> list[str]:
 
 
 def shard_patterns(pattern: str, folders: Iterable[str]) -> list[str]:
-    """One path for each shard, with ``\0`` in place of its folder; with ``*`` those that any of the ``folders`` has."""
+    """Return a path per shard with ``\\0`` in place of its folder; ``*`` matches the shards in any of ``folders``."""
     paths = expand_braces(pattern)
-    return paths if is_remote(pattern) else [found for path in paths for found in _matching(path, list(folders))]
+    return paths if is_remote(pattern) else [shard for path in paths for shard in _glob_shards(path, list(folders))]
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All that a pattern with ranges and lists in braces names.
+    """Expand the ranges and lists in the braces of a pattern.
 
     Raises:
-        UserError: braces that cannot be read or name too many files.
+        UserError: The braces are invalid or name too many files.
     """
     ranges = re.findall(r"\{(-?\d+)\.\.(-?\d+)", pattern)
-    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MOST_FILES:
+    if math.prod(abs(int(last) - int(first)) + 1 for first, last in ranges) <= _MAX_FILES:
         try:
-            names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MOST_FILES + 1))
+            names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MAX_FILES + 1))
         except (ValueError, RecursionError):
-            raise UserError(f"{shown(pattern)}: its braces are not balanced, or nested too deep") from None
-        if len(names) <= _MOST_FILES:
+            raise UserError(f"{shown(pattern)}: its braces are unbalanced or nested too deeply") from None
+        if len(names) <= _MAX_FILES:
             return [os.path.expanduser(name) if name.startswith("~") else name for name in names]
-    raise UserError(f"{shown(pattern)}: its braces name more than {_MOST_FILES} files")
+    raise UserError(f"{shown(pattern)}: its braces name more than {_MAX_FILES} files")
 
 
-def _matching(path: str, folders: list[str]) -> list[str]:
+def _glob_shards(path: str, folders: list[str]) -> list[str]:
     if not re.search("[*?]", path) or os.path.exists(path):
         return [path]
-    found: set[str] = set()
+    shards: set[str] = set()
     for folder in folders or [""]:
-        wild = "".join(
+        regex = "".join(
             f"([^/]{part})" if part == "*" else "([^/])" if part == "?" else re.escape(part.replace("\0", folder))
             for part in re.split("([*?])", path)
         )
         for match in glob.iglob(re.sub(r"\[", "[[]", path.replace("\0", folder))):
-            groups = iter(re.fullmatch(wild, match).groups())  # type: ignore[union-attr]
-            found.add("".join(next(groups) if part in ("*", "?") else part for part in re.split("([*?])", path)))
-    if not found:
+            groups = iter(re.fullmatch(regex, match).groups())  # type: ignore[union-attr]
+            shards.add("".join(next(groups) if part in ("*", "?") else part for part in re.split("([*?])", path)))
+    if not shards:
         shown_path = path.replace("\0", f"[{','.join(folders)}]")
         raise UserError(f"data_path {shown_path}: no file matches it")
-    return sorted(found)
+    return sorted(shards)
 
 
 def wanted_names(modalities: Mapping[str, Modality]) -> dict[str, str]:
-    """The entries that a sample must have, with their usual folder.
+    """Return the entries that a sample must have, with their default folders.
 
-    Tokens come with the crops that they were computed for, unless nothing else needs to know where these lie.
+    Tokens need ``crop_settings``, the crops that they were computed for, only if another modality follows these crops.
     """
     names = {name: modality.path or name for name, modality in modalities.items()}
     if any(modality.pretokenized for modality in modalities.values()) and needs_coordinates(modalities):
@@ -110,7 +110,7 @@ def wanted_names(modalities: Mapping[str, Modality]) -> dict[str, str]:
 
 
 def needs_coordinates(modalities: Mapping[str, Modality]) -> bool:
-    """Whether anything follows the crop itself, rather than having a value for each stored one."""
+    """Return whether a modality needs the coordinates of the crop instead of having a value per stored crop."""
     transforms = transforms_for(modalities).values()
     return any(transform.follows_crop and not isinstance(transform, PerCropTransform) for transform in transforms)
 
@@ -121,30 +121,31 @@ def assign_folders(
     """Find the folder of each wanted modality.
 
     Args:
-        wanted: modality → its usual folder name.
-        folders: those that are there.
+        wanted: Modality → its default folder name.
+        folders: The existing folders.
         name_map: ``modality_name_map`` of the data YAML, folder → modality.
-        where: the path that errors name.
+        where: Path for error messages.
 
     Raises:
-        UserError: none of the folders belongs to a modality.
+        UserError: A modality has no folder.
     """
-    folders, name_map = list(folders), name_map or {}
-    found = {}
-    for name, usual in wanted.items():
+    folders = list(folders)
+    name_map = name_map or {}
+    assigned = {}
+    for name, default in wanted.items():
         mapped = [folder for folder in folders if name_map.get(folder) == name]
-        options = mapped or [folder for folder in (usual, name) if folder in folders]
-        if not options:
+        candidates = mapped or [folder for folder in (default, name) if folder in folders]
+        if not candidates:
             raise UserError(
-                f"{where}: no folder for modality {name}{did_you_mean(usual, folders)}; there are "
-                f"{', '.join(sorted(folders)) or 'none'}; 'modality_name_map' can say which one it is"
+                f"{where}: no folder for modality {name}{did_you_mean(default, folders)}; there are "
+                f"{', '.join(sorted(folders)) or 'none'}; set 'modality_name_map' if one of them is the modality"
             )
-        found[name] = options[0]
-    return found
+        assigned[name] = candidates[0]
+    return assigned
 
 
 def existing_folders(root: str | Path) -> list[str]:
-    """Names of the folders in ``root``."""
+    """Return the names of the folders in ``root``, without hidden ones."""
     try:
         return sorted(entry.name for entry in Path(root).iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:

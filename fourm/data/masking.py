@@ -1,6 +1,6 @@
-"""Masking of a sample: which tokens the model sees and which it predicts (method section 5).
+"""Mask a sample: choose which tokens the model sees and which it predicts (method section 5).
 
-Masks are True where a token is masked, as everywhere. Everything random comes from the generator that is passed in.
+Masks are True where a token is masked, as everywhere. All randomness comes from the generator that is passed in.
 """
 
 from __future__ import annotations
@@ -32,27 +32,28 @@ from fourm.utils.tokenizer.text_tokenizer import UnreadableText
 
 __all__ = ["Budgets", "TransferMasking", "UnifiedMasking"]
 
-_LOG = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 Masked = dict[str, np.ndarray]
 
 
 class UnifiedMasking:
-    """A sample of any modalities → {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}.
+    """Masks samples of any modalities: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}.
 
-    Integer codes (``seq_token``) need no text vocabulary. Their own ids below ``vocab_offset`` are laid out as the text
-    vocabulary begins: padding 0, [EOS] 3, sentinels from 4 on. Without room for these, kept codes are the input and
-    dropped ones the target, and nothing marks where they belong.
+    Integer codes (``seq_token``) need no text vocabulary. Their ids below ``vocab_offset`` follow the layout of the
+    text vocabulary: padding 0, [EOS] 3, sentinels from 4 on. If ``vocab_offset`` is too small for sentinels, kept codes
+    are the input and dropped codes the target, without a mark of where these belong.
 
     Args:
-        modality_info: name → its entry of the modality table, with ``input_alphas``, ``target_alphas`` and, for
-            sequences, ``keep`` (random, all or binary): one value per component of the mixture.
-        text_tokenizer: the vocabulary or its path; needed by modalities of type ``seq`` only.
-        input_tokens_range, target_tokens_range: total of a sample, or the lowest and highest one.
-        max_tries: draws of budgets until every modality has its ``min_tokens``.
-        sampling_weights: of the components of the mixture; None = equal.
+        modality_info: Name → entry of the modality table, with ``input_alphas``, ``target_alphas`` and, for sequences,
+            ``keep`` (random, all or binary): one value per component of the mixture.
+        text_tokenizer: The vocabulary or its path; required only for modalities of type ``seq``.
+        input_tokens_range: Total input tokens of a sample, or the minimum and maximum.
+        target_tokens_range: Total target tokens of a sample, or the minimum and maximum.
+        max_tries: Maximum draws of budgets until every modality has its ``min_tokens``.
+        sampling_weights: Weights of the components of the mixture; None = equal.
 
     Raises:
-        UserError: settings that do not fit together.
+        UserError: The settings are inconsistent.
     """
 
     def __init__(
@@ -74,7 +75,7 @@ class UnifiedMasking:
                 )
 
     def __call__(self, sample: Mapping[str, Any], generator: np.random.Generator | None = None) -> dict[str, Masked]:
-        """Draw budgets and apply them; without a generator, the result is a new one each time. Vectors have length L too."""
+        """Draw budgets and apply them. Vectors are padded to length L; without a generator, the randomness is fresh."""
         generator = generator or np.random.default_rng()
         masked = self.apply(sample, self.draw_budgets(generator, sample), generator)
         for name, row in masked.items():
@@ -83,24 +84,26 @@ class UnifiedMasking:
         return masked
 
     def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
-        """How many tokens each modality gets, of those that are ``present`` (None: of all)."""
+        """Draw the token budget of each modality, for the modalities that are ``present`` (None: all)."""
         return self._budgets.draw(generator, present)
 
     def apply(self, sample: Mapping[str, Any], budgets: Budgets, generator: np.random.Generator) -> dict[str, Masked]:
-        """Mask each modality of ``sample``; others than those of ``modality_info`` are left out.
+        """Mask each modality of ``sample`` that is in ``modality_info``, and leave out the others.
 
         Args:
-            sample: img: pixels (C, H, W) or ids (L,) or (h, w). seq: a string, or chunks as a list of strings.
-                seq_token: ids. seq_emb: vectors (L, D).
+            sample: Values by modality. img: pixels (C, H, W) or ids (L,) or (h, w). seq: a string, or chunks as a list
+                of strings. seq_token: ids. seq_emb: vectors (L, D).
+            budgets: Budgets of the sample.
+            generator: Source of randomness.
 
         Returns:
-            Numpy arrays without batch dimension. Ids are int64, masks bool of length L: the grid's number of tokens, or
-            (max_tokens + 1)·2 for sequences. Of vectors there are only those that are input; zeros up to L, which are
-            most of them, are left to the batch.
+            Numpy arrays without a batch dimension. Ids are int64, and masks are bool of length L: the grid's number of
+            tokens, or (max_tokens + 1)·2 for sequences. Vectors include only those that are input; collation pads them
+            to L with zeros.
 
         Raises:
-            DataError: a value that does not fit its modality, beginning with ``modality NAME:``.
-            UnreadableValue: a text that no tokenizer takes, beginning alike.
+            DataError: A value violates the contract of its modality; the message begins with ``modality NAME:``.
+            UnreadableValue: A text cannot be tokenized; the message begins alike.
         """
         masked = {}
         for name, modality in self.modality_info.items():
@@ -116,7 +119,7 @@ class UnifiedMasking:
     def _mask(self, modality: Modality, value: Any, budgets: Budgets, generator: np.random.Generator) -> Masked:
         n_in, n_out = budgets.input[modality.name], budgets.target[modality.name]
         if modality.type == "img":
-            return _mask_image(_image(modality, value), modality, n_in, n_out, generator)
+            return _mask_image(_image_value(modality, value), modality, n_in, n_out, generator)
         assert modality.max_tokens is not None
         scheme = modality.keep[budgets.component] if modality.keep else "random"
         probability = keep_probability(scheme, generator)
@@ -129,7 +132,7 @@ class UnifiedMasking:
             inputs = inputs.astype(np.float32) if inputs.dtype == np.float16 else inputs
             inputs[gaps[used]] = 0
             return sequence_row(inputs, [], n_in, modality.max_tokens)
-        if not n_in and not n_out:  # as often as not: the text need not be looked at
+        if not n_in and not n_out:  # frequent, and needs no tokenization
             return sequence_row([], [], 0, modality.max_tokens)
         ids, lengths = self.encode(modality, value)
         kept = draw_kept(lengths, probability, n_in, generator)
@@ -138,11 +141,11 @@ class UnifiedMasking:
         return sequence_row(spans.inputs if n_in else [], targets, n_in, modality.max_tokens)
 
     def encode(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
-        """The ids of a sequence, (n,), closed by [EOS], and the lengths of what is kept or dropped as a whole."""
+        """Return the ids (n,) of a sequence with [EOS] at the end, and the lengths (u,) of its units."""
         return self._text_units(modality, value) if modality.type == "seq" else self._codes(modality, value)
 
     def _text_units(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
-        """Ids of a text, closed by [EOS], and the lengths of what is kept or dropped as a whole."""
+        """Return the ids of a text with [EOS] at the end, and the lengths of the units: tokens or chunks."""
         assert self._text and modality.max_tokens
         if isinstance(value, str):
             ids = [*self._text(value), self._text.eos_id][: modality.max_tokens]
@@ -158,7 +161,7 @@ class UnifiedMasking:
         return sum(chunks, []), np.array([len(chunk) for chunk in chunks])
 
     def _codes(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:
-        """Ids of integer codes in their own vocabulary, closed by its [EOS] if it has one; each is a unit."""
+        """Return the ids of integer codes with [EOS] at the end if their vocabulary has one; each id is a unit."""
         ids = (_checked_ids(modality, value).ravel() + modality.vocab_offset).tolist()
         if self._sentinels[modality.name] is not None:
             ids.append(EOS_ID)
@@ -166,28 +169,29 @@ class UnifiedMasking:
         return ids, np.ones(len(ids), np.int64)
 
     def _check(self, modality: Modality) -> Sequence[int] | None:
-        """The sentinels of a modality.
+        """Return the sentinels of a modality.
 
         Raises:
-            UserError: it cannot be masked with these settings.
+            UserError: The modality cannot be masked with these settings.
         """
         where = f"modality {modality.name}"
         if not modality.max_tokens:
             raise UserError(
-                f"{where}: its number of tokens is not known; set max_tokens (a grid's input_size and patch_size)"
+                f"{where}: its number of tokens is unknown; set max_tokens (for a grid, input_size and patch_size)"
             )
         for scheme in modality.keep:
             if scheme not in KEEP_SCHEMES:
                 raise UserError(f"{where}: keep must be one of {', '.join(KEEP_SCHEMES)}, not '{scheme}'")
-        most = (modality.max_tokens + 1) // 2 + 1  # every other token dropped, and the closing one
+        max_sentinels = (modality.max_tokens + 1) // 2 + 1  # if every other token is dropped, plus the final one
         if modality.type == "seq_token":
-            if modality.vocab_offset > sentinel_id(most):
-                return range(sentinel_id(1), sentinel_id(most) + 1)
+            if modality.vocab_offset > sentinel_id(max_sentinels):
+                return range(sentinel_id(1), sentinel_id(max_sentinels) + 1)
             if any(modality.target_alphas):
-                _LOG.warning(
-                    "%s: vocab_offset %d leaves no room for sentinels, so the model is not told which codes are missing, "
-                    "and the first of its targets is given; set vocab_offset to at least %d and raise vocab_size by as much",
-                    where, modality.vocab_offset, sentinel_id(most) + 1,
+                _log.warning(
+                    "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are "
+                    "missing, and the first target is given to it; set vocab_offset to at least %d and raise "
+                    "vocab_size by as much",
+                    where, modality.vocab_offset, sentinel_id(max_sentinels) + 1,
                 )  # fmt: skip
         if modality.type != "seq":
             return None
@@ -197,25 +201,28 @@ class UnifiedMasking:
             raise UserError(
                 f"{where}: the text vocabulary has {self._text.vocab_size} ids, but vocab_size is {modality.vocab_size}"
             )
-        if len(self._text.sentinels) < most:
+        if len(self._text.sentinels) < max_sentinels:
             raise UserError(
-                f"{where}: max_tokens {modality.max_tokens} needs {most} sentinels, but the text vocabulary has "
-                f"{len(self._text.sentinels)}; lower max_tokens"
+                f"{where}: max_tokens {modality.max_tokens} needs {max_sentinels} sentinels, but the text vocabulary "
+                f"has {len(self._text.sentinels)}; lower max_tokens"
             )
         return self._text.sentinels
 
 
 class TransferMasking(UnifiedMasking):
-    """For fine-tuning on a task: all tokens of some modalities are input, all of some others are targets.
+    """Masks samples for fine-tuning on a task: some modalities are input and others are target, with all their tokens.
 
     Args:
-        modality_info, text_tokenizer: as of :class:`UnifiedMasking`; alphas are of no interest.
-        input_modalities, target_modalities: names; none is in both.
-        input_tokens_range, target_tokens_range: the most tokens that the model will use of a sample, as the higher end;
-            None = as many as there are.
+        modality_info: See :class:`UnifiedMasking`; alphas are ignored.
+        text_tokenizer: See :class:`UnifiedMasking`.
+        input_modalities: Names of the input modalities.
+        target_modalities: Names of the target modalities, none of which is an input.
+        input_tokens_range: Maximum input tokens that the model uses of a sample, or a range that ends with it; None =
+            all.
+        target_tokens_range: Maximum target tokens that the model uses of a sample, or such a range; None = all.
 
     Raises:
-        UserError: settings that do not fit together, or tokens that the model would never see.
+        UserError: The settings are inconsistent, or the model would not use all tokens.
     """
 
     def __init__(
@@ -223,8 +230,9 @@ class TransferMasking(UnifiedMasking):
         input_modalities: Sequence[str], target_modalities: Sequence[str],
         input_tokens_range: TokensRange | None = None, target_tokens_range: TokensRange | None = None,
     ):  # fmt: skip
-        if both := sorted({*input_modalities} & {*target_modalities}):
-            raise UserError(f"modality {both[0]}: it is input and target, but a task's inputs and targets are fixed")
+        both = sorted({*input_modalities} & {*target_modalities})
+        if both:
+            raise UserError(f"modality {both[0]}: it is input and target, but must be only one of them in a task")
         entries = {}
         for name in (*input_modalities, *target_modalities):
             entry = as_modality(name, modality_info[name])
@@ -232,15 +240,15 @@ class TransferMasking(UnifiedMasking):
             entries[name] = replace(entry, input_alphas=(1.0,), target_alphas=(1.0,), keep=keep)
         super().__init__(entries, text_tokenizer, 0, 0)
         room = {name: (entry.max_tokens or 0) for name, entry in entries.items()}
-        _check_room("input", {name: room[name] for name in input_modalities}, input_tokens_range)
-        # A sequence's target predicts the next one, and two sentinels enclose it: one more than its tokens.
+        _check_budget("input", {name: room[name] for name in input_modalities}, input_tokens_range)
+        # Two sentinels enclose a target sequence, and each token predicts the next: one position more than tokens.
         slots = {name: room[name] + (entries[name].type != "img") for name in target_modalities}
-        _check_room("target", slots, target_tokens_range)
-        # A text as target is between two sentinels.
-        wide = {name: most + 2 * (entries[name].type != "img") for name, most in room.items()}
+        _check_budget("target", slots, target_tokens_range)
+        # Two sentinels enclose a target sequence.
+        with_sentinels = {name: count + 2 * (entries[name].type != "img") for name, count in room.items()}
         self._fixed = Budgets(
-            {name: most * (name in input_modalities) for name, most in room.items()},
-            {name: most * (name in target_modalities) for name, most in wide.items()},
+            {name: count if name in input_modalities else 0 for name, count in room.items()},
+            {name: count if name in target_modalities else 0 for name, count in with_sentinels.items()},
             component=0,
         )
 
@@ -248,20 +256,21 @@ class TransferMasking(UnifiedMasking):
         return self._fixed
 
 
-def _check_room(role: str, needed: Mapping[str, int], tokens_range: TokensRange | None) -> None:
-    """Refuse a budget that would cut off what lies beyond it, such as the lower part of every image."""
+def _check_budget(role: str, needed: Mapping[str, int], tokens_range: TokensRange | None) -> None:
+    """Reject a token range that would cut off tokens, such as the lower part of every image."""
     if tokens_range is None:
         return
-    most = tokens_range if isinstance(tokens_range, int) else max(tokens_range)
-    if (total := sum(needed.values())) > most:
-        each = ", ".join(f"{name} {count}" for name, count in needed.items())
+    limit = tokens_range if isinstance(tokens_range, int) else max(tokens_range)
+    total = sum(needed.values())
+    if total > limit:
+        counts = ", ".join(f"{name} {count}" for name, count in needed.items())
         raise UserError(
-            f"'masking' transfer: all tokens of a sample are used, up to {total} as {role} ({each}), but "
-            f"num_{role}_tokens is {most}; set num_{role}_tokens to {total}"
+            f"'masking' transfer: all tokens of a sample are used, up to {total} as {role} ({counts}), but "
+            f"num_{role}_tokens is {limit}; set num_{role}_tokens to {total}"
         )
 
 
-def _image(modality: Modality, value: Any) -> np.ndarray:
+def _image_value(modality: Modality, value: Any) -> np.ndarray:
     if modality.is_pixels:
         return np.asarray(value)
     ids = _checked_ids(modality, value)
@@ -271,14 +280,14 @@ def _image(modality: Modality, value: Any) -> np.ndarray:
 
 
 def _checked_ids(modality: Modality, value: Any) -> np.ndarray:
-    """int64 ids, none of which would index past an embedding: on a GPU that is an error without a name."""
+    """Return int64 ids after checking their range, because on a GPU an out-of-range index fails without naming it."""
     ids = np.asarray(value)
     if ids.dtype.kind not in "iu":
         raise DataError(f"expected token ids, not values of type {ids.dtype}")
     ids = ids.astype(np.int64, copy=False)
     if modality.vocab_size is not None:
         limit = modality.vocab_size - modality.vocab_offset
-        # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
+        # As an unsigned number, a negative id is huge, so one pass finds both kinds.
         if ids.size and ids.view(np.uint64).max() >= limit:
             raise DataError(f"token id {ids[(ids < 0) | (ids >= limit)][0]} lies outside the vocabulary of {limit}")
     return ids
@@ -287,7 +296,7 @@ def _checked_ids(modality: Modality, value: Any) -> np.ndarray:
 def _mask_image(
     tensor: np.ndarray, modality: Modality, n_in: int, n_out: int, generator: np.random.Generator
 ) -> Masked:
-    """The first tokens of one random permutation are input, the next ones target."""
+    """Mask a grid: the first tokens of a random permutation are input, and the next ones target."""
     assert modality.max_tokens
     input_mask, target_mask = np.ones((2, modality.max_tokens), bool)
     attention = np.zeros(modality.max_tokens, np.int32)
@@ -295,7 +304,7 @@ def _mask_image(
         order = generator.permutation(modality.max_tokens)
         input_mask[order[:n_in]] = False
         target_mask[order[n_in : n_in + n_out]] = False
-        attention[target_mask.argmin()] = n_out  # at the first of them: all see each other
+        attention[target_mask.argmin()] = n_out  # set only at the first target: all targets attend to each other
     return {
         "tensor": tensor,
         "input_mask": input_mask,

@@ -1,7 +1,7 @@
-"""Which transform reads which modality, and the aligned transform of a whole sample.
+"""The transform of each modality, and the aligned transform of a whole sample.
 
-A transform is found by the modality's full name, else by the part before ``@`` (``tok_rgb@224`` → ``tok_rgb``), so a
-dict of transforms may be specific or general. :func:`transforms_for` makes the specific one from declarations.
+A transform is looked up by the modality's full name, and then by the part before ``@`` (``tok_rgb@224`` → ``tok_rgb``),
+so a dict of transforms may be specific or general. :func:`transforms_for` builds the specific one from declarations.
 """
 
 from __future__ import annotations
@@ -70,28 +70,29 @@ MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
     "scalar": ScalarTransform(),
     "codebooks": CodebooksTransform(),
 }
-"""By the part of a modality's name before ``@``, or by its declared ``transform``."""
+"""Transforms by the part of a modality's name before ``@``, or by its declared ``transform``."""
 
 
 def transforms_for(
     modality_info: Mapping[str, Mapping[str, Any]],
     transforms: Mapping[str, AbstractTransform] = MODALITY_TRANSFORMS,
 ) -> dict[str, AbstractTransform]:
-    """Each modality's transform, bound to its sizes and vocabulary, by the modality's full name.
+    """Return the transform of each modality by full name, bound to the modality's sizes and vocabulary.
 
-    It is found by the full name, else by ``transform``. A modality whose name says nothing is read as what its type is: a grid of token ids, codes, or a caption.
+    A transform is looked up by the full name and then by ``transform``. If that is not set and the name is unknown, the
+    type decides: a grid of token ids, codes, or a caption.
 
     Raises:
-        UserError: a ``transform`` that does not exist or does not fit, or none for this kind of modality.
+        UserError: A transform does not exist or does not match its modality.
     """
     bound = {}
     for name, modality in modality_info.items():
         implied = name.split("@")[0]
         key = name if name in transforms else modality["transform"]
         tokens_or_none = "tok" if modality["vocab_size"] else None
-        by_kind = {"img": tokens_or_none, "seq_token": "tok", "seq": "caption", "seq_emb": "t5_caption"}
+        by_type = {"img": tokens_or_none, "seq_token": "tok", "seq": "caption", "seq_emb": "t5_caption"}
         if key not in transforms and key == implied:
-            key = by_kind.get(modality["type"])
+            key = by_type.get(modality["type"])
         if key not in transforms:
             wanted = modality["transform"]
             raise UserError(
@@ -103,7 +104,7 @@ def transforms_for(
 
 
 def _with_options(transform: AbstractTransform, modality: Mapping[str, Any]) -> AbstractTransform:
-    """The transform with the ``transform_options`` of the declaration."""
+    """Return the transform with the ``transform_options`` of the declaration."""
     options = modality["transform_options"]
     if not options:
         return transform
@@ -114,11 +115,11 @@ def _with_options(transform: AbstractTransform, modality: Mapping[str, Any]) -> 
 
 
 class UnifiedDataTransform:
-    """All modalities of a sample through their four steps, with one crop, one flip and one stored crop for all.
+    """Transforms all modalities of a sample with the same crop, flip and stored crop.
 
     Args:
-        transforms_dict: by full name or by the part before ``@``.
-        image_augmenter: draws the crop.
+        transforms_dict: Transforms by full name or by the part of it before ``@``.
+        image_augmenter: Draws the crop.
     """
 
     def __init__(self, transforms_dict: Mapping[str, AbstractTransform], image_augmenter: AbstractImageAugmenter):
@@ -131,40 +132,40 @@ class UnifiedDataTransform:
         """Transform one raw sample.
 
         Args:
-            sample: raw value per modality, and ``crop_settings`` (K, 5) if crops were stored. Keys that begin with
-                ``__`` are handed on.
-            generator: of everything random about this sample.
-            skip: modalities that get no tokens. If they are images they are neither decoded nor resized, and the
-                result is zeros of their shape.
+            sample: Raw value per modality, and ``crop_settings`` (K, 5) if crops were stored. Keys that begin with
+                ``__`` are passed through.
+            generator: Source of all randomness of this sample.
+            skip: Modalities that get no tokens. Images among them are neither decoded nor resized, but replaced by
+                zeros of the same shape.
 
         Raises:
-            DataError: a value breaks its modality's contract (crop count, token count, vocabulary, …).
-            UnreadableValue: a value cannot be decoded or parsed.
+            DataError: A value violates the contract of its modality (crop count, token count, vocabulary, …).
+            UnreadableValue: A value cannot be decoded or parsed.
         """
         generator = generator if generator is not None else np.random.default_rng()
         crop_settings = sample.get("crop_settings")
         result = {name: value for name, value in sample.items() if name.startswith("__")}
         names = [name for name in sample if name not in result and name != "crop_settings"]
         transforms = {name: self._transform(name) for name in names}
-        values = {name: _named(name, transforms[name].preprocess, sample[name]) for name in names}
+        values = {name: _call_for(name, transforms[name].preprocess, sample[name]) for name in names}
         source = "crop" if crop_settings is None else "crop_settings"
         shared = Augmentation()
         if crop_settings is not None or any(transform.follows_crop for transform in transforms.values()):
-            crops = _crops_alone(transforms, values) if crop_settings is None else crop_settings
-            shared = _named(source, self.image_augmenter, values, crops, generator)
+            crops = _count_stored_crops(transforms, values) if crop_settings is None else crop_settings
+            shared = _call_for(source, self.image_augmenter, values, crops, generator)
         for name in names:
             transform, target_size = transforms[name], _resolution(name) or shared.target_size
             if name in skip and isinstance(transform, ImageTransform):
-                assert target_size is not None  # an augmenter of images gives one
+                assert target_size is not None  # augmenters of images set one
                 result[name] = transform.empty(target_size)
             else:
                 augmentation = shared._replace(target_size=target_size)
                 arguments = (transform, values[name], augmentation, crop_settings, generator)
-                result[name] = _named(name, _augment, *arguments)
+                result[name] = _call_for(name, _augment, *arguments)
         return result
 
     def lacking(self, sample: Mapping[str, Any]) -> list[str]:
-        """The modalities of a raw sample whose value says that there is none: null, or empty."""
+        """Return the modalities of a raw sample whose value is null or empty."""
         names = (name for name in sample if name != "crop_settings" and not name.startswith("__"))
         return [name for name in names if self._transform(name).is_missing(sample[name])]
 
@@ -175,8 +176,8 @@ class UnifiedDataTransform:
         return transform
 
 
-def _crops_alone(transforms: Mapping[str, AbstractTransform], values: Mapping[str, Any]) -> int | None:
-    """The number of stored crops if nothing needs to know where they lie; None otherwise."""
+def _count_stored_crops(transforms: Mapping[str, AbstractTransform], values: Mapping[str, Any]) -> int | None:
+    """Return the number of stored crops if no modality needs their coordinates, and None otherwise."""
     following = {name: transform for name, transform in transforms.items() if transform.follows_crop}
     if not all(isinstance(transform, PerCropTransform) for transform in following.values()):
         return None
@@ -189,7 +190,7 @@ def _crops_alone(transforms: Mapping[str, AbstractTransform], values: Mapping[st
 
 
 def _resolution(name: str) -> tuple[int, int] | None:
-    """The target size after the ``@``."""
+    """Return the target size (height, width) that follows the ``@``."""
     _, _, side = name.partition("@")
     return (int(side), int(side)) if side.isdigit() else None
 
@@ -201,7 +202,7 @@ def _augment(
     crop_settings: np.ndarray | None,
     generator: np.random.Generator,
 ) -> Any:
-    """The steps after ``preprocess``."""
+    """Run the steps after ``preprocess``."""
     crops = transform.stored_crops(value)
     if crop_settings is not None and crops is not None and crops != len(crop_settings):
         raise DataError(f"it has values of {crops} crops, but crop_settings has {len(crop_settings)}")
@@ -209,8 +210,14 @@ def _augment(
     return transform.postprocess(transform.choose(value, generator))
 
 
-def _named(name: str, function: Callable, *arguments: Any) -> Any:
-    """Call ``function`` for modality ``name``, or for the crop; errors name it, and tell broken contracts from unreadable content."""
+def _call_for(name: str, function: Callable, *arguments: Any) -> Any:
+    """Call ``function`` for modality ``name``, or for the crop, and add the name to errors.
+
+    Raises:
+        DataError: The value violates the contract of its modality.
+        UserError: The configuration of the modality is wrong.
+        UnreadableValue: Anything else went wrong, so the content is at fault.
+    """
     label = name if name in ("crop", "crop_settings") else f"modality {name}"
     try:
         return function(*arguments)

@@ -1,4 +1,4 @@
-"""What the name of a file, or of a member of a tar, says: key, extension and modality."""
+"""Parse names of files and tar members into key, extension and modality."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ _CLUTTER_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _CLUTTER_FOLDERS = {
     "__MACOSX", "@eaDir", ".AppleDouble", ".ipynb_checkpoints", ".Trashes", "$RECYCLE.BIN", "lost+found",
 }  # fmt: skip
-_SAME = (IMAGE_EXTENSIONS, ("txt", "text"))
+_EQUIVALENT_EXTENSIONS = (IMAGE_EXTENSIONS, ("txt", "text"))
 _WORD = re.compile(r"[A-Za-z_][\w@-]*$")
 
 
 def is_clutter(name: str) -> bool:
-    """Whether a file is hidden, or one that operating systems leave: it is no sample."""
+    """Return whether a file is hidden or created by an operating system, and so is not part of a sample."""
     folder, _, file = name.rpartition("/")
     if file[:1] == "." or (file[-1:] in "biIB\r" and file.lower() in _CLUTTER_FILES):
         return True
@@ -25,12 +25,13 @@ def is_clutter(name: str) -> bool:
 
 
 def split_name(name: str, own: tuple[str, ...] = ()) -> tuple[str, str]:
-    """A file's key and extension: ``./a/12.5.json.gz`` → ``a/12.5``, ``json.gz``.
+    """Split a file name into key and extension: ``./a/12.5.json.gz`` → ``a/12.5``, ``json.gz``.
 
-    The last known extension ends the key, so keys may have dots; of names with none that is known, the last dot.
+    The key ends at the last dot, or before a known extension and ``.gz``, so keys may contain dots.
 
     Args:
-        own: names of the modality that all files belong to, which are not part of the key: ``0001.rgb.jpg`` → ``0001``.
+        name: Name of the file.
+        own: Names of the modality that all files belong to, which are not part of the key: ``0001.rgb.jpg`` → ``0001``.
     """
     if "/" in name and (name.startswith(("./", "/")) or "//" in name or "/./" in name):
         name = posixpath.normpath(name).lstrip("/")
@@ -48,16 +49,16 @@ def split_name(name: str, own: tuple[str, ...] = ()) -> tuple[str, str]:
 
 
 def is_readable(extension: str) -> bool:
-    """Whether a decoder is known for files with an extension."""
+    """Return whether there is a decoder for an extension."""
     return extension in FORMATS or extension.lower().removesuffix(".gz") in FORMATS
 
 
 class MemberNames:
-    """Names in tars with all modalities: ``KEY.MODALITY.EXT``, or ``KEY.EXT`` where the extension names the modality.
+    """Parses names in tars with all modalities: ``KEY.MODALITY.EXT``, or ``KEY.EXT`` if the extension is the modality.
 
     Args:
-        known: what stands for a modality: folder names, names of modalities, extensions.
-        name_map: folder → modality; of several for one modality, the first stands for all.
+        known: Names that stand for a modality: folder names, modality names, extensions.
+        name_map: Folder → modality. If several folders map to one modality, the first stands for all.
     """
 
     def __init__(self, known: Iterable[str], name_map: Mapping[str, str] | None = None):
@@ -65,14 +66,14 @@ class MemberNames:
         self._dotted = tuple(name for name in self._known if "." in name)
         first: dict[str, str] = {}
         self._canonical = {folder: first.setdefault(mod, folder) for folder, mod in (name_map or {}).items()}
-        self._same: dict[str, str] = {}
-        for group in _SAME:
+        self._equivalents: dict[str, str] = {}
+        for group in _EQUIVALENT_EXTENSIONS:
             used = {self._canonical.get(extension, extension) for extension in group if extension in self._known}
             if len(used) == 1:
-                self._same.update(dict.fromkeys(group, used.pop()))
+                self._equivalents.update(dict.fromkeys(group, used.pop()))
 
     def split(self, name: str) -> tuple[str, str, str, bool]:
-        """Folder, key and extension of a member, and whether it is named exactly, rather than like another extension."""
+        """Return folder, key and extension, and whether the name matches exactly rather than by a similar extension."""
         key, extension = split_name(name)
         head, dot, last = key.rpartition(".")
         if dot and last in self._known and head and not head.endswith("/"):
@@ -84,16 +85,16 @@ class MemberNames:
             if folder in self._known:
                 return self._canonical.get(folder, folder), key, extension, True
         lower = extension.lower().removesuffix(".gz")
-        return self._same.get(lower, lower), key, extension, lower not in self._same
+        return self._equivalents.get(lower, lower), key, extension, lower not in self._equivalents
 
 
 def common_folder(keys: Iterable[str]) -> str:
-    """The folder that all keys are in: of ``a/b/1`` and ``a/b/c/2``, ``a/b``; empty if there is none."""
+    """Return the folder that contains all keys (``a/b`` for ``a/b/1`` and ``a/b/c/2``), or an empty string."""
     folders = {key.rpartition("/")[0] for key in keys}
     return posixpath.commonpath(folders) if folders and "" not in folders else ""
 
 
 def is_part_of_another(key: str, keys: Mapping[str, object]) -> bool:
-    """Whether ``0001.depth`` of ``0001.depth.png`` is no key, but something more of sample ``0001``."""
+    """Return whether a key like ``0001.depth`` (of ``0001.depth.png``) is another modality of sample ``0001``."""
     head, dot, last = key.rpartition(".")
     return bool(dot) and head in keys and _WORD.match(last) is not None

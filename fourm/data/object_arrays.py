@@ -1,7 +1,7 @@
-"""Object arrays of npy files, read without running anything: their pickles may hold plain values and arrays only.
+"""Read object arrays of npy files without executing their pickles, which may hold only plain values and arrays.
 
-A pickle is a program that names functions and calls them. Here every name stands for an inert record of this module, or is
-an error; the arrays are made afterwards, from what the records say.
+A pickle is a program that names functions and calls them. This module maps each allowed name to an inert record and
+rejects all others. The arrays are then built from the contents of these records.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import numpy as np
 from fourm.data.limits import MAX_ITEMS, MAX_PICKLE_BYTES
 
 _ORDERS: tuple[Literal["C"], Literal["F"]] = ("C", "F")
-_PLAIN = frozenset({str, bytes, int, float, bool, type(None)})
+_PLAIN_TYPES = frozenset({str, bytes, int, float, bool, type(None)})
 _DTYPE = re.compile(r"[biuf][1248]|[US]\d{1,6}|O8?")
 
 
 class _Record:
-    """What a call would have got; unlike a class without it, nothing can be set through ``__setstate__``."""
+    """The arguments of a call that is not made. Its ``__setstate__`` keeps a pickle from setting attributes."""
 
     __slots__ = ("arguments", "state")
 
@@ -32,24 +32,24 @@ class _Record:
         self.state: Any = None
 
     def __setstate__(self, state: Any) -> None:
-        raise pickle.UnpicklingError("a state where none belongs")
+        raise pickle.UnpicklingError("unexpected state of an object")
 
 
-class _Stated(_Record):
+class _StatefulRecord(_Record):
     __slots__ = ()
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
 
-class _Type(_Record):
-    """``numpy.ndarray``, only ever an argument."""
+class _ArrayType(_Record):
+    """``numpy.ndarray``, which occurs only as an argument."""
 
     __slots__ = ()
 
 
-class _Dtype(_Stated):
-    """``dtype("f8", …)``; the state begins (version, byte order, …). All arrays of a file share a few of them."""
+class _Dtype(_StatefulRecord):
+    """``dtype("f8", …)`` with the state (version, byte order, …). The arrays of a file share a few of these."""
 
     __slots__ = ("_value",)
 
@@ -58,30 +58,30 @@ class _Dtype(_Stated):
             name = self.arguments[0]
             order: Any = self.state[1] if self.state else "="
             if not isinstance(name, str) or not _DTYPE.fullmatch(name) or order not in ("<", ">", "=", "|"):
-                raise pickle.UnpicklingError(f"a type of values that is not read: {name!r:.40}")
+                raise pickle.UnpicklingError(f"unsupported dtype {name!r:.40}")
             self._value = np.dtype(name).newbyteorder(order)
         return self._value
 
 
-class _Array(_Stated):
-    """``_reconstruct(ndarray, …)``; the state is (version, shape, dtype, Fortran order, bytes or a list of objects)."""
+class _Array(_StatefulRecord):
+    """``_reconstruct(ndarray, …)`` with the state (version, shape, dtype, Fortran order, bytes or list of objects)."""
 
     __slots__ = ()
 
     def value(self) -> np.ndarray:
-        """Of objects: with the records that stand for them."""
+        """Return the array; an object array still holds records in place of its values."""
         _, shape, dtype, fortran, content = self.state
         kind = dtype.value()
         if isinstance(content, _Bytes):
             content = content.value()
         if kind.hasobject != isinstance(content, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
-            raise pickle.UnpicklingError("an array whose content is not of its type")
+            raise pickle.UnpicklingError("an array whose content does not match its dtype")
         if not kind.hasobject:
             return np.frombuffer(content, kind, math.prod(shape)).reshape(shape, order=_ORDERS[bool(fortran)])
         array = np.empty(len(content), object)
         for index, item in enumerate(content):
             array[index] = item
-        return array.reshape(shape)  # objects are listed row by row in any case
+        return array.reshape(shape)  # objects are always listed in C order
 
 
 class _Scalar(_Record):
@@ -96,7 +96,7 @@ class _Scalar(_Record):
 
 
 class _Bytes(_Record):
-    """``encode(text, "latin1")``, how bytes were written before version 3 of pickles."""
+    """``encode(text, "latin1")``, which represents bytes in pickle protocols before 3."""
 
     __slots__ = ()
 
@@ -104,9 +104,9 @@ class _Bytes(_Record):
         return self.arguments[0].encode("latin1")
 
 
-_VALUES = frozenset({_Array, _Scalar, _Bytes})
-_NAMES: dict[tuple[str, str], type[_Record]] = {
-    ("numpy", "ndarray"): _Type,
+_VALUE_RECORDS = frozenset({_Array, _Scalar, _Bytes})
+_RECORD_TYPES: dict[tuple[str, str], type[_Record]] = {
+    ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
     **{(f"numpy.{core}.multiarray", "scalar"): _Scalar for core in ("core", "_core")},
@@ -114,38 +114,39 @@ _NAMES: dict[tuple[str, str], type[_Record]] = {
 }
 
 
-# Instructions of a fixed length, as they follow each other in pickles of plain values and arrays (protocols 2 to 5), and
-# after some of them the end of the pickle, or one that says its length in 1 or 4 bytes. Unless bounded, the repetition would
-# take 120 bytes a round.
+# A run of fixed-length instructions from pickles of plain values and arrays (protocols 2 to 5), optionally followed by
+# the end of the pickle or by an instruction with a 1-byte or 4-byte length. The repetition is bounded because the
+# regular expression engine needs 120 bytes per repetition.
 _RUN = re.compile(
     rb"(?:[\x80Khq].|r..\0\0|[()\]}N\x88\x89\x85-\x87\x93\x94tlaesuRb012]+|M..|[Jj]....|G........){0,500}"
     rb"(?:(\.)|([\x8cCU\x8a].)|([XBT\x8b]....))?",
     re.DOTALL,
 )
 _END, _LENGTH, _LONG_LENGTH = 1, 2, 3  # groups
-_MOST_KNOWN, _LONGEST_KNOWN = 1000, 100  # runs of instructions, bytes of one: so many are remembered within a pickle
+_MAX_KNOWN_RUNS, _MAX_KNOWN_LENGTH = 1000, 100  # runs that are remembered per pickle, and bytes of each
 _GLOBAL, _FRAME, _PUT, _EIGHT = b"c\x95r\x8d"
 _BYTES8 = 0x8E
 
 
 def check_instructions(content: bytes | memoryview) -> None:
-    """Refuse a pickle that would make Python take memory for more than there is, or that is not of plain values.
+    """Reject a pickle that would allocate more memory than its size justifies, or that holds more than plain values.
 
-    ``pickle`` believes every number in it: the length of a string, a place in its table of values.
+    ``pickle`` trusts every number in its input, such as the length of a string or an index into the memo table.
 
-    Arrays look alike: from the bytes of one to those of the next there are the same few instructions over and over, as
-    the same bytes. Wherever an instruction begins, the same bytes are the same instructions, so it is enough to look at
-    each such run once and to know how far it leads.
+    The arrays in a pickle look alike: the same few instructions, as the same bytes, connect one array with the next.
+    The same bytes at the start of an instruction are the same instructions, so each run is parsed only once and its
+    length remembered.
 
     Raises:
-        pickle.UnpicklingError: such a number, or an instruction that arrays of plain values do not need.
+        pickle.UnpicklingError: The pickle holds such a number, or an instruction that arrays of plain values do not
+            need.
     """
     if len(content) > MAX_PICKLE_BYTES:
-        raise pickle.UnpicklingError(f"an array of objects of {len(content)} bytes, more than {MAX_PICKLE_BYTES}")
+        raise pickle.UnpicklingError(f"an object array of {len(content)} bytes exceeds the limit of {MAX_PICKLE_BYTES}")
     content = bytes(content)
     at, end, match = 0, len(content), _RUN.match
-    known: dict[bytes, int] = {}  # a run that ends with a length → from its begin to that of the next one
-    following: dict[int, int] = {}  # size of a run → size of the one that came next the last time
+    known: dict[bytes, int] = {}  # run that ends with a length → distance from its start to the next run
+    following: dict[int, int] = {}  # size of a run → size of the run that followed it last time
     size = 0
     while at < end:
         expected = following.get(size, 0)
@@ -153,24 +154,24 @@ def check_instructions(content: bytes | memoryview) -> None:
             at, size = at + step, expected
             continue
         run = match(content, at)
-        start, at = at, run.end()  # type: ignore[union-attr]  # it matches nothing, too
+        start, at = at, run.end()  # type: ignore[union-attr]  # the pattern always matches, possibly the empty string
         before, size = size, at - start
         kind = run.lastindex  # type: ignore[union-attr]
         if kind == _END:
             return
         if kind in (_LENGTH, _LONG_LENGTH):
             at += content[at - 1] if kind == _LENGTH else int.from_bytes(content[at - 4 : at], "little")
-            if size <= _LONGEST_KNOWN:
+            if size <= _MAX_KNOWN_LENGTH:
                 following[before] = size
-                if len(known) < _MOST_KNOWN:
+                if len(known) < _MAX_KNOWN_RUNS:
                     known[content[start : start + size]] = at - start
         elif not size:
-            at = _after_rare(content, at)
-    raise pickle.UnpicklingError("an array of objects that ends too early")
+            at = _skip_instruction(content, at)
+    raise pickle.UnpicklingError("the pickle of an object array is cut off")
 
 
-def _after_rare(content: bytes, at: int) -> int:
-    """Where the next instruction stands after one of the others that there may be."""
+def _skip_instruction(content: bytes, at: int) -> int:
+    """Return where the next instruction begins after one of the less common allowed instructions."""
     code, end = content[at], len(content)
     number = int.from_bytes(content[at + 1 : at + 9], "little")
     if code in (_EIGHT, _BYTES8):
@@ -179,48 +180,48 @@ def _after_rare(content: bytes, at: int) -> int:
         return at + 9 if number <= end - at - 9 else end
     if code == _PUT:
         if number & 0xFFFFFFFF > end:
-            raise pickle.UnpicklingError("an array of objects that claims a table larger than itself")
+            raise pickle.UnpicklingError("an object array that claims a memo table larger than itself")
         return at + 5
     if code == _GLOBAL:
         return content.find(b"\n", content.find(b"\n", at) + 1) + 1 or end
-    raise pickle.UnpicklingError(f"instruction {code} does not belong to an array of plain values")
+    raise pickle.UnpicklingError(f"pickle instruction {code} is not allowed in an array of plain values")
 
 
-class _Source(io.BytesIO):
-    """All at once, as the unpickler asks a file that cannot be looked into for every few bytes."""
+class _PickleFile(io.BytesIO):
+    """A file with ``peek``, because the unpickler reads files without it a few bytes at a time."""
 
     def peek(self, size: int) -> bytes:
         return self.getvalue()[self.tell() :]
 
 
-class _Reader(pickle.Unpickler):
+class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> type[_Record]:
-        if (module, name) not in _NAMES:
+        if (module, name) not in _RECORD_TYPES:
             raise pickle.UnpicklingError(f"{module}.{name} is not a plain value or an array")
-        return _NAMES[module, name]
+        return _RECORD_TYPES[module, name]
 
 
 class ObjectArray(Sequence[Any]):
-    """An array of objects that stays a pickle, from which an entry is made each time that it is asked for.
+    """An object array that is kept as a pickle; its entries are built whenever they are accessed.
 
-    Of a sample's crops one is looked at. Thousands of objects that wait for a sample's next repeat would be walked through
-    by every garbage collection.
+    Only one of a sample's crops is used per repeat. If all entries were kept as objects until the sample's next repeat,
+    every garbage collection would have to traverse them.
 
     Attributes:
-        shape: of the array; its entries are those along the first axis.
+        shape: Shape of the array; the entries lie along the first axis.
 
     Raises:
-        pickle.UnpicklingError: the pickle is none of such an array, or names anything that is called.
+        pickle.UnpicklingError: The pickle is not an object array, or names something that would be called.
     """
 
     def __init__(self, content: bytes | memoryview):
         check_instructions(content)
         self._content = content
-        self._loaded: np.ndarray | None = self._load()  # for the first one who asks
+        self._loaded: np.ndarray | None = self._load()  # for the first access
         self.shape = self._loaded.shape
 
     def _load(self) -> np.ndarray:
-        record = _Reader(_Source(self._content)).load()
+        record = _Unpickler(_PickleFile(self._content)).load()
         array = record.value() if isinstance(record, _Array) else None
         if array is None or not array.dtype.hasobject or not array.ndim:
             raise pickle.UnpicklingError("not an array of objects")
@@ -230,21 +231,21 @@ class ObjectArray(Sequence[Any]):
         return self.shape[0]
 
     def __getitem__(self, index: Any) -> Any:
-        """The entry, or the array of some entries: numbers, strings, None, lists, tuples, dicts and arrays of these.
+        """Return one entry, or an array of several: numbers, strings, None, lists, tuples, dicts and arrays of these.
 
         Raises:
-            pickle.UnpicklingError: it holds anything else.
+            pickle.UnpicklingError: The entry holds anything else, or too many values.
         """
         records = self._load() if self._loaded is None else self._loaded
         self._loaded = None
         known: dict[int, Any] = {}
         sizes: dict[int, int] = {}
-        items = 0  # of what is made, counted anew at every reference: a few levels of ten references each are millions
+        items = 0  # counts an object at every reference, because a few levels of ten references each make millions
 
         def value(record: Any) -> Any:
             nonlocal items
             kind = type(record)
-            if kind in _PLAIN:
+            if kind in _PLAIN_TYPES:
                 return record
             key = id(record)
             if key in known:
@@ -252,7 +253,7 @@ class ObjectArray(Sequence[Any]):
                 return known[key]
             before = items
             made: Any
-            if kind in _VALUES:
+            if kind in _VALUE_RECORDS:
                 made = record.value()
                 if kind is _Array:
                     items += made.size
@@ -269,7 +270,7 @@ class ObjectArray(Sequence[Any]):
             else:
                 raise pickle.UnpicklingError(f"{kind.__name__} is not a plain value or an array")
             if items > MAX_ITEMS:
-                raise pickle.UnpicklingError(f"more than {MAX_ITEMS} values, counted wherever they are referred to")
+                raise pickle.UnpicklingError(f"more than {MAX_ITEMS} values, counted at each reference to them")
             known[key], sizes[key] = made, items - before
             return made
 
@@ -278,5 +279,5 @@ class ObjectArray(Sequence[Any]):
                 array.flat[position] = value(record)
             return array
 
-        found = records[index]
-        return filled(found) if isinstance(found, np.ndarray) else value(found)
+        record = records[index]
+        return filled(record) if isinstance(record, np.ndarray) else value(record)

@@ -1,4 +1,4 @@
-"""Options of everything that reads a data YAML, training and the commands on data alike, and of the loader."""
+"""Options of the data loader and of all commands that read a data YAML."""
 
 from __future__ import annotations
 
@@ -18,12 +18,14 @@ from fourm.utils.s3 import StoreOptions, check_endpoint
 class RemoteDataOptions(StoreOptions):
     """Remote data"""
 
-    s3_data_endpoint: str = option("s3_endpoint for data, where it differs", "")
-    data_cache_dir: AnyPath = option("local copies of remote shards, shared by all processes", "~/.cache/fourm/shards")
+    s3_data_endpoint: str = option("endpoint for data if it differs from s3_endpoint", "")
+    data_cache_dir: AnyPath = option(
+        "folder of local copies of remote shards, shared by all processes", "~/.cache/fourm/shards"
+    )
     data_cache_gb: float = option("maximum size of these copies, in 10^9 bytes", 50.0, above=0, at_most=1e9)
 
     def remote(self) -> RemoteOptions:
-        """Where remote data come from and where their copies are kept."""
+        """Return the options for reading and caching remote data."""
         return RemoteOptions(
             endpoint=self.s3_data_endpoint or self.s3_endpoint,
             cache_dir=self.data_cache_dir,
@@ -44,14 +46,11 @@ class DataOptions(PluginOptions, RemoteDataOptions):
         alias="tokenizer_path",
     )  # fmt: skip
     num_input_tokens: int = option(
-        "maximum number of input tokens of a sample, where a data set sets none",
-        128,
-        at_least=1,
-        at_most=10**6,
+        "maximum number of input tokens of a sample, unless set by a data set", 128, at_least=1, at_most=10**6,
         fixed=True,
-    )
+    )  # fmt: skip
     num_target_tokens: int = option(
-        "maximum number of target tokens of a sample, where a data set sets none", 128, at_least=1, at_most=10**6,
+        "maximum number of target tokens of a sample, unless set by a data set", 128, at_least=1, at_most=10**6,
         fixed=True,
     )  # fmt: skip
     min_input_tokens: int | None = option(
@@ -68,16 +67,16 @@ class DataOptions(PluginOptions, RemoteDataOptions):
                 raise UserError(f"'min_{role}_tokens' must lie between 0 and num_{role}_tokens ({high}), not {low}")
 
     def load_data(self, **options: Any) -> DataConfig:
-        """The data configuration, the plugin's modalities included.
+        """Load the plugin and the data configuration.
 
         Args:
-            options: further ones of :func:`load_data_config`.
+            options: Further arguments of :func:`load_data_config`.
 
         Raises:
-            UserError: anything that cannot work.
+            UserError: The configuration is invalid.
         """
         if not self.data_config:
-            raise UserError("'data_config' is not set: give the path of the data YAML")
+            raise UserError("'data_config' is not set; set it to the path of the data YAML")
         load_plugin(self.plugin)
         data = load_data_config(
             self.data_config, num_input_tokens=self.num_input_tokens, num_target_tokens=self.num_target_tokens,
@@ -95,19 +94,23 @@ class LoaderOptions(Options):
 
     num_workers: int = option("loader processes per rank", 10, at_least=0, at_most=512)
     num_streams: int | None = option(
-        "the data are the same for any number of processes and of num_workers whose product divides this (default: it)",
+        "batches do not depend on processes x num_workers as long as this is a multiple of it (default: the product)",
         None,
         at_least=1,
         at_most=10**7,
     )
-    pin_mem: bool = option("page-locked batches for faster copies to a GPU", True)
-    data_timeout: float = option("stop after waiting so many minutes for a batch", 30.0, above=0)
+    pin_mem: bool = option("put batches in page-locked memory for faster copies to a GPU", True)
+    data_timeout: float = option("minutes to wait for a batch before the run stops", 30.0, above=0)
     max_bad_fraction: float = option(
-        "stop when more than this share of the samples is unusable", 0.01, at_least=0, at_most=1
+        "maximum share of unusable samples; more than this stops the run", 0.01, at_least=0, at_most=1
     )
 
     def streams(self, world_size: int) -> int:
-        """Streams of the training data (:mod:`fourm.data.unified_datasets`), shared out to the workers of all ranks."""
+        """Return the number of streams of the training data (see :mod:`fourm.data.unified_datasets`).
+
+        Raises:
+            UserError: ``num_streams`` is not a multiple of the workers of all ranks.
+        """
         workers = world_size * max(1, self.num_workers)
         streams = self.num_streams or workers
         if streams % workers:

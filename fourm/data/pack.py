@@ -1,4 +1,4 @@
-"""``python -m fourm.data.pack`` as it was before the commands on data moved to :mod:`fourm.tools.pack`."""
+"""The former name of :mod:`fourm.tools.pack`, so that ``python -m fourm.data.pack`` still works."""
 
 from fourm.tools.pack import main
 from fourm.utils.errors import run_cli

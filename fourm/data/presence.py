@@ -1,4 +1,4 @@
-"""What a sample must have to be used, and what becomes of the others (``missing`` of the data YAML)."""
+"""Rules for samples that lack modalities (``missing`` in the data YAML)."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Missing = Literal["error", "skip", "allow"]
 
 @dataclass(frozen=True)
 class Presence:
-    """Which samples of a data set are used.
+    """Decides which samples and modalities of a data set are used.
 
     Attributes:
-        missing: ``error``: a sample that lacks anything is a bad one; ``skip``: it is left out; ``allow``: what it has is
-            used.
-        needs: modality → what else a sample must have so that this one can be used.
+        missing: What to do with a sample that lacks a modality. ``error`` counts it as bad, ``skip`` leaves it out, and
+            ``allow`` uses the modalities that it has.
+        needs: Modality → other modalities that a sample must have for this one to be usable.
     """
 
     missing: Missing = "error"
     needs: Mapping[str, Collection[str]] = field(default_factory=dict)
 
-    def usable(self, found: Collection[str], wanted: Collection[str]) -> list[str]:
-        """Of what was ``found`` of a sample, that which can be used; empty: the sample cannot."""
+    def usable(self, available: Collection[str], wanted: Collection[str]) -> list[str]:
+        """Return the ``available`` modalities of a sample that can be used; an empty list if the sample cannot."""
         if self.missing != "allow":
-            return list(found) if len(found) == len(wanted) else []
-        usable = [name for name in found if all(other in found for other in self.needs.get(name, ()))]
+            return list(available) if len(available) == len(wanted) else []
+        usable = [name for name in available if all(other in available for other in self.needs.get(name, ()))]
         return usable if set(usable) - {CROP_SETTINGS} else []
 
 
@@ -40,7 +40,11 @@ def presence(
     transforms: Mapping[str, AbstractTransform],
     main_domain: str | None,
 ) -> Presence:
-    """What follows a crop needs the stored crops or, without any, the main image; boxes always need the latter's size."""
+    """Build the presence rules of a data set.
+
+    A modality that follows the crop needs the stored crops or, if there are none, the main image. Boxes always need the
+    size of the main image.
+    """
     stored = CROP_SETTINGS in wanted_names(modalities)
     needs = {}
     for name, transform in transforms.items():

@@ -1,4 +1,4 @@
-"""The published functions that build training data from Python, on the machinery of ``unified_datasets``."""
+"""The published functions that build training data in Python, implemented with ``unified_datasets``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from fourm.utils.seeds import generator
 
 
 class PretrainingLoader:
-    """Training batches as mod_dicts. Each pass over it is one epoch of ``epoch_size`` samples, unlike the ones before."""
+    """Training batches as mod_dicts. Each pass over it is a new epoch of ``epoch_size`` samples."""
 
     def __init__(
         self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
@@ -44,7 +44,7 @@ class PretrainingLoader:
 
     def __len__(self) -> int:
         if self.epoch_size is None:
-            raise TypeError("this loader is endless: it was built with epoch_size=None")
+            raise TypeError("this loader has no length because it was built with epoch_size=None")
         return self.epoch_size // (self.num_gpus * (self.batch_size or 1))
 
     def __iter__(self) -> Iterator[ModDict]:
@@ -67,13 +67,13 @@ def build_wds_fm_pretraining_dataloader(
     modality_name_map: Mapping[str, str] | None = None, shuffle_buffer_load: int = 1000, shuffle_buffer_repeat: int = 5000,
     n_repeats: int = 5, max_bad_fraction: float = 0.01, seed: int = 0,
 ) -> PretrainingLoader:  # fmt: skip
-    """Training batches from shards.
+    """Build training batches from shards.
 
     Args:
         data_path: ``root/[rgb,caption]/shard-{00000..00099}.tar``.
-        modality_info: entries with input_alphas, target_alphas and, for sequences, keep.
-        batch_size: None = single samples, without batch dimension.
-        epoch_size: samples of an epoch over all GPUs; None = endless.
+        modality_info: Entries with input_alphas, target_alphas and, for sequences, keep.
+        batch_size: Samples per batch; None = single samples without a batch dimension.
+        epoch_size: Samples per epoch over all GPUs; None = endless.
     """
     modalities = _select(modality_info, all_domains)
     source = Shards(data_path, wanted_names(modalities), modality_name_map)
@@ -95,12 +95,12 @@ def build_mixture_dataloader(
     data_iters: Sequence[PretrainingLoader], weights: Sequence[float], modality_info: Mapping[str, Mapping[str, Any]],
     batch_size: int | None, num_workers: int, epoch_size: int | None, num_gpus: int, seed: int = 0,
 ) -> PretrainingLoader:  # fmt: skip
-    """Training batches in which each sample is drawn from one of several data sets.
+    """Build training batches in which each sample is drawn from one of several data sets.
 
     Args:
-        data_iters: loaders of single data sets; their own batch and epoch sizes do not matter.
-        weights: relative frequency of each.
-        modality_info: of all their modalities; what a sample lacks is filled with masked rows.
+        data_iters: Loaders of single data sets; their batch and epoch sizes are ignored.
+        weights: Relative frequency of each data set.
+        modality_info: Entries of all their modalities; modalities that a sample lacks become masked rows.
     """
     datasets = [dataset for loader in data_iters for dataset in loader.datasets]
     datasets = [replace(dataset, name=f"{index}: {dataset.name}") for index, dataset in enumerate(datasets)]
@@ -116,7 +116,7 @@ def build_fm_pretraining_dataset(
     input_tokens_range: TokensRange, target_tokens_range: TokensRange, sampling_weights: Sequence[float] | None = None,
     modality_name_map: Mapping[str, str] | None = None, max_bad_fraction: float = 0.01, seed: int = 0,
 ) -> FolderDataset:  # fmt: skip
-    """The samples of folders ``data_path/MODALITY/FOLDER/KEY.EXT``, by index and without batch dimension."""
+    """Build a map-style data set of folders ``data_path/MODALITY/FOLDER/KEY.EXT``, without a batch dimension."""
     modalities = _select(modality_info, all_domains)
     masking = UnifiedMasking(
         modalities, text_tokenizer, input_tokens_range, target_tokens_range, sampling_weights=sampling_weights
@@ -129,7 +129,7 @@ def build_fm_pretraining_dataset(
 
 
 class FolderDataset(Dataset):
-    """An index always gives the same crop and the same masks; another ``seed`` gives others."""
+    """A map-style data set. An index always gives the same crop and masks; another ``seed`` gives different ones."""
 
     def __init__(self, dataset: SampleDataset, samples: Sequence[RawSample], seed: int):
         self._dataset, self._samples, self.seed = dataset, samples, seed

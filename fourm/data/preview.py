@@ -1,4 +1,4 @@
-"""``python -m fourm.data.preview`` as it was before the commands on data moved to :mod:`fourm.tools.preview`."""
+"""The former name of :mod:`fourm.tools.preview`, so that ``python -m fourm.data.preview`` still works."""
 
 from fourm.tools.preview.command import main
 from fourm.utils.errors import run_cli

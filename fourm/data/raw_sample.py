@@ -1,7 +1,6 @@
-"""One sample on disk: where its members lie, and their values once somebody asks for them.
+"""A sample on disk: the location of its members, and their values once they are needed.
 
-A :class:`RawSample` is a reference. Where a sample is repeated it keeps its values, once they are read and decoded, and
-goes away with the last of the repeats.
+A :class:`RawSample` is a reference. If a sample is repeated, it keeps its decoded values until its last repeat is done.
 """
 
 from __future__ import annotations
@@ -19,8 +18,8 @@ from fourm.data.shard_cache import ShardCache
 from fourm.utils.errors import UserError
 from fourm.utils.transfer import shown
 
-MOST_BYTES = 2**30
-"""Of one member or file."""
+MAX_MEMBER_BYTES = 2**30
+"""Maximum size of one member or file."""
 
 
 class Member(NamedTuple):
@@ -29,16 +28,16 @@ class Member(NamedTuple):
     path: str
     extension: str  # "jpg", "json.gz"
     offset: int = 0
-    size: int | None = None  # None: up to the end of the file
-    cache: ShardCache | None = None  # of a file in a store, whose URL is the path
-    version: FileVersion | None = None  # of the file when its members were found
+    size: int | None = None  # None: until the end of the file
+    cache: ShardCache | None = None  # set if the file is in an object store; ``path`` is then its URL
+    version: FileVersion | None = None  # version of the file when it was indexed
 
 
 class MemberIndex(dict[str, Member]):
-    """Key → member, of one modality.
+    """The members of one modality by key.
 
     Attributes:
-        collisions: key → two members of it; neither is in the index once it is complete.
+        collisions: Key → two members that share it; neither of them is in the completed index.
     """
 
     def __init__(self) -> None:
@@ -47,14 +46,14 @@ class MemberIndex(dict[str, Member]):
         self._others: dict[str, list[Member]] = {}
 
     def add(self, key: str, member: Member, preferred: bool = True) -> None:
-        """Add a member; one that is not ``preferred`` counts only where its key has no other."""
+        """Add a member; one that is not ``preferred`` is used only if its key has no other."""
         if not preferred:
             self._others.setdefault(key, []).append(member)
         elif (first := self.setdefault(key, member)) is not member:
             self.collisions.setdefault(key, (first, member))
 
     def complete(self) -> MemberIndex:
-        """Settle what was added."""
+        """Choose between preferred and other members, remove collisions, and return the index."""
         for key, (first, *more) in self._others.items():
             if key not in self:
                 self[key] = first
@@ -66,23 +65,23 @@ class MemberIndex(dict[str, Member]):
         return self
 
     def below(self, folder: str) -> MemberIndex:
-        """The same members with keys that go on after ``folder``, which all of them are in."""
+        """Return the same members with keys relative to ``folder``, which must contain all of them."""
         start, index = len(folder) + 1, MemberIndex()
         index.update({key[start:]: member for key, member in self.items()})
         index.collisions = {key.removeprefix(f"{folder}/"): members for key, members in self.collisions.items()}
         return index
 
     def collision(self) -> str:
-        """The first of the collisions, for messages."""
+        """Describe the first collision and count the others, for messages."""
         key, (first, second) = next(iter(self.collisions.items()))
-        more = f"; so have {len(self.collisions) - 1} more" if len(self.collisions) > 1 else ""
+        more = f"; {len(self.collisions) - 1} more keys collide" if len(self.collisions) > 1 else ""
         if first.size is None:
             return f"key {key!r} has two files, {first.path} and {second.path}{more}"
         return f"key {key!r} has two members, .{first.extension} and .{second.extension}{more}"
 
 
 class BadSample(Exception):
-    """A sample that cannot be read; it is skipped and, unless it is ``tolerated``, counted under ``reason``."""
+    """Raised for a sample that cannot be used. It is skipped and, unless ``tolerated``, counted under ``reason``."""
 
     def __init__(self, reason: str, detail: str, tolerated: bool = False):
         super().__init__(f"{reason}: {detail}")
@@ -90,29 +89,29 @@ class BadSample(Exception):
 
 
 class OpenFiles:
-    """Reads parts of files and keeps the most recent of them open."""
+    """Reads members and keeps the most recently used files open."""
 
-    def __init__(self, limit: int = 128):  # the tars of 21 modalities in six shards
+    def __init__(self, limit: int = 128):  # enough for the tars of 21 modalities in six shards
         self._limit = limit
         self._open: OrderedDict[str, io.FileIO] = OrderedDict()
 
     def read(self, member: Member) -> bytes:
-        """The bytes of ``member``.
+        """Return the bytes of ``member``.
 
         Raises:
-            OSError: the file cannot be read, or ends before the member does.
-            UserError: the store cannot be read, or the file was replaced since its members were found.
+            OSError: The file cannot be read, or ends before the member does.
+            UserError: The object store cannot be read, or the file was replaced after it was indexed.
         """
         if member.cache:
             assert member.size is not None
             return member.cache.read(member.path, member.offset, member.size)
         if member.size is None:
             with open_regular(member.path) as file:
-                if os.fstat(file.fileno()).st_size > MOST_BYTES:
-                    raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
+                if os.fstat(file.fileno()).st_size > MAX_MEMBER_BYTES:
+                    raise OSError(f"larger than the limit of {MAX_MEMBER_BYTES >> 20} MiB")
                 return file.readall()
-        if member.size > MOST_BYTES:
-            raise OSError(f"it has more than {MOST_BYTES >> 20} MiB")
+        if member.size > MAX_MEMBER_BYTES:
+            raise OSError(f"larger than the limit of {MAX_MEMBER_BYTES >> 20} MiB")
         file = self._open.pop(member.path) if member.path in self._open else open_regular(member.path)
         if member.version and version_of(file.fileno()) != member.version:
             file.close()
@@ -120,8 +119,8 @@ class OpenFiles:
             if version_of(file.fileno()) != member.version:
                 file.close()
                 raise UserError(
-                    f"{member.path} was replaced or changed while its samples waited to be read: start again, and put "
-                    "new data into new files"
+                    f"{member.path} was replaced or changed after it was indexed; restart the run, and write new data "
+                    "to new files"
                 )
         self._open[member.path] = file
         if len(self._open) > self._limit:
@@ -132,11 +131,11 @@ class OpenFiles:
         return data
 
     def __reduce__(self) -> tuple:
-        return OpenFiles, (self._limit,)  # a worker process opens its own
+        return OpenFiles, (self._limit,)  # each worker process opens its own files
 
 
 class RawSample:
-    """The members of one sample, by the name of the modality that they belong to."""
+    """The members of one sample by modality."""
 
     __slots__ = ("_values", "key", "members")
 
@@ -146,14 +145,14 @@ class RawSample:
         self._values: dict[str, Any] | None = None
 
     def values(self, files: OpenFiles, keep_pixels: bool) -> dict[str, Any]:
-        """The decoded members, ``{modality: value}``; to be read only.
+        """Return the decoded members, ``{modality: value}``, which callers must not modify.
 
         Args:
-            keep_pixels: keep the values, and the pixels of images, for further calls. Images are :class:`EncodedImage`, and
-                otherwise each use of one decodes as much as it needs.
+            keep_pixels: Keep the values, and the pixels of images, for later calls. Otherwise each use of an image (an
+                :class:`EncodedImage`) decodes what it needs.
 
         Raises:
-            BadSample: a member is missing, cut off or not what its extension says.
+            BadSample: A member is missing, cut off or does not match its extension.
         """
         values = self._values or {name: self._value(name, files, keep_pixels) for name in self.members}
         if keep_pixels:
@@ -171,22 +170,23 @@ class RawSample:
             return EncodedImage(value, keep_pixels) if isinstance(value, bytes) else value
         except UnreadableFormat as error:
             raise BadSample("unreadable format", f"{self.where(name)}: {error}") from error
-        except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
-            if member.cache and member.cache.renewed(member.path):
+        except Exception as error:  # decoders raise many types of errors for corrupt bytes
+            if member.cache and member.cache.repair(member.path):
                 return self._value(name, files, keep_pixels)
             raise BadSample("corrupt member", f"{self.where(name)}: {error}") from error
 
     def where(self, name: str) -> str:
-        """File and key of modality ``name``, or of the sample's first one, for messages."""
+        """Return the file and key of modality ``name``, or of the first modality, for messages."""
         path = self.members.get(name, next(iter(self.members.values()))).path
         return f"{shown(path)}: key '{self.key}'"
 
 
 def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tuple[list[RawSample], list[str]]:
-    """The samples that can be used, and the keys of the others.
+    """Join the modalities by key; return the usable samples and the keys of the others.
 
     Args:
-        columns: modality → key → member.
+        columns: Modality → key → member.
+        presence: Decides which samples are usable.
     """
     samples, incomplete = [], []
     for key in dict.fromkeys(key for index in columns.values() for key in index):
@@ -201,11 +201,11 @@ def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tup
 def leave_out(
     columns: Mapping[str, MemberIndex], damaged: Collection[str] = ()
 ) -> tuple[dict[str, Mapping[str, Member]], dict[str, int]]:
-    """The columns without the keys of bad samples, and the number of these by reason.
+    """Remove the keys of bad samples; return the remaining columns and the number of bad samples by reason.
 
     Args:
-        columns: modality → its members.
-        damaged: those of the columns that lack what their damaged file should have held.
+        columns: Modality → its members.
+        damaged: Modalities whose damaged file lacks some of their members.
     """
     twice = set[str]().union(*(index.collisions for index in columns.values()))
     lost = set[str]()
@@ -215,8 +215,8 @@ def leave_out(
     if not twice and not lost:
         return dict(columns), {}
     bad = {"two members of one key": len(twice), "damaged shard": len(lost)}
-    left = {
+    remaining: dict[str, Mapping[str, Member]] = {
         name: {key: member for key, member in index.items() if key not in twice and key not in lost}
         for name, index in columns.items()
     }
-    return dict(left), {reason: count for reason, count in bad.items() if count}
+    return remaining, {reason: count for reason, count in bad.items() if count}

@@ -1,4 +1,4 @@
-"""Where records lie: which local files, or which data set of the hub, a ``data_path`` names, and their rows one by one."""
+"""Find the local files or the Hugging Face hub data set that a ``data_path`` names, and read their rows."""
 
 from __future__ import annotations
 
@@ -22,147 +22,172 @@ from fourm.utils.transfer import shown
 
 log = logging.getLogger(__name__)
 
-MAX_RECORD_BYTES = 4 * 2**20  # of a line; samples wait in buffers, and a few bytes of gzip can be a line of gigabytes
-_MAX_SKIPPED_BYTES = 2**30  # of a line that is too large, to find the next one
+MAX_RECORD_BYTES = 4 * 2**20  # per line: shuffle buffers hold many lines, and a small gzip file can expand to gigabytes
+_MAX_SKIPPED_BYTES = 2**30  # of a too large line, while searching for its end
 _TEXT, _TABLES = (".json", ".jsonl", ".txt"), (".parquet", ".arrow")
 _SPLITS = {
     "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
     "dev": "validation", "test": "test", "eval": "test",
 }  # fmt: skip
-_NO_RECORDS = ("readme", "license", "dataset_info", "dataset_dict", "state.json")  # what lies beside the data
-_KINDS = f"{', '.join(_TEXT)} (also .gz), {', '.join(_TABLES)}"
+_NON_RECORD_FILES = (
+    "readme",
+    "license",
+    "dataset_info",
+    "dataset_dict",
+    "state.json",
+)  # prefixes of files beside the data
+_KNOWN_EXTENSIONS = f"{', '.join(_TEXT)} (also .gz), {', '.join(_TABLES)}"
 _ON_HUB = re.compile(r"[\w.-]+(/[\w.-]+){0,2}")
 
-Row = tuple[str, str, bytes | Mapping[str, Any] | None]  # key, file or data set, content: None if it is too large
+Row = tuple[str, str, bytes | Mapping[str, Any] | None]  # key, file or data set, content (None if it is too large)
 
 
 def local_files(data_path: str) -> list[str] | None:
-    """The files that a ``data_path`` names; None: it names a data set of the hub.
+    """Return the files that a ``data_path`` names, or None if it names a data set on the hub.
 
-    It may be a file, a folder, or a pattern of either, with braces, ``*`` and ``~``. ``:validation`` at the end chooses the
-    files of a folder that have this word in their names; otherwise they are those of ``train``, if there are any.
+    The path may be a file, a folder, or a pattern of either with braces, ``*`` and ``~``. A suffix such as
+    ``:validation`` selects the files of a folder with this word in their names; the default is the files of ``train``,
+    if there are any.
 
     Raises:
-        UserError: it cannot be a data set of the hub, and there is nothing here.
+        UserError: The path does not exist and cannot be the name of a data set on the hub.
     """
     if re.match(r"\w+://", data_path):
         raise UserError(
-            f"data_path {shown(data_path)}: records are read from local files or from the hub; copy it here"
+            f"data_path {shown(data_path)}: records are read only from local files or the hub; download it first"
         )
-    places = _places(data_path)
+    paths = _matching_paths(data_path)
     split = ""
-    if not places and re.search(r":\w+$", data_path):
+    if not paths and re.search(r":\w+$", data_path):
         path, _, split = data_path.rpartition(":")
-        places = _places(path)
-    if not places:
+        paths = _matching_paths(path)
+    if not paths:
         path = data_path.rpartition(":")[0] if split else data_path
         if _is_local(path):
             raise UserError(f"data_path {data_path}: there is no such file or folder")
         return None
-    files = [file for place in places for file in (_files_in(place, split) if os.path.isdir(place) else [place])]
-    odd = next((file for file in files if not _is_of(file, *_TEXT, *_TABLES)), None)
-    if odd:
-        raise UserError(f"data_path {data_path}: {odd} has no extension that can be read: {_KINDS}")
-    if len({_is_of(file, *_TABLES) for file in files}) > 1:
+    files = [file for path in paths for file in (_files_in(path, split) if os.path.isdir(path) else [path])]
+    unreadable = next((file for file in files if not _has_extension(file, *_TEXT, *_TABLES)), None)
+    if unreadable:
+        raise UserError(f"data_path {data_path}: {unreadable} has no readable extension ({_KNOWN_EXTENSIONS})")
+    if len({_has_extension(file, *_TABLES) for file in files}) > 1:
         raise UserError(
-            f"data_path {data_path}: has text and tables; name one kind, for example {path_of(data_path)}/*.jsonl"
+            f"data_path {data_path}: found both text files and tables; "
+            f"choose one of them, for example {strip_slash(data_path)}/*.jsonl"
         )
     return files
 
 
-def path_of(data_path: str) -> str:
-    """Without a slash at its end."""
+def strip_slash(data_path: str) -> str:
+    """Return the path without a trailing slash."""
     return data_path.rstrip("/") or "/"
 
 
-def rows_at(data_path: str) -> RowSource:
-    """What a ``data_path`` names.
+def open_rows(data_path: str) -> RowSource:
+    """Open the source of rows that a ``data_path`` names.
 
     Raises:
-        UserError: there is nothing, or a package is missing.
+        UserError: The files or the data set do not exist, or a package is missing.
     """
     files = local_files(data_path)
     if files is None:
         return HubRows(data_path)
-    return Tables(data_path, files) if _is_of(files[0], *_TABLES) else TextFiles(files)
+    return Tables(data_path, files) if _has_extension(files[0], *_TABLES) else TextFiles(files)
 
 
 def is_text(path: str) -> bool:
-    """Whether the lines of a file are text rather than JSON."""
-    return _is_of(path, ".txt")
+    """Return whether the lines of a file are text rather than JSON."""
+    return _has_extension(path, ".txt")
 
 
-def _is_of(path: str, *extensions: str) -> bool:
-    """Whether a file has one of the ``extensions``, compressed or not."""
+def _has_extension(path: str, *extensions: str) -> bool:
+    """Return whether a file, compressed or not, has one of the ``extensions``."""
     return path.lower().removesuffix(".gz").endswith(extensions)
 
 
 def _is_local(path: str) -> bool:
-    """Whether a path that is not there cannot be the name of a data set of the hub."""
-    return path.startswith(("/", ".", "~")) or _is_of(path, *_TEXT, *_TABLES) or any(sign in path for sign in "*?[{\\")
+    """Return whether a path that does not exist cannot be the name of a data set on the hub."""
+    return (
+        path.startswith(("/", ".", "~"))
+        or _has_extension(path, *_TEXT, *_TABLES)
+        or any(sign in path for sign in "*?[{\\")
+    )
 
 
-def _places(pattern: str) -> list[str]:
-    """The files and folders that a pattern names. Braces name files that must be there, ``*`` those that are."""
+def _matching_paths(pattern: str) -> list[str]:
+    """Return the files and folders that match a pattern. Braces name files that must exist, ``*`` those that do."""
     pattern = os.path.expanduser(pattern)
     if os.path.exists(pattern):
         return [pattern]
-    paths = expand(pattern, None)
-    found = [sorted(glob.glob(path)) if glob.has_magic(path) else [path] for path in paths]
-    places = list(itertools.chain.from_iterable(found))
-    if len(paths) == 1 and not _is_of(pattern, *_TEXT, *_TABLES):
-        return [place for place in places if os.path.exists(place)]  # else it may be on the hub
-    return places
+    expanded = expand(pattern, None)
+    paths: list[str] = []
+    for path in expanded:
+        paths += sorted(glob.glob(path)) if glob.has_magic(path) else [path]
+    if len(expanded) == 1 and not _has_extension(pattern, *_TEXT, *_TABLES):
+        return [path for path in paths if os.path.exists(path)]  # a missing one may be on the hub
+    return paths
 
 
 def _files_in(folder: str, split: str) -> list[str]:
-    """The files of records in and below a folder, of one split where their names say which."""
+    """Return the record files in a folder and its subfolders, restricted to one split if file names contain splits."""
     by_split: dict[str, list[str]] = {}
     for parent, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(names):
             path = os.path.join(parent, name)
-            if _is_of(name, *_TEXT, *_TABLES) and not name.startswith(".") and not name.lower().startswith(_NO_RECORDS):
+            if (
+                _has_extension(name, *_TEXT, *_TABLES)
+                and not name.startswith(".")
+                and not name.lower().startswith(_NON_RECORD_FILES)
+            ):
                 by_split.setdefault(_split_of(os.path.relpath(path, folder)), []).append(path)
     if not by_split:
-        raise UserError(f"data_path {folder}: holds no file of records: {_KINDS}")
+        raise UserError(f"data_path {folder}: contains no record files ({_KNOWN_EXTENSIONS})")
     wanted = _SPLITS.get(split, split)
     named = sorted(by_split.keys() - {""})
-    if not wanted:  # all, unless the names tell training and evaluation apart
+    if not wanted:  # use all files unless their names distinguish training from evaluation
         wanted = "train" if "train" in named else "".join(named)
         if len(named) > 1 and wanted != "train":
             raise UserError(
-                f"data_path {folder}: has files of {' and '.join(named)}; write {path_of(folder)}:{named[0]}"
+                f"data_path {folder}: has files of {' and '.join(named)}; write {strip_slash(folder)}:{named[0]}"
             )
     if wanted not in by_split:
-        there = ", ".join(named) or "none in the names of its files"
-        raise UserError(f"data_path {folder}:{split}: there are no files of {split}; the splits are: {there}")
+        available = ", ".join(named) or "none, judging by the file names"
+        raise UserError(f"data_path {folder}:{split}: there are no files of {split}; the splits are: {available}")
     others = sum(len(paths) for name, paths in by_split.items() if name != wanted)
     if others:
-        log.info("data_path %s: %d files of %s; %d others are left out", folder, len(by_split[wanted]), wanted, others)
+        log.info(
+            "data_path %s: using %d files of %s, ignoring %d others", folder, len(by_split[wanted]), wanted, others
+        )
     return by_split[wanted]
 
 
 def _split_of(path: str) -> str:
-    """``train``, ``validation`` or ``test`` if a word of the path says so, the last one that does."""
+    """Return the split (``train``, ``validation``, ``test`` or "") that the last matching word of a path names."""
     words = re.findall(r"[a-z]+", path.lower())
     return next((_SPLITS[word] for word in reversed(words) if word in _SPLITS), "")
 
 
 class RowSource(Protocol):
-    """Where records come from."""
+    """A source of rows: local files or a data set on the hub."""
 
     def share(self, key: tuple, stream: int, num_streams: int) -> Iterator[Row]:
-        """One pass of a stream over its part of the rows.
+        """Iterate once over the rows that belong to one of ``num_streams`` streams.
+
+        Args:
+            key: Seed of the order of the files.
 
         Raises:
-            UserError: they cannot be read.
+            UserError: The rows cannot be read.
         """
         ...
 
 
 class TextFiles:
-    """The lines of local files. If there are as many files as streams, each stream reads its own, else its own lines."""
+    """The lines of local files.
+
+    Each stream reads its own files if there are at least as many files as streams, and otherwise its own lines.
+    """
 
     def __init__(self, paths: list[str]):
         self._paths = paths
@@ -180,11 +205,11 @@ class TextFiles:
     @staticmethod
     def _rows(path: str) -> Iterator[Row]:
         try:
-            with _opened(path) as file:
-                for number, line in enumerate(_lines(file), 1):
+            with _open(path) as file:
+                for number, line in enumerate(_read_lines(file), 1):
                     if number == 1 and not is_text(path) and line in (b"[", b"{"):
                         raise UserError(
-                            f"data_path {path}: has one JSON value over several lines, not a record in each line; "
+                            f"data_path {path}: has one JSON value over several lines instead of one record per line; "
                             "convert it, for example a list with: jq -c '.[]'"
                         )
                     if line is None or line:
@@ -194,8 +219,8 @@ class TextFiles:
 
 
 @contextlib.contextmanager
-def _opened(path: str) -> Iterator[IO[bytes]]:
-    """A file, decompressed if its name or its first bytes say that it is compressed."""
+def _open(path: str) -> Iterator[IO[bytes]]:
+    """Open a file, and decompress it if its name or its first bytes indicate gzip."""
     with open(path, "rb") as raw:
         if path.endswith(".gz") or raw.peek(2)[:2] == b"\x1f\x8b":
             with gzip.open(raw) as file:
@@ -204,8 +229,8 @@ def _opened(path: str) -> Iterator[IO[bytes]]:
             yield raw
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
-    """The lines, without the white space around them; None in place of one that is too large."""
+def _read_lines(file: IO[bytes]) -> Iterator[bytes | None]:
+    """Yield the lines without surrounding white space, and None for each line that is too large."""
     first = True
     while line := file.readline(MAX_RECORD_BYTES + 1):
         if len(line) > MAX_RECORD_BYTES:
@@ -222,16 +247,16 @@ def _lines(file: IO[bytes]) -> Iterator[bytes | None]:
 
 
 class HubRows:
-    """A data set of the hub, read as it is downloaded: ``NAMESPACE/NAME``, ``…/CONFIGURATION``, ``…:SPLIT``."""
+    """A data set on the hub (``NAMESPACE/NAME``, ``…/CONFIGURATION``, ``…:SPLIT``) that is streamed."""
 
     def __init__(self, path: str):
-        place, _, split = path.partition(":")
-        if not _ON_HUB.fullmatch(place):
+        name, _, split = path.partition(":")
+        if not _ON_HUB.fullmatch(name):
             raise UserError(
-                f"data_path {path}: there is no such file or folder, and a data set of the hub is named NAMESPACE/NAME, "
-                "NAMESPACE/NAME/CONFIGURATION, or one of these with :SPLIT"
+                f"data_path {path}: there is no such file or folder, and data sets on the hub are named "
+                "NAMESPACE/NAME, NAMESPACE/NAME/CONFIGURATION, or one of these with :SPLIT"
             )
-        parts = place.split("/")
+        parts = name.split("/")
         self._path = path
         self._rows = _stream(path, "/".join(parts[:2]), *parts[2:], split=split or "train")
 
@@ -239,14 +264,13 @@ class HubRows:
         from datasets.distributed import split_dataset_by_node
 
         try:
-            rows = self._rows.shuffle(
-                seed=int(generator(*key).integers(2**31)), buffer_size=1
-            )  # the order of the files
-            # In a worker process iter(rows) would divide them among the workers once more; batches are not divided.
+            # With a buffer of one row, only the order of the files is shuffled.
+            rows = self._rows.shuffle(seed=int(generator(*key).integers(2**31)), buffer_size=1)
+            # In a worker process, iter(rows) would divide the rows among the workers again; batches are not divided.
             batches = split_dataset_by_node(rows, stream, num_streams).iter(batch_size=1)
             for number, batch in enumerate(batches):
                 yield f"{stream}/{number}", self._path, {name: values[0] for name, values in batch.items()}
-        except Exception as error:  # of many kinds
+        except Exception as error:  # datasets raises many types of errors
             raise UserError(f"data_path {self._path}: cannot be read to its end: {_brief(error)}") from error
 
 
@@ -262,8 +286,8 @@ class Tables(HubRows):
         self._rows = _stream(path, file_format, data_files=files, split="train")
 
 
-def _stream(path: str, *place: str, **options: Any) -> Any:
-    """What the datasets package finds at ``place``."""
+def _stream(path: str, *name: str, **options: Any) -> Any:
+    """Open a streaming data set with ``datasets.load_dataset(*name, **options)``; ``path`` is used in messages."""
     try:
         import datasets
     except ImportError as error:
@@ -271,10 +295,12 @@ def _stream(path: str, *place: str, **options: Any) -> Any:
             "datasets", f"data_path {path}: reading it from the Hugging Face hub, or from tables"
         ) from error
     try:
-        return datasets.load_dataset(*place, **options, streaming=True)
-    except Exception as error:  # of many kinds
-        where = "cannot be read" if "data_files" in options else f"neither local files ({_KINDS}) nor on the hub"
-        raise UserError(f"data_path {path}: {where}: {_brief(error)}") from error
+        return datasets.load_dataset(*name, **options, streaming=True)
+    except Exception as error:  # datasets raises many types of errors
+        problem = (
+            "cannot be read" if "data_files" in options else f"neither local files ({_KNOWN_EXTENSIONS}) nor on the hub"
+        )
+        raise UserError(f"data_path {path}: {problem}: {_brief(error)}") from error
 
 
 def _brief(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Opening files that strangers have put into a data set."""
+"""Open untrusted files of a data set."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import stat
 
 FileVersion = tuple[int, int, int]
-"""Inode, size and time of the last change: another one means that a file was replaced."""
+"""Inode, size in bytes and modification time in ns; if it differs, the file was replaced or modified."""
 
 _FILE_TYPES = {
     stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
@@ -17,10 +17,10 @@ _FILE_TYPES = {
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
-    """Open a file for reading; one that is no regular file is not waited for.
+    """Open a regular file for reading, without blocking on anything else.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a FIFO, a device or a socket.
+        OSError: The file cannot be opened, or is a folder, a FIFO, a device or a socket.
     """
     _require_regular(os.stat(path), path)
     file = io.FileIO(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC))
@@ -33,7 +33,7 @@ def open_regular(path: str | os.PathLike[str]) -> io.FileIO:
 
 
 def version_of(descriptor: int) -> FileVersion:
-    """The version of an open file."""
+    """Return the version of an open file."""
     status = os.fstat(descriptor)
     return status.st_ino, status.st_size, status.st_mtime_ns
 

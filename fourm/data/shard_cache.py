@@ -1,12 +1,13 @@
-"""Tars in object stores and on web servers, through a folder of local copies that all processes of a machine share.
+"""Read tars from object stores and web servers through a folder of local copies that all processes of a machine share.
 
-A tar is fetched whole, into a ``.part`` file, which its downloader holds locked, and takes its name once it is complete and its
-checksum right. The sum of all sizes never exceeds the limit: what was used longest ago makes room. A copy may go as soon as
-nobody has it open. Samples that still refer to it are then read from the store one by one, so a cache that is too small makes
-a run slow, but does not stop or change it. The name of a copy depends on the ETag; a new version of an object is another one.
+A tar is downloaded as a whole into a ``.part`` file, which its downloader keeps locked, and is renamed once it is
+complete and its checksum matches. The total size never exceeds the limit: the least recently used copies are removed.
+If samples still refer to a removed copy, they are read from the store one by one, so a cache that is too small slows a
+run down but does not stop or change it. The name of a copy depends on the ETag, so a new version of an object gets a
+new copy.
 
-Beside each copy a ``.sum`` file keeps its size, time and digest. One that has changed since is checked against the digest, and
-so is one in which something turns out damaged, before the store is blamed. Others may write to the folder: no link is followed.
+A ``.sum`` file next to each copy holds its size, time and digest. A copy that was modified since, or that appears to be
+damaged, is checked against the digest. Other users may write to the folder, so links are never followed.
 """
 
 from __future__ import annotations
@@ -46,19 +47,22 @@ from fourm.utils.web import WebStore
 log = logging.getLogger(__name__)
 Shard = TypeVar("Shard", bound=Mapping[Any, str])
 
-AHEAD = 2  # shards that are fetched while one is being used
-_HASH = 24  # digits with which the names of copies begin; nothing else in the folder is touched
+_PREFETCHED_SHARDS = 2  # shards that are downloaded while another one is being used
+_HASH_DIGITS = 24  # hex digits at the start of the names of copies; other files in the folder are not touched
 
 
 @dataclass(frozen=True)
 class RemoteOptions:
-    """Where remote data come from and where copies are kept.
+    """Options for reading and caching remote data.
 
     Attributes:
-        endpoint: URL of the S3 store; empty: as boto3 is configured.
-        cache_dir, cache_bytes: folder of the copies, and the most that they may take.
-        part_bytes, split_above_bytes: tars larger than the latter are fetched in parts, at the same time.
-        requests: requests that a process may have in flight.
+        endpoint: URL of the S3 store; if empty, the one that boto3 is configured with.
+        cache_dir: Folder of the local copies.
+        cache_bytes: Maximum total size of the copies in bytes.
+        part_bytes: Size in bytes of the parts in which a large tar is downloaded concurrently.
+        split_above_bytes: Size in bytes above which a tar is downloaded in parts.
+        requests: Maximum number of concurrent requests of a process.
+        retries: How failed requests are repeated.
     """
 
     endpoint: str = ""
@@ -71,37 +75,34 @@ class RemoteOptions:
 
 
 class ShardCache:
-    """Local copies of tars, by their URLs. Threads and processes may share a folder."""
+    """Local copies of remote tars. Threads and processes may share a folder."""
 
     def __init__(self, options: RemoteOptions):
-        self._options, self._folder = options, Path(options.cache_dir).expanduser()
-        self._s3, self._web = (
-            S3Store(options.endpoint, requests=options.requests, retries=options.retries),
-            WebStore(options.retries),
-        )
+        self._options = options
+        self._folder = Path(options.cache_dir).expanduser()
+        self._s3 = S3Store(options.endpoint, requests=options.requests, retries=options.retries)
+        self._web = WebStore(options.retries)
         self._known: dict[str, tuple[RemoteObject, Path]] = {}
         self._downloads = Downloads(options.retries, options.requests, options.part_bytes, options.split_above_bytes)
         self._warned = False
-        self._checked: set[str] = (
-            set()
-        )  # URLs whose copies were compared with their digests because of something damaged
+        self._checked: set[str] = set()  # URLs of the copies that :meth:`repair` has checked
 
     def __reduce__(self) -> tuple:
         return ShardCache, (self._options,)
 
     def describe(self, url: str) -> RemoteObject:
-        """The object at ``url``; asked for once.
+        """Return the properties of the object at ``url``, which are requested only once.
 
         Raises:
-            UserError: it is not there or cannot be read.
+            UserError: The object does not exist or cannot be read.
         """
         return self._locate(url)[0]
 
     def open(self, url: str) -> io.FileIO:
-        """The tar at ``url``, fetched unless there is a copy. What is open stays readable, whatever becomes of the copy.
+        """Open the tar at ``url``, which is downloaded if there is no copy. It stays readable if the copy is removed.
 
         Raises:
-            UserError: it cannot be fetched, or is larger than the cache.
+            UserError: The tar cannot be downloaded, or is larger than the cache.
         """
         item, path = self._locate(url)
         try:
@@ -113,13 +114,16 @@ class ShardCache:
         except OSError as error:
             raise UserError(f"data_cache_dir {self._folder}: {error.strerror or error}") from error
 
-    def renewed(self, url: str) -> bool:
-        """Whether the copy of a tar in which something is damaged was itself at fault; then it has been fetched again.
+    def repair(self, url: str) -> bool:
+        """Check the copy of a tar that appears to be damaged, and download it again if its digest does not match.
 
-        Each tar is checked once: after that the store is at fault.
+        Each tar is checked once, because any further damage must be in the store.
+
+        Returns:
+            Whether the tar was downloaded again.
 
         Raises:
-            UserError: as of :meth:`open`.
+            UserError: The tar cannot be downloaded.
         """
         if url in self._checked:
             return False
@@ -128,17 +132,17 @@ class ShardCache:
         with contextlib.suppress(OSError):
             file = _open_regular(path, os.O_RDONLY)
             with file:
-                known = item.digest or (_read_sum(_sum_of(path)) or (0, 0, ("", "")))[2]
+                known = item.digest or (_read_sum(_sum_path(path)) or (0, 0, ("", "")))[2]
                 intact = _has_digest(file, item.size, known)
             if not intact:
-                log.warning("%s: this copy of %s is damaged; it is fetched again", path, shown(url))
+                _warn_damaged(path, url)
                 path.unlink(missing_ok=True)
                 self.open(url).close()
                 return True
         return False
 
     def _open_copy(self, item: RemoteObject, path: Path) -> io.FileIO | None:
-        """The copy, which thereby is the one used last; None if there is none that is right."""
+        """Open the copy and mark it as most recently used; return None if there is no intact copy."""
         try:
             file = _open_regular(path, os.O_RDONLY)
         except FileNotFoundError:
@@ -146,17 +150,17 @@ class ShardCache:
         try:
             status = os.fstat(file.fileno())
             own = status.st_uid == os.geteuid()
-            known = _read_sum(_sum_of(path)) if own else None
+            known = _read_sum(_sum_path(path)) if own else None
             if known is None or known[:2] != (status.st_size, status.st_mtime_ns) or status.st_size != item.size:
                 digest = item.digest or (known[2] if known else ("", ""))
                 if not _has_digest(file, item.size, digest):
-                    log.warning("%s: this copy of %s is damaged; it is fetched again", path, shown(item.url))
+                    _warn_damaged(path, item.url)
                     file.close()
                     path.unlink(missing_ok=True)
                     return None
                 if own:
                     _write_sum(path, status, digest)
-            with contextlib.suppress(PermissionError):  # of another user
+            with contextlib.suppress(PermissionError):  # the copy may belong to another user
                 os.utime(file.fileno(), ns=(time.time_ns(), status.st_mtime_ns))
             file.seek(0)
             return file
@@ -165,39 +169,40 @@ class ShardCache:
             raise
 
     def read(self, url: str, offset: int, size: int) -> bytes:
-        """A part of the tar: from its copy, else from the store.
+        """Return ``size`` bytes of the tar from ``offset`` on, from its copy or, if there is none, from the store.
 
         Raises:
-            UserError: the store cannot be read.
+            UserError: The store cannot be read.
         """
         item, path = self._locate(url)
         with contextlib.suppress(OSError), _open_regular(path, os.O_RDONLY) as file:
             data = os.pread(file.fileno(), size, offset)
-            with contextlib.suppress(PermissionError):  # of another user
+            with contextlib.suppress(PermissionError):  # the copy may belong to another user
                 os.utime(file.fileno(), ns=(time.time_ns(), os.fstat(file.fileno()).st_mtime_ns))
             if len(data) == size:
                 return data
         if not self._warned:
             log.warning(
-                "%s had to make room before all of its samples were used; they are read one by one, which is slow: "
-                "raise data_cache_gb, or lower num_workers or the shuffle buffers", shown(url),
-            )  # fmt: skip
+                "%s was removed from the cache before all of its samples were used; they are now read one by one, "
+                "which is slow: raise data_cache_gb, or lower num_workers or the shuffle buffers",
+                shown(url),
+            )
             self._warned = True
         buffer = io.BytesIO()
         self._downloads.read(self._store(url), item, offset, offset + size, lambda data, _: buffer.write(data))
         return buffer.getvalue()
 
     def ahead(self, shards: Iterable[Shard]) -> Iterator[Shard]:
-        """The same shards in the same order, each once its tars are here, while the next ones are being fetched."""
+        """Yield the shards in order once their tars are downloaded, while the next ones are being downloaded."""
         upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
         for shard in shards:
-            under_way = {url: tar for _, tars in upcoming for url, tar in tars.items()}
-            tars = {url: under_way.get(url) or in_background(self._prefetch, url) for url in shard.values()}
+            pending = {url: tar for _, tars in upcoming for url, tar in tars.items()}
+            tars = {url: pending.get(url) or in_background(self._prefetch, url) for url in shard.values()}
             upcoming.append((shard, tars))
-            if len(upcoming) > AHEAD:
-                yield _arrived(*upcoming.popleft())
+            if len(upcoming) > _PREFETCHED_SHARDS:
+                yield _wait_for(*upcoming.popleft())
         for shard, tars in upcoming:
-            yield _arrived(shard, tars)
+            yield _wait_for(shard, tars)
 
     def _prefetch(self, url: str) -> None:
         self.open(url).close()
@@ -207,7 +212,7 @@ class ShardCache:
             check_url(url)
             item = self._store(url).describe(url)
             key = "\n".join((self._options.endpoint if url.startswith("s3:") else "", url, item.etag, str(item.size)))
-            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}-{shown(url).rpartition('/')[2][-80:]}"
+            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH_DIGITS]}-{shown(url).rpartition('/')[2][-80:]}"
             self._known[url] = item, self._folder / name
         return self._known[url]
 
@@ -215,12 +220,12 @@ class ShardCache:
         return self._s3 if url.startswith("s3:") else self._web
 
     def _fetch(self, item: RemoteObject, path: Path) -> io.FileIO | None:
-        """The copy, downloaded; None if somebody else was at it meanwhile, successfully or not."""
-        part = path.with_name(f"{path.name[:_HASH]}.part")
+        """Download the copy; return None if another process was downloading it meanwhile, successfully or not."""
+        part = path.with_name(f"{path.name[:_HASH_DIGITS]}.part")
         file = _open_regular(part, os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, part):
+            if not _is_same_file(file, part):
                 file.close()
                 return None
             try:
@@ -239,40 +244,40 @@ class ShardCache:
             raise
 
     def _make_room(self, item: RemoteObject, file: io.FileIO) -> None:
-        """Give ``file`` its size, once that fits; removes the copies that were used longest ago."""
+        """Allocate the size of ``item`` for ``file``, and remove the least recently used copies to make it fit."""
         limit = self._options.cache_bytes
         if item.size > limit:
             raise UserError(
-                f"{shown(item.url)}: has {item.size / 1e9:.3g} GB, more than data_cache_gb={limit / 1e9:g}; raise it"
+                f"{shown(item.url)}: its {item.size / 1e9:.3g} GB are more than data_cache_gb={limit / 1e9:g}; raise it"
             )
         file.truncate(0)
         while True:
             with _open_regular(self._folder / ".lock", os.O_RDWR | os.O_CREAT) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
-                digits = "[0-9a-f]" * _HASH
+                digits = "[0-9a-f]" * _HASH_DIGITS
                 for part in self._folder.glob(f"{digits}.part"):
                     _remove_abandoned(part)
-                parts = _files(self._folder.glob(f"{digits}.part"))
-                copies = _files(self._folder.glob(f"{digits}-*"))
+                parts = _stat_files(self._folder.glob(f"{digits}.part"))
+                copies = _stat_files(self._folder.glob(f"{digits}-*"))
                 used = sum(size for _, size, _ in parts + copies)
                 for _, size, path in sorted(copies):
                     if used + item.size <= limit:
                         break
                     path.unlink(missing_ok=True)
-                    _sum_of(path).unlink(missing_ok=True)
+                    _sum_path(path).unlink(missing_ok=True)
                     used -= size
                 if used + item.size <= limit:
                     file.truncate(item.size)
                     return
-            time.sleep(0.1)  # other downloads have all the room; as soon as they are complete they may go
+            time.sleep(0.1)  # other downloads take all the space; they can be removed once they are complete
 
 
 def _open_regular(path: Path, flags: int) -> io.FileIO:
-    """Open a file in the cache. What others have planted there is removed: links, also hard ones, and what is no file.
+    """Open a file in the cache; symbolic links, hard links and anything else but regular files are removed.
 
     Raises:
-        FileNotFoundError: there is none, or was none of ours.
-        OSError: it cannot be opened.
+        FileNotFoundError: The file does not exist, or something else was removed from its place.
+        OSError: The file cannot be opened.
     """
     create = bool(flags & os.O_CREAT)
     while True:
@@ -287,19 +292,23 @@ def _open_regular(path: Path, flags: int) -> io.FileIO:
                 return io.FileIO(descriptor, "r+" if create else "r")
             os.close(descriptor)
             if stat.S_ISREG(status.st_mode) and not status.st_nlink:
-                continue  # somebody has just removed it
+                continue  # another process has just removed it
         with contextlib.suppress(FileNotFoundError):
             os.unlink(path)
         if not create:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
-def _sum_of(path: Path) -> Path:
-    return path.with_name(f"{path.name[:_HASH]}.sum")
+def _sum_path(path: Path) -> Path:
+    return path.with_name(f"{path.name[:_HASH_DIGITS]}.sum")
+
+
+def _warn_damaged(path: Path, url: str) -> None:
+    log.warning("%s: this copy of %s is damaged and will be downloaded again", path, shown(url))
 
 
 def _read_sum(path: Path) -> tuple[int, int, tuple[str, str]] | None:
-    """Size, time, and digest of a copy as it was fetched; None if they are not known."""
+    """Return the size, modification time (ns) and digest of a copy when it was downloaded; None if unknown."""
     with contextlib.suppress(OSError, ValueError, TypeError, RecursionError), _open_regular(path, os.O_RDONLY) as file:
         if os.fstat(file.fileno()).st_uid == os.geteuid():
             size, time_ns, algorithm, digest = json.loads(file.read(1000))
@@ -308,49 +317,49 @@ def _read_sum(path: Path) -> tuple[int, int, tuple[str, str]] | None:
 
 
 def _write_sum(path: Path, status: os.stat_result, digest: tuple[str, str]) -> None:
-    target = _sum_of(path)
+    target = _sum_path(path)
     target.unlink(missing_ok=True)
     with _open_regular(target, os.O_RDWR | os.O_CREAT) as file:
         file.write(json.dumps([status.st_size, status.st_mtime_ns, *digest]).encode())
 
 
 def _has_digest(file: io.FileIO, size: int, digest: tuple[str, str]) -> bool:
-    """Whether a file is what was fetched; False also if nothing is known about that."""
+    """Return whether a file has this size and digest; False if the digest is unknown."""
     if not digest[1] or os.fstat(file.fileno()).st_size != size:
         return False
     try:
         return hash_file(file, new_hasher(digest[0])) == digest[1]
-    except ValueError:  # no such algorithm
+    except ValueError:  # unknown algorithm
         return False
 
 
-def _is_at(file: IO[bytes] | io.FileIO, path: Path) -> bool:
+def _is_same_file(file: IO[bytes] | io.FileIO, path: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.lstat())
     except FileNotFoundError:
         return False
 
 
-def _files(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
-    """(time of the last use, size, path) of those that are still there."""
-    found = []
+def _stat_files(paths: Iterable[Path]) -> list[tuple[int, int, Path]]:
+    """Return (time of last use in ns, size in bytes, path) of the files that still exist."""
+    files = []
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
             status = path.lstat()
             if not stat.S_ISDIR(status.st_mode):
-                found.append((status.st_atime_ns, status.st_size, path))
-    return found
+                files.append((status.st_atime_ns, status.st_size, path))
+    return files
 
 
 def _remove_abandoned(part: Path) -> None:
-    """Remove what a downloader has left that has died: it would hold it locked."""
+    """Remove the part file of a downloader that has died; a running one would hold a lock on it."""
     with contextlib.suppress(FileNotFoundError, BlockingIOError), _open_regular(part, os.O_RDONLY) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if _is_at(file, part):
+        if _is_same_file(file, part):
             part.unlink()
 
 
-def _arrived(shard: Shard, tars: Mapping[str, Future]) -> Shard:
+def _wait_for(shard: Shard, tars: Mapping[str, Future]) -> Shard:
     for tar in tars.values():
         tar.result()
     return shard

@@ -1,6 +1,7 @@
-"""Tar shards: which samples they hold, found by reading nothing but the headers.
+"""Index the samples of tar shards by reading only the tar headers.
 
-A *shard* is one tar with every modality (``KEY.MODALITY.EXT``) or one tar per modality folder (``KEY.EXT``), joined by key.
+A *shard* is one tar with every modality (``KEY.MODALITY.EXT``) or one tar per modality folder (``KEY.EXT``), joined by
+key.
 """
 
 from __future__ import annotations
@@ -25,22 +26,23 @@ from fourm.utils.transfer import shown
 
 
 def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the files in a tar, in their order; then of the links to them.
+    """Yield the name, offset and size of each file in a tar, in file order, and then of each link.
 
     Args:
-        cache: of a tar in a store.
+        path: A local path or, with a ``cache``, a URL.
+        cache: The cache for a tar in an object store.
 
     Raises:
-        OSError: the file cannot be read.
-        UserError: the store cannot be read.
-        DamagedTar: it is not a tar, cut off or damaged (after everything that can be read has been given).
+        OSError: The file cannot be read.
+        UserError: The object store cannot be read.
+        DamagedTar: The file is not a tar, is cut off or is damaged. Raised after all readable members were yielded.
     """
     with _open(path, cache) as file:
         yield from read_members(file.fileno())
 
 
 def members_of(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, Member]]:
-    """Name and place of the files in a tar, as :func:`tar_members`; the extension is left open."""
+    """Yield the name and location of each file in a tar like :func:`tar_members`; the extension is left empty."""
     with _open(path, cache) as file:
         version = None if cache else version_of(file.fileno())
         for name, offset, size in read_members(file.fileno()):
@@ -56,14 +58,14 @@ class Shards:
 
     Args:
         data_path: ``root/[rgb,caption]/shard-{00000..00099}.tar``, or without brackets for tars with every modality.
-        wanted: the modalities to read and their usual folder names.
-        name_map: folder → modality where the names differ.
-        presence: which samples are used; unless given, those that have everything.
-        remote: how to read from stores.
-        known: more names of modalities, which may stand between key and extension.
+        wanted: The modalities to read and their default folder names.
+        name_map: Folder → modality where the names differ.
+        presence: Rules for which samples are used. The default uses only samples with every modality.
+        remote: Options for reading from object stores.
+        known: Further modality names that may stand between key and extension.
 
     Raises:
-        UserError: nothing lies at ``data_path``, or a modality is not there.
+        UserError: ``data_path`` does not exist, or lacks a modality.
     """
 
     def __init__(
@@ -92,17 +94,17 @@ class Shards:
         self._shards = shards
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
-        """Endless samples of one stream: shards drawn with replacement, each from its first sample to its last.
+        """Yield the endless samples of one stream: shards drawn with replacement, each read from start to end.
 
         Args:
-            key: what the order depends on beside the stream: (seed, epoch, …).
+            key: Seeds of the order besides the stream: (seed, epoch, …).
         """
         rng = generator(*key, "shards", stream)
         for shard in self._fetched(self._shards[rng.integers(len(self._shards))] for _ in itertools.count()):
             yield from self._join(shard, ledger)
 
     def all(self, ledger: BadSampleLedger) -> list[RawSample]:
-        """Every sample once, in the order of the shards."""
+        """Return every sample once, in the order of the shards."""
         samples = [sample for shard in self._fetched(self._shards) for sample in self._join(shard, ledger)]
         ledger.joined(0, {}, final=True)
         return samples
@@ -111,16 +113,16 @@ class Shards:
         return self._cache.ahead(shards) if self._cache else shards
 
     def _join(self, shard: Mapping[str | None, str], ledger: BadSampleLedger) -> list[RawSample]:
-        """The samples of a shard that can be used, in their order in the tars."""
+        """Return the usable samples of a shard in the order of the tars."""
         indexes: dict[str, MemberIndex] = {}
-        damage: dict[str, int] = {}  # path → places
+        damage: dict[str, int] = {}  # path → number of damaged places
         for folder, path in shard.items():
-            found, problem, places = self._index(path, folder)
-            indexes.update(found)
+            members, problem, damaged_places = self._index(path, folder)
+            indexes.update(members)
             if problem:
-                ledger.warn(path, f"{shown(path)}: {problem}; what it should hold is skipped")
-            if places:
-                damage[path] = places
+                ledger.warn(path, f"{shown(path)}: {problem}; the samples that it should contain are skipped")
+            if damaged_places:
+                damage[path] = damaged_places
         paths = {name: shard.get(folder) or shard[None] for name, folder in self._folders.items()}
         columns = {name: indexes.get(folder, MemberIndex()) for name, folder in self._folders.items()}
         for name, index in columns.items():
@@ -135,8 +137,8 @@ class Shards:
         for name in columns if incomplete and not tolerated else ():
             lacking = [key for key in incomplete if key not in columns[name]]
             if lacking:
-                more = f" and {len(lacking) - 1} more keys are" if len(lacking) > 1 else " is"
-                message = f"{shown(paths[name])}: no {self._folders[name]} for key {lacking[0]!r}, which{more} skipped"
+                more = f" and {len(lacking) - 1} more keys" if len(lacking) > 1 else ""
+                message = f"{shown(paths[name])}: no {self._folders[name]} for key {lacking[0]!r}{more}; skipped"
                 ledger.warn(f"join {paths[name]} {name}", message)
         total = len(samples) + len(incomplete) + sum(bad.values())
         if not tolerated:
@@ -145,9 +147,9 @@ class Shards:
         return samples
 
     def _without_wrappers(self, columns: dict[str, MemberIndex]) -> dict[str, MemberIndex]:
-        """The columns, where no key is in all of them, without the folder that a tar was made of: ``x/rgb/1`` → ``1``.
+        """Strip the folder that each tar was made from (``x/rgb/1`` → ``1``) if no key occurs in all columns.
 
-        Names of the modality apart, there must be one such folder at most: ``train/1`` and ``val/1`` stay two samples.
+        Apart from modality names, there must be at most one such folder: ``train/1`` and ``val/1`` stay two samples.
         """
         filled = [index for index in columns.values() if index]
         if not any("/" in next(iter(index)) for index in filled):
@@ -164,7 +166,7 @@ class Shards:
         return {name: index.below(wrappers[name]) if wrappers[name] else index for name, index in columns.items()}
 
     def _folders_inside(self, shards: list[dict[str | None, str]]) -> list[str]:
-        """The modalities in the first tar that can be read."""
+        """Return the modalities in the first tar that can be read."""
         for shard in shards:
             index = self._index(shard[None], None)[0]
             if index:
@@ -173,10 +175,14 @@ class Shards:
         raise UserError(f"data_path {shown(shards[0][None])}: {problem or 'the tar is empty'}")
 
     def _index(self, path: str, folder: str | None) -> tuple[dict[str, MemberIndex], str | None, int]:
-        """What a tar holds as folder → members, what is wrong with it, and in how many places.
+        """Index a tar.
 
         Args:
-            folder: the one folder that all members belong to; None if each names its own.
+            path: Path or URL of the tar.
+            folder: The folder that all members belong to; None if each member names its modality.
+
+        Returns:
+            Folder → members, a description of the damage or None, and the number of damaged places.
         """
         index: defaultdict[str, MemberIndex] = defaultdict(MemberIndex)
         problem, places = None, 0
@@ -198,7 +204,7 @@ class Shards:
                             member = Member(path, extension, offset, size, self._cache, version)
                             single.add(key, member, is_readable(extension))
         except (DamagedTar, OSError) as error:
-            if self._cache and self._cache.renewed(path):
+            if self._cache and self._cache.repair(path):
                 return self._index(path, folder)
             if isinstance(error, DamagedTar):
                 problem, places = str(error), len(error.problems)
@@ -212,7 +218,7 @@ class Shards:
 
 
 def _drop_parts(index: dict[str, MemberIndex]) -> None:
-    """Of ``0001.png`` and ``0001.depth.png``, where depth is not read, the latter is no sample."""
+    """Remove members like ``0001.depth.png`` beside ``0001.png``: a modality that is not read, not another sample."""
     for name, members in index.items():
         for key in [key for key in members if "." in key and is_part_of_another(key, members)]:
             if not any(key in others for other, others in index.items() if other != name):

@@ -1,6 +1,7 @@
-"""Which tokens of a sequence are kept, and the row that input and target share (method section 5.5).
+"""Choose the kept tokens of a sequence, and build the row that input and target share (method section 5.5).
 
-Shapes: n tokens of the sequence, u units that are kept or dropped as a whole (tokens or chunks), L = (max_tokens + 1)·2.
+Shapes: n tokens of the sequence, u units that are kept or dropped as a whole (tokens or chunks), L = (max_tokens +
+    1)·2.
 """
 
 from __future__ import annotations
@@ -15,52 +16,53 @@ from fourm.utils.tokenizer.spans import Spans
 KEEP_SCHEMES = ("random", "all", "binary")
 
 _SHRINK = 0.9
-_AT_ONCE = 16  # attempts that are drawn together, which costs little more than one
-_POWERS = _SHRINK ** np.arange(_AT_ONCE)[:, None]
+_DRAWS_AT_ONCE = 16  # several attempts are drawn together, which costs little more than one
+_POWERS = _SHRINK ** np.arange(_DRAWS_AT_ONCE)[:, None]
 
 
 def keep_probability(scheme: str, generator: np.random.Generator) -> float:
-    """With which probability each unit of this sample is kept."""
+    """Draw the probability with which each unit of this sample is kept."""
     if scheme == "all":
         return 1.0
     return float(generator.random()) if scheme == "random" else float(generator.integers(2))
 
 
 def draw_kept(lengths: np.ndarray, probability: float, budget: int, generator: np.random.Generator) -> np.ndarray:
-    """Keep each unit with ``probability``; while the input is over its budget, lower the probability and draw again.
+    """Keep each unit with ``probability``; while the input exceeds its budget, lower the probability and draw again.
 
     Args:
-        lengths: (u,) tokens of each unit.
-        probability: of keeping a unit, at first.
-        budget: most tokens of the input, where each run of dropped units counts as one; 0 keeps nothing.
+        lengths: Tokens of each unit, (u,).
+        probability: Initial probability of keeping a unit.
+        budget: Maximum tokens of the input, where each run of dropped units counts as one; 0 keeps nothing.
+        generator: Source of randomness.
 
     Returns:
-        (n,) bool, per token.
+        Whether each token is kept, (n,) bool.
     """
     if budget == 0 or probability == 0:
         return np.zeros(int(lengths.sum()), bool)
     while True:
-        kept = generator.random((_AT_ONCE, len(lengths))) < probability * _POWERS
+        kept = generator.random((_DRAWS_AT_ONCE, len(lengths))) < probability * _POWERS
         fits = kept @ lengths + run_starts(kept).sum(1) <= budget
         first = fits.argmax()
         if fits[first]:
             return kept[first].repeat(lengths)
-        probability *= _SHRINK**_AT_ONCE
+        probability *= _SHRINK**_DRAWS_AT_ONCE
 
 
 def run_starts(kept: np.ndarray) -> np.ndarray:
-    """(…, u) bool → True at the first of each run of dropped units."""
+    """Return True at the first unit of each run of dropped units; both arrays are (…, u) bool."""
     starts = ~kept
     starts[..., 1:] &= kept[..., :-1]
     return starts
 
 
 def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> list[int]:
-    """The targets; of those over budget a part that begins with a random span."""
+    """Return the targets; if they exceed the budget, a part of them that begins with a random span."""
     targets, starts = spans.targets, spans.starts
     if len(targets) <= budget:
         return targets
-    start = starts[generator.integers(max(len(starts) - 1, 1))]  # the last one only closes
+    start = starts[generator.integers(max(len(starts) - 1, 1))]  # the last one only marks the end
     if len(targets) - start < budget:
         start = starts[bisect_left(starts, len(targets) - budget)]
     return targets[start : start + budget]
@@ -69,7 +71,7 @@ def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> lis
 def sequence_row(
     inputs: Sequence[int] | np.ndarray, targets: Sequence[int], input_budget: int, max_tokens: int
 ) -> dict[str, np.ndarray]:
-    """Inputs from 0 and targets from ``input_budget``, in rows of length L; vectors are inputs only, and not padded."""
+    """Place inputs at 0 and targets at ``input_budget`` in rows of length L; vectors are only inputs and not padded."""
     length = (max_tokens + 1) * 2
     end, target = len(inputs), slice(input_budget, input_budget + len(targets))
     input_mask, target_mask = np.ones((2, length), bool)
@@ -91,5 +93,5 @@ def sequence_row(
 
 
 def padded(vectors: np.ndarray, length: int) -> np.ndarray:
-    """(n, D) → (length, D), with zeros."""
+    """Pad vectors (n, D) with zeros to (length, D)."""
     return np.concatenate([vectors, np.zeros((length - len(vectors), *vectors.shape[1:]), vectors.dtype)])

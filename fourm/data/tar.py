@@ -1,7 +1,7 @@
-"""The headers of tars: v7, ustar, GNU and pax, as tar and ``tarfile`` read them, several times as fast as the latter.
+"""Read the headers of v7, ustar, GNU and pax tars like ``tarfile`` does, but several times as fast.
 
-One zero block is damage, two or more are the end of an archive, which another may follow. After a damaged header reading
-goes on at the next good one. Everything that can be read is given; then the damage is an error.
+A single zero block counts as damage. Two or more zero blocks end an archive, and another archive may follow. After a
+damaged header, reading continues at the next valid one. All readable members are returned before the damage is raised.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from zlib import adler32
 
 _BLOCK = 512
 _ZEROS = bytes(_BLOCK)
-_WINDOW = 8 * _BLOCK  # read at once: a header, and what often stands around it (extended header, the next small member)
+_WINDOW = 8 * _BLOCK  # bytes per read: a header and what is usually next to it (extended header, next small member)
 _CHUNK = 2**20
-_MOST_EXTENDED = 2**20  # bytes of a long name or of extended attributes
+_MAX_EXTENDED_BYTES = 2**20  # limit for a long name or extended attributes
 _FILES, _WITHOUT_DATA, _EXTENDED = b"0\x007", b"123456", b"LKxgX"
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd", b"\xfd7zXZ": "xz", b"BZh": "bzip2", b"PK\3\4": "zip"}
 
-# Name and size of a file as nearly all are written: of kind 0, in octal digits, the name in one piece.
+# The common form of a file header: type 0, size in octal digits, name not split into a prefix.
 _USUAL = re.compile(rb"(?=([^\0]{1,100})).{124}([0-7]{11})[ \0].{20}0.{188}\0", re.DOTALL)
 
 
 class DamagedTar(tarfile.ReadError):
-    """Some or all of a tar cannot be read.
+    """Raised when a tar cannot be read, or only in part.
 
     Attributes:
-        problems: what is wrong, in the order of the file.
+        problems: Descriptions of the damage, in file order.
     """
 
     def __init__(self, problems: list[str]):
@@ -47,17 +47,17 @@ class _Link(NamedTuple):
 
 
 def read_members(descriptor: int) -> Iterator[tuple[str, int, int]]:
-    """Name, offset and size of the files in the tar that is open as ``descriptor``; links have those of their target.
+    """Yield the name, offset and size of each file in an open tar; a link has the offset and size of its target.
 
     Raises:
-        DamagedTar: it is not a tar, cut off or damaged; after everything that can be read has been given.
+        DamagedTar: The file is not a tar, is cut off or is damaged. Raised after all readable members were yielded.
     """
     problems: list[str] = []
     links: list[_Link] = []
     yield from _scan(descriptor, problems, links)
     if links:
         files = {posixpath.normpath(name): place for name, *place in _scan(descriptor, [], [])}
-        yield from _resolved(links, files, problems)
+        yield from _resolve_links(links, files, problems)
     if problems:
         raise DamagedTar(problems)
 
@@ -67,13 +67,13 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
     window, window_start, position = b"", 0, 0
     extended, shared = dict[str, str](), dict[str, str]()
     match = _USUAL.match
-    unnamed = ended = False  # a name was lost; the mark at the end was seen
+    unnamed = ended = False  # the member's name was lost; the end-of-archive mark was seen
     while position + _BLOCK <= end:
         at = position - window_start
         if at + _BLOCK > len(window):
             window, window_start, at = os.pread(descriptor, _WINDOW, position), position, 0
         header = window[at : at + _BLOCK]
-        good = adler32(header) & 0xFFFF == _sum_asked_for(header[148:156])
+        good = adler32(header) & 0xFFFF == _expected_sum(header[148:156])
         if good and header[156] == 48 and not (extended or shared or unnamed) and (usual := match(header)):
             name, digits = usual.groups()
             data, size = position + _BLOCK, int(digits, 8)
@@ -82,7 +82,7 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
                 yield name.decode("utf-8", "surrogateescape"), data, size
                 continue
         if not good and not _is_header(header):
-            following, ended = _after_gap(descriptor, position, end, header, problems)
+            following, ended = _skip_gap(descriptor, position, end, header, problems)
             if following is None:
                 break
             position, extended, unnamed = following, {}, False
@@ -106,24 +106,24 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
             return
         if kind in _EXTENDED:
             try:
-                if size > _MOST_EXTENDED:
+                if size > _MAX_EXTENDED_BYTES:
                     raise ValueError
                 at = data - window_start
                 content = window[at : at + size] if at + size <= len(window) else os.pread(descriptor, size, data)
-                _extend(kind, content, extended, shared)
+                _read_extended_header(kind, content, extended, shared)
             except ValueError:
                 problems.append(f"a damaged or too large extended header at byte {header_at}")
                 unnamed = True
             continue
         name = extended.get("path") or shared.get("path") or _plain_name(header)
         if unnamed:
-            pass  # counted with the header that is damaged
+            pass  # already reported with its damaged header
         elif kind == 83 or "sparse" in extended:
-            problems.append(f"{name!r} is stored as a sparse file, which cannot be read: pack it without --sparse")
+            problems.append(f"{name!r} is a sparse file, which is not supported; pack it without --sparse")
             if kind == 83 and header[482]:
-                position = _after_sparse_map(descriptor, data, end) + position - data
+                position = _skip_sparse_map(descriptor, data, end) + position - data
         elif kind in _FILES:
-            if kind or not name.endswith("/"):  # in v7 a slash makes a folder
+            if kind or not name.endswith("/"):  # in v7, a trailing slash marks a folder
                 yield name, data, size
         elif kind in b"12":
             target = extended.get("linkpath") or shared.get("linkpath") or _text(header[157:257])
@@ -133,12 +133,12 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
         if compression := _compression(os.pread(descriptor, 8, 0)) if position == 0 else None:
             problems.append(compression)
         elif not ended:
-            problems.append(f"cut off at byte {end}, before the mark at the end of an archive")
+            problems.append(f"cut off at byte {end}: the end-of-archive mark is missing")
 
 
 @lru_cache(maxsize=4096)
-def _sum_asked_for(field: bytes) -> int:
-    """The lower half of Adler-32, which is the sum of the bytes and 1, of a block that ``field`` is the right checksum of."""
+def _expected_sum(field: bytes) -> int:
+    """Return the lower half of Adler-32 (1 + the sum of all bytes) of a block whose checksum ``field`` is correct."""
     try:
         return int(field[:6], 8) + sum(field) - 255
     except ValueError:
@@ -146,20 +146,22 @@ def _sum_asked_for(field: bytes) -> int:
 
 
 def _is_header(block: bytes) -> bool:
-    """Whether the checksum in a block is right: the sum of its bytes, its own eight counted as spaces."""
+    """Check a block's checksum: the sum of its bytes, where the checksum field itself counts as eight spaces."""
     field = block[148:156]
     try:
         expected = int(field.split(b"\0", 1)[0] or field.strip(b"\0 "), 8)
     except ValueError:
         return False
-    if (adler32(block) & 0xFFFF) - sum(field) + 255 == expected:  # the lower half of Adler-32 is the sum, and 1
+    if (adler32(block) & 0xFFFF) - sum(field) + 255 == expected:  # the lower half of Adler-32 is the sum + 1
         return True
-    signed = sum(block) - sum(field) + 256 - 256 * sum(byte > 127 for byte in block)  # of some old programs
+    signed = (
+        sum(block) - sum(field) + 256 - 256 * sum(byte > 127 for byte in block)
+    )  # some old programs sum signed bytes
     return signed == expected or sum(block) - sum(field) + 256 == expected
 
 
-def _after_gap(descriptor: int, position: int, end: int, block: bytes, problems: list[str]) -> tuple[int | None, bool]:
-    """Where headers go on after a block that is none, and whether the end of an archive lies between."""
+def _skip_gap(descriptor: int, position: int, end: int, block: bytes, problems: list[str]) -> tuple[int | None, bool]:
+    """Return where the next header is after an invalid block, and whether an end of archive lies in between."""
     if block != _ZEROS:
         following = _next_header(descriptor, position + _BLOCK, end)
         if following is None and position == 0:
@@ -176,19 +178,19 @@ def _after_gap(descriptor: int, position: int, end: int, block: bytes, problems:
             problems.append(f"a lone zero block at byte {start}")
         return position, True
     following = _next_header(descriptor, position, end)
-    if blocks == 1 or following is not None:  # else it is what follows the end
+    if blocks == 1 or following is not None:  # otherwise this is padding after the end
         problems.append(f"{blocks} zero blocks in place of a header at byte {start}")
     return following, True
 
 
 def _compression(block: bytes) -> str | None:
-    """What to say of a file that begins so, if it is compressed."""
+    """Return a description of the problem if a file that begins with ``block`` is compressed."""
     kind = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
-    return f"it is compressed with {kind}, and shards are read at any place: decompress it" if kind else None
+    return f"compressed with {kind}, but shards need random access; decompress it" if kind else None
 
 
 def _end_of_zeros(descriptor: int, position: int, end: int) -> int:
-    """The first block from ``position`` on that is not all zeros."""
+    """Return the offset of the first non-zero block at or after ``position``."""
     while position < end:
         with contextlib.suppress(OSError):
             position = max(position, os.lseek(descriptor, position, getattr(os, "SEEK_DATA", 3)) // _BLOCK * _BLOCK)
@@ -211,7 +213,7 @@ def _next_header(descriptor: int, position: int, end: int) -> int | None:
 
 
 def _number(field: bytes) -> int:
-    """Octal digits, or a big-endian number behind the byte 0x80."""
+    """Parse octal digits, or a big-endian number after the byte 0x80."""
     if field[0] & 0x80:
         return int.from_bytes(field[1:], "big") if field[0] == 0x80 else -1
     return int(field.split(b"\0", 1)[0].strip() or b"0", 8)
@@ -222,18 +224,18 @@ def _text(field: bytes) -> str:
 
 
 def _plain_name(header: bytes) -> str:
-    # GNU tars, magic "ustar ", keep other things where ustar keeps the prefix.
+    # GNU tars (magic "ustar ") store other fields where ustar stores the prefix.
     prefix = _text(header[345:500]) if header[345] and header[257:263] == b"ustar\0" else ""
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
-def _extend(kind: int, content: bytes, extended: dict[str, str], shared: dict[str, str]) -> None:
-    """Add what an extended header says of the next member, or of all (``g``); of two, the first holds."""
+def _read_extended_header(kind: int, content: bytes, extended: dict[str, str], shared: dict[str, str]) -> None:
+    """Add the fields of an extended header for the next member, or for all members (``g``); the first value wins."""
     if kind == 76:
         extended.setdefault("path", _text(content))
     elif kind == 75:
         extended.setdefault("linkpath", _text(content))
-    elif b"path=" in content or b"size=" in content or b"sparse" in content:  # most are about times only
+    elif b"path=" in content or b"size=" in content or b"sparse" in content:  # most extended headers hold only times
         records = _pax_records(content)
         if kind == 103:
             shared.update(records)
@@ -257,8 +259,8 @@ def _pax_records(content: bytes) -> dict[str, str]:
     return records
 
 
-def _after_sparse_map(descriptor: int, position: int, end: int) -> int:
-    """Where the data of an old GNU sparse file begin, whose map needs more blocks."""
+def _skip_sparse_map(descriptor: int, position: int, end: int) -> int:
+    """Return where the data of an old GNU sparse file begin if its map takes further blocks."""
     while position + _BLOCK <= end:
         more = os.pread(descriptor, 1, position + 504)
         position += _BLOCK
@@ -267,7 +269,9 @@ def _after_sparse_map(descriptor: int, position: int, end: int) -> int:
     return position
 
 
-def _resolved(links: list[_Link], files: dict[str, list[int]], problems: list[str]) -> Iterator[tuple[str, int, int]]:
+def _resolve_links(
+    links: list[_Link], files: dict[str, list[int]], problems: list[str]
+) -> Iterator[tuple[str, int, int]]:
     targets = {posixpath.normpath(link.name): posixpath.normpath(link.target) for link in links}
     folders: set[str] | None = None
     for link in links:

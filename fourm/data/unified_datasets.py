@@ -1,17 +1,17 @@
-"""From data sets on disk to batches: read and join by key → aligned transform → masking → collate.
+"""Build batches from data sets on disk: read and join by key → aligned transform → masking → collate.
 
-**The data position.** The training data of a run is made of ``S`` logical *streams*, ``num_streams``. Micro-batch ``k`` of
-rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; what is in it depends on
-``(seed, S, g)`` only. ``S`` is a multiple of all workers, ``world_size · max(1, num_workers)``, which it is by default. So
-each stream is one worker's own, each worker takes its ``S / (world_size · max(1, num_workers))`` streams by turns, and every
-such number of ranks and workers sees the same batches.
+**The data position.** The training data of a run consists of ``S = num_streams`` logical *streams*. Micro-batch ``k``
+of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; its content depends only on
+``(seed, S, g)``. ``S`` is a multiple of the total number of workers, ``world_size · max(1, num_workers)``, which is
+also its default. Each stream therefore belongs to one worker, each worker cycles through its ``S / (world_size · max(1,
+num_workers))`` streams, and every such number of ranks and workers sees the same batches.
 
-``k`` counts on through the run; every ``batches_per_epoch`` of them an epoch ends and each stream starts afresh. Within an
-epoch a stream is a fixed sequence of *draws*: its order comes from ``(seed, epoch, stream)``, and the augmentation and
-masking of a draw from ``(seed, epoch, stream, number of the draw)``. A sample that cannot be read counts as drawn and is
-skipped. The whole state of a stream is therefore the number of its draws, which every :class:`Batch` reports. To resume, a
-stream is set up again and that many draws are passed over: this reads the headers of shards, never the content of a sample,
-because what the shuffle buffers hold are references.
+``k`` counts through the whole run; an epoch ends after every ``batches_per_epoch`` batches, and each stream starts
+afresh. Within an epoch, a stream is a fixed sequence of *draws*: its order is seeded by ``(seed, epoch, stream)``, and
+the augmentation and masking of a draw by ``(seed, epoch, stream, index of the draw)``. A sample that cannot be read
+counts as a draw and is skipped. The state of a stream is therefore just its number of draws, which every :class:`Batch`
+reports. To resume, a stream is created again and skips that many draws. This reads only the headers of shards and no
+sample content, because the shuffle buffers hold references.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ from fourm.utils.seeds import generator
 
 @dataclass
 class Batch:
-    """A batch, and where its stream stands after it.
+    """A batch and the position of its stream after it.
 
     Attributes:
         mod_dict: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}, each (B, …).
-        position: ``stream``, ``epoch``, ``draws`` of the stream in this epoch, ``skipped``: how many bad samples there were
-            since the stream's previous batch, by data set and reason, and ``missing``: modality → the number of samples
-            without it and of all samples, of the data sets where samples may lack something.
-        scaling: scale and bias per channel of the modalities whose pictures are still in 8 bits; see ``raw_pixels``.
+        position: ``stream``, ``epoch``, and ``draws`` of the stream in this epoch. ``skipped`` holds the number of bad
+            samples since the stream's previous batch by data set and reason. ``missing`` maps each modality to the
+            number of samples without it and of all samples, for data sets whose samples may lack modalities.
+        scaling: Scale and bias per channel of the modalities whose images are still in 8 bits; see ``raw_pixels``.
     """
 
     mod_dict: dict[str, dict[str, Tensor]]
@@ -62,13 +62,13 @@ class Batch:
     scaling: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
 
     def pin_memory(self) -> Batch:
-        """Called by the ``DataLoader``."""
+        """Copy the tensors to page-locked memory; the ``DataLoader`` calls this."""
         pinned = {name: {k: v.pin_memory() for k, v in entry.items()} for name, entry in self.mod_dict.items()}
         return replace(self, mod_dict=pinned)
 
 
 class Source(Protocol):
-    """Where the samples of a data set come from: :class:`Shards`, :class:`Folders` or :class:`Records`."""
+    """The source of a data set's samples: :class:`Shards`, :class:`Folders` or :class:`Records`."""
 
     def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]: ...
 
@@ -77,14 +77,20 @@ class Source(Protocol):
 
 @dataclass
 class SampleDataset:
-    """One data set: where its samples come from, in which order, and what turns one into model input.
+    """A data set: its samples, their order, and the steps from a sample to model input.
 
     Attributes:
-        shuffle_buffer: references mixed before the repeats, ``wds_shuffle_buffer_tar``.
-        repeats: how often a sample is used while it is in memory, with different crops and masks.
-        repeat_buffer: references mixed after the repeats, ``wds_shuffle_buffer_repeat``.
-        presence: which samples are used; a null or empty value is one that is missing. With ``missing: allow`` the token
-            budgets of what a sample lacks go to the others.
+        name: Key of the data set in the data YAML.
+        source: Source of the samples.
+        modalities: The modalities of the data set by name.
+        transform: Aligned transform of a sample.
+        masking: Masking of a transformed sample.
+        shuffle_buffer: Number of references that are shuffled before the repeats (``wds_shuffle_buffer_tar``).
+        repeats: Number of times a sample is used while it is in memory, with different crops and masks.
+        repeat_buffer: Number of references that are shuffled after the repeats (``wds_shuffle_buffer_repeat``).
+        max_bad_fraction: Maximum share of unusable samples; more than this stops the run.
+        presence: Rules for which samples are used; a null or empty value counts as missing. With ``missing: allow``,
+            the token budgets of missing modalities go to the others.
     """
 
     name: str
@@ -102,7 +108,7 @@ class SampleDataset:
     def draw(
         self, seed: int, epoch: int, stream: int, num_streams: int, ledger: BadSampleLedger
     ) -> Iterator[RawSample]:
-        """The endless draws of one stream in one epoch."""
+        """Return the endless draws of one stream in one epoch."""
         rng = generator(seed, "buffers", epoch, stream, self.name)
         samples = self.source.draw((seed, "order", epoch, self.name), stream, num_streams, ledger)
         samples = _shuffled(samples, self.shuffle_buffer, rng)
@@ -117,10 +123,10 @@ class SampleDataset:
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
     def present(self, sample: RawSample, raw: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Of the values of ``sample`` those that can be used.
+        """Return the usable values of ``sample``.
 
         Raises:
-            BadSample: a value is null or empty, and the data set does not do without it.
+            BadSample: A value that the data set requires is null or empty.
         """
         lacking = self.transform.lacking(raw)
         if not lacking:
@@ -136,19 +142,19 @@ class SampleDataset:
         """Read, transform and mask a sample.
 
         Raises:
-            BadSample: it cannot be read.
-            DataError: it breaks the contract of one of its modalities.
+            BadSample: The sample cannot be read.
+            DataError: The sample violates the contract of one of its modalities.
         """
         raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
         budgets = self.masking.draw_budgets(rng, raw if self.presence.missing == "allow" else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
-        with errors_name_the_file(sample):
+        with name_file_in_errors(sample):
             return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
 
 
 @contextmanager
-def errors_name_the_file(sample: RawSample) -> Iterator[None]:
-    """Errors of transforms and masking get the file and key of ``sample``; unreadable values become :class:`BadSample`."""
+def name_file_in_errors(sample: RawSample) -> Iterator[None]:
+    """Add the file and key of ``sample`` to errors, and turn unreadable values into :class:`BadSample`."""
     try:
         yield
     except (DataError, UnreadableValue) as error:
@@ -159,7 +165,7 @@ def errors_name_the_file(sample: RawSample) -> Iterator[None]:
 
 
 def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
-    """Mix an endless sequence through a buffer: each item goes where a random one just left."""
+    """Shuffle an endless sequence through a buffer: each item replaces a randomly chosen one."""
     buffer = list(itertools.islice(items, size))
     if not buffer:
         yield from items
@@ -170,10 +176,17 @@ def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -
 
 
 class Stream:
-    """One stream in one epoch: draws from a weighted mixture of data sets, and skips the samples that are bad.
+    """One stream in one epoch, which draws from a weighted mixture of data sets and skips bad samples.
 
     Args:
-        draws: how many draws to pass over.
+        datasets: The data sets of the mixture.
+        weights: Relative frequency of each data set.
+        ledgers: Counter of bad samples for each data set.
+        seed: Seed of the run.
+        epoch: Index of the epoch.
+        stream: Index of the stream.
+        num_streams: Total number of streams.
+        draws: Number of draws to skip.
     """
 
     def __init__(
@@ -193,7 +206,7 @@ class Stream:
             self._draw()
         if draws:
             for ledger in ledgers:
-                ledger.collect()  # counted before
+                ledger.collect()  # these were reported before
 
     def _draw(self) -> tuple[int, RawSample]:
         index = bisect(self._cumulative, self._choice.random()) if self._cumulative else 0
@@ -212,7 +225,7 @@ class Stream:
 def read_sample(
     dataset: SampleDataset, sample: RawSample, rng: np.random.Generator, ledger: BadSampleLedger
 ) -> MaskedSample | None:
-    """The masked sample; None, counted and with a warning, if it cannot be read."""
+    """Return the masked sample, or None, after counting it and logging a warning, if it cannot be read."""
     note_reading(sample)
     try:
         masked = dataset.masked(sample, rng)
@@ -230,7 +243,7 @@ def read_sample(
 
 
 class TrainBatches(IterableDataset):
-    """The endless micro-batches of one rank from ``start_batch`` on; each worker process makes its own share."""
+    """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share."""
 
     def __init__(
         self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
@@ -243,9 +256,9 @@ class TrainBatches(IterableDataset):
         self.start_batch, self.positions, self.num_streams = start_batch, positions or {}, num_streams
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, num_workers = _worker()
+        worker, num_workers = _worker_info()
         num_streams = self.num_streams or self.world_size * num_workers
-        assert num_streams % (self.world_size * num_workers) == 0, "a stream would be of several workers"
+        assert num_streams % (self.world_size * num_workers) == 0, "a stream would belong to several workers"
         ledgers = [BadSampleLedger(dataset.name, dataset.max_bad_fraction) for dataset in self.datasets]
         scaling = {name: pair for dataset in self.datasets for name, pair in dataset.scaling.items()}
         for epoch, batches in itertools.groupby(itertools.count(self.start_batch + worker, num_workers), self._epoch):
@@ -259,32 +272,33 @@ class TrainBatches(IterableDataset):
                     )
                 samples = streams[stream]
                 rows = [next(samples) for _ in range(self.batch_size)]
-                position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _reported(ledgers)
-                yield Batch(_collated(rows, self.modalities), position, scaling)
+                position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _collect_reports(ledgers)
+                yield Batch(_collate(rows, self.modalities), position, scaling)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
 
 
-def _reported(ledgers: Iterable[BadSampleLedger]) -> dict[str, Any]:
-    """What there is to report since the last time, for :attr:`Batch.position`."""
+def _collect_reports(ledgers: Iterable[BadSampleLedger]) -> dict[str, Any]:
+    """Collect the counts since the last call for :attr:`Batch.position`."""
     skipped, missing = Counter[str](), dict[str, tuple[int, int]]()
     for ledger in ledgers:
         skipped.update(ledger.collect())
         for name, (lacking, total) in ledger.collect_missing().items():
-            before = missing.get(name, (0, 0))
-            missing[name] = (before[0] + lacking, before[1] + total)
+            previous_lacking, previous_total = missing.get(name, (0, 0))
+            missing[name] = (previous_lacking + lacking, previous_total + total)
     return {"skipped": dict(skipped), "missing": missing}
 
 
 class EvalBatches(IterableDataset):
-    """Every sample of a data set once, in fixed order: rank ``r`` takes samples r, r + world_size, …"""
+    """Every sample of a data set once in a fixed order; rank ``r`` takes samples r, r + world_size, …"""
 
     def __init__(self, dataset: SampleDataset, *, batch_size: int, rank: int, world_size: int, seed: int):
         self.dataset, self.rank, self.seed = dataset, rank, seed
         ledger = BadSampleLedger(dataset.name, dataset.max_bad_fraction)
         samples = list(enumerate(dataset.source.all(ledger)))
-        self.size, share = len(samples), samples[rank::world_size]
+        self.size = len(samples)
+        share = samples[rank::world_size]
         self.batches = [share[start : start + batch_size] for start in range(0, len(share), batch_size)]
         self.not_joined = ledger.collect() if rank == 0 else {}
 
@@ -292,7 +306,7 @@ class EvalBatches(IterableDataset):
         return len(self.batches)
 
     def __iter__(self) -> Iterator[Batch]:
-        worker, num_workers = _worker()
+        worker, num_workers = _worker_info()
         ledger = BadSampleLedger(self.dataset.name, self.dataset.max_bad_fraction, self.size)
         skipped = Counter(self.not_joined if worker == 0 else {})
         for samples in self.batches[worker::num_workers]:
@@ -301,48 +315,50 @@ class EvalBatches(IterableDataset):
                 for index, sample in samples
             ]
             skipped += Counter(ledger.collect())
-            if kept := [row for row in rows if row is not None]:
-                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1} | _reported([ledger])
+            kept = [row for row in rows if row is not None]
+            if kept:
+                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1} | _collect_reports([ledger])
                 position["skipped"] = dict(skipped)
-                yield Batch(_collated(kept, self.dataset.modalities), position, self.dataset.scaling)
+                yield Batch(_collate(kept, self.dataset.modalities), position, self.dataset.scaling)
                 skipped = Counter()
 
 
-def _collated(samples: Sequence[MaskedSample], modalities: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+def _collate(samples: Sequence[MaskedSample], modalities: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
     return collate(samples, modalities, shared=get_worker_info() is not None)
 
 
-def _worker() -> tuple[int, int]:
-    """Index of this worker process and their number; (0, 1) in the main process."""
+def _worker_info() -> tuple[int, int]:
+    """Return the index of this worker process and the number of workers; (0, 1) in the main process."""
     info = get_worker_info()
     return (info.id, info.num_workers) if info else (0, 1)
 
 
 def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
-    """The shards, folders or records of a data set.
+    """Open the shards, folders or records of a data set.
 
     Args:
-        ledger: counts keys that are not in every folder; shards are joined later.
+        config: The data set.
+        ledger: Counts the keys that are not in every folder; shards are joined later.
 
     Raises:
-        UserError: its files are not there, or of a type that cannot be read.
+        UserError: The files do not exist, or are of an unsupported type.
     """
     transforms = transforms_for(config.modalities)
     used = presence(config.missing, config.modalities, transforms, config.main_augment_domain)
     if config.type == "huggingface":
         return Records(config.data_path, list(config.modalities), config.modality_name_map, used)
-    place = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    return Shards(*place, used, config.remote) if config.use_wds else Folders(*place, ledger, used)
+    location = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
+    return Shards(*location, used, config.remote) if config.use_wds else Folders(*location, ledger, used)
 
 
 def build_masking(
     config: DatasetConfig, text_tokenizer: Any, input_tokens_range: tuple[int, int] | None = None,
     target_tokens_range: tuple[int, int] | None = None,
 ) -> UnifiedMasking:  # fmt: skip
-    """What divides the samples of a data set into input and target; the ranges replace its own.
+    """Build the masking of a data set; the given token ranges override those of the config.
 
     Raises:
-        UserError: settings that do not fit together.
+        UserError: The settings are inconsistent.
     """
     ranges = input_tokens_range or config.input_tokens_range, target_tokens_range or config.target_tokens_range
     if config.masking == "transfer":
@@ -358,10 +374,10 @@ def build_dataset(
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
     raw_pixels: bool = False,
 ) -> SampleDataset:  # fmt: skip
-    """The data set of one entry of the data config; the ranges replace its own.
+    """Build the data set of one entry of the data config; the given token ranges override those of the config.
 
     Raises:
-        UserError: its files are not there, or of a type that cannot be read.
+        UserError: The files do not exist, or are of an unsupported type.
     """
     return SampleDataset(
         config.name,
@@ -384,22 +400,30 @@ def build_train_loader(
     world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None,
     num_streams: int | None = None, pin_memory: bool = False, raw_pixels: bool = False,
 ) -> BatchLoader:  # fmt: skip
-    """The endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
+    """Build the endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
 
     Args:
-        batch_size: of this rank.
-        batches_per_epoch: of this rank.
-        positions: stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every stream of
-            all ranks (:func:`draws_in_epoch`). A stream that is not in it has made no draw in that epoch.
-        num_streams: a multiple of ``world_size · max(1, num_workers)``, which is the default; see the top of this file.
-        raw_pixels: leave pictures in 8 bits, a quarter of the bytes; :attr:`Batch.scaling` says how to normalise them.
+        config: The data config of the run.
+        text_tokenizer: The text vocabulary.
+        batch_size: Samples per micro-batch of this rank.
+        batches_per_epoch: Micro-batches per epoch of this rank.
+        num_workers: Worker processes of this rank; 0 builds batches in this process.
+        rank: Index of this rank.
+        world_size: Number of ranks.
+        seed: Seed of the run.
+        start_batch: Index of the first micro-batch.
+        positions: Stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every
+            stream of all ranks (:func:`draws_in_epoch`). A stream that is absent has made no draw in that epoch.
+        num_streams: A multiple of ``world_size · max(1, num_workers)``, which is the default; see the top of this file.
+        pin_memory: Copy batches to page-locked memory.
+        raw_pixels: Leave images in 8 bits, a quarter of the bytes; :attr:`Batch.scaling` tells how to normalise them.
 
     Raises:
-        UserError: a data set that cannot be read. While iterating, :class:`DataError`: data that breaks its modality's
-            contract, or too many bad samples.
+        UserError: A data set cannot be read. While iterating, :class:`DataError` is raised if data violates the
+            contract of its modality or too many samples are bad.
     """
     if start_batch % batches_per_epoch and positions is None:
-        raise ValueError(f"start_batch {start_batch} lies within an epoch: 'positions' are needed")
+        raise ValueError(f"start_batch {start_batch} is inside an epoch, which requires 'positions'")
     datasets = [
         build_dataset(dataset, text_tokenizer, training=True, raw_pixels=raw_pixels)
         for dataset in config.train.values()
@@ -413,7 +437,7 @@ def build_train_loader(
 
 
 def draws_in_epoch(positions: Iterable[Mapping[str, Any]], epoch: int) -> dict[int, int]:
-    """``positions`` of :func:`build_train_loader`, from the latest :attr:`Batch.position` of each stream."""
+    """Return ``positions`` for :func:`build_train_loader` from the latest :attr:`Batch.position` of each stream."""
     return {position["stream"]: position["draws"] for position in positions if position["epoch"] == epoch}
 
 
@@ -422,13 +446,21 @@ def build_eval_loader(
     input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
     raw_pixels: bool = False,
 ) -> BatchLoader:  # fmt: skip
-    """This rank's share of a data set, for evaluation: every sample once over all ranks, always the same crops and masks.
+    """Build this rank's evaluation batches: every sample once over all ranks, always with the same crops and masks.
 
-    The last batch may be smaller, and so may one with bad samples; a rank may have one batch more than another.
+    The last batch and batches with bad samples may be smaller, and one rank may have one more batch than another.
 
     Args:
-        input_tokens_range, target_tokens_range: in place of the data set's own.
-        raw_pixels: see :func:`build_train_loader`.
+        dataset: The data set.
+        text_tokenizer: The text vocabulary.
+        batch_size: Samples per batch of this rank.
+        num_workers: Worker processes of this rank; 0 builds batches in this process.
+        rank: Index of this rank.
+        world_size: Number of ranks.
+        seed: Seed of the crops and masks.
+        input_tokens_range: Overrides the range of the data set.
+        target_tokens_range: Overrides the range of the data set.
+        raw_pixels: See :func:`build_train_loader`.
     """
     samples = build_dataset(
         dataset, text_tokenizer, training=False, input_tokens_range=input_tokens_range,

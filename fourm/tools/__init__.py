@@ -1,1 +1,1 @@
-"""Commands on data: what is wrong with it (check), how it looks to training (preview), and shards from folders and back (pack)."""
+"""Commands for data: find problems (check), show samples as training sees them (preview), and pack shards (pack)."""

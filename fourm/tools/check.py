@@ -1,9 +1,10 @@
-"""Say what the data sets of a data YAML hold, and everything in them with which a run would have trouble.
+"""Report the contents of the data sets in a data YAML, and all problems that a run would have with them.
 
     python -m fourm.tools.check CONFIG [--full] [--json]
 
-Some samples of some shards are read unless --full is given: all of their pixels are decoded, the tokens of all stored crops
-are checked, and they are masked. Exit status: 0 all good, 1 problems found, 2 it cannot be checked (one line says why).
+Without --full, some samples of some shards are read. All pixels of these samples are decoded, the tokens of all stored
+crops are checked, and the samples are masked. Exit status: 0 if all is good, 1 if there are problems, 2 if the data
+cannot be checked, with the reason in one line.
 """
 
 from __future__ import annotations
@@ -29,44 +30,46 @@ from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
 from fourm.utils.urls import without_secrets
 
-_MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
+_MAX_UNKNOWN_SHARE = 0.05  # of a text's tokens; a larger share means that the vocabulary does not match
 _WORKERS = min(8, os.cpu_count() or 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckOptions(DataOptions):
-    """What to check."""
+    """Options of the check."""
 
     max_samples: int = option(
-        "samples that are read per data set, spread over at most 32 of its shards", 1000, at_least=1
+        "maximum number of samples to read per data set, from at most 32 of its shards", 1000, at_least=1
     )
     full: bool = option("read every sample of every shard", False)
-    num_workers: int = option("processes that read; 0 = none but this one", _WORKERS, at_least=0, at_most=512)
-    json: bool = option("print JSON rather than a table", False)
+    num_workers: int = option("reader processes; 0 = read in the main process", _WORKERS, at_least=0, at_most=512)
+    json: bool = option("print JSON instead of a table", False)
 
 
 def check(
     dataset: DatasetConfig, text_tokenizer: str, max_samples: int | None = None, num_workers: int = 0, plugin: str = ""
 ) -> dict[str, Any]:
-    """Read samples of a data set.
+    """Read samples of a data set and summarise them.
 
     Args:
-        text_tokenizer: path of the vocabulary.
-        max_samples: None = all.
-        plugin: module that worker processes import, too.
+        dataset: The data set.
+        text_tokenizer: Path of the vocabulary.
+        max_samples: Maximum number of samples to read; None = all.
+        num_workers: Reader processes; 0 reads in this process.
+        plugin: Module that worker processes import as well.
 
     Returns:
-        What :func:`summary` makes of the report; of a data set of the hub, ``not_checked``: why.
+        The :func:`summary` of the report. For a data set on the hub, ``not_checked`` gives the reason.
 
     Raises:
-        UserError: it cannot be read at all.
+        UserError: The data set cannot be read at all.
     """
     if dataset.type == "huggingface" and local_files(dataset.data_path) is None:
-        why = f"{dataset.data_path} is a data set of the hub; none of its records was read"
-        return {"dataset": dataset.name, "not_checked": why, "problems": []}
+        reason = f"{dataset.data_path} is a data set on the hub; none of its records were read"
+        return {"dataset": dataset.name, "not_checked": reason, "problems": []}
     slices, shards = choose_slices(dataset, max_samples)
     inspector = functools.partial(Inspector, dataset, text_tokenizer)
-    inspector()  # a setting that does not fit is an error here, not in a worker
+    inspector()  # raises errors about settings in this process instead of in a worker
     total = Report()
     with tqdm(total=len(slices), desc=dataset.name, unit=" slices", leave=False, disable=None) as bar:
         for report in _reports(inspector, slices, min(num_workers, len(slices) // 2), plugin):
@@ -76,10 +79,10 @@ def check(
     return summary(dataset, total, shards)
 
 
-_inspector: Inspector  # of a worker process
+_inspector: Inspector  # of this worker process
 
 
-def _start(inspector: functools.partial[Inspector], plugin: str) -> None:
+def _start_worker(inspector: functools.partial[Inspector], plugin: str) -> None:
     global _inspector
     load_plugin(plugin)
     torch.set_num_threads(1)
@@ -96,22 +99,24 @@ def _reports(
     if num_workers < 1:
         yield from map(inspector().inspect, slices)
         return
-    with ProcessPoolExecutor(num_workers, initializer=_start, initargs=(inspector, plugin)) as pool:
+    with ProcessPoolExecutor(num_workers, initializer=_start_worker, initargs=(inspector, plugin)) as pool:
         for future in as_completed([pool.submit(_inspect, data_slice) for data_slice in slices]):
             yield future.result()
 
 
 def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, Any]:
-    """A report as plain values, for JSON and for the table.
+    """Convert a report to plain values for JSON and the table.
 
     Args:
-        shards: of the data set, of which ``report`` may have seen a part.
+        dataset: The data set.
+        report: The sum of the reports of all slices.
+        shards: Number of shards of the data set, some of which may not have been read.
     """
     for name, content in report.content.items():
         tokens = sum(length * count for length, count in content.lengths.items())
-        if content.unknown > _MOST_UNKNOWN * tokens:
-            what = f"{content.unknown / tokens:.1%} of its tokens are not in the vocabulary"
-            report.problem(name, UNKNOWN, what, dataset.name, content.unknown)
+        if content.unknown > _MAX_UNKNOWN_SHARE * tokens:
+            problem = f"{content.unknown / tokens:.1%} of its tokens are not in the vocabulary"
+            report.problem(name, UNKNOWN, problem, dataset.name, content.unknown)
     samples = round(report.complete * shards / max(report.shards, 1))
     per_sample = {role: report.tokens[role] / max(report.samples - report.bad, 1) for role in ("input", "target")}
     names = report.present
@@ -142,30 +147,30 @@ def summary(dataset: DatasetConfig, report: Report, shards: int) -> dict[str, An
 
 
 def _content(content: Content, dataset: DatasetConfig, name: str) -> dict[str, Any]:
-    """What the files of a modality hold; only what they can hold."""
-    found: dict[str, Any] = {"files": dict(content.files)}
+    """Summarise the content of a modality's files with the keys that apply to it."""
+    entry: dict[str, Any] = {"files": dict(content.files)}
     modality = dataset.modalities.get(name)
     if content.dtypes:
-        found["dtypes"] = dict(content.dtypes)
+        entry["dtypes"] = dict(content.dtypes)
     if content.crops:
-        found["crops"] = _spread(content.crops)
+        entry["crops"] = _distribution(content.crops)
     if content.ids and modality is not None:
         assert modality.vocab_size
         limit = modality.vocab_size - modality.vocab_offset
         used = sum(0 <= index < limit for index in content.ids) / limit
-        found["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
+        entry["ids"] = {"min": min(content.ids), "max": max(content.ids), "vocabulary": limit, "used": round(used, 4)}
     if content.sizes:
         small = sum(n for size, n in content.sizes.items() if modality and min(size) < (modality.input_size or 0))
-        found["height"] = _spread(_project(content.sizes, 0))
-        found["width"] = _spread(_project(content.sizes, 1))
-        found["smaller_than_input"] = round(small / content.sizes.total(), 4)
+        entry["height"] = _distribution(_project(content.sizes, 0))
+        entry["width"] = _distribution(_project(content.sizes, 1))
+        entry["smaller_than_input"] = round(small / content.sizes.total(), 4)
     if content.lengths and modality is not None:
         tokens = sum(length * count for length, count in content.lengths.items())
         cut = sum(count for length, count in content.lengths.items() if length >= (modality.max_tokens or 0))
-        found["tokens"] = _spread(content.lengths) | {"limit": modality.max_tokens}
-        found["cut"] = round(cut / content.lengths.total(), 4)
-        found["unknown"] = round(content.unknown / max(tokens, 1), 4)
-    return found
+        entry["tokens"] = _distribution(content.lengths) | {"limit": modality.max_tokens}
+        entry["cut"] = round(cut / content.lengths.total(), 4)
+        entry["unknown"] = round(content.unknown / max(tokens, 1), 4)
+    return entry
 
 
 def _project(sizes: Counter[tuple[int, int]], axis: int) -> Counter[int]:
@@ -175,46 +180,50 @@ def _project(sizes: Counter[tuple[int, int]], axis: int) -> Counter[int]:
     return counts
 
 
-def _spread(counts: Counter[int]) -> dict[str, int]:
-    """Least, median and greatest of numbers that were counted."""
-    rest = counts.total() / 2
+def _distribution(counts: Counter[int]) -> dict[str, int]:
+    """Return the minimum, median and maximum of counted numbers."""
+    remaining = counts.total() / 2
     for value in sorted(counts):
-        rest -= counts[value]
-        if rest <= 0:
+        remaining -= counts[value]
+        if remaining <= 0:
             return {"min": min(counts), "median": value, "max": max(counts)}
     raise AssertionError("nothing was counted")
 
 
-def table(split: str, found: dict[str, Any]) -> str:
-    """A summary for people."""
-    if why := found.get("not_checked"):
-        return f"{split} {found['dataset']}: not checked: {why}"
-    verdict = f"{found['bad_samples']} bad, see below" if found["problems"] else "all good"
-    if not found["problems"] and (lacking := found["keys"] - found["complete_keys"]):
-        verdict = f"no problems, but {lacking:,} are left out because they lack something"
-    lines = [f"{split} {found['dataset']}: {found['samples_read']} samples read; {verdict}"]
+def table(split: str, result: dict[str, Any]) -> str:
+    """Format a summary as text."""
+    if "not_checked" in result:
+        return f"{split} {result['dataset']}: not checked: {result['not_checked']}"
+    incomplete = result["keys"] - result["complete_keys"]
+    if result["problems"]:
+        verdict = f"{result['bad_samples']} bad, see below"
+    elif incomplete:
+        verdict = f"no problems, but {incomplete:,} are left out because they are incomplete"
+    else:
+        verdict = "all good"
+    lines = [f"{split} {result['dataset']}: {result['samples_read']} samples read; {verdict}"]
     rows = [("modality", "keys", "missing", "files", "content")]
-    for name, entry in found["modalities"].items():
+    for name, entry in result["modalities"].items():
         files = " ".join(entry["files"])
-        rows.append((name, f"{entry['keys']:,}", f"{entry['missing']:,}", files, _words(entry)))
+        rows.append((name, f"{entry['keys']:,}", f"{entry['missing']:,}", files, _describe_content(entry)))
     widths = [max(len(row[i]) for row in rows) for i in range(4)]
     for row in rows:
         cells = (row[0].ljust(widths[0]), row[1].rjust(widths[1]), row[2].rjust(widths[2]), row[3].ljust(widths[3]))
         lines.append("  " + "  ".join((*cells, row[4])).rstrip())
-    epoch, seen = found["epoch"], found["shards"]
-    about = f"about, from {seen['looked_at']} of {seen['all']} shards, " if epoch["estimated"] else ""
+    epoch, shards = result["epoch"], result["shards"]
+    estimate = f"estimated from {shards['looked_at']} of {shards['all']} shards, " if epoch["estimated"] else ""
     lines.append(
-        f"  an epoch: {about}{epoch['samples']:,} samples of {epoch['input_tokens_per_sample']:g} input and "
+        f"  an epoch: {estimate}{epoch['samples']:,} samples of {epoch['input_tokens_per_sample']:g} input and "
         f"{epoch['target_tokens_per_sample']:g} target tokens, {epoch['tokens']:,} tokens"
     )
-    for problem in found["problems"]:
-        what = f" ({problem['problem']})" if problem["problem"] else ""
-        lines.append(f"  {problem['count']:,} {problem['kind']}{what}: {problem['modality']}")
+    for problem in result["problems"]:
+        detail = f" ({problem['problem']})" if problem["problem"] else ""
+        lines.append(f"  {problem['count']:,} {problem['kind']}{detail}: {problem['modality']}")
         lines += [f"    {example}" for example in problem["examples"]]
     return "\n".join(lines)
 
 
-def _words(entry: dict[str, Any]) -> str:
+def _describe_content(entry: dict[str, Any]) -> str:
     parts = []
     if "dtypes" in entry:
         parts.append(" ".join(entry["dtypes"]))
@@ -238,20 +247,20 @@ def _range(spread: dict[str, int]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Check all data sets; 1 if anything is wrong."""
+    """Check all data sets; return 1 if there are problems and 0 otherwise."""
     options = parse_options(CheckOptions, argv, __doc__ or "", positional=("data_config",))
     config = options.load_data()
-    most = None if options.full else options.max_samples
-    found = [
-        {"split": split} | check(dataset, options.text_tokenizer_path, most, options.num_workers, options.plugin)
+    max_samples = None if options.full else options.max_samples
+    results = [
+        {"split": split} | check(dataset, options.text_tokenizer_path, max_samples, options.num_workers, options.plugin)
         for split, datasets in (("train", config.train), ("val", config.val))
         for dataset in datasets.values()
     ]
     if options.json:
-        print(json.dumps(without_secrets(found), indent=2))
+        print(json.dumps(without_secrets(results), indent=2))
     else:
-        print(printable("\n".join(table(entry["split"], entry) for entry in found)))
-    return int(any(entry["problems"] for entry in found))
+        print(printable("\n".join(table(result["split"], result) for result in results)))
+    return int(any(result["problems"] for result in results))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""What a data set holds and what is wrong with it: slices are read one by one, and their reports add up.
+"""Inspect a data set slice by slice; the reports of the slices are added up.
 
-A :class:`DataSlice` is one shard with all its modalities, a file of records, or some of the keys of folders. A run would skip
-a bad sample or stop at it; here it is counted, and what remains of the sample is looked at all the same.
+A :class:`DataSlice` is one shard with all its modalities, a file of records, or some of the keys of folders. A run
+would skip or stop at a bad sample. The inspection counts it and continues with its other modalities.
 """
 
 from __future__ import annotations
@@ -40,51 +40,54 @@ from fourm.utils.transfer import shown
 MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
     "missing", "unreadable shard", "unreadable file", "broken contract", "different shapes", "unknown words",
 )  # fmt: skip
-"""Kinds of problems, beside the reasons of :class:`BadSample`."""
+"""Kinds of problems, in addition to the reasons of :class:`BadSample`."""
 
-_EXAMPLES = 3
-_SLICE = 64  # keys of folders that are one slice
+_MAX_EXAMPLES = 3
+_KEYS_PER_SLICE = 64  # for folders
 
 
-class _Sum:
-    """Adds up field by field."""
+class _Addable:
+    """Base class of dataclasses that are added up field by field."""
 
     def add(self, other: Any) -> None:
         for item in fields(self):  # type: ignore[arg-type]
-            mine, theirs = getattr(self, item.name), getattr(other, item.name)
-            if isinstance(mine, Counter):
-                mine.update(theirs)
-            elif isinstance(mine, set):
-                mine |= theirs
-            elif isinstance(mine, dict):
-                for key, value in theirs.items():
-                    mine[key].add(value) if key in mine else mine.update({key: value})
-            elif isinstance(mine, list):
-                mine += theirs[: _EXAMPLES - len(mine)]
+            own, added = getattr(self, item.name), getattr(other, item.name)
+            if isinstance(own, Counter):
+                own.update(added)
+            elif isinstance(own, set):
+                own |= added
+            elif isinstance(own, dict):
+                for key, value in added.items():
+                    if key in own:
+                        own[key].add(value)
+                    else:
+                        own[key] = value
+            elif isinstance(own, list):
+                own += added[: _MAX_EXAMPLES - len(own)]
             else:
-                setattr(self, item.name, mine + theirs)
+                setattr(self, item.name, own + added)
 
 
 @dataclass
-class Problem(_Sum):
-    """How often something is wrong, and where for example."""
+class Problem(_Addable):
+    """The number of occurrences of a problem, and some examples."""
 
     count: int = 0
     examples: list[str] = field(default_factory=list)
 
 
 @dataclass
-class Content(_Sum):
-    """What the files of one modality hold.
+class Content(_Addable):
+    """The content of the files of one modality.
 
     Attributes:
-        files: extension → number.
-        dtypes: of arrays.
-        crops: number of stored crops → number of files.
-        ids: token ids that occur.
-        sizes: (height, width) → number of pictures.
-        lengths: tokens of a text, as it is before it is cut → number.
-        unknown: words of texts that the vocabulary lacks, in tokens.
+        files: Extension → number of files.
+        dtypes: Data type → number of arrays.
+        crops: Number of stored crops → number of files.
+        ids: Token ids that occur.
+        sizes: (height, width) → number of images.
+        lengths: Number of tokens of a text before truncation → number of texts.
+        unknown: Number of unknown tokens in texts.
     """
 
     files: Counter[str] = field(default_factory=Counter)
@@ -97,17 +100,19 @@ class Content(_Sum):
 
 
 @dataclass
-class Report(_Sum):
-    """What was found.
+class Report(_Addable):
+    """The results of an inspection.
 
     Attributes:
-        shards: Shards or files that were looked at; folders count as one.
-        keys: in any modality. ``complete``: in all of them.
-        present: modality → keys that it has.
-        samples: read. ``bad``: of these, with problems.
-        problems: (modality, kind, what is wrong, without its numbers) → where.
-        content: by modality.
-        tokens: ``input`` and ``target``, that the samples gave with drawn budgets.
+        shards: Number of inspected shards or files; folders count as one.
+        keys: Number of keys that occur in some modality.
+        complete: Number of keys whose samples can be used.
+        present: Modality → number of keys that it has.
+        samples: Number of samples that were read.
+        bad: Number of these samples with problems.
+        problems: (modality, kind, description with numbers replaced by N) → occurrences.
+        content: Modality → content of its files.
+        tokens: Number of ``input`` and ``target`` tokens of the masked samples.
     """
 
     shards: int = 0
@@ -120,16 +125,20 @@ class Report(_Sum):
     content: dict[str, Content] = field(default_factory=dict)
     tokens: Counter[str] = field(default_factory=Counter)
 
-    def problem(self, modality: str, kind: str, what: str, where: str, count: int = 1) -> None:
-        problem = Problem(count, [f"{where}: {what}" if what else where])
-        self.add(Report(problems={(modality, kind, re.sub(r"\d[\d.]*", "N", what)): problem}))
+    def problem(self, modality: str, kind: str, description: str, where: str, count: int = 1) -> None:
+        """Add a problem; problems whose descriptions differ only in numbers are counted together."""
+        problem = Problem(count, [f"{where}: {description}" if description else where])
+        self.add(Report(problems={(modality, kind, re.sub(r"\d[\d.]*", "N", description)): problem}))
 
 
 class DataSlice(NamedTuple):
     """A shard, a file, or every ``step``-th key of folders from the ``start``-th on.
 
     Attributes:
-        max_samples: How many samples to read, chosen at random; None = all.
+        data_path: Location of the slice.
+        start: Index of the first key of folders.
+        step: Distance of the keys of folders.
+        max_samples: Number of samples to read, chosen at random; None = all.
     """
 
     data_path: str
@@ -139,11 +148,11 @@ class DataSlice(NamedTuple):
 
 
 _Join: TypeAlias = tuple[dict[str, dict[str, Member]], list[tuple[str, str]]]
-"""Modality → key → member; and what could not be read, as (modality, message)."""
+"""Modality → key → member, and warnings as (modality, message)."""
 
 
-class _Warnings(BadSampleLedger):
-    """Keeps the warnings, and is content with any number of bad samples."""
+class _WarningCollector(BadSampleLedger):
+    """Collects warnings, and tolerates any number of bad samples."""
 
     def __init__(self) -> None:
         super().__init__("", 1.0)
@@ -153,63 +162,68 @@ class _Warnings(BadSampleLedger):
         self.messages.append(message)
 
 
-def choose_slices(
-    dataset: DatasetConfig, most_samples: int | None, most_shards: int = 32
-) -> tuple[list[DataSlice], int]:
-    """The slices to look at, and the number of shards that there are (of folders: 1).
+def choose_slices(dataset: DatasetConfig, max_samples: int | None, max_shards: int = 32) -> tuple[list[DataSlice], int]:
+    """Choose the slices to inspect.
 
     Args:
-        most_samples: to read; None = all samples of all shards, else of shards spread evenly over all, and at random.
+        dataset: The data set.
+        max_samples: Number of samples to read, chosen at random from evenly spaced shards; None = all samples of all
+            shards.
+        max_shards: Maximum number of shards to read samples from.
+
+    Returns:
+        The slices, and the total number of shards (1 for folders).
 
     Raises:
-        UserError: the data set cannot be read at all.
+        UserError: The data set cannot be read at all.
     """
     if dataset.type == "huggingface" or dataset.use_wds:
-        paths = _files_of_records(dataset) if dataset.type == "huggingface" else _shard_paths(dataset)
-        count = len(paths) if most_samples is None else max(min(most_shards, most_samples, len(paths)), 1)
+        paths = _record_files(dataset) if dataset.type == "huggingface" else _shard_paths(dataset)
+        count = len(paths) if max_samples is None else max(min(max_shards, max_samples, len(paths)), 1)
         chosen = [paths[i * len(paths) // count] for i in range(count)]
-        share = None if most_samples is None else math.ceil(most_samples / count)
+        share = None if max_samples is None else math.ceil(max_samples / count)
         return [DataSlice(path, max_samples=share) for path in chosen], len(paths)
-    ledger = _Warnings()
+    ledger = _WarningCollector()
     total = len(_open(dataset, dataset.data_path, wanted_names(dataset.modalities), ledger).all(ledger))
-    slices = math.ceil(min(total, most_samples or total) / _SLICE)
-    share = None if most_samples is None else math.ceil(min(total, most_samples) / slices)
+    slices = math.ceil(min(total, max_samples or total) / _KEYS_PER_SLICE)
+    share = None if max_samples is None else math.ceil(min(total, max_samples) / slices)
     return [DataSlice(dataset.data_path, index, slices, share) for index in range(slices)], 1
 
 
 def _shard_paths(dataset: DatasetConfig) -> list[str]:
-    """A path for each shard, with the folders of its tars in brackets."""
-    _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _Warnings())
+    """Return a path per shard, with the folders of its tars in brackets."""
+    _open(dataset, dataset.data_path, wanted_names(dataset.modalities), _WarningCollector())
     pattern, folders = split_data_path(dataset.data_path)
     bracket = "" if folders is None else f"[{','.join(folders)}]"
     return [path.replace("\0", bracket) for path in shard_patterns(pattern, folders or ())]
 
 
-def _files_of_records(dataset: DatasetConfig) -> list[str]:
+def _record_files(dataset: DatasetConfig) -> list[str]:
     paths = local_files(dataset.data_path)
-    assert paths is not None, "what is on the hub has no slices"
+    assert paths is not None, "a data set on the hub has no slices"
     if not any(Path(path).is_file() for path in paths):
         raise UserError(f"data_path {dataset.data_path}: there is no {paths[0]}")
     return paths
 
 
 def _open(dataset: DatasetConfig, data_path: str, wanted: Mapping[str, str], ledger: BadSampleLedger) -> Source:
-    """The ``wanted`` modalities (and their usual folders) of one slice of a data set."""
-    place = (data_path, wanted, dataset.modality_name_map)
+    """Open the ``wanted`` modalities (with their default folders) of a slice of a data set."""
+    location = (data_path, wanted, dataset.modality_name_map)
     if not dataset.use_wds:
-        return Folders(*place, ledger)
+        return Folders(*location, ledger)
     known = wanted_names(dataset.modalities)
-    return Shards(*place, remote=dataset.remote, known=[*known, *known.values()])
+    return Shards(*location, remote=dataset.remote, known=[*known, *known.values()])
 
 
 class Inspector:
     """Reads slices of a data set.
 
     Args:
-        text_tokenizer: the vocabulary or its path.
+        dataset: The data set.
+        text_tokenizer: The vocabulary or its path.
 
     Raises:
-        UserError: settings of the data set that do not fit together.
+        UserError: The settings of the data set are inconsistent.
     """
 
     def __init__(self, dataset: DatasetConfig, text_tokenizer: Any):
@@ -221,7 +235,7 @@ class Inspector:
         transforms = transforms_for(dataset.modalities)
         self._presence = presence(dataset.missing, dataset.modalities, transforms, dataset.main_augment_domain)
         self._files = OpenFiles()
-        # Of the latest shard or folder only: the slices of a folder follow each other.
+        # Only the latest shard or folder is kept, because the slices of a folder follow each other.
         self._joined: tuple[str, _Join] = "", ({}, [])
 
     def inspect(self, data_slice: DataSlice) -> Report:
@@ -231,7 +245,7 @@ class Inspector:
         return self._inspect_members(data_slice)
 
     def _inspect_records(self, data_slice: DataSlice) -> Report:
-        """All lines are counted; those to read are drawn as they go by, for a file may be large."""
+        """Count all records of a file, and read some that are chosen by reservoir sampling, because it may be large."""
         modalities, report, rng = self._dataset.modalities, Report(1), generator("check", data_slice.data_path)
         chosen: list[Record] = []
         lines = 0
@@ -242,8 +256,10 @@ class Inspector:
                     self._read(record, report)
                 elif len(chosen) < data_slice.max_samples:
                     chosen.append(record)
-                elif (place := int(rng.integers(lines))) < data_slice.max_samples:
-                    chosen[place] = record
+                else:
+                    index = int(rng.integers(lines))
+                    if index < data_slice.max_samples:
+                        chosen[index] = record
         except UserError as error:
             report.problem(", ".join(modalities), FILE, "", str(error))
         for record in chosen:
@@ -253,33 +269,34 @@ class Inspector:
         return report
 
     def _columns(self, record: Record, report: Report) -> dict[str, Any]:
-        """What a run would use of a record; counts what there is."""
+        """Return the values of a record that a run would use, and count those that it has."""
         try:
             row = record.row()
         except BadSample as error:
             report.problem(", ".join(self._wanted), error.reason, "", str(error).removeprefix(f"{error.reason}: "))
             return {}
-        found = record.found(row)
-        report.present.update({name: int(name in found) for name in self._wanted})
+        available = record.available(row)
+        report.present.update({name: int(name in available) for name in self._wanted})
         for name in self._wanted:
-            if name in found:
+            if name in available:
                 report.content.setdefault(name, Content()).files[record.extension] += 1
             elif self._dataset.missing == "error":
-                report.problem(name, MISSING, "", record.lacks(name, row))
-        usable = self._presence.usable(found, self._wanted)
-        report.complete += bool(usable)
-        return {name: found[name] for name in usable}
+                report.problem(name, MISSING, "", record.missing_column_message(name, row))
+        usable = self._presence.usable(available, self._wanted)
+        if usable:
+            report.complete += 1
+        return {name: available[name] for name in usable}
 
     def _inspect_members(self, data_slice: DataSlice) -> Report:
         if self._joined[0] != data_slice.data_path:
             self._joined = data_slice.data_path, self._join(data_slice.data_path)
-        indexes, troubles = self._joined[1]
+        indexes, warnings = self._joined[1]
         keys = dict.fromkeys(key for index in indexes.values() for key in index)
         samples, _ = join(indexes, self._presence)
         report = Report()
         if data_slice.start == 0:
             report = Report(1, len(keys), len(samples), Counter({name: len(index) for name, index in indexes.items()}))
-            for name, message in troubles:
+            for name, message in warnings:
                 report.problem(name, SHARD, "", message)
             for name, index in indexes.items():
                 absent = [key for key in keys if key not in index]
@@ -295,47 +312,48 @@ class Inspector:
         return report
 
     def _join(self, data_path: str) -> _Join:
-        """Each modality is opened on its own, so that what one lacks does not hide what another has."""
+        """Index each modality separately, so that the gaps of one do not hide samples of another."""
         indexes: dict[str, dict[str, Member]] = {}
-        troubles = []
+        warnings = []
         for name, folder in self._wanted.items():
-            ledger = _Warnings()
+            ledger = _WarningCollector()
             indexes[name] = {}
             try:
                 samples = _open(self._dataset, data_path, {name: folder}, ledger).all(ledger)
                 indexes[name] = {sample.key: sample.members[name] for sample in samples}
             except UserError as error:
-                ledger.messages = ledger.messages or [str(error)]  # the error follows from what was warned about
-            troubles += [(name, message) for message in ledger.messages]
-        return indexes, troubles
+                ledger.messages = ledger.messages or [str(error)]  # warnings explain the error
+            warnings += [(name, message) for message in ledger.messages]
+        return indexes, warnings
 
     def _read(self, sample: RawSample, report: Report) -> None:
-        before = sum(problem.count for problem in report.problems.values())
+        problems_before = sum(problem.count for problem in report.problems.values())
         raw = self._columns(sample, report) if isinstance(sample, Record) else self._members(sample, report)
-        self._use(sample, self._of_one_frame(sample, raw, report), report)
+        self._use(sample, self._drop_different_shapes(sample, raw, report), report)
         report.samples += 1
-        report.bad += sum(problem.count for problem in report.problems.values()) > before
+        if sum(problem.count for problem in report.problems.values()) > problems_before:
+            report.bad += 1
 
     def _members(self, sample: RawSample, report: Report) -> dict[str, Any]:
-        """The values of the members that can be read."""
+        """Return the values of the readable members, and report the others."""
         raw = {}
         for name, member in sample.members.items():
             report.content.setdefault(name, Content()).files[member.extension] += 1
             try:
                 value = RawSample(sample.key, {name: member}).values(self._files, keep_pixels=False)[name]
-                raw[name] = value[:] if isinstance(value, ObjectArray) else value  # of all crops
+                raw[name] = value[:] if isinstance(value, ObjectArray) else value  # the entries of all crops
             except BadSample as error:
                 report.problem(name, error.reason, "", str(error).removeprefix(f"{error.reason}: "))
             except DataError as error:
                 report.problem(name, CONTRACT, "", str(error))
-            except Exception as error:  # of an entry of an object array
+            except Exception as error:  # an entry of an object array is corrupt
                 report.problem(name, "corrupt member", "", f"{sample.where(name)}: {error}")
             else:
-                _measure(raw[name], self._dataset.modalities.get(name), report.content[name])
+                _add_content(raw[name], self._dataset.modalities.get(name), report.content[name])
         return raw
 
-    def _of_one_frame(self, sample: RawSample, raw: dict[str, Any], report: Report) -> dict[str, Any]:
-        """What can be cropped with the main picture: one crop for all is right only if all show the same frame."""
+    def _drop_different_shapes(self, sample: RawSample, raw: dict[str, Any], report: Report) -> dict[str, Any]:
+        """Drop images whose aspect ratio differs from the main image, because a shared crop would not match."""
         main = raw.get(self._dataset.main_augment_domain or "")
         if not isinstance(main, EncodedImage):
             return raw
@@ -343,14 +361,14 @@ class Inspector:
         differing = [name for name, value in others.items() if not same_frame(value.shape, main.shape)]
         for name in differing:
             size = "{}x{}".format(*others[name].shape)
-            what = f"{size} pixels beside {main.shape[0]}x{main.shape[1]} of the main modality"
-            report.problem(name, SHAPES, what, sample.where(name))
+            description = f"{size} pixels, but {main.shape[0]}x{main.shape[1]} in the main modality"
+            report.problem(name, SHAPES, description, sample.where(name))
         return {name: value for name, value in raw.items() if name not in differing}
 
     def _use(self, sample: RawSample, raw: dict[str, Any], report: Report) -> None:
-        """What a run does with a sample; at each problem once more without the modality that has it.
+        """Transform and mask a sample like a run; after each problem, try again without the modality that caused it.
 
-        Without the picture that gives the crop its frame only tokens can be looked at, and without crops nothing.
+        Without the main image only tokens can be inspected, and without the stored crops nothing.
         """
         modalities, main = self._dataset.modalities, self._dataset.main_augment_domain
         while CROP_SETTINGS in raw or CROP_SETTINGS not in self._wanted:
@@ -362,7 +380,8 @@ class Inspector:
                 if self._dataset.missing == "error":
                     report.problem(name, MISSING, "the value is null or empty", sample.where(name))
             if lacking:
-                report.complete -= self._dataset.missing != "allow"
+                if self._dataset.missing != "allow":
+                    report.complete -= 1
                 raw = {name: value for name, value in raw.items() if name not in lacking}
                 raw = {name: raw[name] for name in self._presence.usable(raw, self._wanted)}
             if raw.keys() <= {CROP_SETTINGS}:
@@ -372,9 +391,9 @@ class Inspector:
                 values = self._transform(raw, rng)
                 masked = self._masking(values, rng)
             except (DataError, UnreadableValue) as error:
-                name, what = error.modality or "", error.detail
+                name = error.modality or ""
                 kind = CONTRACT if isinstance(error, DataError) else "corrupt value"
-                report.problem(name if name in raw else CROP_SETTINGS, kind, what, sample.where(name))
+                report.problem(name if name in raw else CROP_SETTINGS, kind, error.detail, sample.where(name))
                 if name not in raw or name == CROP_SETTINGS:
                     return
                 del raw[name]
@@ -390,8 +409,8 @@ class Inspector:
             return
 
 
-def _measure(value: Any, modality: Modality | None, content: Content) -> None:
-    """Add what a file holds; ``modality`` is None for the stored crops."""
+def _add_content(value: Any, modality: Modality | None, content: Content) -> None:
+    """Add the value of a file to ``content``; ``modality`` is None for the stored crops."""
     if isinstance(value, EncodedImage):
         content.sizes[value.shape] += 1
     elif isinstance(value, np.ndarray):

@@ -1,13 +1,13 @@
-"""Folders of files → tar shards, and back; one more modality for shards that are there; tars of all modalities → one each.
+"""Convert folders of files to tar shards and back, add a modality to shards, and split tars by modality.
 
     python -m fourm.tools.pack shards FOLDERS SHARDS --shard_size 1000
     python -m fourm.tools.pack add    FOLDERS SHARDS --modalities depth
     python -m fourm.tools.pack folders SHARDS FOLDERS
     python -m fourm.tools.pack split   TARS SHARDS --modalities jpg txt
 
-Samples are matched by key, and nothing is written before every key is known to be in every modality. Files take their
-names when they are complete; the same command goes on where an interrupted one stopped. What is there already stays as it
-is: if it is not what would be written, that is an error.
+Samples are matched by key, and nothing is written before every key is known to be in every modality. Files are renamed
+to their final names once they are complete, and the same command continues where an interrupted one stopped. Existing
+files are never overwritten: it is an error if their content differs from what would be written.
 """
 
 from __future__ import annotations
@@ -34,22 +34,23 @@ from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 
-KeysOfShards = dict[str, list[str]]
-"""Shard → the keys of its samples, in their order."""
+ShardKeys = dict[str, list[str]]
+"""Shard → the keys of its samples in order."""
 
 
 @dataclass(frozen=True)
 class PackOptions:
-    """What to pack or unpack."""
+    """Options of packing and unpacking."""
 
     action: Literal["shards", "add", "folders", "split"] = option(
-        "what to make: shards, folders, a modality of shards (add), or shards of tars with all modalities (split)"
+        "what to write: shards, folders, another modality for shards (add), or a shard per modality of tars with all "
+        "modalities (split)"
     )
-    source: AnyPath = option("folder with a folder per modality; of 'split' with tars")
-    output: AnyPath = option("folder for a folder per modality; of 'add' the shards that are there")
-    modalities: tuple[str, ...] = option("names of the folders (default: all; 'add' needs them)", ())
-    shard_size: int = option("samples of a shard", 1000, at_least=1, at_most=10**9)
-    skip_incomplete: bool = option("leave out keys that a modality lacks, rather than stop", False)
+    source: AnyPath = option("folder with a folder per modality; for 'split', folder with tars")
+    output: AnyPath = option("folder for a folder per modality; for 'add', folder of the existing shards")
+    modalities: tuple[str, ...] = option("names of the folders (default: all; required for 'add')", ())
+    shard_size: int = option("samples per shard", 1000, at_least=1, at_most=10**9)
+    skip_incomplete: bool = option("leave out keys that a modality lacks instead of stopping", False)
 
     def __post_init__(self) -> None:
         settle(self)
@@ -58,13 +59,13 @@ class PackOptions:
 
 
 def pack(options: PackOptions) -> int:
-    """Do what ``options`` say.
+    """Pack or unpack.
 
     Returns:
         The number of files (tars, or unpacked files) that this call wrote.
 
     Raises:
-        UserError: keys do not match, a file is damaged, something else is already there, or the disk refuses.
+        UserError: Keys do not match, a file is damaged, an existing file differs, or the disk reports an error.
     """
     try:
         return _pack(options)
@@ -74,14 +75,16 @@ def pack(options: PackOptions) -> int:
 
 def _pack(options: PackOptions) -> int:
     source, output = Path(options.source), Path(options.output)
-    shards, files = _whole_tars(source, options.modalities) if options.action == "split" else ({}, {})
-    there = list(files) or existing_folders(source)
+    shards, files = _read_combined_tars(source, options.modalities) if options.action == "split" else ({}, {})
+    available = list(files) or existing_folders(source)
     for name in options.modalities:
-        if name not in there:
-            raise UserError(f"{source}: no folder '{name}'{did_you_mean(name, there)}; there are {', '.join(there)}")
-    names = list(options.modalities or there)
+        if name not in available:
+            raise UserError(
+                f"{source}: no folder '{name}'{did_you_mean(name, available)}; there are {', '.join(available)}"
+            )
+    names = list(options.modalities or available)
     if not names:
-        raise UserError(f"{source}: there is no folder in it; each modality is one")
+        raise UserError(f"{source}: contains no folders; each modality must be a folder")
     if source.resolve() == output.resolve():
         raise UserError(f"'source' and 'output' are the same folder, {source}")
     if options.action == "add" and not output.is_dir():
@@ -89,7 +92,7 @@ def _pack(options: PackOptions) -> int:
     output.mkdir(parents=True, exist_ok=True)
     lock_folder(output)
     for leftover in (path for name in names for path in (output / name).rglob(".tmp-*")):
-        leftover.unlink()  # of a process that was killed: this one has the folder for itself
+        leftover.unlink()  # from a process that was killed; the lock ensures that no other process is writing
     if options.action == "folders":
         return _unpack(source, output, names)
     files = {name: files.get(name) or _files(source, name) for name in names}
@@ -104,58 +107,65 @@ def _pack(options: PackOptions) -> int:
     return _write_shards(output, shards, files)
 
 
-def _whole_tars(source: Path, modalities: Sequence[str]) -> tuple[KeysOfShards, dict[str, dict[str, Member]]]:
-    """The keys of tars that hold all modalities, and modality → key → member.
+def _read_combined_tars(source: Path, modalities: Sequence[str]) -> tuple[ShardKeys, dict[str, dict[str, Member]]]:
+    """Index tars that contain all modalities.
 
     Args:
-        modalities: those to split off, if not all.
+        source: Folder of the tars.
+        modalities: Modalities to use; empty = all.
+
+    Returns:
+        The keys of each tar, and modality → key → member.
     """
     declared = {name: info["path"] or name for name, info in MODALITY_INFO.items()}
     names = MemberNames([*modalities, *declared, *declared.values()])
-    shards: KeysOfShards = {}
+    shards: ShardKeys = {}
     files: defaultdict[str, dict[str, Member]] = defaultdict(dict)
     for path in sorted(source.glob("*.tar")):
         keys: dict[str, None] = {}
-        for member, place in _members(path):
-            name, key, extension, _ = names.split(member)
+        for member_name, member in _members(path):
+            name, key, extension, _ = names.split(member_name)
             if modalities and name not in modalities:
                 continue
             keys[key] = None
-            place = place._replace(extension=extension)
-            if (first := files[name].setdefault(key, place)) is not place:
-                raise UserError(f"{path}: key {key!r} has a second {name}, beside the one in {first.path}")
+            member = member._replace(extension=extension)
+            first = files[name].setdefault(key, member)
+            if first is not member:
+                raise UserError(f"{path}: key {key!r} has a second {name}; the first is in {first.path}")
         shards[path.name] = list(keys)
     if not files:
-        raise UserError(f"{source}: there are no tars in it, or nothing is in them")
+        raise UserError(f"{source}: contains no tars, or only empty ones")
     return shards, dict(files)
 
 
 def _files(source: Path, name: str) -> dict[str, Member]:
-    """Key → file of one modality."""
+    """Index the files of one modality by key."""
     if any((source / name).glob("*.tar")):
-        raise UserError(f"{source / name}: there are shards in it, not files; 'folders' unpacks them")
+        raise UserError(f"{source / name}: contains shards instead of files; the action 'folders' unpacks them")
     index = index_folder(str(source / name), (name,))
     if index.collisions:
         raise UserError(f"{source / name}: {index.collision()}")
     if not index:
-        raise UserError(f"{source / name}: there are no files in it")
+        raise UserError(f"{source / name}: contains no files")
     return index
 
 
-def _new_shards(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> KeysOfShards:
+def _new_shards(files: Mapping[str, Mapping[str, Member]], shard_size: int, skip_incomplete: bool) -> ShardKeys:
     keys = sorted(_common_keys(files, skip_incomplete))
     starts = range(0, len(keys), shard_size)
     return {f"shard-{i:05d}.tar": keys[start : start + shard_size] for i, start in enumerate(starts)}
 
 
 def _common_keys(files: Mapping[str, Mapping[str, Member]], skip_incomplete: bool) -> set[str]:
-    """The keys that every modality has; another one is an error, or is left out."""
+    """Return the keys that every modality has; other keys are left out or an error."""
     keys = set[str]().union(*files.values())
     if not skip_incomplete:
-        _require(files, sorted(keys), "the other modalities", "; 'skip_incomplete' leaves such keys out")
-    elif not (keys := keys.intersection(*files.values())):
-        raise UserError(f"no key is in all of {', '.join(files)}")
-    return keys
+        _require(files, sorted(keys), "the other modalities", "; set 'skip_incomplete' to leave out such keys")
+        return keys
+    common = keys.intersection(*files.values())
+    if not common:
+        raise UserError(f"no key occurs in all of {', '.join(files)}")
+    return common
 
 
 def _require(files: Mapping[str, Mapping[str, Member]], keys: Sequence[str], where: str, advice: str = "") -> None:
@@ -163,12 +173,12 @@ def _require(files: Mapping[str, Mapping[str, Member]], keys: Sequence[str], whe
         missing = [key for key in keys if key not in members]
         if missing:
             raise UserError(
-                f"modality {name} has no file for key '{missing[0]}' of {where}, nor for {len(missing) - 1} more{advice}"
+                f"modality {name} has no file for key '{missing[0]}' of {where} (and {len(missing) - 1} more){advice}"
             )
 
 
-def _existing_shards(root: Path, exclude: Sequence[str]) -> KeysOfShards:
-    """The keys of the shards that are there, in the order of the first modality; all modalities must agree."""
+def _existing_shards(root: Path, exclude: Sequence[str]) -> ShardKeys:
+    """Return the keys of the existing shards in the order of the first modality; all modalities must have the same."""
     shards_of = {name: _keys(root / name) for name in existing_folders(root) if name not in exclude}
     shards_of = {name: shards for name, shards in shards_of.items() if shards}
     if not shards_of:
@@ -182,37 +192,41 @@ def _existing_shards(root: Path, exclude: Sequence[str]) -> KeysOfShards:
     return shards
 
 
-def _keys(folder: Path) -> KeysOfShards:
+def _keys(folder: Path) -> ShardKeys:
     return {path.name: _keys_of(path, folder.name) for path in sorted(folder.glob("*.tar"))}
 
 
 def _keys_of(path: Path, name: str) -> list[str]:
-    """The keys in a tar of modality ``name``."""
+    """Return the keys in a tar of modality ``name``."""
     keys = [split_name(member, (name,))[0] for member, _ in _members(path)]
-    if twice := [key for key, number in Counter(keys).items() if number > 1]:
-        raise UserError(f"{path}: key {twice[0]!r} has two members")
+    repeated = [key for key, number in Counter(keys).items() if number > 1]
+    if repeated:
+        raise UserError(f"{path}: key {repeated[0]!r} has two members")
     return keys
 
 
 def _members(path: Path) -> list[tuple[str, Member]]:
-    """Name and place of what a tar holds; one that is damaged would make a loss permanent, and is an error."""
+    """Return the names and locations of a tar's members; damage is an error, so that no loss becomes permanent."""
     try:
         return [(name, member) for name, member in members_of(str(path)) if not is_clutter(name)]
     except tarfile.ReadError as error:
         raise UserError(f"{path}: {error}") from error
 
 
-def _write_shards(output: Path, shards: KeysOfShards, files: Mapping[str, Mapping[str, Member]]) -> int:
-    """All shards of all modalities; those that are there must be the same, to the byte.
+def _write_shards(output: Path, shards: ShardKeys, files: Mapping[str, Mapping[str, Member]]) -> int:
+    """Write all shards of all modalities; existing ones must have the same content.
+
+    Returns:
+        The number of shards that were written.
 
     Raises:
-        UserError: another file is there.
+        UserError: An existing file differs, or is not one of the shards.
     """
     pending = []
     for name in files:
         for path in sorted((output / name).glob("*.tar")) if (output / name).is_dir() else ():
             if path.name not in shards:
-                raise UserError(f"{path} is there and would not be written; choose another output, or remove it")
+                raise UserError(f"{path} exists but is not one of the shards; choose another output, or remove it")
         pending += [(name, shard) for shard in shards]
     written = 0
     with tqdm(total=len(pending), desc=str(output), unit=" shards", disable=None) as bar:
@@ -234,7 +248,7 @@ def _file_name(key: str, member: Member) -> str:
 
 
 def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
-    """The bytes depend on nothing but names and contents of the files."""
+    """Write a tar whose bytes depend only on the names and contents of the files."""
     files = OpenFiles(1)
     with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
         for name, member in contents:
@@ -245,45 +259,51 @@ def _write_tar(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
 
 
 def _verify(path: Path, contents: Iterator[tuple[str, Member]]) -> None:
-    """Raise a :class:`UserError` unless a tar holds just these files."""
-    files = OpenFiles(2)  # the tar, and the one that its content comes from
-    found = dict(_members(path))
+    """Raise a :class:`UserError` unless a tar contains exactly these files."""
+    files = OpenFiles(2)  # the tar itself and one that its content comes from
+    existing = dict(_members(path))
     expected = dict(contents)
     for name, member in expected.items():
-        if name not in found or files.read(found[name]) != files.read(member):
-            raise UserError(f"{path} is there and differs from {member.path}; choose another output, or remove it")
-    if list(found) != list(expected):
-        raise UserError(f"{path} is there with other keys, or in another order; choose another output, or remove it")
+        if name not in existing or files.read(existing[name]) != files.read(member):
+            raise UserError(f"{path} exists and differs from {member.path}; choose another output, or remove it")
+    if list(existing) != list(expected):
+        raise UserError(f"{path} exists with other keys or another order; choose another output, or remove it")
 
 
 def _unpack(source: Path, output: Path, names: Sequence[str]) -> int:
-    """Every member of every shard as a file."""
+    """Write every member of every shard as a file, and return the number of files that were written."""
     shards = [(name, path) for name in names for path in sorted((source / name).glob("*.tar"))]
-    if empty := sorted(set(names) - {name for name, _ in shards}):
-        raise UserError(f"{source / empty[0]}: there are no shards in it")
+    empty = sorted(set(names) - {name for name, _ in shards})
+    if empty:
+        raise UserError(f"{source / empty[0]}: contains no shards")
     members = {path: _members(path) for _, path in shards}
     keys_of = {name: {p.name: set(_keys_of(p, name)) for n, p in shards if n == name} for name in names}
     for name, keys in keys_of.items():
         if keys != keys_of[names[0]]:
             raise UserError(f"{source}: the shards of {names[0]} and {name} do not have the same keys")
-    written, files = 0, OpenFiles(1)
-    places: dict[tuple[int, int], str] = {}
+    written = 0
+    files = OpenFiles(1)
+    member_of_inode: dict[tuple[int, int], str] = {}
     with tqdm(total=sum(map(len, members.values())), desc=str(output), unit=" files", disable=None) as bar:
         for name, shard in shards:
-            for member, place in members[shard]:
-                if ".." in PurePosixPath(member).parts or PurePosixPath(member).is_absolute() or "\0" in member:
-                    raise UserError(f"{shard}: member {member!r} would be written outside its folder")
-                path, content = output / name / member, files.read(place)
+            for member_name, member in members[shard]:
+                relative = PurePosixPath(member_name)
+                if ".." in relative.parts or relative.is_absolute() or "\0" in member_name:
+                    raise UserError(f"{shard}: member {member_name!r} would be written outside its folder")
+                path = output / name / member_name
+                content = files.read(member)
                 if not path.exists():
                     with atomic_path(path) as temporary:
                         temporary.write_bytes(content)
                     written += 1
                 elif path.read_bytes() != content:
-                    raise UserError(f"{path} is there and differs from {member} of {shard}; choose another output")
-                status = path.stat()  # names may be the same to the disk: by case, or by how accents are written
-                other = places.setdefault((status.st_dev, status.st_ino), f"{shard} {member}")
-                if other != f"{shard} {member}":
-                    raise UserError(f"{path}: member {member!r} of {shard} and {other} are the same file on this disk")
+                    raise UserError(f"{path} exists and differs from {member_name} of {shard}; choose another output")
+                status = path.stat()  # a disk may equate names that differ in case or in the encoding of accents
+                first = member_of_inode.setdefault((status.st_dev, status.st_ino), f"{shard} {member_name}")
+                if first != f"{shard} {member_name}":
+                    raise UserError(
+                        f"{path}: member {member_name!r} of {shard} and {first} are the same file on this disk"
+                    )
                 bar.update()
     return written
 

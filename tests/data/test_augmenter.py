@@ -77,7 +77,7 @@ def test_bad_crop_settings_are_described(settings, found):
 
 
 def test_a_missing_main_image_is_named():
-    with pytest.raises(DataError, match=r"'rgb@448' is no image of this sample \(caption\)"):
+    with pytest.raises(DataError, match=r"'rgb@448' is not an image of this sample \(caption\)"):
         RandomCropImageAugmenter(64, main_domain="rgb@448")({"caption": "a"})
     assert RandomCropImageAugmenter(64, main_domain="rgb@448")({"rgb": IMAGE["rgb@224"]}).orig_size == (100, 160)
 

@@ -156,7 +156,7 @@ def test_sampling_weights_that_do_not_fit(weights):
 
 
 def test_mixtures_that_are_kept_are_bounded(monkeypatch):
-    monkeypatch.setattr("fourm.data.budgets._MIXTURES", 3)
+    monkeypatch.setattr("fourm.data.budgets._MAX_CACHED_MIXTURES", 3)
     bounded, rng = sampler(*map(modality, "abcd")), np.random.default_rng(0)
     for present in ("ab", "bc", "cd", "ad", "ab", "abc", "d"):
         budgets = bounded.draw(rng, present)

@@ -156,9 +156,9 @@ def test_joined_names_are_split_at_the_longest_known_one():
     [
         ({"in_domain": "a"}, r"train\.datasets\.cc: unknown key 'in_domain'.*in_domains"),
         ({"in_domains": "rgb@224-captoin"}, "'in_domains': unknown modality 'captoin'.*caption"),
-        ({"in_domains": "caption-caption"}, "'caption' is named twice"),
+        ({"in_domains": "caption-caption"}, "'caption' is listed twice"),
         ({"out_domains": "rgb@224"}, "rgb@224 cannot be a target"),
-        ({"in_domains": []}, "names no modality"),
+        ({"in_domains": []}, "lists no modality"),
         ({"input_alphas": None}, "'input_alphas' is required, or an 'alphas_config'"),
         ({"input_alphas": "1-2-3"}, r"'input_alphas' has 3 values for 2 modalities \(rgb@224, caption\)"),
         ({"target_alphas": -1}, "'target_alphas' must be at least 0"),

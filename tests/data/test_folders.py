@@ -56,7 +56,7 @@ def test_too_many_missing_files_and_empty_folders_are_errors(tmp_path):
     with pytest.raises(DataError, match=r"1 of 4 samples .* max_bad_fraction=0.1"):
         Folders(root, WANTED, NAMES, _ledger(0.1))
     root = write_folders(tmp_path / "other", 2, leave_out={("caption", 0), ("rgb", 1)})
-    with pytest.raises(UserError, match="no key is in all of"):
+    with pytest.raises(UserError, match="no key occurs in all of"):
         Folders(root, WANTED, NAMES, _ledger())
     with pytest.raises(UserError, match="No such file"):
         Folders(str(tmp_path / "nothing"), WANTED, None, _ledger())

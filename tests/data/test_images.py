@@ -157,7 +157,7 @@ def test_large_and_cut_off_pictures_are_refused_before_they_take_memory():
 
 
 def test_pictures_that_do_not_show_the_same_are_not_cropped_alike():
-    with pytest.raises(ValueError, match="40x20 pixels beside one of 20x40"):
+    with pytest.raises(ValueError, match="40x20 pixels does not match the sample's image of 20x40"):
         cut(np.zeros((40, 20), np.uint8), (0, 0, 10, 10), orig_size=(20, 40))
     assert cut(np.zeros((83, 125), np.uint8), (0, 0, 333, 500), orig_size=(333, 500)).shape == (83, 125)
 

@@ -317,13 +317,17 @@ def test_values_that_break_the_contract(name, value, message):
 @pytest.mark.parametrize(
     "change, options, message",
     [
-        ({"max_tokens": None}, {}, "modality caption: its number of tokens is not known"),
+        ({"max_tokens": None}, {}, "modality caption: its number of tokens is unknown"),
         ({"keep": ["some"]}, {}, "modality caption: keep must be one of random, all, binary, not 'some'"),
         ({"keep": ["all", "all"]}, {}, "modality caption: keep needs one value per component of the mixture, 1, not 2"),
         ({"vocab_size": 30}, {}, r"modality caption: the text vocabulary has \d+ ids, but vocab_size is 30"),
         ({"max_tokens": 1000}, {}, "modality caption: max_tokens 1000 needs 501 sentinels"),
         ({"type": None}, {}, "modality caption: 'type' is required"),
-        ({"input_alphas": [1.0, 2.0]}, {}, r"as many as the mixture has components; found lists of \[1, 2\]"),
+        (
+            {"input_alphas": [1.0, 2.0]},
+            {},
+            r"one value per component of the mixture, but there are lists of \[1, 2\] values",
+        ),
         ({}, {"tokenizer": None}, "modality caption: a text needs a vocabulary; pass text_tokenizer"),
         ({}, {"inputs": (5, 3)}, "input_tokens_range must be"),
         ({}, {"sampling_weights": [1, 1]}, "sampling_weights must be 1 numbers"),

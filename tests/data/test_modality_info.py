@@ -66,7 +66,7 @@ def test_registering_makes_it_known(monkeypatch):
         ("x", {"type": "img", "input_size": 65, "patch_size": 16, "num_channels": 1}, "not a multiple"),
         ("x", {"type": "seq_token", "max_tokens": 3}, "'vocab_size' is required"),
         ("x", {"type": "seq", "max_tokens": -5}, "modality x: 'max_tokens' must be at least 1 .*, not -5"),
-        ("x", {"type": "seq", "max_tokens": 4, "min_tokens": 5}, "'min_tokens' 5 are more than its 4 tokens"),
+        ("x", {"type": "seq", "max_tokens": 4, "min_tokens": 5}, "'min_tokens' 5 is more than its 4 tokens"),
         ("x", {"type": "seq_token", "max_tokens": 3, "vocab_size": 0}, "'vocab_size' must be at least 1"),
         (
             "x",
@@ -94,7 +94,11 @@ def test_registering_makes_it_known(monkeypatch):
             {"type": "img", "num_channels": 0, "input_size": 64, "patch_size": 16},
             "'num_channels' must be at least 1",
         ),
-        ("x", {"type": "img", "num_channels": 99999, "input_size": 9600, "patch_size": 96}, "too large to be read"),
+        (
+            "x",
+            {"type": "img", "num_channels": 99999, "input_size": 9600, "patch_size": 96},
+            "exceed the maximum size",
+        ),
         ("x", {"type": "seq_emb", "max_tokens": 3}, "'embedding_options' must have 'orig_emb_dim'"),
     ],
 )

@@ -195,7 +195,7 @@ def test_references_to_references_are_counted():
     laughs = [0.0] * 10
     for _ in range(9):
         laughs = [laughs] * 10
-    with pytest.raises(pickle.UnpicklingError, match="wherever they are referred to"):
+    with pytest.raises(pickle.UnpicklingError, match="counted at each reference to them"):
         ObjectArray(pickle.dumps(object_array([laughs]), 4))[0]
     itself: list = []
     itself.append(itself)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.record_files import MAX_RECORD_BYTES, local_files, rows_at
+from fourm.data.record_files import MAX_RECORD_BYTES, local_files, open_rows
 from fourm.data.unified_datasets import build_dataset, build_eval_loader, draws_in_epoch
 from fourm.utils.errors import DataError, MissingDependency, UserError
 from tests.data.dataset_files import write_shards
@@ -212,9 +212,9 @@ def test_a_folder_or_a_pattern_names_the_files_of_a_split(published, place, expe
     for root in (f"{published}", "~/c4"):
         if expected is None:
             with pytest.raises(UserError, match="nothing"):
-                rows_at(f"{root}/{place}")
+                open_rows(f"{root}/{place}")
             continue
-        found = rows_at(f"{root}/{place}".rstrip("/") if not place else f"{root}/{place}").share((0,), 0, 1)
+        found = open_rows(f"{root}/{place}".rstrip("/") if not place else f"{root}/{place}").share((0,), 0, 1)
         assert sorted(int(json.loads(line)["text"][8:]) for _, _, line in found) == list(expected)
 
 
@@ -241,12 +241,12 @@ def test_a_folder_of_one_split_or_of_none_is_read_whole(tmp_path):
         ("../nowhere", "there is no such file or folder"),
         ("~/nowhere", "there is no such file or folder"),
         ("nowhere/*.json", "no file matches it"),
-        ("{tmp}/empty", "holds no file of records: .json, .jsonl, .txt"),
-        ("{tmp}/strange", "holds no file of records"),
-        ("{tmp}/strange/a.csv", "a.csv has no extension that can be read"),
-        ("{tmp}/mixed", "has text and tables; name one kind"),
+        ("{tmp}/empty", "contains no record files (.json, .jsonl, .txt"),
+        ("{tmp}/strange", "contains no record files"),
+        ("{tmp}/strange/a.csv", "a.csv has no readable extension"),
+        ("{tmp}/mixed", "found both text files and tables; choose one of them"),
         ("{tmp}/one:validation", "there are no files of validation; the splits are: train"),
-        ("s3://me:secret@bucket/a.json?sig=secret", "s3://bucket/a.json: records are read from local files"),
+        ("s3://me:secret@bucket/a.json?sig=secret", "s3://bucket/a.json: records are read only from local files"),
         ("a/b/c/d", "a data set of the hub is named NAMESPACE/NAME"),
         ("name with spaces/x", "a data set of the hub is named NAMESPACE/NAME"),
     ],
@@ -263,7 +263,7 @@ def test_what_cannot_be_on_the_hub_is_not_asked_for_there(tmp_path, data_path, m
         for name in names:
             (tmp_path / folder / name).write_text("x\n")
     with pytest.raises(UserError, match=re.escape(message.replace("{tmp}", str(tmp_path)))) as failure:
-        rows_at(data_path.replace("{tmp}", str(tmp_path)))
+        open_rows(data_path.replace("{tmp}", str(tmp_path)))
     assert "secret" not in str(failure.value) and "pip install" not in str(failure.value)
 
 
@@ -276,7 +276,7 @@ def test_a_line_without_end_is_a_bad_record_of_bounded_memory(files, monkeypatch
         file.write(b'"}\n{"text": "sample s3"}\n')
     tracemalloc.start()
     try:
-        found = [(key, line) for key, _, line in rows_at(str(path)).share((0,), 0, 1)]
+        found = [(key, line) for key, _, line in open_rows(str(path)).share((0,), 0, 1)]
         assert tracemalloc.get_traced_memory()[1] < 5 * MAX_RECORD_BYTES
     finally:
         tracemalloc.stop()
@@ -286,7 +286,7 @@ def test_a_line_without_end_is_a_bad_record_of_bounded_memory(files, monkeypatch
     assert set().union(*(batch.position["skipped"] for batch in batches)) == {"d0: record too large"}
     monkeypatch.setattr("fourm.data.record_files._MAX_SKIPPED_BYTES", 2**23)
     with pytest.raises(UserError, match="bomb.json.gz: cannot be read to its end: a line has more than"):
-        list(rows_at(str(path)).share((0,), 0, 1))
+        list(open_rows(str(path)).share((0,), 0, 1))
 
 
 def test_a_file_that_is_no_lines_is_named(files):
@@ -298,7 +298,7 @@ def test_a_file_that_is_no_lines_is_named(files):
 
 def test_what_is_compressed_or_marked_is_read_whatever_it_is_called(files):
     (files / "a.json").write_bytes(gzip.compress(b'\xef\xbb\xbf{"text": "sample s1"}\r\n'))
-    assert [line for _, _, line in rows_at(str(files / "a.json")).share((0,), 0, 1)] == [b'{"text": "sample s1"}']
+    assert [line for _, _, line in open_rows(str(files / "a.json")).share((0,), 0, 1)] == [b'{"text": "sample s1"}']
 
 
 @pytest.mark.parametrize("kind", ["parquet", "arrow"])
@@ -311,12 +311,12 @@ def test_a_folder_of_tables_is_read(tmp_path, kind):
     else:
         (tmp_path / "d").mkdir()
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows(0, 8)), tmp_path / "d" / "0.parquet")
-    found = rows_at(str(tmp_path / "d")).share((0,), 0, 1)
+    found = open_rows(str(tmp_path / "d")).share((0,), 0, 1)
     assert sorted(row["text"] for _, _, row in found) == [f"sample s{i}" for i in range(8)]
     for file in (tmp_path / "d").glob(f"*.{kind}"):
         file.write_bytes(file.read_bytes()[:300])
     with pytest.raises(UserError, match="d(/0.parquet)?: cannot be read"):
-        list(rows_at(str(tmp_path / "d")).share((0,), 0, 1))
+        list(open_rows(str(tmp_path / "d")).share((0,), 0, 1))
 
 
 def test_the_hub_needs_a_package(tmp_path, monkeypatch):

@@ -415,7 +415,7 @@ def test_a_damaged_copy_is_fetched_again(local, store, tmp_path, damage, web, ca
         assert stream(path, remote) == expected == stream(local)
     assert mine.read_bytes() == b"mine" and not (tmp_path / "made-elsewhere").exists()
     assert not any(copy.is_symlink() for copy in copies(cache))
-    assert ("is damaged; it is fetched again" in caplog.text) == ("link" not in damage and damage != "pipe")
+    assert ("is damaged and will be downloaded again" in caplog.text) == ("link" not in damage and damage != "pipe")
 
 
 def test_a_damaged_member_in_a_copy_is_read_anew_and_one_in_the_store_is_not(local, store, tmp_path, caplog):
@@ -428,7 +428,7 @@ def test_a_damaged_member_in_a_copy_is_read_anew_and_one_in_the_store_is_not(loc
         file.seek(member.offset)
         file.write(b"\0" * member.size)
     os.utime(copy, ns=(status.st_atime_ns, status.st_mtime_ns))
-    assert member.cache.renewed(member.path) and "this copy of s3://toys/rgb" in caplog.text
+    assert member.cache.repair(member.path) and "this copy of s3://toys/rgb" in caplog.text
     whole = Path(local.partition("[")[0], "rgb", Path(member.path).name).read_bytes()
     assert copy.read_bytes() == whole
-    assert not member.cache.renewed(member.path), "what is damaged still is so in the store"
+    assert not member.cache.repair(member.path), "what is damaged still is so in the store"

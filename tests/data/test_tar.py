@@ -116,7 +116,7 @@ def test_compressed_tars_are_called_so(tmp_path, magic, name):
         tar.addfile(tarfile.TarInfo("a.txt"))
     assert _damaged(tmp_path / "a.tar") == (
         [],
-        [f"it is compressed with {name}, and shards are read at any place: decompress it"],
+        [f"compressed with {name}, but shards need random access; decompress it"],
     )
 
 

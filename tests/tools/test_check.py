@@ -14,7 +14,7 @@ from PIL import Image
 
 from fourm.data.data_config import load_data_config
 from fourm.data.raw_sample import Member
-from fourm.tools.check import _start, main
+from fourm.tools.check import _start_worker, main
 from fourm.tools.inspection import DataSlice, Inspector
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import (
@@ -296,7 +296,7 @@ def test_records_may_lack_something(tmp_path, capsys, missing):
 def test_what_is_on_the_hub_is_said_to_be_unchecked(tmp_path, capsys):
     arguments = write_records(tmp_path, data_path="allenai/c4/en")
     assert main(arguments) == 0
-    line = "train toy: not checked: allenai/c4/en is a data set of the hub; none of its records was read\n"
+    line = "train toy: not checked: allenai/c4/en is a data set on the hub; none of its records were read\n"
     assert capsys.readouterr().out == line
     status, (found,) = check(arguments, capsys)
     assert status == 0 and found["not_checked"] in line
@@ -322,7 +322,7 @@ def test_worker_processes_load_the_plugin(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr("torch.set_num_threads", lambda _: None)
     monkeypatch.setattr("fourm.tools.check._inspector", None, raising=False)
-    _start(lambda: sys.modules.pop("own_plugin_of_check").LOADED, "own_plugin_of_check")
+    _start_worker(lambda: sys.modules.pop("own_plugin_of_check").LOADED, "own_plugin_of_check")
 
 
 def test_bad_options_are_one_line(tmp_path):

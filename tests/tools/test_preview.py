@@ -17,7 +17,7 @@ from fourm.data.unified_datasets import build_masking
 from fourm.tools.preview.command import _reader, main
 from fourm.tools.preview.page import bins, page
 from fourm.tools.preview.samples import preview
-from fourm.tools.preview.sequences import INPUT, TARGET, Places, roles_of
+from fourm.tools.preview.sequences import INPUT, TARGET, PositionMasking, roles_of
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import PatchCodebook, PatchCodebookConfig
@@ -81,18 +81,18 @@ def test_every_component_shows_the_same_samples_under_its_own_budgets(config):
     result = drawn(config)
     assert [component.index for component in result.components] == [0, 1], "the third has no weight"
     assert [component.share for component in result.components] == [0.75, 0.25]
-    assert len({example.key for example in result.examples}) == 4 == len(result.components[0].shown)
+    assert len({example.key for example in result.examples}) == 4 == len(result.components[0].masked_samples)
     first, second = result.components
-    for shown in first.shown:
+    for shown in first.masked_samples:
         assert shown["rgb@32"].inputs == 4 and sum(entry.inputs for entry in shown.values()) == 4
-    assert any(shown["tok_rgb@32"].inputs for shown in second.shown)
+    assert any(shown["tok_rgb@32"].inputs for shown in second.masked_samples)
     assert (first.input_budgets["rgb@32"] == 4).all() and not first.input_budgets["caption"].any()
     assert len(second.target_budgets["det"]) == 300 and "rgb@32" not in second.target_budgets
 
 
 def test_what_is_shown_is_what_the_masks_say(config):
     for component in drawn(config, samples=6).components:
-        for shown in component.shown:
+        for shown in component.masked_samples:
             for entry in shown.values():
                 if entry.grid is not None:
                     assert entry.grid.shape == (2, 2)
@@ -106,7 +106,7 @@ def test_what_is_shown_is_what_the_masks_say(config):
 
 def test_a_sequence_is_shown_whole(config):
     for component in (result := drawn(config, samples=6)).components:
-        for example, shown in zip(result.examples, component.shown, strict=True):
+        for example, shown in zip(result.examples, component.masked_samples, strict=True):
             index, tokens = int(example.key[-5:]), lambda name, shown=shown: [
                 piece.text for piece in shown[name].pieces if piece.role != "mark"
             ]  # fmt: skip
@@ -128,7 +128,7 @@ def test_places_are_masked_as_the_ids_would_be(config):
     for seed in range(200):
         budgets = masking.draw_budgets(np.random.default_rng(seed), sample)
         expected = masking.apply(sample, budgets, np.random.default_rng(seed))
-        entries = Places(masking).apply(sample, budgets, np.random.default_rng(seed))
+        entries = PositionMasking(masking).apply(sample, budgets, np.random.default_rng(seed))
         for name in ("caption", "det", "station"):
             ids = np.array(masking.encode(dataset.modalities[name], sample[name])[0])
             roles, marks = roles_of(entries[name], len(ids))
@@ -177,7 +177,7 @@ def test_what_tokens_say_has_the_roles_that_they_have(all_kinds):
     words = load_text_tokenizer("fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json")
     result = preview(dataset, words, paint, _reader(words), training=True, samples=3, draws=1, seed=1)
     several = set()
-    for shown in result.components[0].shown:
+    for shown in result.components[0].masked_samples:
         roles = {
             name: [(piece.text, piece.role) for piece in entry.pieces if piece.role != "mark"]
             for name, entry in shown.items()
@@ -312,7 +312,7 @@ def test_a_transfer_is_one_component_with_all_tokens(config, tmp_path):
     config.write_text(yaml.safe_dump(content))
     (component,) = drawn(config).components
     assert component.share == 1
-    for shown in component.shown:
+    for shown in component.masked_samples:
         assert shown["rgb@32"].inputs == shown["tok_rgb@32"].targets == 4 and not shown["tok_rgb@32"].inputs
         roles = [piece.role for piece in shown["caption"].pieces]
         assert "target" in roles and "input" not in roles
@@ -338,7 +338,7 @@ def test_the_command(config, tmp_path, module):
 def test_bad_options_are_one_line(config, tmp_path):
     for options, message in (
         (["--datasets", "other"], r"no data set 'other' in train, only toy<&>"),
-        (["--tokenizers", f"{tmp_path}/none"], "there is no tokenizer in its folders"),
+        (["--tokenizers", f"{tmp_path}/none"], "none of its subfolders contains a tokenizer"),
         (["--samples", "0"], "'samples' must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):
@@ -348,6 +348,6 @@ def test_bad_options_are_one_line(config, tmp_path):
 def test_another_file_is_not_overwritten(config, tmp_path):
     out = tmp_path / "page.html"
     out.write_text("<p>mine</p>")
-    with pytest.raises(UserError, match=f"{out} is there and is no preview"):
+    with pytest.raises(UserError, match=f"{out} exists and is not a preview"):
         main([str(config), "--out", str(out), "--draws", "5"])
     assert out.read_text() == "<p>mine</p>"

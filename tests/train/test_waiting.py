@@ -54,7 +54,7 @@ class _Fails(IterableDataset):
 
 
 @pytest.mark.parametrize(
-    ("batches", "message"), [(_Dies(), "ended, by SIGKILL.*memory"), (_Fails(), "a.tar: Input/output error")]
+    ("batches", "message"), [(_Dies(), "ended by SIGKILL.*memory"), (_Fails(), "a.tar: Input/output error")]
 )
 def test_what_becomes_of_workers_is_said_in_a_sentence(batches, message):
     iterator = iter(BatchLoader(batches, 1))

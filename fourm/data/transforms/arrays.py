@@ -1,4 +1,4 @@
-"""Numbers that are no pictures: vectors of another model, grids of features, a scalar."""
+"""Numbers other than images: embedding vectors, grids of features, scalars."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import Any
 import numpy as np
 
 from fourm.data.transforms.base import AbstractTransform
-from fourm.data.transforms.sequence import of_stored_crop
+from fourm.data.transforms.sequence import stored_crop_entry
 from fourm.data.transforms.tokens import PerCropTransform
 from fourm.utils.errors import DataError, UnreadableValue, UserError
 
 
-def finite(array: np.ndarray) -> np.ndarray:
-    """``array`` itself; one value that is not finite would make every weight of a model so.
+def require_finite(array: np.ndarray) -> np.ndarray:
+    """Return ``array`` unchanged if all values are finite; a single NaN would spread to every weight of a model.
 
     Raises:
-        UnreadableValue: it holds NaN or infinity.
+        UnreadableValue: The array contains NaN or infinity.
     """
-    if array.dtype == np.float16:  # numpy's own test takes ten times as long: all bits of the exponent are set
+    if array.dtype == np.float16:  # test for an exponent with all bits set, which is ten times as fast as np.isfinite
         bad = array.size and (np.ascontiguousarray(array).view(np.uint16) & 0x7C00).max() == 0x7C00
     else:
         bad = array.dtype.kind == "f" and not np.isfinite(array).all()
@@ -32,23 +32,23 @@ def finite(array: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CaptionEmbTransform(AbstractTransform):
-    """The vectors of a caption (L, D), such as those of T5. Those in float16 become float32 when masking has chosen some.
+    """The embedding vectors of a caption (L, D), for example from T5. Masking converts the float16 ones that it uses.
 
-    A file has ``emb`` (variants, L, D) and ``mask_valid`` (variants, L), which vectors count.
+    A file has ``emb`` (variants, L, D) and ``mask_valid`` (variants, L), which marks the valid vectors.
 
     Attributes:
-        aligned_captions: as of :class:`CaptionTransform`.
-        width: D; None = unchecked.
+        aligned_captions: See :class:`CaptionTransform`.
+        width: Expected D; None = unchecked.
     """
 
     aligned_captions: bool = True
     width: int | None = None
 
     def preprocess(self, value: Any) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The vectors of each variant, and which of them count."""
+        """Return the vectors of each variant and the mask of the valid ones."""
         if not isinstance(value, Mapping) or not {"emb", "mask_valid"} <= value.keys():
             raise DataError(f"expected an npz file with emb and mask_valid, not {_names(value)}")
-        vectors, valid = np.asarray(value["emb"]), finite(np.asarray(value["mask_valid"])).astype(bool)
+        vectors, valid = np.asarray(value["emb"]), require_finite(np.asarray(value["mask_valid"])).astype(bool)
         if vectors.ndim != 3 or not len(vectors) or vectors.shape[:2] != valid.shape:
             raise DataError(
                 f"expected emb (variants, L, D) and mask_valid (variants, L), not {vectors.shape} and {valid.shape}"
@@ -63,10 +63,10 @@ class CaptionEmbTransform(AbstractTransform):
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> list[tuple[np.ndarray, np.ndarray]]:
-        """The variant of stored crop ``rand_aug_idx``, where there is one per crop."""
+        """Return the variant of stored crop ``rand_aug_idx`` if there is one per crop, and all variants otherwise."""
         if rand_aug_idx is None or self.stored_crops(value) is None:
             return value
-        return [of_stored_crop(value, rand_aug_idx)]
+        return [stored_crop_entry(value, rand_aug_idx)]
 
     def choose(
         self, value: list[tuple[np.ndarray, np.ndarray]], generator: np.random.Generator
@@ -74,13 +74,13 @@ class CaptionEmbTransform(AbstractTransform):
         return value[generator.integers(len(value)) if len(value) > 1 else 0]
 
     def postprocess(self, value: tuple[np.ndarray, np.ndarray] | list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
-        # Of a list the steps were called by hand, and nothing was chosen.
+        # A list means that the caller skipped ``choose``.
         vectors, valid = self.choose(value, np.random.default_rng()) if isinstance(value, list) else value
         vectors = vectors[valid]
-        return finite(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32, copy=False))
+        return require_finite(vectors if vectors.dtype == np.float16 else vectors.astype(np.float32, copy=False))
 
     def is_missing(self, value: Any) -> bool:
-        """No vectors at all, or none that counts."""
+        """Return whether there are no vectors, or no valid ones."""
         if super().is_missing(value):
             return True
         return isinstance(value, Mapping) and "mask_valid" in value and not np.any(value["mask_valid"])
@@ -95,12 +95,13 @@ def _names(value: Any) -> str:
 
 @dataclass(frozen=True)
 class GridTransform(PerCropTransform):
-    """A grid of numbers that no crop touches, float32 (C, H, W): features of a network, a spectrogram.
+    """A grid of numbers that is not cropped, float32 (C, H, W): features of a network, a spectrogram.
 
     Attributes:
-        per_crop: the file has one grid per stored crop; False: one, and (H, W) is one channel.
-        mean, std: the numbers are normalised by.
-        shape: (C, H, W); None = unchecked.
+        per_crop: Whether the file has one grid per stored crop. If False, it has one, and (H, W) is a single channel.
+        mean: Mean that is subtracted.
+        std: Standard deviation that the result is divided by.
+        shape: Expected (C, H, W); None = unchecked.
     """
 
     per_crop: bool = False
@@ -119,7 +120,7 @@ class GridTransform(PerCropTransform):
 
     def postprocess(self, value: np.ndarray) -> np.ndarray:
         grid = (value.astype(np.float32) - np.float32(self.mean)) / np.float32(self.std)
-        return grid if value.dtype.kind in "iu" else finite(grid)
+        return grid if value.dtype.kind in "iu" else require_finite(grid)
 
     def bind(self, modality: Mapping[str, Any]) -> GridTransform:
         channels, side = modality["num_channels"], modality["input_size"]
@@ -129,14 +130,15 @@ class GridTransform(PerCropTransform):
 
 @dataclass(frozen=True)
 class ScalarTransform(AbstractTransform):
-    """A number → the token of its bin, int64 (1,). Numbers beyond the range count as its ends.
+    """A number as the token of its bin, int64 (1,). Numbers outside the range are clipped to it.
 
     A file has the number: ``12.5`` in txt or json, or an npy of one number.
 
     Attributes:
-        low, high: range of the bins.
-        log: bins of equal ratio rather than of equal width.
-        bins: how many; the vocabulary.
+        low: Lower end of the range of the bins.
+        high: Upper end of the range of the bins.
+        log: Whether bins have equal width in the logarithm.
+        bins: Number of bins, which is the vocabulary size.
     """
 
     low: float = 0.0
@@ -156,7 +158,7 @@ class ScalarTransform(AbstractTransform):
         return np.array([min(int(share * self.bins), self.bins - 1)])
 
     def decode(self, token: int) -> float:
-        """The middle of a bin."""
+        """Return the centre of a bin."""
         low, high = self._scaled(self.low), self._scaled(self.high)
         value = low + (token + 0.5) / self.bins * (high - low)
         return math.exp(value) if self.log else value

@@ -1,4 +1,4 @@
-"""What every transform is: the steps between a file and the value that masking takes."""
+"""The base class of transforms: the steps from a file to the value that masking takes."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ CropCoords = tuple[int, int, int, int]
 
 
 class AbstractTransform:
-    """One kind of modality. A step that a kind does not need passes its value on.
+    """The transform of one type of modality. By default, each step returns its value unchanged.
 
-    The order is ``load`` (files only), ``preprocess``, ``image_augment``, ``choose``, ``postprocess``. All but
-    ``choose`` are pure; whatever the crop does not decide is drawn there, from the sample's generator.
+    The order is ``load`` (files only), ``preprocess``, ``image_augment``, ``choose``, ``postprocess``. All steps but
+    ``choose`` are pure; ``choose`` makes the random choices other than the crop, with the sample's generator.
 
     Attributes:
-        follows_crop: what it gives depends on the crop of the picture.
+        follows_crop: Whether the result depends on the crop of the image.
     """
 
     follows_crop: ClassVar[bool] = False
 
     def load(self, path: str | Path) -> Any:
-        """The raw value in the file ``path``; shards are decoded the same way from their members."""
+        """Decode the raw value in a file; members of shards are decoded in the same way."""
         path = Path(path)
         return decode_value(path.name, path.read_bytes())
 
     def preprocess(self, value: Any) -> Any:
-        """What can be done before the crop is known."""
+        """Do everything that does not depend on the crop."""
         return value
 
     def image_augment(
@@ -45,38 +45,39 @@ class AbstractTransform:
         rand_aug_idx: int | None,
         resample_mode: str | None = None,
     ) -> Any:
-        """Follow the sample's crop, flip and stored crop.
+        """Apply the sample's crop, flip and stored crop.
 
         Args:
-            crop_coords: (top, left, height, width); None = everything.
-            flip: mirror left and right, after the crop.
-            orig_size: (height, width) in which ``crop_coords`` are given.
+            value: The preprocessed value.
+            crop_coords: (top, left, height, width); None = the whole image.
+            flip: Whether to flip horizontally after the crop.
+            orig_size: (height, width) of the image that ``crop_coords`` refer to.
             target_size: (height, width) of the result; None = that of the crop.
-            rand_aug_idx: index of the stored crop; None if there are none.
-            resample_mode: nearest, bilinear or bicubic in place of the transform's own.
+            rand_aug_idx: Index of the stored crop; None if there are none.
+            resample_mode: nearest, bilinear or bicubic; overrides the default of the transform.
         """
         return value
 
     def choose(self, value: Any, generator: np.random.Generator) -> Any:
-        """Random choices that need not agree with other modalities."""
+        """Make random choices that are independent of other modalities."""
         return value
 
     def postprocess(self, value: Any) -> Any:
-        """The value in the form that masking takes."""
+        """Convert the value to the form that masking takes."""
         return value
 
     def is_missing(self, value: Any) -> bool:
-        """Whether a raw value says that there is none: null, no text, or nothing in a list or mapping."""
-        if isinstance(value, np.ndarray):  # most are; asking them whether they are mappings takes longest
+        """Return whether a raw value is null, a blank string, or an empty list or mapping."""
+        if isinstance(value, np.ndarray):  # the most frequent type; the check for a mapping is the slowest
             return False
         if isinstance(value, str):
             return not value or value.isspace()
         return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)
 
     def stored_crops(self, value: Any) -> int | None:
-        """For how many stored crops a preprocessed ``value`` has entries; None where crops do not matter."""
+        """Return the number of stored crops that a preprocessed ``value`` has entries for, or None if it has none."""
         return None
 
     def bind(self, modality: Mapping[str, Any]) -> AbstractTransform:
-        """This transform with the limits that ``modality`` declares, so that it can check values against them."""
+        """Return this transform with the limits that ``modality`` declares, which values are checked against."""
         return self

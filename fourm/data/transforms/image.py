@@ -1,7 +1,7 @@
-"""Pixels: colour, grey edges, depth, normals, class ids and masks, cut to the sample's crop.
+"""Transforms of pixels: colour, grey edges, depth, normals, class ids and masks.
 
-The cost of a sample is mostly here, so a picture is touched once per step: its JPEG is decoded at half, quarter or
-eighth scale when the crop still has twice the target's resolution there, only the crop is copied, and one
+These account for most of the cost of a sample, so each step touches an image only once: a JPEG is decoded at half,
+quarter or eighth scale if the crop then still has twice the target's resolution, only the crop is copied, and one
 multiply-add turns uint8 pixels into normalised float32 channels.
 """
 
@@ -26,15 +26,15 @@ from fourm.utils.errors import DataError, UnreadableValue, UserError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLE_MODES = ("nearest", "bilinear", "bicubic")
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
-_SAME_FRAME = 0.02  # aspect ratios that differ by less do so because sides are whole pixels
-_TRUNCATED = 0.1  # share of a depth map's values left out at either end when it is standardised
+_ASPECT_TOLERANCE = 0.02  # log difference of aspect ratios that may result from rounding sides to whole pixels
+_TRUNCATED = 0.1  # share of a depth map's values that standardisation ignores at either end
 
 Picture: TypeAlias = bytes | EncodedImage | Image.Image | np.ndarray
 """An encoded image, a PIL image, or an array (H, W) or (H, W, C)."""
 
 
 def image_size(picture: Picture) -> tuple[int, int]:
-    """(height, width), upright and without decoding."""
+    """Return the (height, width) of the upright picture without decoding it."""
     if isinstance(picture, Image.Image):
         return upright_size(picture)
     height, width = (EncodedImage(picture) if isinstance(picture, bytes) else picture).shape[:2]
@@ -48,22 +48,25 @@ def cut(
     target_size: tuple[int, int] | None = None,
     mode: str | None = None,
 ) -> np.ndarray:
-    """Decode ``picture`` as coarsely as ``target_size`` allows and copy the crop out of it.
+    """Decode ``picture`` as coarsely as ``target_size`` allows, and copy the crop.
 
-    JPEG draft mode drops resolution inside the inverse DCT. It is used on encoded images, and only so far that the crop
-    keeps twice the target's resolution: its border, which then falls between decoded pixels and is rounded, moves by at
-    most a quarter of a target pixel, and the resize still does the filtering.
+    JPEG draft mode drops resolution in the inverse DCT. It is used for encoded images as long as the crop keeps twice
+    the target's resolution. The border of the crop, which is rounded to decoded pixels, then moves by at most a quarter
+    of a target pixel, and the resize still does the filtering.
 
     Args:
+        picture: The picture.
         crop: (top, left, h, w) in pixels of an image of ``orig_size`` (None: of this picture).
-        mode: PIL mode to convert to; None = as stored.
+        orig_size: (height, width) of the image that ``crop`` refers to; None = this picture.
+        target_size: (height, width) that the crop will be resized to; None = no resizing.
+        mode: Pillow mode to convert to; None = as stored.
 
     Returns:
         The crop, (h, w) or (h, w, C), at the decoded scale.
 
     Raises:
-        DataError: the crop reaches beyond the picture.
-        ValueError: the picture has another aspect ratio than ``orig_size``: it does not show the same.
+        DataError: The crop exceeds the picture.
+        ValueError: The aspect ratio differs from that of ``orig_size``, so the picture shows something else.
     """
     if isinstance(picture, bytes):
         picture = EncodedImage(picture)
@@ -74,14 +77,15 @@ def cut(
         raise DataError(f"crop (top {top}, left {left}, {h}x{w}) does not lie inside the image of {height}x{width}")
     if not same_frame(full, (height, width)):
         raise ValueError(
-            f"a picture of {full[0]}x{full[1]} pixels beside one of {height}x{width}: they do not show the same"
+            f"a picture of {full[0]}x{full[1]} pixels does not match the sample's image of {height}x{width}: "
+            "their aspect ratios differ"
         )
     if isinstance(picture, EncodedImage):
-        spare = 1.0
+        oversampling = 1.0
         if target_size is not None:
-            spare = min(h * full[0] / (height * target_size[0]), w * full[1] / (width * target_size[1]))
-        # The largest of 1, 2, 4, 8 with two decoded pixels to each of the target.
-        picture = picture.pixels(mode, 1 << (max(int(min(spare / 2, 8)), 1).bit_length() - 1))
+            oversampling = min(h * full[0] / (height * target_size[0]), w * full[1] / (width * target_size[1]))
+        # The largest of 1, 2, 4 and 8 that leaves two decoded pixels per target pixel.
+        picture = picture.pixels(mode, 1 << (max(int(min(oversampling / 2, 8)), 1).bit_length() - 1))
     elif isinstance(picture, Image.Image):
         picture = pixels_of(picture, mode)
     y, x = picture.shape[0] / height, picture.shape[1] / width
@@ -90,16 +94,16 @@ def cut(
 
 
 def same_frame(size: tuple[int, int], frame: tuple[int, int]) -> bool:
-    """A picture of ``size`` may be larger or smaller than the one that the crop was drawn for, but not of another shape."""
-    wide, high = size[1] * frame[0], size[0] * frame[1]
-    # A side that was rounded to a whole pixel changes the products by one side of the frame.
-    return size == frame or abs(math.log(high / wide)) <= _SAME_FRAME or abs(high - wide) <= max(frame)
+    """Return whether two (height, width) sizes have the same aspect ratio up to rounding."""
+    width, height = size[1] * frame[0], size[0] * frame[1]  # cross-multiplied, so they are equal for equal ratios
+    # Rounding a side to a whole pixel changes the products by one side of the frame.
+    return size == frame or abs(math.log(height / width)) <= _ASPECT_TOLERANCE or abs(height - width) <= max(frame)
 
 
 def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
-    """Antialiased resize of an (H, W) or (H, W, C) array of uint8 or float32; ``nearest`` takes any type.
+    """Resize an (H, W) or (H, W, C) array of uint8 or float32 with antialiasing; ``nearest`` takes any type.
 
-    Equals PIL's crop-then-resize within two of 255 levels, several times faster on uint8.
+    The result equals PIL's crop-then-resize within two of 255 levels, and is several times faster on uint8.
     """
     if image.shape[:2] == tuple(size):
         return image
@@ -115,10 +119,10 @@ def resize(image: np.ndarray, size: tuple[int, int], mode: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageTransform(AbstractTransform):
-    """Crop, resize and flip; what the pixels mean is up to the subclasses.
+    """Crop, resize and flip an image; subclasses interpret the pixels.
 
     Attributes:
-        size: side length of the result; None = the target size of the sample.
+        size: Side length of the result in pixels; None = the target size of the sample.
     """
 
     size: int | None = field(default=None, kw_only=True)
@@ -127,60 +131,60 @@ class ImageTransform(AbstractTransform):
     mode: ClassVar[str | None] = None
     resample: ClassVar[str] = "nearest"
     channels: ClassVar[int] = 1
-    takes_grey: ClassVar[bool] = True  # where several channels are wanted
+    takes_grey: ClassVar[bool] = True  # whether grey may be converted to several channels
 
     def load(self, path: str | Path) -> Any:
-        """The PIL image in a file, upright; of npy files the array."""
+        """Return the upright PIL image in a file, or the array in an npy file."""
         value = super().load(path)
         return self.preprocess(open_image(value)) if isinstance(value, bytes) else value
 
     def preprocess(self, value: Any) -> Any:
-        """A PIL image becomes one of the right mode, upright; everything else is decoded when the crop is known."""
+        """Convert a PIL image to the right mode and turn it upright; others are decoded once the crop is known."""
         if not isinstance(value, Image.Image):
             return value
-        self._of_a_mode(value)
+        self._check_mode(value)
         return upright(value, self.mode)
 
-    def _of_a_mode(self, value: Picture) -> Picture:
+    def _check_mode(self, value: Picture) -> Picture:
         value = EncodedImage(value) if isinstance(value, bytes) else value
         if not self.takes_grey and getattr(value, "mode", None) in _GREY:
-            raise DataError(f"expected {self.channels} channels, not a picture in grey")
+            raise DataError(f"expected {self.channels} channels, not a grey image")
         return value
 
-    def _like(self, value: Picture, result: np.ndarray) -> Any:
-        """A tensor for whoever works with PIL images, as notebooks do."""
+    def _as_input_type(self, value: Picture, result: np.ndarray) -> Any:
+        """Return a tensor if the input was a PIL image, as in notebooks, and an array otherwise."""
         return torch.from_numpy(np.ascontiguousarray(result)) if isinstance(value, Image.Image) else result
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> np.ndarray:
-        """The crop, flipped and resized: (h, w) or (h, w, C), still in the file's type."""
+        """Crop, resize and flip; the result is (h, w) or (h, w, C) in the data type of the file."""
         mode = resample_mode or self.resample
         if mode not in _RESAMPLE_MODES:
             raise UserError(f"resample_mode must be one of {', '.join(_RESAMPLE_MODES)}, not {mode!r}")
         target = (self.size, self.size) if self.size else target_size
-        # Draft mode averages pixels: that would invent values where only the nearest one may be taken.
-        value = self._of_a_mode(value)
+        # Draft mode averages pixels, which would create new values where only the nearest pixel may be taken.
+        value = self._check_mode(value)
         image = self.as_array(cut(value, crop_coords, orig_size, target if mode != "nearest" else None, self.mode))
         if target is not None:
             image = resize(image, target, mode)
         return self.hflip(image) if flip else image
 
     def pixels(self, value: Picture) -> np.ndarray:
-        """``value`` itself after :meth:`image_augment`; a picture that nobody cropped is decoded."""
+        """Return the array of :meth:`image_augment` unchanged, and decode a picture that was not cropped."""
         if isinstance(value, np.ndarray):
             return value
-        return self.as_array(cut(self._of_a_mode(value), None, mode=self.mode))
+        return self.as_array(cut(self._check_mode(value), None, mode=self.mode))
 
     def as_array(self, image: np.ndarray) -> np.ndarray:
-        """Check the decoded crop, and give it a type that can be resized."""
+        """Check the decoded crop, and convert it to a type that can be resized."""
         return image
 
     def hflip(self, image: np.ndarray) -> np.ndarray:
         return image[:, ::-1]
 
     def empty(self, target_size: tuple[int, int]) -> np.ndarray:
-        """Zeros (C, h, w) in place of an image that nobody will look at."""
+        """Return zeros (C, h, w) in place of an image that gets no tokens."""
         return np.zeros((self.channels, *((self.size, self.size) if self.size else target_size)), np.float32)
 
     def bind(self, modality: Mapping[str, Any]) -> ImageTransform:
@@ -189,10 +193,10 @@ class ImageTransform(AbstractTransform):
 
 @dataclass(frozen=True)
 class PixelTransform(ImageTransform):
-    """8-bit channels in [0, 1], normalised by mean and std: float32 (C, H, W).
+    """8-bit channels scaled to [0, 1] and normalised by mean and std: float32 (C, H, W).
 
     Attributes:
-        raw: leave the result in 8 bits; whoever reads it multiplies by the scale and adds the bias of :attr:`scaling`.
+        raw: Leave the result in 8 bits; the reader then applies the scale and bias of :attr:`scaling`.
     """
 
     raw: bool = field(default=False, kw_only=True)
@@ -202,7 +206,7 @@ class PixelTransform(ImageTransform):
 
     @property
     def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Mean and standard deviation of each channel; these give [-1, 1]."""
+        """Mean and standard deviation of each channel; the default normalises to [-1, 1]."""
         return (0.5,) * self.channels, (0.5,) * self.channels
 
     @functools.cached_property
@@ -212,7 +216,7 @@ class PixelTransform(ImageTransform):
 
     @property
     def scaling(self) -> tuple[list[float], list[float]]:
-        """Scale and bias of each channel, which normalise 8 bits."""
+        """Scale and bias of each channel that normalise 8-bit values."""
         scale, bias = self._scale_and_bias
         return scale.ravel().tolist(), bias.ravel().tolist()
 
@@ -227,11 +231,11 @@ class PixelTransform(ImageTransform):
         image = self.as_array(self.pixels(value))
         image = image.reshape(*image.shape[:2], self.channels).transpose(2, 0, 1)
         if self.raw:
-            return self._like(value, np.ascontiguousarray(image))
+            return self._as_input_type(value, np.ascontiguousarray(image))
         scale, bias = self._scale_and_bias
         out = np.empty(image.shape, np.float32)
         np.multiply(image, scale, out=out)
-        return self._like(value, np.add(out, bias, out=out))
+        return self._as_input_type(value, np.add(out, bias, out=out))
 
     def empty(self, target_size: tuple[int, int]) -> np.ndarray:
         return super().empty(target_size).astype(np.uint8 if self.raw else np.float32, copy=False)
@@ -250,8 +254,9 @@ class RGBTransform(PixelTransform):
     """Colour images.
 
     Attributes:
-        imagenet_default_mean_and_std: normalise by ImageNet's statistics, as 4M does; False: to [-1, 1], as tokenizers do.
-        color_jitter: brightness, contrast and saturation vary by up to this share; 0 = not at all.
+        imagenet_default_mean_and_std: Normalise by the statistics of ImageNet, as 4M does; False normalises to [-1, 1],
+            as tokenizers do.
+        color_jitter: Maximum relative change of brightness, contrast and saturation; 0 = none.
     """
 
     imagenet_default_mean_and_std: bool = True
@@ -280,7 +285,7 @@ class RGBTransform(PixelTransform):
 
 @dataclass(frozen=True)
 class NormalTransform(PixelTransform):
-    """Surface normals in [-1, 1]; mirroring an image also turns its normals' x component around."""
+    """Surface normals in [-1, 1]; a horizontal flip also negates the x component of the normals."""
 
     mode: ClassVar[str | None] = "RGB"
     channels: ClassVar[int] = 3
@@ -295,10 +300,11 @@ class NormalTransform(PixelTransform):
 
 @dataclass(frozen=True)
 class DepthTransform(ImageTransform):
-    """16-bit depth / 65535: float32 (1, H, W).
+    """16-bit depth divided by 65535: float32 (1, H, W).
 
     Attributes:
-        standardize_depth: subtract the mean and divide by the deviation of the middle 80 % of an image's values.
+        standardize_depth: Subtract the mean and divide by the standard deviation of the middle 80 % of an image's
+            values.
     """
 
     standardize_depth: bool = True
@@ -307,11 +313,11 @@ class DepthTransform(ImageTransform):
 
     def as_array(self, image: np.ndarray) -> np.ndarray:
         if image.dtype.kind == "f":
-            raise UnreadableValue("expected depth of 16 bits, 0 to 65535, not floats, whose unit is not known")
+            raise UnreadableValue("expected depth of 16 bits, 0 to 65535, not floats, whose unit is unknown")
         if image.ndim != 2 or image.dtype not in (np.uint16, np.int32):
             raise DataError(f"expected one channel of 16 bits, not {image.shape} of {image.dtype}")
         if image.dtype == np.int32 and image.size and not 0 <= image.min() <= image.max() <= 65535:
-            raise UnreadableValue(f"depth of {image.min()} to {image.max()}, not of 16 bits: 0 to 65535")
+            raise UnreadableValue(f"expected depth of 16 bits, 0 to 65535, not {image.min()} to {image.max()}")
         return image.astype(np.float32)
 
     def postprocess(self, value: Picture) -> Any:
@@ -319,19 +325,21 @@ class DepthTransform(ImageTransform):
         depth = self.pixels(value)
         if depth.dtype != np.float32:
             depth = self.as_array(depth)
-        elif not (np.isfinite(farthest := depth.max()) and (farthest == 0 or farthest > 1)):
-            raise UnreadableValue(f"expected depth up to 65535, the share of which is taken here, not up to {farthest}")
+        else:
+            maximum = depth.max()
+            if not (np.isfinite(maximum) and (maximum == 0 or maximum > 1)):
+                raise UnreadableValue(f"expected depth in 16-bit units, up to 65535, but the maximum is {maximum}")
         depth = depth / np.float32(65535)
         if self.standardize_depth:
             middle = np.sort(depth, axis=None)
             middle = middle[int(_TRUNCATED * middle.size) : int((1 - _TRUNCATED) * middle.size)]
             depth = (depth - middle.mean()) / np.sqrt(middle.var(ddof=1) + np.float32(1e-6))
-        return self._like(value, depth[None])
+        return self._as_input_type(value, depth[None])
 
 
 @dataclass(frozen=True)
 class SemsegTransform(ImageTransform):
-    """Class ids: int64 (H, W). Of a picture with a palette they are the places in it."""
+    """Class ids: int64 (H, W). In a picture with a palette, they are the palette indices."""
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -347,12 +355,12 @@ class SemsegTransform(ImageTransform):
 
     def postprocess(self, value: Picture) -> Any:
         """An array; of a PIL image a tensor."""
-        return self._like(value, self.as_array(self.pixels(value)).astype(np.int64))
+        return self._as_input_type(value, self.as_array(self.pixels(value)).astype(np.int64))
 
 
 @dataclass(frozen=True)
 class MaskTransform(ImageTransform):
-    """Which pixels are valid: bool (1, H, W), true where the mask is exactly 1 (white)."""
+    """A mask of valid pixels: bool (1, H, W), True where the mask is exactly 1 (white)."""
 
     mode: ClassVar[str | None] = "L"
 
@@ -361,4 +369,4 @@ class MaskTransform(ImageTransform):
         mask = self.pixels(value)
         if mask.ndim != 2 or mask.dtype not in (np.bool_, np.uint8):
             raise DataError(f"expected one channel of 8 bits or booleans, not {mask.shape} of {mask.dtype}")
-        return self._like(value, (mask == (1 if mask.dtype == np.bool_ else 255))[None])
+        return self._as_input_type(value, (mask == (1 if mask.dtype == np.bool_ else 255))[None])

@@ -1,6 +1,6 @@
-"""People and segmented instances, whose shapes are codes of a tokenizer, as text.
+"""People and segmented instances as text; their shapes are codes of a tokenizer.
 
-Codes below 512 are the words ``v0=0`` … ``v0=511``, those from there on ``v1=0``, ….
+Codes below 512 become the words ``v0=0`` … ``v0=511``, and the others ``v1=0``, ….
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 from fourm.data.object_arrays import ObjectArray
 from fourm.data.transforms.base import AbstractTransform
-from fourm.data.transforms.sequence import Box, box_words, checked_box, crop_box, of_stored_crop
+from fourm.data.transforms.sequence import Box, box_words, checked_box, crop_box, stored_crop_entry
 from fourm.utils.errors import DataError, UnreadableValue
 
 
 def code_words(codes: Sequence[int], count: int) -> list[str]:
-    """The words of ``count`` codes below 1024."""
+    """Return the words of ``count`` codes below 1024."""
     if not isinstance(codes, (list, tuple)) or len(codes) != count:
         raise DataError(f"expected {count} codes from 0 to 1023, not {codes!r:.80}")
     if not all(type(code) is int and 0 <= code < 1024 for code in codes):
@@ -27,12 +27,12 @@ def code_words(codes: Sequence[int], count: int) -> list[str]:
     return [f"v{code // 512}={code % 512}" for code in codes]
 
 
-def _numbers(count: int, low: float, high: float) -> Callable[[Sequence[float]], list[str]]:
-    """``count`` values in [low, high] → the words of 0 to 999."""
+def _number_words(count: int, low: float, high: float) -> Callable[[Sequence[float]], list[str]]:
+    """Return a function that converts ``count`` values in [low, high] to words of the numbers 0 to 999."""
 
     def words(values: Sequence[float]) -> list[str]:
-        numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
-        if not numbers or len(values) != count:
+        are_numbers = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+        if not are_numbers or len(values) != count:
             raise DataError(f"expected {count} numbers, not {values!r:.80}")
         if not all(map(math.isfinite, values)):
             raise UnreadableValue(f"expected finite numbers, not {values}")
@@ -41,23 +41,23 @@ def _numbers(count: int, low: float, high: float) -> Callable[[Sequence[float]],
     return words
 
 
-def _box(person: Any) -> Box:
-    """The box of a person."""
+def _person_box(person: Any) -> Box:
+    """Return the checked box of a person."""
     if not isinstance(person, Mapping) or "box" not in person:
         raise DataError(f"expected a person with a 'box', not {person!r:.80}")
     box = person["box"]
     if isinstance(box, (list, tuple)) and any(isinstance(c, float) and not math.isfinite(c) for c in box):
         raise UnreadableValue(f"expected finite numbers, not {box!r:.80}")
-    return checked_box(box, margin=1.0)  # people reach beyond a stored crop
+    return checked_box(box, margin=1.0)  # people may extend beyond a stored crop
 
 
 PARTS: dict[str, Callable[[Sequence], list[str]]] = {
     "pose": lambda codes: code_words(codes, 8),
-    "global": _numbers(9, -1, 1),
-    "shape": _numbers(10, -3, 3),
-    "camera": _numbers(3, -1, 19),
+    "global": _number_words(9, -1, 1),
+    "shape": _number_words(10, -3, 3),
+    "camera": _number_words(3, -1, 19),
 }
-"""What is said of a person beside the box: the codes of the pose, the rotation, the shape, and the camera."""
+"""Descriptions of a person besides the box: the codes of the pose, the rotation, the shape, and the camera."""
 
 
 @dataclass(frozen=True)
@@ -80,18 +80,18 @@ class HumanPoseTransform(AbstractTransform):
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> list[tuple[Mapping[str, Any], Box]]:
-        """Who is left in the crop, with the box there.
+        """Return the people in the crop with their boxes relative to it.
 
         Raises:
-            DataError: people of the whole picture were to be mirrored, which codes of a pose cannot be.
+            DataError: People of the whole image would have to be flipped, which is impossible for pose codes.
         """
         if self.stored_crops(value) is not None:
-            return [(person, _box(person)) for person in of_stored_crop(value, rand_aug_idx)]
-        boxes = [crop_box(_box(person), crop_coords, flip, orig_size) for person in value]
+            return [(person, _person_box(person)) for person in stored_crop_entry(value, rand_aug_idx)]
+        boxes = [crop_box(_person_box(person), crop_coords, flip, orig_size) for person in value]
         kept = [(person, box) for person, box in zip(value, boxes, strict=True) if box]
         if flip and kept:
             raise DataError(
-                "a pose cannot be mirrored: let the file have one list of people per stored crop, or set hflip to 0"
+                "a pose cannot be mirrored; store one list of people per stored crop in the file, or set hflip to 0"
             )
         return kept
 
@@ -106,28 +106,30 @@ class HumanPoseTransform(AbstractTransform):
         return words or ["none"]
 
     def is_missing(self, value: Any) -> bool:
-        """Nobody is a value, null is none."""
+        """Return whether the value is null; an empty list is a value."""
         return value is None
 
     def postprocess(self, value: list[str]) -> str:
-        if not value or not isinstance(value[0], str):  # the steps were called by hand, and nothing was chosen
+        if not value or not isinstance(value[0], str):  # the caller skipped ``choose``
             value = self.choose(value, np.random.default_rng())  # type: ignore[arg-type]
         return " ".join(value)
 
 
-_MOST_SIDES = 5  # of a crop, that a polygon reaches beyond it: so large is what the smallest crops were cut from
+_MAX_OVERHANG = (
+    5  # crop sides by which a polygon may extend beyond its crop, because the smallest crops have such large images
+)
 
 
 @dataclass(frozen=True)
 class SAMInstanceTransform(AbstractTransform):
-    """``point`` and its row and column, then ``none`` or each polygon around it in random order, for some random points.
+    """For random query points: ``point``, row and column, then each polygon around it in random order, or ``none``.
 
-    A file has an entry per stored crop: a list of ``{"points": (n, 2) x and y in pixels, "token_ids": (16,)}``, or one dict
-    of two such lists.
+    A file has an entry per stored crop: a list of ``{"points": (n, 2) x and y in pixels, "token_ids": (16,)}``, or one
+    dict of two such lists.
 
     Attributes:
-        size: side of the crops in pixels.
-        num_points: query points that are drawn.
+        size: Side length of the crops in pixels.
+        num_points: Number of query points that are drawn.
     """
 
     size: int = 224
@@ -138,7 +140,7 @@ class SAMInstanceTransform(AbstractTransform):
     def preprocess(self, value: Any) -> Sequence[Any]:
         if not isinstance(value, (np.ndarray, ObjectArray, list)):
             raise DataError(f"expected the instances of each stored crop, not {type(value).__name__}")
-        return value  # type: ignore[return-value]  # an array is as good
+        return value  # type: ignore[return-value]  # an array behaves like a sequence
 
     def stored_crops(self, value: Sequence[Any]) -> int:
         return len(value)
@@ -146,8 +148,8 @@ class SAMInstanceTransform(AbstractTransform):
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> Polygons:
-        """The instances in the crop."""
-        crop = of_stored_crop(value, rand_aug_idx)
+        """Return the instances of the stored crop."""
+        crop = stored_crop_entry(value, rand_aug_idx)
         crop = crop[()] if isinstance(crop, np.ndarray) and crop.ndim == 0 else crop
         if not isinstance(crop, (list, tuple, dict, np.ndarray)):
             raise DataError(f"expected the instances of a crop, not {type(crop).__name__}")
@@ -165,9 +167,9 @@ class SAMInstanceTransform(AbstractTransform):
         words: list[str] = []
         for (row, column), inside in zip(points.tolist(), value.enclosing(points[:, ::-1]), strict=True):
             words += ["point", f"v0={row}", f"v1={column}"]
-            around = inside.nonzero()[0].tolist()
-            order = generator.permutation(len(around)).tolist()
-            words += [word for index in order for word in self._words(value, around[index])] or ["none"]
+            enclosing = inside.nonzero()[0].tolist()
+            order = generator.permutation(len(enclosing)).tolist()
+            words += [word for index in order for word in self._words(value, enclosing[index])] or ["none"]
         return words
 
     def _words(self, polygons: Polygons, index: int) -> list[str]:
@@ -175,41 +177,41 @@ class SAMInstanceTransform(AbstractTransform):
         return ["polygon", *box_words(box.tolist()), *code_words(polygons.codes[index].tolist(), 16)]
 
     def postprocess(self, value: list[str] | Polygons) -> str:
-        if isinstance(value, Polygons):  # the steps were called by hand, and nothing was chosen
+        if isinstance(value, Polygons):  # the caller skipped ``choose``
             value = self.choose(value, np.random.default_rng())
         return " ".join(value)
 
 
 class Polygons:
-    """The instances of a crop, their edges one below the other: what is asked of them is asked of all at once.
+    """The instances of a crop, whose edges are concatenated so that queries are vectorised over all instances.
 
     Args:
-        outlines: (n, 2) x and y of the corners of each.
-        codes: 16 of each.
+        outlines: Corners of each instance, x and y, (n, 2).
+        codes: 16 codes of each instance.
 
     Attributes:
-        codes: (instances, 16).
-        boxes: (instances, 4) xmin, ymin, xmax, ymax.
+        codes: Codes, (instances, 16).
+        boxes: Bounding boxes xmin, ymin, xmax, ymax, (instances, 4).
 
     Raises:
-        DataError: outlines or codes that are none.
+        DataError: Outlines or codes are invalid.
     """
 
     def __init__(self, outlines: Sequence[Any], codes: Sequence[Any]):
         if any(len(row) != 16 for row in codes):
             raise DataError(f"expected 16 codes of each polygon, not {sorted({len(row) for row in codes})}")
-        given = np.array(codes)
-        if given.dtype.kind not in "iu" and given.size:
-            raise DataError(f"expected codes that are whole numbers, not {given.dtype}")
-        self.codes = given.astype(np.int64).reshape(len(codes), 16)
-        if self.codes.view(np.uint64).max(initial=0) >= 1024:  # a negative one too
+        array = np.array(codes)
+        if array.dtype.kind not in "iu" and array.size:
+            raise DataError(f"expected codes that are whole numbers, not {array.dtype}")
+        self.codes = array.astype(np.int64).reshape(len(codes), 16)
+        if self.codes.view(np.uint64).max(initial=0) >= 1024:  # as unsigned numbers, negative codes are huge
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
         arrays = [np.asarray(outline, float) for outline in outlines]
         for array in arrays:
             if array.ndim != 2 or array.shape[1] != 2 or len(array) < 3:
                 raise DataError(f"expected a polygon of shape (3 or more, 2), not {array.shape}")
         lengths = [len(array) for array in arrays]
-        self._corners = np.concatenate([*arrays, np.empty((0, 2))])  # (edges, 2), where each begins
+        self._corners = np.concatenate([*arrays, np.empty((0, 2))])  # start of each edge, (edges, 2)
         if not np.isfinite(self._corners).all():
             raise UnreadableValue("a polygon has corners that are not finite")
         self._owner = np.arange(len(arrays)).repeat(lengths)
@@ -222,25 +224,25 @@ class Polygons:
         self.boxes = np.concatenate(limits, axis=1) if lengths else np.empty((0, 4))
 
     def check_unit(self, size: int) -> None:
-        """The corners are in pixels of a crop with sides of ``size``; what reaches out of it was cut with the picture.
+        """Check that corners are in pixels of a crop with side ``size``; polygons may extend beyond their crop.
 
         Raises:
-            DataError: they cannot be.
+            DataError: The corners cannot be in these units.
         """
         low, high = self._corners.min(initial=0), self._corners.max(initial=0)
-        if low < -_MOST_SIDES * size or high > (1 + _MOST_SIDES) * size:
-            raise DataError(f"polygons from {low:g} to {high:g}, far outside their crop of {size}x{size} pixels")
+        if low < -_MAX_OVERHANG * size or high > (1 + _MAX_OVERHANG) * size:
+            raise DataError(f"polygons from {low:g} to {high:g} lie far outside their crop of {size}x{size} pixels")
         if high <= 1 and low >= 0 and (self._corners % 1).any():
             raise DataError(f"all polygons of a crop lie in [0, 1]: expected pixels of a crop of {size}x{size}")
 
     def enclosing(self, points: np.ndarray) -> np.ndarray:
-        """Which polygons have which points inside: a ray from there crosses the outline an odd number of times.
+        """Test which polygons contain which points: a ray from inside crosses the outline an odd number of times.
 
         Args:
-            points: (p, 2) x and y.
+            points: x and y of the points, (p, 2).
 
         Returns:
-            (p, instances) bool.
+            Whether each polygon contains each point, (p, instances) bool.
         """
         x, y = points[:, 0], points[:, 1, None]
         point, edge = ((self._corners[:, 1] > y) != (self._ends[:, 1] > y)).nonzero()

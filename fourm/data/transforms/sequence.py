@@ -1,6 +1,6 @@
 """Modalities that become text: captions, boxes, metadata and colour palettes.
 
-Numbers are single words of the vocabulary: ``v0=17`` is number 17 in role 0.
+Numbers are single words of the vocabulary: ``v0=17`` is the number 17 in role 0.
 """
 
 from __future__ import annotations
@@ -20,43 +20,44 @@ Box = tuple[float, float, float, float]
 """xmin, ymin, xmax, ymax in [0, 1]."""
 
 
-def of_stored_crop(values: Sequence[T], index: int | None) -> T:
-    """The entry of the stored crop that was chosen.
+def stored_crop_entry(values: Sequence[T], index: int | None) -> T:
+    """Return the entry of the chosen stored crop.
 
     Raises:
-        DataError: none was, or there is no entry for it.
+        DataError: No stored crop was chosen, or there is no entry for it.
     """
     if index is None:
-        raise DataError("its values belong to stored crops, but no stored crop was chosen (crop_settings is needed)")
+        raise DataError("its values belong to stored crops, but no stored crop was chosen (crop_settings is required)")
     if index >= len(values):
         raise DataError(f"stored crop {index} was chosen, but there are values of only {len(values)} crops")
     return values[index]
 
 
-_ROUNDING = 0.02  # coordinates may lie outside [0, 1], or sides be the wrong way round, by so much
-_NUMBERS = frozenset({float, int})
-_TEXTS = ("caption", "text", "captions")  # keys that a caption may have
+_TOLERANCE = 0.02  # tolerated rounding error of coordinates
+_NUMBER_TYPES = frozenset({float, int})
+_CAPTION_KEYS = ("caption", "text", "captions")  # possible keys of a caption
 
 
-def checked_box(box: Any, margin: float = _ROUNDING) -> Box:
-    """A box of four numbers in [0, 1], to which rounding errors are clipped.
+def checked_box(box: Any, margin: float = _TOLERANCE) -> Box:
+    """Check a box of four numbers, and clip it to [0, 1].
 
     Args:
-        margin: how far it may reach beyond.
+        box: xmin, ymin, xmax, ymax.
+        margin: Maximum distance by which it may extend beyond [0, 1].
 
     Raises:
-        DataError: it follows another convention, with the one that is suspected.
+        DataError: The box follows another convention; the message names the one that is suspected.
     """
-    if not isinstance(box, (list, tuple)) or len(box) != 4 or not _NUMBERS.issuperset(map(type, box)):
+    if not isinstance(box, (list, tuple)) or len(box) != 4 or not _NUMBER_TYPES.issuperset(map(type, box)):
         raise DataError(f"expected a box of four numbers xmin, ymin, xmax, ymax, not {box!r:.80}")
     xmin, ymin, xmax, ymax = box
-    if 0 <= xmin <= xmax <= 1 and 0 <= ymin <= ymax <= 1:  # nearly all
+    if 0 <= xmin <= xmax <= 1 and 0 <= ymin <= ymax <= 1:  # the common case
         return xmin, ymin, xmax, ymax
     low, high = -margin, 1 + margin
     if not (low <= min(box) and max(box) <= high and all(map(math.isfinite, box))):
-        why = "are they in pixels?" if all(map(math.isfinite, box)) else "they are not finite"
-        raise DataError(f"expected a box of xmin, ymin, xmax, ymax in [0, 1], not {list(box)}: {why}")
-    if xmin > xmax + _ROUNDING or ymin > ymax + _ROUNDING:
+        reason = "are they in pixels?" if all(map(math.isfinite, box)) else "they are not finite"
+        raise DataError(f"expected a box of xmin, ymin, xmax, ymax in [0, 1], not {list(box)}: {reason}")
+    if xmin > xmax + _TOLERANCE or ymin > ymax + _TOLERANCE:
         raise DataError(f"a box's maximum is below its minimum, {list(box)}: is it x, y, width, height?")
     if min(box) < 0 or max(box) > 1:
         xmin, ymin, xmax, ymax = (min(max(c, 0.0), 1.0) for c in box)
@@ -66,16 +67,16 @@ def checked_box(box: Any, margin: float = _ROUNDING) -> Box:
 def crop_box(
     box: Sequence[float], crop_coords: CropCoords | None, flip: bool, orig_size: tuple[int, int] | None
 ) -> Box | None:
-    """A box expressed in the crop, clipped to it and mirrored; None if no area is left.
+    """Return a box relative to the crop, clipped to it and flipped; None if no area is left.
 
     Raises:
-        DataError: the image's size is not known.
+        DataError: The image's size is unknown.
     """
     left = top = 0.0
     width = height = 1.0
     if crop_coords is not None:
         if orig_size is None:
-            raise DataError("boxes can follow a crop only if the image's size is known: set main_augment_domain")
+            raise DataError("boxes can follow a crop only if the image's size is known; set main_augment_domain")
         top, height = crop_coords[0] / orig_size[0], crop_coords[2] / orig_size[0]
         left, width = crop_coords[1] / orig_size[1], crop_coords[3] / orig_size[1]
     xmin, ymin, xmax, ymax = box
@@ -87,27 +88,28 @@ def crop_box(
 
 
 def box_words(box: Sequence[float], coord_bins: int = 1000) -> list[str]:
-    """``v0=X v1=Y v2=X v3=Y``"""
+    """Return the words ``v0=X v1=Y v2=X v3=Y`` of a box."""
     return [f"v{i}={round(c * (coord_bins - 1))}" for i, c in enumerate(box)]
 
 
 @dataclass(frozen=True)
 class CaptionTransform(AbstractTransform):
-    """One string of possibly several.
+    """A caption, or one of several.
 
     Attributes:
-        aligned_captions: a list holds one caption per stored crop, and the sample's crop decides; False: any of them.
+        aligned_captions: Whether a list holds one caption per stored crop, so that the crop decides which one is used;
+            if False, one is drawn at random.
     """
 
     aligned_captions: bool = True
 
     def preprocess(self, value: Any) -> list[Any]:
-        """A string, ``{"caption": …}`` (or ``text``) or a list of either, as a list; null or empty ones are ``None``."""
+        """Convert a string, ``{"caption": …}`` (or ``text``) or a list of either to a list; blank ones become None."""
         captions = [None if _is_null(caption) else caption for caption in _captions(value)]
-        there = [caption for caption in captions if caption is not None]
-        if not there or not all(isinstance(caption, str) for caption in there):
+        present = [caption for caption in captions if caption is not None]
+        if not present or not all(isinstance(caption, str) for caption in present):
             raise DataError(f"expected a caption or a list of them, not {value!r:.80}")
-        return captions if len(there) > 1 else there
+        return captions if len(present) > 1 else present
 
     def is_missing(self, value: Any) -> bool:
         if isinstance(value, str):
@@ -125,37 +127,40 @@ class CaptionTransform(AbstractTransform):
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> list[str]:
-        """The caption of stored crop ``rand_aug_idx``, where there is one per crop."""
+        """Return the caption of stored crop ``rand_aug_idx`` if there is one per crop, and all captions otherwise."""
         if rand_aug_idx is None or self.stored_crops(value) is None:
             return [caption for caption in value if caption is not None]
-        chosen = of_stored_crop(value, rand_aug_idx)
+        chosen = stored_crop_entry(value, rand_aug_idx)
         return [caption for caption in value if caption is not None] if chosen is None else [chosen]
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
         return [value[generator.integers(len(value))]] if len(value) > 1 else value
 
     def postprocess(self, value: list[str]) -> str:
-        if len(value) > 1:  # the steps were called by hand, and nothing was chosen
+        if len(value) > 1:  # the caller skipped ``choose``
             value = self.choose([caption for caption in value if caption is not None], np.random.default_rng())
         return value[0]
 
 
 def _is_null(caption: Any) -> bool:
-    """Whether a caption says that there is none; a table writes NaN."""
+    """Return whether a caption is null, blank, or NaN, which tables use for null."""
     return caption is None or caption != caption or (isinstance(caption, str) and not caption.strip())
 
 
 def _captions(value: Any) -> list[Any]:
-    """What a file has as its captions.
+    """Return the captions in a file as a list.
 
     Raises:
-        UnreadableValue: a mapping without any of the keys.
+        UnreadableValue: A mapping has none of the known keys.
     """
     if isinstance(value, Mapping):
-        key = next((key for key in _TEXTS if value.get(key) is not None), next((k for k in _TEXTS if k in value), None))
+        key = next(
+            (key for key in _CAPTION_KEYS if value.get(key) is not None),
+            next((k for k in _CAPTION_KEYS if k in value), None),
+        )
         if key is None:
-            there = ", ".join(map(str, value)) or "none"
-            raise UnreadableValue(f"no key {' or '.join(_TEXTS)} (there are {there:.200})")
+            keys = ", ".join(map(str, value)) or "none"
+            raise UnreadableValue(f"no key {' or '.join(_CAPTION_KEYS)} (there are {keys:.200})")
         value = value[key]
     if isinstance(value, (list, tuple)):
         return [text for item in value for text in (_captions(item) if isinstance(item, Mapping) else [item])]
@@ -164,11 +169,11 @@ def _captions(value: Any) -> list[Any]:
 
 @dataclass(frozen=True)
 class DetectionTransform(AbstractTransform):
-    """Boxes as ``v0=X v1=Y v2=X v3=Y class`` each, those nearest the top left corner first.
+    """Boxes as ``v0=X v1=Y v2=X v3=Y class``, ordered by the distance of their corner to the top left of the image.
 
     Attributes:
-        det_threshold: boxes with a lower score are dropped.
-        coord_bins: numbers for a coordinate in [0, 1].
+        det_threshold: Minimum score of a box; others are dropped.
+        coord_bins: Number of bins for a coordinate in [0, 1].
     """
 
     det_threshold: float = 0.6
@@ -178,22 +183,22 @@ class DetectionTransform(AbstractTransform):
 
     def preprocess(self, value: Mapping[str, Any]) -> list[tuple[str, Box]]:
         if isinstance(value, Mapping) and "annotations" in value and "instances" not in value:
-            raise DataError('this is COCO\'s annotation file; expected a file per image with its {"instances": …}')
+            raise DataError('this is COCO\'s annotation file; expected a file per image with {"instances": …}')
         if isinstance(value, Mapping) and "instances" not in value:
             raise UnreadableValue(f"no key instances (there are {', '.join(map(str, value)):.200})")
         if not isinstance(value, Mapping) or not isinstance(value["instances"], list):
             raise DataError(f'expected {{"instances": […]}}, not {value!r:.80}')
-        found = [_instance(instance) for instance in value["instances"] if instance is not None]
-        return [(name, box) for name, box, score in found if score >= self.det_threshold]
+        instances = [_parse_instance(instance) for instance in value["instances"] if instance is not None]
+        return [(name, box) for name, box, score in instances if score >= self.det_threshold]
 
     def is_missing(self, value: Any) -> bool:
-        """No instances is a value, null is none."""
+        """Return whether the value or its instances are null; an empty list of instances is a value."""
         return super().is_missing(value) or (isinstance(value, Mapping) and value.get("instances", "") is None)
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> list[tuple[str, Box]]:
-        """Boxes expressed in the crop, clipped to it; those without any area left are dropped."""
+        """Return the boxes relative to the crop and clipped to it; boxes outside are dropped."""
         boxes = [(name, crop_box(box, crop_coords, flip, orig_size)) for name, box in value]
         return [(name, box) for name, box in boxes if box]
 
@@ -204,18 +209,18 @@ class DetectionTransform(AbstractTransform):
         return " ".join(words)
 
 
-def _instance(instance: Any) -> tuple[str, Box, float]:
-    """Class name, box and score.
+def _parse_instance(instance: Any) -> tuple[str, Box, float]:
+    """Return the class name, box and score of an instance.
 
     Raises:
-        DataError: the instance has another form.
+        DataError: The instance has another format.
     """
     if not isinstance(instance, Mapping):
         raise DataError(f'expected an instance {{"boxes", "class_name", "score"}}, not {instance!r:.80}')
     for key in ("boxes", "class_name"):
         if key not in instance:
-            coco = "; COCO's annotations have x, y, width, height in pixels" if "bbox" in instance else ""
-            raise DataError(f"an instance has no '{key}' (there are {', '.join(map(str, instance)):.200}){coco}")
+            hint = "; COCO's annotations have x, y, width, height in pixels" if "bbox" in instance else ""
+            raise DataError(f"an instance has no '{key}' (there are {', '.join(map(str, instance)):.200}){hint}")
     name, score = instance["class_name"], instance.get("score")
     score = 1.0 if score is None else score
     if not isinstance(name, str) or not name.strip():
@@ -226,7 +231,7 @@ def _instance(instance: Any) -> tuple[str, Box, float]:
 
 
 class Scale(NamedTuple):
-    """A value → the number that stands for it, and a number → a value that it stands for."""
+    """Functions that encode a value as a number of the vocabulary, and decode the number to a representative value."""
 
     encode: Callable[[float], int]
     decode: Callable[[int], float]
@@ -247,7 +252,7 @@ def _count(value: float) -> int:
 _COUNT = Scale(_count, lambda number: number)
 _SIDE = Scale(lambda value: _count(value // 32), lambda number: 32 * number)
 
-# In the order of the numbers that stand for the keys.
+# The order defines the numbers of the keys.
 METADATA = {
     "original_width": _SIDE,
     "original_height": _SIDE,
@@ -279,9 +284,9 @@ class MetadataTransform(AbstractTransform):
     """A list of chunks ``v1=KEY v0=VALUE`` in random order; masking keeps or drops a chunk as a whole.
 
     Attributes:
-        shuffle: False keeps the order of the file.
-        random_trunc: a random number of chunks is left out at the end, but not all.
-        return_chunks: False joins them into one string.
+        shuffle: Whether to shuffle the chunks; False keeps the order of the file.
+        random_trunc: Whether to drop a random number of chunks, but not all, at the end.
+        return_chunks: Whether to return a list of chunks; False joins them into one string.
     """
 
     shuffle: bool = True
@@ -289,7 +294,7 @@ class MetadataTransform(AbstractTransform):
     return_chunks: bool = True
 
     def metadata_to_string(self, metadata: Mapping[str, float]) -> str | list[str]:
-        """All that is to be done with a sample's metadata, for those who have no loader."""
+        """Apply all steps to a sample's metadata, for use without a data loader."""
         return self.postprocess(self.choose(self.preprocess(metadata), np.random.default_rng()))
 
     def postprocess(self, value: list[str]) -> str | list[str]:
@@ -349,6 +354,6 @@ class ColorPaletteTransform(AbstractTransform):
         return value[str(generator.integers(1, self.max_colors + 1))]
 
     def postprocess(self, value: list[list[int]] | Mapping[str, list[list[int]]]) -> str:
-        if isinstance(value, Mapping):  # the steps were called by hand, and nothing was chosen
+        if isinstance(value, Mapping):  # the caller skipped ``choose``
             value = self.choose(value, np.random.default_rng())
         return " ".join([f"v1={len(value)}", *(f"v0={channel}" for color in value for channel in color)])

@@ -1,4 +1,4 @@
-"""Token ids that a tokenizer computed beforehand, once per stored crop."""
+"""Token ids that were precomputed by a tokenizer, once per stored crop."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 
 from fourm.data.transforms.base import AbstractTransform
-from fourm.data.transforms.sequence import of_stored_crop
+from fourm.data.transforms.sequence import stored_crop_entry
 from fourm.utils.errors import DataError, UserError
 
 
 @dataclass(frozen=True)
 class PerCropTransform(AbstractTransform):
-    """Arrays of which a file has one per stored crop, or one for the whole sample.
+    """Arrays that a file has once per stored crop, or once for the whole sample.
 
     Attributes:
-        per_crop: which of the two it is.
+        per_crop: Whether there is an array per stored crop.
     """
 
     per_crop: bool = True
@@ -34,8 +34,8 @@ class PerCropTransform(AbstractTransform):
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
     ) -> np.ndarray:
-        """The entry of stored crop ``rand_aug_idx``, where there is one per crop."""
-        return of_stored_crop(value, rand_aug_idx) if self.per_crop else value
+        """Return the entry of stored crop ``rand_aug_idx`` if there is one per crop."""
+        return stored_crop_entry(value, rand_aug_idx) if self.per_crop else value
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class TokTransform(PerCropTransform):
     """Integer ids: int64 (L,) or (h, w), the row of a (crops, …) file that belongs to the sample's crop.
 
     Attributes:
-        vocab_size: ids, with ``vocab_offset`` added, must lie below; None = unchecked.
-        vocab_offset: what masking adds to the ids.
-        num_tokens: how many ids a row must hold; None = any number.
+        vocab_size: Upper bound (exclusive) of the ids plus ``vocab_offset``; None = unchecked.
+        vocab_offset: Number that masking adds to the ids.
+        num_tokens: Number of ids in a row; None = any number.
     """
 
     vocab_size: int | None = None
@@ -53,9 +53,9 @@ class TokTransform(PerCropTransform):
     num_tokens: int | None = None
 
     def preprocess(self, value: Any) -> np.ndarray:
-        """Check all rows: an id outside the vocabulary must not come up in the middle of a run, on a GPU.
+        """Check all rows, so that an id outside the vocabulary does not fail later on a GPU.
 
-        A text, such as the class in a cls file, holds the ids of one row.
+        A string, such as the class in a cls file, holds the ids of one row.
         """
         ids = np.array([int(word) for word in value.split()]) if isinstance(value, str) else np.asarray(value)
         if self.per_crop and (ids.ndim == 1 if self.num_tokens is None else ids.shape == (self.num_tokens,)):
@@ -68,7 +68,7 @@ class TokTransform(PerCropTransform):
             raise DataError(f"expected {self.num_tokens} tokens, found {count}")
         if self.vocab_size is not None and ids.size:
             limit = self.vocab_size - self.vocab_offset
-            # Seen as unsigned, a negative id is a huge one, so one pass finds both kinds.
+            # As an unsigned number, a negative id is huge, so one pass finds both kinds.
             if ids.view(ids.dtype.str.replace("i", "u")).max() >= limit:
                 outside = ids[(ids < 0) | (ids >= limit)]
                 raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
@@ -89,13 +89,13 @@ class TokTransform(PerCropTransform):
 
 @dataclass(frozen=True)
 class CodebooksTransform(TokTransform):
-    """Codes of several codebooks, as neural audio codecs have them: (…, codebooks, steps) → int64 (steps · codebooks,).
+    """Codes of several codebooks, as in neural audio codecs: (…, codebooks, steps) → int64 (steps · codebooks,).
 
-    The codes of a step follow each other, and those of codebook k begin at ``k · codebook_size``.
+    The codes of a step are adjacent, and the ids of codebook k begin at ``k · codebook_size``.
 
     Attributes:
-        codebooks: how many.
-        codebook_size: codes of each.
+        codebooks: Number of codebooks.
+        codebook_size: Number of codes in each codebook.
     """
 
     codebooks: int = 1
@@ -111,17 +111,17 @@ class CodebooksTransform(TokTransform):
         return super().preprocess(ids.swapaxes(-1, -2).reshape(*codes.shape[:-2], -1))
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """(L,) → (codebooks, steps); a step that is not whole, each codebook at its place, ends the sequence."""
+        """Convert ids (L,) to codes (codebooks, steps); an incomplete or inconsistent step ends the sequence."""
         ids = ids[: len(ids) // self.codebooks * self.codebooks].reshape(-1, self.codebooks)
-        whole = (ids // self.codebook_size == np.arange(self.codebooks)).all(1)
-        steps = len(ids) if whole.all() else int(whole.argmin())
+        valid = (ids // self.codebook_size == np.arange(self.codebooks)).all(1)
+        steps = len(ids) if valid.all() else int(valid.argmin())
         return (ids[:steps] % self.codebook_size).T
 
     def bind(self, modality: Mapping[str, Any]) -> CodebooksTransform:
-        ids = modality["vocab_offset"] + self.codebooks * self.codebook_size
-        if modality["vocab_size"] != ids:
+        required = modality["vocab_offset"] + self.codebooks * self.codebook_size
+        if modality["vocab_size"] != required:
             raise UserError(
-                f"modality {modality['name']}: {self.codebooks} codebooks of {self.codebook_size} codes need vocab_size {ids} "
-                f"(with vocab_offset {modality['vocab_offset']}), not {modality['vocab_size']}"
+                f"modality {modality['name']}: {self.codebooks} codebooks of {self.codebook_size} codes need "
+                f"vocab_size {required} (with vocab_offset {modality['vocab_offset']}), not {modality['vocab_size']}"
             )
         return replace(self, **vars(super().bind(modality)))

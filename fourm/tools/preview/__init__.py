@@ -1,4 +1,4 @@
-"""What training sees of a data set, before training: ``python -m fourm.tools.preview CONFIG --out page.html``.
+"""Preview what training sees of a data set: ``python -m fourm.tools.preview CONFIG --out page.html``.
 
-``command`` holds the options, ``samples`` and ``sequences`` draw what is shown, and ``page`` writes the HTML.
+``command`` defines the options, ``samples`` and ``sequences`` draw and mask the samples, and ``page`` writes the HTML.
 """

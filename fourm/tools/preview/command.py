@@ -1,8 +1,8 @@
-"""A page with samples of a data YAML as training sees them, and with the token budgets that its alphas give.
+"""Write an HTML page with samples of a data YAML as training sees them, and with the token budgets from its alphas.
 
     python -m fourm.tools.preview CONFIG --out page.html
 
-The page is one file without scripts; it needs nothing else.
+The page is one self-contained file without scripts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fourm.data.modality_info import Modality
 from fourm.data.options import DataOptions
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
-from fourm.tools.preview.page import BEGINNING, page
+from fourm.tools.preview.page import PAGE_START, page
 from fourm.tools.preview.samples import Painter, preview
 from fourm.tools.preview.sequences import Reader
 from fourm.utils.errors import PrintableFormatter, UserError
@@ -33,18 +33,18 @@ from fourm.vq import load_tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class PreviewOptions(DataOptions):
-    """What to show, and where."""
+    """Options of the preview."""
 
-    out: AnyPath = option("the page to write, .html", "preview.html")
+    out: AnyPath = option("path of the HTML page", "preview.html")
     split: Literal["train", "val"] = option("train or val", "train")
     datasets: tuple[str, ...] = option("names of the data sets (default: all of the split)", ())
     samples: int = option(
         "samples per data set; each is shown under every component of its mixture", 3, at_least=1, at_most=10_000
     )
-    draws: int = option("draws of budgets per component", 2000, at_least=1, at_most=10**7)
-    seed: int = option("of samples, crops, masks and budgets", 0, at_least=0, at_most=2**62)
+    draws: int = option("number of budgets drawn per component", 2000, at_least=1, at_most=10**7)
+    seed: int = option("seed of samples, crops, masks and budgets", 0, at_least=0, at_most=2**62)
     tokenizers: InputPath | None = option(
-        "folder of image tokenizers, one per modality (default: a colour per id)", None
+        "folder of image tokenizers, one per modality (default: show each id as a colour)", None
     )
 
     def __post_init__(self) -> None:
@@ -54,7 +54,7 @@ class PreviewOptions(DataOptions):
 
 
 def _painter(tokenizers: Tokenizers) -> Painter:
-    """Pictures as generation shows them."""
+    """Return a function that draws grids in the same way as generation."""
 
     def paint(modality: Modality, tensor: torch.Tensor) -> np.ndarray | None:
         known = torch.zeros(modality.max_tokens or 0, dtype=torch.bool)
@@ -64,7 +64,7 @@ def _painter(tokenizers: Tokenizers) -> Painter:
 
 
 def _reader(text_tokenizer: Tokenizer) -> Reader:
-    """Texts as generation reads them."""
+    """Return a function that parses texts in the same way as generation."""
 
     def read(modality: Modality, ids: torch.Tensor) -> Any:
         return decode_modality(ids, torch.zeros(len(ids), dtype=torch.bool), modality, {}, text_tokenizer).value
@@ -75,21 +75,21 @@ def _reader(text_tokenizer: Tokenizer) -> Reader:
 def _load_tokenizers(folder: str | None) -> Tokenizers:
     if folder is None:
         return {}
-    found = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
-    if not found:
-        raise UserError(f"tokenizers {folder}: there is no tokenizer in its folders")
-    return {tokenizer.config.modality: tokenizer for tokenizer in found}
+    tokenizers = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
+    if not tokenizers:
+        raise UserError(f"tokenizers {folder}: none of its subfolders contains a tokenizer")
+    return {tokenizer.config.modality: tokenizer for tokenizer in tokenizers}
 
 
 def _check_output(path: Path) -> None:
     """Check, before anything is read, that the page may be written to ``path``.
 
     Raises:
-        UserError: A file that is not an earlier preview is there, or the page cannot be written.
+        UserError: The file exists and is not a preview, or it cannot be written.
     """
     check_file(path)
-    if path.exists() and not path.read_bytes().startswith(BEGINNING.encode()):
-        raise UserError(f"out: {path} is there and is no preview: choose another name, or remove it")
+    if path.exists() and not path.read_bytes().startswith(PAGE_START.encode()):
+        raise UserError(f"out: {path} exists and is not a preview; choose another name, or remove it")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -101,10 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     out = Path(options.out)
     _check_output(out)
     config = options.load_data()
-    known = config.train if options.split == "train" else config.val
+    datasets = config.train if options.split == "train" else config.val
     for name in options.datasets:
-        if name not in known:
-            raise UserError(f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(known)}")
+        if name not in datasets:
+            raise UserError(
+                f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(datasets)}"
+            )
     text_tokenizer = load_text_tokenizer(options.text_tokenizer_path)
     paint, read = _painter(_load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
     previews = [
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
             dataset, text_tokenizer, paint, read, training=options.split == "train", samples=options.samples,
             draws=options.draws, seed=options.seed,
         )
-        for name, dataset in known.items()
+        for name, dataset in datasets.items()
         if name in options.datasets or not options.datasets
     ]  # fmt: skip
     with atomic_path(out) as path:

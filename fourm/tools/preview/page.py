@@ -1,23 +1,24 @@
-"""A preview as one HTML file: pictures are embedded, drawings are SVG, and there are no scripts."""
+"""Write a preview as one HTML file with embedded pictures and SVG drawings, without scripts."""
 
 from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Sequence
 from html import escape
 
 import numpy as np
 from PIL import Image
 
-from fourm.tools.preview.samples import Component, Example, Preview, Shown
+from fourm.tools.preview.samples import Component, Example, MaskedModality, Preview
 from fourm.tools.preview.sequences import Annotation, Piece
 from fourm.utils.transfer import shown as without_secrets
 
 INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"
 BINS = 24
-BEGINNING = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview of '
-"""Of every page, by which one is told from others."""
+PAGE_START = '<!doctype html><html lang="en"><meta charset="utf-8"><title>Preview of '
+"""The start of every page, by which a preview is recognised."""
 
 _STYLE = f"""
 :root {{ --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --paper: #ffffff; --input: {INPUT}; --target: {TARGET}; }}
@@ -65,12 +66,12 @@ footer {{ margin-top: 40px; color: var(--soft); font-size: 12.5px; }}
 
 
 def page(title: str, previews: Sequence[Preview]) -> str:
-    """The whole file."""
+    """Return the content of the file."""
     styles, bodies = [_STYLE], []
     for number, preview in enumerate(previews):
         for i, example in enumerate(preview.examples):
             for j, picture in enumerate(example.pictures.values()):
-                # Every component shows the same pictures: they are in the file once.
+                # All components show the same pictures, so each picture is embedded only once.
                 styles.append(f".p{number}-{i}-{j} {{ background-image: url({data_uri(picture)}); {_sharp(picture)}}}")
         bodies.append(_dataset(preview, number))
     legend = "".join(
@@ -82,7 +83,7 @@ def page(title: str, previews: Sequence[Preview]) -> str:
         )
     )
     return (
-        f"{BEGINNING}{escape(title)}</title>"
+        f"{PAGE_START}{escape(title)}</title>"
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{"".join(styles)}</style>'
         f"<body><h1>{escape(title)}</h1>"
         '<div class="soft">What training sees: samples after cropping, flipping and masking. '
@@ -92,7 +93,7 @@ def page(title: str, previews: Sequence[Preview]) -> str:
 
 
 def data_uri(picture: np.ndarray) -> str:
-    """Small pictures without loss, larger ones as JPEG."""
+    """Encode a picture as a data URI: small ones as PNG, larger ones as JPEG."""
     image_format, options = ("PNG", {}) if min(picture.shape[:2]) <= 64 else ("JPEG", {"quality": 90})
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, image_format, **options)
@@ -109,7 +110,8 @@ def _dataset(preview: Preview, number: int) -> str:
         f"{low}–{high} {role}" if low < high else f"{high} {role}"
         for (low, high), role in ((dataset.input_tokens_range, "input"), (dataset.target_tokens_range, "target"))
     )
-    limits = f"at most {ranges} tokens a sample; {len(preview.components)} component{'s' * (len(preview.components) > 1)} in its mixture"
+    count = len(preview.components)
+    limits = f"at most {ranges} tokens per sample; {count} component{'s' if count > 1 else ''} in its mixture"
     if dataset.masking == "transfer":
         limits = "transfer: all of in_domains is input, all of out_domains is target"
     parts = [
@@ -122,18 +124,19 @@ def _dataset(preview: Preview, number: int) -> str:
             f"<h3>Component {component.index + 1} <small>{component.share:.0%} of the samples; the same samples and "
             "crops under each component</small></h3>"
         )
-        for i, (example, shown) in enumerate(zip(preview.examples, component.shown, strict=True)):
-            parts.append(_sample(example, shown, f"p{number}-{i}"))
+        for i, (example, masked) in enumerate(zip(preview.examples, component.masked_samples, strict=True)):
+            parts.append(_sample(example, masked, f"p{number}-{i}"))
     return "".join(parts)
 
 
-def _sample(example: Example, shown: dict[str, Shown], picture: str) -> str:
-    inputs, targets = sum(s.inputs for s in shown.values()), sum(s.targets for s in shown.values())
+def _sample(example: Example, masked: dict[str, MaskedModality], picture: str) -> str:
+    inputs = sum(entry.inputs for entry in masked.values())
+    targets = sum(entry.targets for entry in masked.values())
     classes = {name: f"{picture}-{j}" for j, name in enumerate(example.pictures)}
-    # Pictures first: sequences are wider.
+    # Pictures come first because sequences are wider.
     tiles = [
         _tile(name, entry, classes.get((example.main or "") if entry.grid is None else name, ""))
-        for name, entry in sorted(shown.items(), key=lambda item: item[1].grid is None)
+        for name, entry in sorted(masked.items(), key=lambda item: item[1].grid is None)
     ]
     return (
         f'<section class="card"><header><b>{escape(example.key)}</b><span class="n"><span class="in">{inputs} input</span>'
@@ -141,32 +144,34 @@ def _sample(example: Example, shown: dict[str, Shown], picture: str) -> str:
     )
 
 
-def _tile(name: str, shown: Shown, picture: str) -> str:
-    """One modality.
+def _tile(name: str, entry: MaskedModality, picture: str) -> str:
+    """Render one modality.
 
     Args:
-        picture: class of its picture, or of the one that its boxes are in.
+        name: Name of the modality.
+        entry: The masked modality.
+        picture: CSS class of its picture, or of the picture that its boxes refer to.
     """
-    counts = [f'<span class="in">{shown.inputs}</span>'] * (shown.inputs > 0)
-    counts += [f'<span class="out">{shown.targets}</span>'] * (shown.targets > 0)
+    counts = [f'<span class="in">{entry.inputs}</span>'] if entry.inputs else []
+    counts += [f'<span class="out">{entry.targets}</span>'] if entry.targets else []
     caption = f'<figcaption title="{escape(name)}"><span>{escape(name)}</span><span class="n">{" ".join(counts)}</span></figcaption>'
     frame = f'<div class="picture {picture}" role="img" aria-label="{escape(name)}">'
-    if shown.grid is not None:
-        return f"<figure>{caption}{frame}{overlay(shown.grid)}</div></figure>"
-    words = f'<div class="words">{_words(shown.pieces)}</div>' if shown.pieces else ""
-    if any(annotation.boxes or annotation.point for annotation in shown.annotations):
-        return f'<figure class="wide">{caption}<div class="beside">{frame}{_boxes(shown.annotations)}</div>{words}</div></figure>'
-    values = _values(shown.annotations)
-    return f'<figure class="{"wide" if values else "text"}">{caption}{_swatches(shown.annotations)}{values}{words}</figure>'
+    if entry.grid is not None:
+        return f"<figure>{caption}{frame}{overlay(entry.grid)}</div></figure>"
+    words = f'<div class="words">{_words(entry.pieces)}</div>' if entry.pieces else ""
+    if any(annotation.boxes or annotation.point for annotation in entry.annotations):
+        return f'<figure class="wide">{caption}<div class="beside">{frame}{_boxes(entry.annotations)}</div>{words}</div></figure>'
+    values = _values(entry.annotations)
+    return f'<figure class="{"wide" if values else "text"}">{caption}{_swatches(entry.annotations)}{values}{words}</figure>'
 
 
 def outlines(annotation: Annotation) -> list[str]:
-    """The colours of an annotation's outlines: one for each role that its tokens have."""
+    """Return the colours of an annotation's outlines, one for each role of its tokens."""
     return [{"input": INPUT, "target": TARGET}[role] for role in annotation.roles] or [NEITHER]
 
 
 def _boxes(annotations: Sequence[Annotation]) -> str:
-    """Boxes and points on the faded picture, with one outline inside the other where some tokens are input and some target."""
+    """Render boxes and points on the faded picture, with nested outlines if tokens are both input and target."""
     drawn = ['<rect width="100" height="100" fill="#fff" fill-opacity=".35"/>']
     for annotation in annotations:
         for xmin, ymin, xmax, ymax in annotation.boxes:
@@ -187,12 +192,12 @@ def _boxes(annotations: Sequence[Annotation]) -> str:
 
 
 def _swatches(annotations: Sequence[Annotation]) -> str:
-    found = []
+    swatches = []
     for annotation in annotations:
         if annotation.color:
             rings = [f"0 0 0 {2 + 2 * i}px {color}" for i, color in enumerate(outlines(annotation))]
-            found.append(f'<i style="background: rgb{annotation.color}; box-shadow: {", ".join(rings)}"></i>')
-    return f'<div class="swatches">{"".join(found)}</div>' if found else ""
+            swatches.append(f'<i style="background: rgb{annotation.color}; box-shadow: {", ".join(rings)}"></i>')
+    return f'<div class="swatches">{"".join(swatches)}</div>' if swatches else ""
 
 
 def _values(annotations: Sequence[Annotation]) -> str:
@@ -205,7 +210,7 @@ def _values(annotations: Sequence[Annotation]) -> str:
 
 
 def overlay(grid: np.ndarray) -> str:
-    """Input outlined, target tinted, the rest faded; a unit square for each token."""
+    """Render a unit square per token: outlined for inputs, tinted for targets, faded for the rest."""
     height, width = grid.shape
     squares = {role: "".join(f"M{x} {y}h1v1h-1z" for y, x in np.argwhere(grid == role)) for role in range(3)}
     line = max(height, width) / 110
@@ -219,20 +224,21 @@ def overlay(grid: np.ndarray) -> str:
 
 
 def _words(pieces: Sequence[Piece]) -> str:
-    """Neighbours of one role are one span, and the parts of a word stand together."""
+    """Render tokens; adjacent tokens of one role share a span, and the parts of a word are joined."""
     html, role = [], ""
     for piece in pieces:
-        text, glued = piece.text.removeprefix("##"), piece.text.startswith("##")
+        text = piece.text.removeprefix("##")
+        space = "" if piece.text.startswith("##") else " "
         if piece.role != role:
-            html.append(f'{"</span>" if role else ""}{"" if glued else " "}<span class="{piece.role}">{escape(text)}')
+            html.append(f'{"</span>" if role else ""}{space}<span class="{piece.role}">{escape(text)}')
         else:
-            html.append(f"{'' if glued else ' '}{escape(text)}")
+            html.append(f"{space}{escape(text)}")
         role = piece.role
     return "".join(html) + "</span>"
 
 
 def _budgets(preview: Preview) -> str:
-    """A row per modality, a column per component."""
+    """Render a table of budgets with a row per modality and a column per component."""
     draws = len(next(iter((preview.components[0].input_budgets | preview.components[0].target_budgets).values())))
     head = "".join(f"<th><b>Component {c.index + 1}</b> {c.share:.0%} of the samples</th>" for c in preview.components)
     rows = []
@@ -242,25 +248,25 @@ def _budgets(preview: Preview) -> str:
     return (
         "<h3>Token budgets <small>how many tokens a sample may use, from "
         f'{draws:,} draws; <span class="in">input</span> upwards, <span class="out">target</span> downwards; '
-        "pale: none at all; heights are square roots of the share of samples</small></h3>"
+        "pale: samples without any; heights are square roots of the share of samples</small></h3>"
         f'<div class="card scroll"><table><thead><tr><th></th>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
     )
 
 
 def budget_limits(preview: Preview) -> dict[str, int]:
-    """modality → the most tokens that it can get."""
+    """Return the maximum budget of each modality."""
     if preview.dataset.masking == "transfer":
         budgets = preview.components[0].input_budgets | preview.components[0].target_budgets
         return {name: int(budgets[name].max()) for name in preview.dataset.modalities}
-    most = max(preview.dataset.input_tokens_range[1], preview.dataset.target_tokens_range[1])
-    return {name: min(m.max_tokens or most, most) for name, m in preview.dataset.modalities.items()}
+    limit = max(preview.dataset.input_tokens_range[1], preview.dataset.target_tokens_range[1])
+    return {name: min(m.max_tokens or limit, limit) for name, m in preview.dataset.modalities.items()}
 
 
 def bins(budgets: np.ndarray, limit: int) -> tuple[float, np.ndarray]:
-    """The share of draws without any token, and those of the bins above."""
-    wide = -(-limit // BINS)  # whole tokens
-    count = -(-limit // wide)
-    counts, _ = np.histogram(budgets[budgets > 0], count, (0.5, wide * count + 0.5))
+    """Return the share of draws without any token, and the share of each bin of the others."""
+    bin_width = math.ceil(limit / BINS)  # in whole tokens
+    count = math.ceil(limit / bin_width)
+    counts, _ = np.histogram(budgets[budgets > 0], count, (0.5, bin_width * count + 0.5))
     return float(np.mean(budgets == 0)), counts / len(budgets)
 
 

@@ -1,4 +1,4 @@
-"""What a preview shows: samples after augmentation, their masks under each component of the mixture, and its budgets."""
+"""Content of a preview: augmented samples, their masks under each component of the mixture, and drawn budgets."""
 
 from __future__ import annotations
 
@@ -16,23 +16,33 @@ from fourm.data.masking import Masked, UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
 from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.data.unified_datasets import build_dataset, build_masking, errors_name_the_file
-from fourm.tools.preview.sequences import INPUT, ROLES, TARGET, Annotation, Piece, Places, Reader, SequenceReader
+from fourm.data.unified_datasets import build_dataset, build_masking, name_file_in_errors
+from fourm.tools.preview.sequences import (
+    INPUT,
+    ROLES,
+    TARGET,
+    Annotation,
+    Piece,
+    PositionMasking,
+    Reader,
+    SequenceReader,
+)
 from fourm.utils.seeds import generator
 
 Painter = Callable[[Modality, torch.Tensor], np.ndarray | None]
-"""What a grid looks like: modality and ids (L,) or pixels (C, H, W) → (H, W, 3) uint8."""
+"""Draws a grid: modality and ids (L,) or pixels (C, H, W) → (H, W, 3) uint8."""
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One modality of one sample under one component.
+class MaskedModality:
+    """One modality of one sample, masked under one component.
 
     Attributes:
-        inputs, targets: how many tokens are.
-        grid: 0 unused, 1 input, 2 target, (h, w); None for sequences and numbers.
-        pieces: the tokens of a sequence in their order, with its sentinels.
-        annotations: What they say, as boxes, points, colours and values.
+        inputs: Number of input tokens.
+        targets: Number of target tokens.
+        grid: Role of each token, (h, w): 0 unused, 1 input, 2 target. None for sequences and numbers.
+        pieces: Tokens of a sequence in order, with its sentinels.
+        annotations: Boxes, points, colours and values that the tokens encode.
     """
 
     inputs: int
@@ -47,8 +57,9 @@ class Example:
     """One sample after augmentation.
 
     Attributes:
-        pictures: of its grids.
-        main: name of the one in which boxes are.
+        key: Key of the sample.
+        pictures: Modality → picture of its grid.
+        main: Modality of the picture that boxes refer to.
     """
 
     key: str
@@ -61,22 +72,23 @@ class Component:
     """One component of the mixture; ``masking: transfer`` has one.
 
     Attributes:
-        index: counts from 0.
-        share: of the samples that get it.
-        shown: for each example, modality → tokens.
-        input_budgets, target_budgets: modality → budgets that were drawn, (draws,).
+        index: Index of the component, from 0.
+        share: Share of the samples that are masked with it.
+        masked_samples: For each example, modality → masked tokens.
+        input_budgets: Modality → drawn input budgets, (draws,).
+        target_budgets: Modality → drawn target budgets, (draws,).
     """
 
     index: int
     share: float
-    shown: list[dict[str, Shown]]
+    masked_samples: list[dict[str, MaskedModality]]
     input_budgets: dict[str, np.ndarray]
     target_budgets: dict[str, np.ndarray]
 
 
 @dataclass(frozen=True)
 class Preview:
-    """One data set."""
+    """The preview of one data set."""
 
     dataset: DatasetConfig
     examples: list[Example]
@@ -87,14 +99,20 @@ def preview(
     dataset: DatasetConfig, text_tokenizer: Tokenizer, paint: Painter, read: Reader, *, training: bool, samples: int,
     draws: int, seed: int,
 ) -> Preview:  # fmt: skip
-    """Draw what is to be shown. Every component gets the same samples with the same crops; only the masks differ.
+    """Draw the content of a preview. All components get the same samples and crops; only the masks differ.
 
     Args:
-        samples: how many.
-        draws: of budgets, for each component.
+        dataset: The data set.
+        text_tokenizer: The text vocabulary.
+        paint: Draws a grid.
+        read: Parses a text.
+        training: Whether to augment samples as in training.
+        samples: Number of samples.
+        draws: Number of budgets drawn per component.
+        seed: Seed of samples, crops, masks and budgets.
 
     Raises:
-        UserError: the data set cannot be read.
+        UserError: The data set cannot be read.
     """
     values = list(_transformed(dataset, text_tokenizer, training, samples, seed))
     examples = [
@@ -109,13 +127,14 @@ def preview(
     for index in np.flatnonzero(weights).tolist():
         only = tuple(float(i == index) for i in range(count))
         masking = build_masking(replace(dataset, sampling_weights=only), text_tokenizer)
-        places, shown = Places(masking), []
+        position_masking = PositionMasking(masking)
+        masked_samples = []
         for number, (_, sample) in enumerate(values):
             rng = generator(seed, "mask", index, number)
-            masked = places.apply(sample, masking.draw_budgets(rng, sample), rng)
-            shown.append(
+            masked = position_masking.apply(sample, masking.draw_budgets(rng, sample), rng)
+            masked_samples.append(
                 {
-                    name: _shown(sample[name], entry, dataset.modalities[name], masking, reader)
+                    name: _describe(sample[name], entry, dataset.modalities[name], masking, reader)
                     for name, entry in masked.items()
                 }
             )
@@ -125,7 +144,7 @@ def preview(
             Component(
                 index,
                 float(weights[index] / weights.sum()),
-                shown,
+                masked_samples,
                 {name: np.array([b.input[name] for b in budgets]) for name in dataset.in_domains},
                 {name: np.array([b.target[name] for b in budgets]) for name in dataset.out_domains},
             )
@@ -136,19 +155,19 @@ def preview(
 def _transformed(
     config: DatasetConfig, text_tokenizer: Tokenizer, training: bool, samples: int, seed: int
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Key and transformed values of samples, in the order of training; bad ones are skipped with a warning."""
+    """Yield the key and transformed values of samples in the order of training; bad ones are skipped with a warning."""
     dataset = build_dataset(replace(config, wds_n_repeats=1), text_tokenizer, training=training)
     ledger, files = BadSampleLedger(config.name, config.max_bad_fraction), OpenFiles()
     order = dataset.draw(seed, 0, 0, 1, ledger)
-    found: set[str] = set()  # files too: their keys may be the same
+    seen: set[str] = set()  # file and key, because keys may repeat in other files
     for number, sample in enumerate(order):
-        if len(found) == samples or number == 100 * samples:
-            return  # a data set may have fewer
+        if len(seen) == samples or number == 100 * samples:  # the data set may have fewer samples
+            return
         where = sample.where("")
-        if where in found:
+        if where in seen:
             continue
         try:
-            with errors_name_the_file(sample):
+            with name_file_in_errors(sample):
                 raw = dataset.present(sample, sample.values(files, keep_pixels=False))
                 values = dataset.transform(raw, generator(seed, "crop", number))
         except BadSample as error:
@@ -157,7 +176,7 @@ def _transformed(
             ledger.read(error.reason, error.tolerated)
             continue
         ledger.read()
-        found.add(where)
+        seen.add(where)
         yield where if config.type == "huggingface" else sample.key, values
 
 
@@ -168,24 +187,26 @@ def _pictures(
         if modalities[name].type == "img":
             tensor = torch.as_tensor(np.ascontiguousarray(value))
             if modalities[name].is_pixels and tensor.ndim == 2:
-                tensor = tensor[None]  # class ids have no axis of channels
+                tensor = tensor[None]  # class ids have no channel dimension
             picture = paint(modalities[name], tensor)
             if picture is not None:
                 yield name, picture
 
 
-def _shown(value: Any, entry: Masked, modality: Modality, masking: UnifiedMasking, read: SequenceReader) -> Shown:
+def _describe(
+    value: Any, entry: Masked, modality: Modality, masking: UnifiedMasking, read: SequenceReader
+) -> MaskedModality:
     inputs, targets = ~entry["input_mask"], ~entry["target_mask"]
     counts = int(inputs.sum()), int(targets.sum())
     if modality.type == "img":
         transform = transforms_for({modality.name: modality})[modality.name]
         if isinstance(transform, ScalarTransform):
             roles = tuple(role for role, count in zip(ROLES[1:], counts, strict=True) if count)
-            return Shown(
+            return MaskedModality(
                 *counts, annotations=(Annotation(value=f"{transform.decode(int(value.item())):.4g}", roles=roles),)
             )
         side = round(len(inputs) ** 0.5)
         width = side if side * side == len(inputs) else len(inputs)
-        return Shown(*counts, grid=(inputs * INPUT + targets * TARGET).astype(np.uint8).reshape(-1, width))
+        return MaskedModality(*counts, grid=(inputs * INPUT + targets * TARGET).astype(np.uint8).reshape(-1, width))
     ids = range(len(value))[: modality.max_tokens] if modality.type == "seq_emb" else masking.encode(modality, value)[0]
-    return Shown(*counts, None, *read(ids, entry, modality))
+    return MaskedModality(*counts, None, *read(ids, entry, modality))
