@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fourm.utils.errors import UserError, did_you_mean, run_cli
-from fourm.utils.interrupts import end_at_once
+from fourm.utils.interrupts import exit_on_interrupt
 
 Main = Callable[[], "int | None"]
 
@@ -45,7 +45,7 @@ COMMANDS = {
 
 def main() -> None:
     """Run the subcommand that the first argument names."""
-    end_at_once()  # loading its modules takes seconds
+    exit_on_interrupt()  # loading its modules takes seconds
     name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
     if name in COMMANDS:
         sys.argv = [f"fourm {name}", *arguments]  # as if it were a script of this name

@@ -44,7 +44,8 @@ from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.config import load_yaml, parse_value
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.text_tokenizer import load_text_tokenizer
-from fourm.utils.transfer import check_url, shown
+from fourm.utils.transfer import check_url
+from fourm.utils.urls import redact_url
 from tests.data.dataset_files import jpeg, npy, text_tokenizer
 
 EXAMPLES = 25
@@ -191,7 +192,7 @@ def read_records(path: Path) -> None:
 
 def read_url(path: Path) -> None:
     url = path.read_text(errors="surrogateescape")
-    texts = [shown(url)]
+    texts = [redact_url(url)]
     try:
         check_url(url)
     except UserError as error:

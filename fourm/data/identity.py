@@ -13,7 +13,7 @@ from fourm.data.data_config import DataConfig, DatasetConfig
 from fourm.data.folders import files_below
 from fourm.data.layout import existing_folders, expand, is_remote, split_data_path, wanted_names
 from fourm.data.record_files import local_files
-from fourm.utils.urls import shown, without_secrets
+from fourm.utils.urls import redact, redact_url
 
 _FREE_OF_DATA = {"data_path", "remote", "max_bad_fraction", "name", "modalities"}
 _MAX_SIZES = 10_000  # of files, which take longer to look up than names do
@@ -26,7 +26,7 @@ def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, An
         for key, value in _of_data_set(dataset).items():
             facts[f"data set {name}: {key}"] = value
     digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-    return {"data": without_secrets(facts), "vocabulary": {"text vocabulary": digest}}
+    return {"data": redact(facts), "vocabulary": {"text vocabulary": digest}}
 
 
 def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
@@ -43,7 +43,9 @@ def _files(dataset: DatasetConfig) -> str:
     """Of shards and files of records their names and, on disks, sizes; so of folders. Where they lie is free."""
     if dataset.type != "multimodal":
         records = local_files(dataset.data_path)
-        return shown(dataset.data_path) if records is None else _digest("files", [_named(path) for path in records])
+        return (
+            redact_url(dataset.data_path) if records is None else _digest("files", [_named(path) for path in records])
+        )
     pattern, folders = split_data_path(dataset.data_path)
     if not dataset.use_wds:
         return _in_folders(dataset, pattern, folders)

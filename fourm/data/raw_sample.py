@@ -17,7 +17,7 @@ from fourm.data.presence import Presence
 from fourm.data.regular_files import FileVersion, open_regular, version_of
 from fourm.data.shard_cache import ShardCache
 from fourm.utils.errors import UserError
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 MOST_BYTES = 2**30
 """Of one member or file."""
@@ -179,7 +179,7 @@ class RawSample:
     def where(self, name: str) -> str:
         """File and key of modality ``name``, or of the sample's first one, for messages."""
         path = self.members.get(name, next(iter(self.members.values()))).path
-        return f"{shown(path)}: key '{self.key}'"
+        return f"{redact_url(path)}: key '{self.key}'"
 
 
 def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tuple[list[RawSample], list[str]]:

@@ -18,7 +18,7 @@ from typing import IO, Any, Protocol, cast
 from fourm.data.layout import expand
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.seeds import generator
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def local_files(data_path: str) -> list[str] | None:
     """
     if re.match(r"\w+://", data_path):
         raise UserError(
-            f"data_path {shown(data_path)}: records are read from local files or from the hub; copy it here"
+            f"data_path {redact_url(data_path)}: records are read from local files or from the hub; copy it here"
         )
     places = _places(data_path)
     split = ""

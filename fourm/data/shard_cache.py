@@ -37,10 +37,10 @@ from fourm.utils.transfer import (
     Store,
     check_url,
     hash_file,
-    in_background,
     new_hasher,
-    shown,
+    run_in_background,
 )
+from fourm.utils.urls import redact_url
 from fourm.utils.web import WebStore
 
 log = logging.getLogger(__name__)
@@ -131,7 +131,7 @@ class ShardCache:
                 known = item.digest or (_read_sum(_sum_of(path)) or (0, 0, ("", "")))[2]
                 intact = _has_digest(file, item.size, known)
             if not intact:
-                log.warning("%s: this copy of %s is damaged; it is fetched again", path, shown(url))
+                log.warning("%s: this copy of %s is damaged; it is fetched again", path, redact_url(url))
                 path.unlink(missing_ok=True)
                 self.open(url).close()
                 return True
@@ -150,7 +150,7 @@ class ShardCache:
             if known is None or known[:2] != (status.st_size, status.st_mtime_ns) or status.st_size != item.size:
                 digest = item.digest or (known[2] if known else ("", ""))
                 if not _has_digest(file, item.size, digest):
-                    log.warning("%s: this copy of %s is damaged; it is fetched again", path, shown(item.url))
+                    log.warning("%s: this copy of %s is damaged; it is fetched again", path, redact_url(item.url))
                     file.close()
                     path.unlink(missing_ok=True)
                     return None
@@ -180,7 +180,7 @@ class ShardCache:
         if not self._warned:
             log.warning(
                 "%s had to make room before all of its samples were used; they are read one by one, which is slow: "
-                "raise data_cache_gb, or lower num_workers or the shuffle buffers", shown(url),
+                "raise data_cache_gb, or lower num_workers or the shuffle buffers", redact_url(url),
             )  # fmt: skip
             self._warned = True
         buffer = io.BytesIO()
@@ -192,7 +192,7 @@ class ShardCache:
         upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
         for shard in shards:
             under_way = {url: tar for _, tars in upcoming for url, tar in tars.items()}
-            tars = {url: under_way.get(url) or in_background(self._prefetch, url) for url in shard.values()}
+            tars = {url: under_way.get(url) or run_in_background(self._prefetch, url) for url in shard.values()}
             upcoming.append((shard, tars))
             if len(upcoming) > AHEAD:
                 yield _arrived(*upcoming.popleft())
@@ -207,7 +207,7 @@ class ShardCache:
             check_url(url)
             item = self._store(url).describe(url)
             key = "\n".join((self._options.endpoint if url.startswith("s3:") else "", url, item.etag, str(item.size)))
-            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}-{shown(url).rpartition('/')[2][-80:]}"
+            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH]}-{redact_url(url).rpartition('/')[2][-80:]}"
             self._known[url] = item, self._folder / name
         return self._known[url]
 
@@ -243,7 +243,7 @@ class ShardCache:
         limit = self._options.cache_bytes
         if item.size > limit:
             raise UserError(
-                f"{shown(item.url)}: has {item.size / 1e9:.3g} GB, more than data_cache_gb={limit / 1e9:g}; raise it"
+                f"{redact_url(item.url)}: has {item.size / 1e9:.3g} GB, more than data_cache_gb={limit / 1e9:g}; raise it"
             )
         file.truncate(0)
         while True:

@@ -24,7 +24,7 @@ from fourm.demo import generated, network, report, training
 from fourm.demo.annotations import CLASSES
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
-from fourm.utils.config import load_yaml, settle
+from fourm.utils.config import load_yaml, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
@@ -54,7 +54,7 @@ class DemoOptions:
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
         for stage in self.stages.split(","):
             if stage not in STAGES:
                 raise UserError(f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}; there are {', '.join(STAGES)}")

@@ -24,10 +24,10 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.options import DataOptions
 from fourm.data.record_files import local_files
 from fourm.tools.inspection import UNKNOWN, Content, DataSlice, Inspector, Report, choose_slices
-from fourm.utils.errors import printable, run_cli
+from fourm.utils.errors import run_cli, sanitize
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
-from fourm.utils.urls import without_secrets
+from fourm.utils.urls import redact
 
 _MOST_UNKNOWN = 0.05  # share of a text's tokens; more of them, and the vocabulary is another one
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -248,9 +248,9 @@ def main(argv: list[str] | None = None) -> int:
         for dataset in datasets.values()
     ]
     if options.json:
-        print(json.dumps(without_secrets(found), indent=2))
+        print(json.dumps(redact(found), indent=2))
     else:
-        print(printable("\n".join(table(entry["split"], entry) for entry in found)))
+        print(sanitize("\n".join(table(entry["split"], entry) for entry in found)))
     return int(any(entry["problems"] for entry in found))
 
 

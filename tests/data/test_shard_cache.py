@@ -193,7 +193,7 @@ def test_what_stays_broken_is_one_error_after_a_bounded_number_of_requests(
             "shard-7.tar: there is no such object",
         ),
         (f"s3://{BUCKET}/nothing.tar", "nothing.tar: there is no such object"),
-        (f"s3://{BUCKET}", "an object is named s3://bucket/key"),
+        (f"s3://{BUCKET}", "the URL of an object must be s3://bucket/key"),
         (f"s3://{BUCKET}/[rgb,caption]/shard-00000.tar", "no folder for modality tok_rgb@224"),
     ],
 )

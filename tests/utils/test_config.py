@@ -73,14 +73,14 @@ def test_build_names_the_file_and_the_key(mapping, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is there already, in line 1"),
+        (b"a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is already set in line 1"),
         ("a: ü".encode("utf-16"), "not text in UTF-8"),
         ("a: ü".encode("latin-1"), "not text in UTF-8"),
         (b"a: \x07\n", "special characters"),
-        (b"[" * 5000, "nested more than 100 deep"),
+        (b"[" * 5000, "nested more than 100 levels deep"),
         (b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 110)),
          "aliases"),
-        (b"a: &a [*a]\n", "holds itself"),
+        (b"a: &a [*a]\n", "contains itself"),
         (b"a: !!timestamp 2024-13-45\n", "timestamp"),
         (b"a: !!bool x\n", "not valid YAML"),
         (b"a: !!int ''\n", "not valid YAML"),

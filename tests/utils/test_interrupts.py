@@ -26,7 +26,7 @@ def test_ctrl_c_while_modules_are_loaded_is_no_traceback(command):
 def test_scripts_load_nothing_before_ctrl_c_is_seen_to(name):
     lines = [line for line in (ROOT / name).read_text().splitlines() if "import" in line]
     assert [line for line in lines if not line.startswith(" ")] == [
-        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import end_at_once",
+        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import exit_on_interrupt",
     ]  # fmt: skip
 
 

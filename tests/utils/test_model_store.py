@@ -130,7 +130,7 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
     assert Sampler.load(run, device="cpu").targets.keys() == model.decoder_embeddings.keys()
     file = find_model(f"{run}/model.safetensors", store)
     assert local_copy(file, store).read_bytes() == (tmp_path / "saved" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="nothing is no complete checkpoint, and no run with checkpoints"):
+    with pytest.raises(UserError, match="nothing is neither a complete checkpoint nor a run with checkpoints"):
         find_model(f"{run}/nothing", store)
 
 
@@ -169,7 +169,7 @@ def test_a_copy_that_was_damaged_since_is_fetched_again(checkpoints, server, run
         file.name: file.read_bytes() for file in checkpoints[0].iterdir()
     }
     assert not any(file.is_symlink() for file in copy.iterdir()) and other.read_bytes() == content
-    assert "this copy of" in caplog.text and "is damaged; it is fetched again" in caplog.text
+    assert "this copy of" in caplog.text and "is damaged and will be downloaded again" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "list", "elsewhere"])

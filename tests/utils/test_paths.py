@@ -22,7 +22,7 @@ def test_home_and_variables_are_expanded_and_nothing_else(monkeypatch):
         assert expand_path(same) == same
     for path, message in (
         ("$NO_SUCH/x", r"'data_path': the environment variable \$NO_SUCH"),
-        ("~nobody9/x", "no user"),
+        ("~nobody9/x", "no such user"),
     ):
         with pytest.raises(UserError, match=message):
             expand_path(path, "'data_path'")

@@ -72,11 +72,11 @@ def test_encoder_agrees_with_the_tokenizer(pieces, separator):
 
 
 def test_encoder_remembers_no_more_than_it_should(monkeypatch):
-    monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MOST_KNOWN", 3)
+    monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MAX_CACHED", 3)
     encode = TextEncoder(SHIPPED)
     for text in ("one two three four five", "six seven one two"):
         assert encode(text) == SHIPPED.encode(text).ids
-        assert len(encode._known) <= 3
+        assert len(encode._cache) <= 3
 
 
 def test_it_is_found_from_any_folder(tmp_path, monkeypatch):

@@ -9,7 +9,8 @@ import pytest
 
 from fourm.utils.errors import UserError
 from fourm.utils.s3 import S3Store
-from fourm.utils.transfer import Downloads, RemoteObject, Retries, check_url, shown
+from fourm.utils.transfer import Downloads, RemoteObject, Retries, check_url
+from fourm.utils.urls import redact_url
 from fourm.utils.web import WebStore
 from tests.data.object_store import BUCKET, ObjectStore, client, faulty
 
@@ -57,8 +58,8 @@ def test_urls_are_shown_without_secrets():
         "https://me:se/secret@h/a",
         "s3://k:secret@b/a",
     ):
-        assert "secret" not in shown(url) and shown(url).startswith(url.split(":")[0])
-    assert shown("/a?b@c#d") == "/a?b@c#d"
+        assert "secret" not in redact_url(url) and redact_url(url).startswith(url.split(":")[0])
+    assert redact_url("/a?b@c#d") == "/a?b@c#d"
     for url in ("s3://bucket/a b?.tar", "http://[::1]:80/x", "https://h/x?sig=y", "http://127.0.0.1:9"):
         check_url(url)
 
@@ -87,7 +88,7 @@ def raw_server():
     listener.close()
 
 
-IMPATIENT = Retries(attempts=2, first_delay=0.01, longest_delay=0.01, timeout=0.4, rate_over=0.5)
+IMPATIENT = Retries(attempts=2, first_delay=0.01, max_delay=0.01, timeout=0.4, rate_window=0.5)
 
 
 def drip(connection, data=b"x" * 1000):
@@ -107,7 +108,7 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000\r\nContent-Range: 
         (lambda c: c.sendall(HEAD + b"\r\nshort"), "2 times in a row"),
         (lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: /a.tar\r\nContent-Length: 0\r\n\r\n"), "refuses the request .302"),
         (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"), "web page"),
-        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"), "does not tell the size"),
+        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"), "does not report the size"),
         (lambda c: c.sendall(b"no HTTP at all\r\n\r\n"), "no complete answer from the server"),
     ],
 )  # fmt: skip
@@ -134,7 +135,7 @@ def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
     [
         (lambda store, file: store.names("s3://b/folder"), "no complete answer within 0.8 seconds, 2 times in a row"),
         (lambda store, file: store.remove("s3://b/k"), "no complete answer within 0.8 seconds, 2 times in a row"),
-        (lambda store, file: store.upload(file, "s3://b/k"), "the store takes fewer than 1000 bytes per second"),
+        (lambda store, file: store.upload(file, "s3://b/k"), "the store accepts fewer than 1000 bytes per second"),
     ],
 )
 def test_a_store_that_answers_byte_by_byte_is_given_up(raw_server, monkeypatch, tmp_path, request_, message):
@@ -185,6 +186,6 @@ def test_a_server_whose_name_is_not_known_is_said_soon(monkeypatch):
         (S3Store("http://nowhere.invalid", retries=patient), "s3://b/k"),
     ):
         with pytest.raises(
-            UserError, match="the name of the (server|store http://nowhere.invalid) is not known; check the URL"
+            UserError, match="the name of the (server|store http://nowhere.invalid) cannot be resolved; check the URL"
         ):
             store.describe(url)

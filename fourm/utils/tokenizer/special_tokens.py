@@ -1,4 +1,4 @@
-"""The fixed part of the text vocabulary: which tokens come before the learned pieces, and in which order."""
+"""The fixed tokens of the text vocabulary, which precede the learned pieces, in the order of their ids."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ COCO_CLASSES = tuple(
 
 
 def sentinel(index: int) -> str:
-    """The token that stands for the ``index``-th dropped span; spans count from 1."""
+    """Return the token that replaces the ``index``-th dropped span; spans count from 1."""
     return f"[S_{index}]"
 
 
 def sentinel_id(index: int) -> int:
-    """The id of :func:`sentinel` in this layout."""
+    """Return the id of :func:`sentinel` in this layout."""
     return len(CONTROL) + index
 
 
