@@ -39,7 +39,7 @@ def _run(out, *args):
 def test_the_demo_runs_stops_resumes_and_reports(out):
     finished = _run(out)
     assert finished.returncode == 1, finished.stdout + finished.stderr  # a verdict, not an error
-    assert "FAILED" in finished.stdout and "stopping on purpose at step" in finished.stdout
+    assert "FAILED" in finished.stdout and "stopping the training on purpose at step" in finished.stdout
     result = json.loads((out / "report.json").read_text())
     assert {line["modality"] for line in result["modalities"]} >= {"tok_depth@64", "caption", "det"}
     assert all(line["targets"] > 0 and line["loss"] > 0 for line in result["modalities"])
