@@ -1,7 +1,7 @@
 """4M's forward pass in its simplest form: embed every token, then select, and compute attention with matrix products.
 
-It is slow and needs much memory on purpose, and shares nothing with ``fourm.models`` but the parameters. Tests use it as the
-reference, and the benchmark of the training step as the baseline.
+It is slow and needs much memory on purpose, and shares nothing with ``fourm.models`` but the parameters. Tests use it
+as the reference, and the benchmark of the training step as the baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fourm.models import FM
 def synthetic_batch(
     modalities: Mapping[str, Mapping[str, Any]], size: int, inputs: int, targets: int, seed: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """Make a batch in which every modality has ``inputs`` input tokens and, if it can be a target, ``targets`` targets."""
+    """Make a batch with ``inputs`` input tokens per modality, and ``targets`` targets per modality that can be one."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _synthetic(modality, size, inputs, targets, generator) for name, modality in modalities.items()}
 

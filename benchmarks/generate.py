@@ -1,8 +1,8 @@
-"""Compare cached, batched generation with a plain implementation that recomputes everything for every token and condition.
+"""Compare cached, batched generation with a plain implementation that recomputes everything for each token.
 
-``python benchmarks/generate.py`` prints JSON. Both variants share one model and alternate in one process. The plain one follows
-the loops of the published code: it runs the encoder once per condition and sequence or step, and the decoder over all tokens so
-far, with logits for all of them. Both must generate the same tokens.
+``python benchmarks/generate.py`` prints JSON. Both variants share one model and alternate in one process. The plain one
+follows the loops of the published code: it runs the encoder once per condition and sequence or step, and the decoder
+over all tokens so far, with logits for all of them. Both must generate the same tokens.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Run the tests and benchmarks that need a GPU one after another, each in a process with its own time limit; see ``gpu.sh``.
+"""Run the tests and benchmarks that need a GPU, each in a process with its own time limit; see ``gpu.sh``.
 
-Each step writes ``OUT/NAME.json`` with its command, exit status and seconds, the JSON objects that it printed (``results``), and
-the end of its output if it failed (``error``). A failed step does not stop the others. The exit status is 0 if no step failed.
+Each step writes ``OUT/NAME.json`` with its command, exit status and seconds, the JSON objects that it printed
+(``results``), and the end of its output if it failed (``error``). A failed step does not stop the others. The exit
+status is 0 if no step failed.
 """
 
 from __future__ import annotations

@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4 --memory_samples 100000
 
-It uses the published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, and 128/128 and 256/256 tokens. It prints one JSON
-line per number of modalities and number of repeats: samples/s, the time of each stage, and the growth of memory during the
-measurement. With ``--memory_samples`` it prints ten lines with the resident memory of the worker processes instead.
+It uses the published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, and 128/128 and 256/256 tokens. It prints
+one JSON line per number of modalities and number of repeats: samples/s, the time of each stage, and the growth of
+memory during the measurement. With ``--memory_samples`` it prints ten lines with the resident memory of the worker
+processes instead.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterato
 
 
 def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
-    """Yield samples/s, milliseconds per sample of each stage, MB of a batch, and growth of the resident memory in MB."""
+    """Yield samples/s, milliseconds per sample and stage, MB of a batch, and growth of the resident memory in MB."""
     count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and contain their maximum number of decoded samples
         next(loader)

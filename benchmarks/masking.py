@@ -1,8 +1,9 @@
-"""Measure the samples per second of masking on one core, with RGB, five token maps, a caption and ten boxes, 128/128 tokens.
+"""Measure the samples per second of masking on one core.
 
     OMP_NUM_THREADS=1 python benchmarks/masking.py
 
-It prints JSON. No two samples share a caption or boxes. Word frequencies follow Zipf's law over 10 000 words.
+Each sample has RGB, five token maps, a caption and ten boxes; the budgets are 128/128 tokens. It prints JSON. No two
+samples share a caption or boxes. Word frequencies follow Zipf's law over 10 000 words.
 """
 
 from __future__ import annotations

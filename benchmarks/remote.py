@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python benchmarks/remote.py
 
-It starts an S3 server behind a proxy that delays each request (by 20 ms), and loads from both sources alternately, each time
-with an empty cache. It prints a JSON line per round, and one with the medians: samples/s of both and their ratio.
+It starts an S3 server behind a proxy that delays each request (by 20 ms), and loads from both sources alternately, each
+time with an empty cache. It prints a JSON line per round, and one with the medians: samples/s of both and their ratio.
 """
 
 from __future__ import annotations
@@ -45,8 +45,9 @@ def measure(data: Path, remote: RemoteOptions, batches: int, batch_size: int, wa
     """Measure the loader.
 
     Returns:
-        ``samples_per_s`` and ``samples_per_cpu_s``; ``waiting``, the fraction of the wall-clock time that it waited for tars;
-        ``fetching``, the fraction of the CPU time that its download threads used; and ``tars``, the number of downloads.
+        ``samples_per_s`` and ``samples_per_cpu_s``; ``waiting``, the fraction of the wall-clock time that it waited for
+        tars; ``fetching``, the fraction of the CPU time that its download threads used; and ``tars``, the number of
+        downloads.
     """
     loader = iter(
         build_train_loader(

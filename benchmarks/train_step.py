@@ -5,10 +5,11 @@
     python benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
     torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
 
-It prints a JSON object per setting. It measures ``Trainer.train_step`` itself on one synthetic batch. The baseline alternates
-with it in the same process, on the same model: it embeds all tokens before it selects any, computes attention as
-softmax(QK^T)V, selects each modality's targets by a boolean index, reads the losses one by one, and uses an AdamW that is not
-fused. Besides the wall-clock time it reports the CPU time of all threads (``cpu_seconds``), which other work disturbs less.
+It prints a JSON object per setting. It measures ``Trainer.train_step`` itself on one synthetic batch. The baseline
+alternates with it in the same process, on the same model: it embeds all tokens before it selects any, computes
+attention as softmax(QK^T)V, selects each modality's targets by a boolean index, reads the losses one by one, and uses
+an AdamW that is not fused. Besides the wall-clock time it reports the CPU time of all threads (``cpu_seconds``), which
+other work disturbs less.
 """
 
 from __future__ import annotations

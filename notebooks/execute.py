@@ -1,7 +1,7 @@
 """Execute a notebook in place: python notebooks/execute.py --notebook notebooks/generation.ipynb
 
-The output depends only on the notebook and on the files that it reads: it contains no times, no versions and nothing about the
-machine, such as the paths in warnings.
+The output depends only on the notebook and on the files that it reads: it contains no times, no versions and nothing
+about the machine, such as the paths in warnings.
 """
 
 from __future__ import annotations

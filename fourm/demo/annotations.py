@@ -34,7 +34,7 @@ class VisibleToy:
 
 
 def visible_toys(view: View) -> list[VisibleToy]:
-    """Return the toys from left to right, with tight boxes around their pixels; toys that are not visible are left out."""
+    """Return the visible toys from left to right, with tight boxes around their pixels."""
     size = len(view.instances)
     toys = []
     for index, toy in enumerate(view.scene.toys):
@@ -109,7 +109,7 @@ def caption(seen: list[VisibleToy], ground: str, generator: np.random.Generator)
 
 
 def color_palette(rgb: np.ndarray, max_colors: int = 7) -> list[dict[str, list[list[int]]]]:
-    """Return palettes of 1 … ``max_colors`` dominant colours (median cut), most frequent first, in the published format."""
+    """Return palettes of 1 … ``max_colors`` colours by median cut, most frequent first, in the published format."""
     picture = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BOX)
     palettes = {}
     for n in range(1, max_colors + 1):
@@ -123,9 +123,9 @@ def color_palette(rgb: np.ndarray, max_colors: int = 7) -> list[dict[str, list[l
 def metadata(view: View, seen: list[VisibleToy], normal: np.ndarray, text: str) -> dict[str, float]:
     """Return the published metadata that follow from a rendered view, without those that need a learned scorer.
 
-    Colourfulness is defined as by Hasler and Süsstrunk, entropy is that of the grey levels in bits, geometric complexity is
-    the spread of the normals' directions (1 − length of their mean), and the occlusion score is the fraction of pixels at a
-    step in depth.
+    Colourfulness is defined as by Hasler and Süsstrunk, entropy is that of the grey levels in bits, geometric
+    complexity is the spread of the normals' directions (1 − length of their mean), and the occlusion score is the
+    fraction of pixels at a step in depth.
     """
     height, width = view.depth.shape
     red, green, blue = view.rgb.astype(np.float64).transpose(2, 0, 1)

@@ -1,7 +1,7 @@
 """A pinhole camera with a square picture, which maps between pixels, depths and points in space.
 
-In the camera frame, x points right, y up and z towards the viewer. Pixel i covers [i, i + 1), so that its centre is i + 0.5.
-Depth is the distance along the optical axis.
+In the camera frame, x points right, y up and z towards the viewer. Pixel i covers [i, i + 1), so that its centre is
+i + 0.5. Depth is the distance along the optical axis.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera at ``eye`` that looks at ``target`` and sees depths between ``near`` and ``far``; angles are in degrees."""
+    """A camera at ``eye`` that looks at ``target`` and sees depths between ``near`` and ``far``."""
 
     eye: tuple[float, float, float]
     target: tuple[float, float, float]

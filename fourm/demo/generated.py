@@ -1,7 +1,7 @@
 """Stage 6: generate with the trained model for scenes that it has never seen, and compare with the truth.
 
-All other modalities are generated from RGB, and pictures from words. Each measure is reported together with two references:
-a guess, and the upper limit that the tokens set, which is what the tokens of the true pictures decode to.
+All other modalities are generated from RGB, and pictures from words. Each measure is reported together with two
+references: a guess, and the upper limit that the tokens set, which is what the tokens of the true pictures decode to.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Score:
-    """A measure of the generated scenes, of the truth after tokenization (None if that loses nothing), and of a guess."""
+    """A measure of the generated scenes, of the tokenized truth (None if that loses nothing), and of a guess."""
 
     measure: str
     unit: str

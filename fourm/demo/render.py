@@ -1,7 +1,8 @@
 """Stage 1: render scenes to files in the published layout, as shards for training and folders for validation.
 
-The unit of work is a shard or a folder of validation samples. One process renders all of it and writes each file or folder
-atomically, so that an interrupted run loses at most the units in progress, and renders them identically when it is restarted.
+The unit of work is a shard or a folder of validation samples. One process renders all of it and writes each file or
+folder atomically, so that an interrupted run loses at most the units in progress, and renders them identically when it
+is restarted.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Stage 5: check that the model is better than knowing how often each token occurs.
 
-The baseline is the entropy of a modality's token distribution over exactly the targets that the validation loss is computed
-on. It is the lowest loss of any predictor that uses the same distribution for all targets of a modality. What the model gains
-over it comes from the rest of the sample, mostly from other modalities, and from the positions of the targets.
+The baseline is the entropy of a modality's token distribution over exactly the targets that the validation loss is
+computed on. It is the lowest loss of any predictor that uses the same distribution for all targets of a modality. What
+the model gains over it comes from the rest of the sample, mostly from other modalities, and from the positions of the
+targets.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from fourm.utils.config import load_yaml
 from fourm.utils.files import atomic_path
 
 MUST_LEARN = ("tok_depth", "tok_normal", "tok_semseg", "caption", "det")
-# A loss of at most this fraction of the entropy is clearly below it: by a tenth of a nat or more, on over 1 000 targets.
+# A loss of at most this fraction of the entropy is clearly below it: by at least 0.1 nats, on over 1 000 targets.
 CLEAR_RATIO = 0.9
 
 

@@ -1,7 +1,7 @@
 """Define scenes, which are toys on a photographed ground, and draw them at random.
 
-The meshes come with the ``pybullet`` package and the grounds are photographs of scikit-image, so that nothing is downloaded.
-Lengths are in metres and angles in degrees. The world's z axis points up and the ground is at z = 0.
+The meshes come with the ``pybullet`` package and the grounds are photographs of scikit-image, so that nothing is
+downloaded. Lengths are in metres and angles in degrees. The world's z axis points up and the ground is at z = 0.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ PAINTS: dict[str, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """A ground: the name of a photograph in ``skimage.data``, its phrase in captions, and a tint for grey photographs."""
+    """A ground: a photograph in ``skimage.data``, its phrase in captions, and a tint for grey photographs."""
 
     photograph: str
     phrase: str

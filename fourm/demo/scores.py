@@ -1,7 +1,7 @@
 """Measure how far generated modalities are from the truth, with the usual metric of each kind.
 
-All are pure functions of arrays, boxes and words. Metrics that are not defined for single scenes (segmentation, boxes, words)
-are computed over all scenes.
+All are pure functions of arrays, boxes and words. Metrics that are not defined for single scenes (segmentation, boxes,
+words) are computed over all scenes.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ IOU = 0.5  # minimum overlap of a box with the object that it detects
 
 
 def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Compute the mean of |p − t| / t of depth maps (H, W), nan where unknown, with the scale ≥ 0 and shift of p that fit best.
+    """Compute the mean of |p − t| / t of depth maps (H, W), with the scale ≥ 0 and shift of p that fit best.
 
-    Tokens encode depth relative to its picture rather than in metres, so that scale and shift are fitted, as is usual for
-    such depth. A prediction that confuses far and near is fitted by a constant.
+    Tokens encode depth relative to its picture rather than in metres, so that scale and shift are fitted, as is usual
+    for such depth. A prediction that confuses far and near is fitted by a constant.
+    Pixels that are nan in either map are ignored.
     """
     known = np.isfinite(predicted) & np.isfinite(true)
     p, t = predicted[known].astype(np.float64), true[known].astype(np.float64)
@@ -38,7 +39,7 @@ def normal_angle(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def mean_iou(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> float:
-    """Return the intersection over union of class ids (H, W) over all pictures, averaged over the classes in the truth."""
+    """Return the IoU of class ids (H, W), counted over all pictures and averaged over the classes in the truth."""
     p, t = (np.concatenate([ids.ravel() for ids in maps]) for maps in (predicted, true))
     ious = []
     for label in np.unique(t):
@@ -77,7 +78,7 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 def word_precision_recall(
     predicted: Sequence[str], true: Sequence[str], names: Sequence[str]
 ) -> tuple[float, float, float]:
-    """Return precision and recall of the objects named in captions, and the fraction of captions with exactly the true objects.
+    """Return precision and recall of named objects, and the fraction of captions with exactly the true objects.
 
     Args:
         predicted: Generated captions.

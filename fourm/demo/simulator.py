@@ -1,7 +1,7 @@
 """Render scenes on the CPU: colour with shadows, exact depth, and instance masks.
 
-The renderer is pybullet's TinyRenderer, a rasteriser without antialiasing: depth and mask of a pixel belong to the surface at
-its centre.
+The renderer is pybullet's TinyRenderer, a rasteriser without antialiasing: depth and mask of a pixel belong to the
+surface at its centre.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Simulator:
         """Return colour (S, S, 3), depth (S, S) in metres and body ids (S, S)."""
         near, far = camera.near, camera.far
         projection = list(self._p.computeProjectionMatrixFOV(camera.field_of_view, 1, near, far))
-        # The rasteriser samples the lower left corners of pixels, so shift the picture by half a pixel to sample the centres.
+        # The rasteriser samples the lower left corners of pixels: shift the picture so that it samples their centres.
         projection[8] = projection[9] = 1 / size
         _, _, rgb, buffer, bodies = self._call(
             "getCameraImage", size, size,
@@ -189,7 +189,7 @@ class Simulator:
         return rgb, depth.astype(np.float32), np.reshape(bodies, (size, size))
 
     def _in_shadow(self, camera: Camera, depth: np.ndarray, bodies: np.ndarray, *, light: tuple) -> np.ndarray:
-        """Return which pixels (S, S) show ground in the shadow of the lamp; the renderer's own shadows are barely visible."""
+        """Return which pixels (S, S) show ground in shadow; the renderer's own shadows are barely visible."""
         size, distance = 256, 2.0
         eye = tuple(distance * np.array(light) / np.linalg.norm(light))
         lamp = Camera(eye, (0, 0, 0), field_of_view=24.0, near=1.0, far=4.0)

@@ -1,7 +1,7 @@
-"""Run the stages of the demo in order. Finished work is kept, so that the demo may be interrupted and restarted at any time.
+"""Run the stages of the demo in order. Finished work is kept, so that the demo may be interrupted and restarted.
 
-``OUT/demo.json`` records the options that determine the data, the seconds that each stage took, and the step at which the
-training was stopped on purpose.
+``OUT/demo.json`` records the options that determine the data, the seconds that each stage took, and the step at which
+the training was stopped on purpose.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ class Demo:
             for key, value in self.record["options"].items():
                 if given.get(key) != value:
                     raise UserError(
-                        f"{self.out} was made with {key} {value}, not {given.get(key)}: choose another --out, or remove "
-                        "the folder"
+                        f"{self.out} was made with {key} {value}, not {given.get(key)}: choose another --out, or "
+                        "remove the folder"
                     )
 
     def _read_record(self) -> dict[str, Any]:
@@ -100,7 +100,8 @@ class Demo:
         except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             pass
         raise UserError(
-            f"{self._record_file} is damaged, or was not written by the demo: choose another --out, or remove the folder"
+            f"{self._record_file} is damaged, or was not written by the demo: choose another --out, or remove the "
+            "folder"
         )
 
     def save(self) -> None:
@@ -155,7 +156,7 @@ def render(demo: Demo) -> None:
 
 
 def vocabulary(demo: Demo) -> None:
-    """Train a small vocabulary on the captions, because the shipped one of 30 000 tokens would take minutes more to learn."""
+    """Train a small vocabulary on the captions; the shipped one of 30 000 tokens would take minutes more to learn."""
     if not demo.vocabulary.exists():
         size = demo.data_config["modalities"]["caption"]["vocab_size"]
         captions = str(demo.data / "train" / "caption")
@@ -245,19 +246,21 @@ def summarize(demo: Demo) -> int:
     text = f"""
 {report.markdown(results)}
 
-Loss and entropy are in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The entropy
-is the lowest loss of any model that knows only how often each token occurs.
+Loss and entropy are in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The
+entropy is the lowest loss of any model that knows only how often each token occurs.
 
 {generated.markdown(scores)}
 
-The second table compares what the model generates from the RGB of {demo.generated_scenes} validation scenes with the truth. Depth is compared
-after fitting scale and shift. *Tokens of the truth* is the limit that the codebooks set. The *guess* is the mean, or most
-frequent, value of each pixel in 250 training scenes, and the boxes and the caption of another scene.
+This table compares what the model generates from the RGB of {demo.generated_scenes} validation scenes with the truth.
+Depth is compared after fitting scale and shift. *Tokens of the truth* is the limit that the codebooks set. The *guess*
+is the mean, or most frequent, value of each pixel in {SHARD_SIZE} training scenes, and the boxes and the caption of
+another scene.
 
-{"PASSED" if passed else "FAILED"}. To pass, the losses of depth, normals, segmentation, captions and boxes must be clearly below the entropy (at
-most {report.CLEAR_RATIO} of it), and the generated depth, normals, segmentation and objects in captions must be better than the guess.
-The model was trained for {facts["steps"]} steps; the training was stopped on purpose at step {facts["stopped_at"]} and resumed.
-Seconds: {_list_seconds(seconds)}.
+{"PASSED" if passed else "FAILED"}. To pass, the losses of depth, normals, segmentation, captions and boxes must be
+clearly below the entropy (at most {report.CLEAR_RATIO} of it), and the generated depth, normals, segmentation and
+objects in captions must be better than the guess.
+The model was trained for {facts["steps"]} steps; the training was stopped on purpose at step {facts["stopped_at"]} and
+resumed. Seconds: {_list_seconds(seconds)}.
 """
     report.write(demo.out, results, facts, text)
     print(text)

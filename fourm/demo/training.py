@@ -32,7 +32,8 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
         command: The training command.
         cwd: Its working directory.
         run: Its run folder.
-        stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it finish.
+        stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it
+            finish.
 
     Returns:
         The step at which it was stopped, or None if it finished.

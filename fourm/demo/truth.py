@@ -1,4 +1,4 @@
-"""Read the truth of validation scenes in the form of generated results, and make guesses that do not use the picture."""
+"""Read the truth of validation scenes in the form of generated results, and guess it without using the picture."""
 
 from __future__ import annotations
 
@@ -57,8 +57,10 @@ def truth(sample: RawSample, size: int) -> DecodedScene:
 
 
 def guesses(scenes: Sequence[DecodedScene], count: int) -> list[DecodedScene]:
-    """Make the best guesses about ``count`` unseen scenes: for pictures the mean, or most frequent, value of each pixel in
-    ``scenes``; for boxes and captions those of one of these scenes.
+    """Make the best guesses about ``count`` unseen scenes.
+
+    For pictures this is the mean, or most frequent, value of each pixel in ``scenes``; for boxes and captions those of
+    one of these scenes.
     """
     values: dict[str, Any] = {kind: np.stack([scene[kind].value for scene in scenes]) for kind in PICTURES}
     counts = np.stack([(values["semseg"] == label).sum(0) for label in range(len(CLASSES))])

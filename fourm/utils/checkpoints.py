@@ -2,13 +2,15 @@
 
 A checkpoint is a folder that contains
 
-* shards, which ``torch.distributed.checkpoint`` writes as safetensors files, with tensors called ``model/PARAMETER`` and
-  ``ema/PARAMETER`` (see :mod:`fourm.train.checkpoint`). A parameter with several names is stored under the first one only
+* shards, which ``torch.distributed.checkpoint`` writes as safetensors files, with tensors called ``model/PARAMETER``
+  and ``ema/PARAMETER`` (see :mod:`fourm.train.checkpoint`). A parameter with several names is stored under the first
+  one only
 * ``config.json``: the configuration of the model
 * ``state.json``: the state of the run
 * ``checksums.json``: name → [bytes, CRC-32] of every other file. It is written last
 
-An exported model consists of ``config.json`` and ``model.safetensors``, which stores every parameter under each of its names.
+An exported model consists of ``config.json`` and ``model.safetensors``, which stores every parameter under each of its
+names.
 """
 
 from __future__ import annotations
@@ -210,7 +212,7 @@ def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema:
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``config.json``. It is in place before the weights, so that :func:`check_export` recognizes a partial export."""
+    """Write ``config.json``, before the weights, so that :func:`check_export` recognizes a partial export."""
     with atomic_path(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
@@ -233,7 +235,8 @@ def check_export(folder: Path, model_format: ModelFormat) -> None:
     for name in (CONFIG, WEIGHTS):
         if (folder / name).exists() and not replaceable:
             raise UserError(
-                f"{folder} contains '{name}', which does not belong to a {model_format.title}: choose another folder, or move it"
+                f"{folder} contains '{name}', which does not belong to a {model_format.title}: choose another folder, "
+                "or move it"
             )
 
 
@@ -241,7 +244,8 @@ def layout(config: dict[str, Any], model_format: ModelFormat, checkpoint: Path) 
     """Build the model on the meta device, without memory for its weights.
 
     Raises:
-        UserError: If ``config`` does not describe a model; a matching checksum does not mean that the file can be trusted.
+        UserError: If ``config`` does not describe a model; a matching checksum does not mean that the file can be
+            trusted.
     """
     try:
         with torch.device("meta"):

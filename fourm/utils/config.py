@@ -21,7 +21,7 @@ _MAX_BYTES = 16 * 2**20  # size limit of a configuration file
 
 
 def parse_value(text: str) -> Any:
-    """Parse one YAML value from a command line, such as ``1e-4``, ``10_000_000`` or ``[0.9, 0.95]``; fall back to the text."""
+    """Parse a YAML value such as ``1e-4``, ``10_000_000`` or ``[0.9, 0.95]``; text that is not YAML is returned."""
     try:
         return parse_yaml(text)
     except BadYaml:
@@ -163,10 +163,10 @@ def convert_arguments(
         )
     except NameError:  # annotations of user-defined classes may not be importable
         hints = {}
-    fields = [
-        (name, _plain_hint(hints.get(name, Any)), dataclasses.field(default=None, metadata={"range": ranges.get(name, Range())}))
-        for name in known
-    ]  # fmt: skip
+    fields = []
+    for name in known:
+        field = dataclasses.field(default=None, metadata={"range": ranges.get(name, Range())})
+        fields.append((name, _plain_hint(hints.get(name, Any)), field))
     given = convert_fields(dataclasses.make_dataclass("Arguments", fields), mapping, where)
     return {name: value for name, value in given.items() if value is not None}
 

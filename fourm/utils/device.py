@@ -11,10 +11,10 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     """Return the device called ``name``.
 
     Args:
-        name: ``auto`` for a GPU if there is one and the CPU otherwise, or ``cpu``, ``cuda``, ``cuda:N`` or any other device
-            of torch.
-        local_rank: Rank of this process on its machine, which is the index of the GPU that ``cuda`` stands for; None for the
-            current GPU.
+        name: ``auto`` for a GPU if there is one and the CPU otherwise, or ``cpu``, ``cuda``, ``cuda:N`` or any other
+            device of torch.
+        local_rank: Rank of this process on its machine, which is the index of the GPU that ``cuda`` stands for; None
+            for the current GPU.
 
     Raises:
         UserError: If there is no such device or it cannot be used.
@@ -32,8 +32,8 @@ def choose_device(name: str, local_rank: int | None = None) -> torch.device:
     index = device.index if device.index is not None else local_rank
     if count == 0 or (index or 0) >= count:
         raise UserError(
-            f"device '{name}' cannot be used: GPU {index or 0} is needed, but torch sees {count} GPUs; choose cpu, or start at "
-            "most one process per GPU"
+            f"device '{name}' cannot be used: GPU {index or 0} is needed, but torch sees {count} GPUs; choose cpu, or "
+            "start at most one process per GPU"
         )
     # Do not touch any GPU before the index is known: otherwise each process would hold memory on the first one.
     return torch.device("cuda", torch.cuda.current_device() if index is None else index)

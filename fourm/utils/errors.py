@@ -39,7 +39,7 @@ _REASONS = {
 
 
 class UserError(ValueError):
-    """A bad key, file or value from the user. The message names it and the fix in one sentence, and is safe to print."""
+    """A bad key, file or value from the user. The message names it and the fix, and is safe to print."""
 
     def __str__(self) -> str:
         return sanitize(super().__str__())
@@ -75,7 +75,7 @@ class MissingDependency(UserError):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """Return the end of an error message, ``" (did you mean 'batch_size'?)"``, or an empty string if no option is close."""
+    """Return ``" (did you mean 'batch_size'?)"`` for an error message, or an empty string if no option is close."""
     near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
@@ -100,9 +100,10 @@ def reason(error: OSError) -> str:
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run an entry script. Errors of the user or the machine print one line, without a traceback, and exit with status 2.
+    """Run an entry script. Errors of the user or the machine print one line, without a traceback; the status is 2.
 
-    Ctrl-C exits with status 130; :func:`fourm.utils.interrupts.exit_on_interrupt` does the same while modules are imported.
+    Ctrl-C exits with status 130; :func:`fourm.utils.interrupts.exit_on_interrupt` does the same while modules are
+    imported.
     """
     restore_keyboard_interrupt()
     for stream in (sys.stdout, sys.stderr):  # not every terminal or file has an encoding with all characters
@@ -129,7 +130,8 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if not _is_out_of_memory(error):
             raise
         _fail(
-            f"out of memory: use a smaller batch_size or num_workers, or less data ({' '.join(str(error).split())[:200]})"
+            "out of memory: use a smaller batch_size or num_workers, or less data "
+            f"({' '.join(str(error).split())[:200]})"
         )
 
 

@@ -1,4 +1,4 @@
-"""Write files and folders atomically: an interruption leaves no partial output, and foreign files are never replaced."""
+"""Write files and folders atomically: no partial output is left behind, and foreign files are never replaced."""
 
 from __future__ import annotations
 
@@ -191,8 +191,8 @@ def _as_user_errors(path: Path, temporary: Path | None = None) -> Iterator[None]
 
     Args:
         path: The file or folder that the block writes.
-        temporary: If given, convert only errors about this path or ``path`` and errors of the disk, because the block may
-            also read other files.
+        temporary: If given, convert only errors about this path or ``path`` and errors of the disk, because the block
+            may also read other files.
     """
     try:
         yield

@@ -18,9 +18,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
-    """Raise a :class:`UserError` if the tensor ``name`` of the file or checkpoint ``source`` has values that are not finite."""
+    """Raise a :class:`UserError` if the tensor ``name`` of ``source`` has values that are not finite."""
     if not is_finite(tensor):
         raise UserError(
-            f"{source}: {name} holds values that are not finite because the training run that wrote it had diverged; use an "
-            "earlier checkpoint"
+            f"{source}: {name} holds values that are not finite because the training run that wrote it had diverged; "
+            "use an earlier checkpoint"
         )

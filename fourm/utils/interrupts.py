@@ -26,7 +26,7 @@ def restore_keyboard_interrupt() -> None:
 
 
 def is_module_command(package: str) -> bool:
-    """Return whether this process was started as ``python -m PACKAGE.…`` and is still importing that module's parents."""
+    """Return whether this process is ``python -m PACKAGE.…`` and is still importing the parents of that module."""
     arguments = sys.orig_argv
     module = arguments[arguments.index("-m") + 1 :][:1] if "-m" in arguments else []
     return sys.argv[:1] == ["-m"] and module != [] and module[0].partition(".")[0] == package

@@ -18,6 +18,6 @@ def check_memory(subject: str, parameters: float, advice: str) -> None:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * parameters > memory:
         raise UserError(
-            f"{subject}: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, but this machine has only "
-            f"{memory / 1e9:.0f} GB; {advice}"
+            f"{subject}: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, but this machine has "
+            f"only {memory / 1e9:.0f} GB; {advice}"
         )

@@ -1,7 +1,7 @@
 """Find models and checkpoints in S3 stores, download them, and upload checkpoints.
 
-A checkpoint has the same files in a store as on disk (:mod:`fourm.utils.checkpoints`). Its ``checksums.json`` is uploaded last
-and removed first, so that a checkpoint that has one is complete. Downloads are checked against it.
+A checkpoint has the same files in a store as on disk (:mod:`fourm.utils.checkpoints`). Its ``checksums.json`` is
+uploaded last and removed first, so that a checkpoint that has one is complete. Downloads are checked against it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def find_checkpoint(url: str, store: S3Store) -> str:
 
 
 def find_model(url: str, store: S3Store) -> str:
-    """Return ``url`` itself if it is a file or folder with a model, and otherwise the result of :func:`find_checkpoint`."""
+    """Return ``url`` if it is a file or folder with a model, and otherwise the result of :func:`find_checkpoint`."""
     if url.endswith((".safetensors", ".pth")):
         return url
     url = url.rstrip("/")
@@ -54,7 +54,7 @@ def find_model(url: str, store: S3Store) -> str:
 
 
 def local_copy(url: str, store: S3Store) -> Path:
-    """Download a result of :func:`find_checkpoint` or :func:`find_model` to ``~/.cache/fourm/models``, unless it is there.
+    """Download a result of :func:`find_checkpoint` or :func:`find_model` to ``~/.cache/fourm/models``, if necessary.
 
     Processes share the copy: one downloads it while the others wait. If the content changes, a new copy is made.
 
@@ -123,7 +123,7 @@ def _complete(names: Iterable[str]) -> list[str]:
 
 
 def _describe_files(url: str, store: S3Store) -> dict[str, RemoteObject]:
-    """Return the files of a checkpoint by name, with the sizes and digests of ``checksums.json``, which itself is last."""
+    """Return the files of a checkpoint by name, with the sizes and digests of ``checksums.json``, which is last."""
     manifest = store.describe(f"{url}/{CHECKSUMS}")
     try:
         with tempfile.TemporaryDirectory() as folder:

@@ -21,9 +21,9 @@ T = TypeVar("T")
 class Options:
     """Base class of option groups, which are dataclasses defined next to the code that they configure.
 
-    The options of a command are a dataclass that inherits from its groups. Its keys are therefore flat, and it can be passed
-    to every function that takes one of the groups. ``--help`` lists each group under the first line of its docstring. A group
-    may define ``check``, which raises a :class:`UserError` for values that contradict each other.
+    The options of a command are a dataclass that inherits from its groups. Its keys are therefore flat, and it can be
+    passed to every function that takes one of the groups. ``--help`` lists each group under the first line of its
+    docstring. A group may define ``check``, which raises a :class:`UserError` for values that contradict each other.
     """
 
     def __post_init__(self) -> None:
@@ -74,7 +74,7 @@ def aliases(cls: type) -> dict[str, str]:
 
 
 def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
-    """Return (prefix, title, fields) of ``cls`` itself, of the groups that it inherits from, and of its nested groups."""
+    """Return (prefix, title, fields) of ``cls``, of the groups that it inherits from, and of its nested groups."""
     owner = {name: group for group in reversed(cls.__mro__) for name in inspect.get_annotations(group)}
     groups = []
     for group in (cls, *(base for base in reversed(cls.__mro__) if base is not cls)):

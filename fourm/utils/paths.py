@@ -18,7 +18,8 @@ class PathKind:
     """How a configuration key that holds a path is interpreted.
 
     Attributes:
-        relative_to_config: Whether to look for the file also in the folder of the configuration that names it, and above.
+        relative_to_config: Whether to look for the file also in the folder of the configuration that names it, and
+            above.
         may_be_empty: Whether an empty string is allowed; it means that the key is not set.
     """
 
@@ -61,7 +62,7 @@ def expand_path(path: str, where: str = "path") -> str:
 
 
 def locate(name: str, config: str | Path | None) -> str:
-    """Find a file or folder that a configuration names: in the working directory, or in a folder above the configuration.
+    """Find a file or folder that a configuration names, in the working directory or a parent of the configuration.
 
     Args:
         name: The path as it stands in the configuration.

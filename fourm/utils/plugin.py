@@ -38,9 +38,8 @@ def load_plugin(name: str) -> None:
     except (UserError, KeyboardInterrupt):
         raise
     except BaseException as error:  # even sys.exit(), because the module may do anything
-        raise UserError(
-            f"'plugin': {name} fails {_location(error)}with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"'plugin': {name} fails {_location(error)}with {type(error).__name__}: {reason}") from error
 
 
 def _location(error: BaseException) -> str:

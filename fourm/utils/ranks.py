@@ -23,7 +23,7 @@ def torchrun_ranks() -> tuple[int, int, int]:
         values[name] = int(text)
     if values["RANK"] >= values["WORLD_SIZE"]:
         raise UserError(
-            f"the environment has RANK={values['RANK']} and WORLD_SIZE={values['WORLD_SIZE']}, but ranks count from 0; start "
-            "with torchrun"
+            f"the environment has RANK={values['RANK']} and WORLD_SIZE={values['WORLD_SIZE']}, but ranks count from 0; "
+            "start with torchrun"
         )
     return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]

@@ -61,7 +61,7 @@ class StoreOptions(Options):
 
 
 def check_endpoint(options: Options, *names: str) -> None:
-    """Check the endpoint before a store is first used, because published configurations have placeholders in these keys.
+    """Check the endpoint before a store is first used; published configurations have placeholders in these keys.
 
     Args:
         options: The options.
@@ -85,7 +85,8 @@ class S3Store:
 
     Attributes:
         endpoint: URL of the endpoint; if empty, that of ``AWS_ENDPOINT_URL_S3`` or ``~/.aws/config``, or AWS.
-        part_bytes, split_above_bytes: Transfers larger than ``split_above_bytes`` are split into parts of ``part_bytes`` bytes.
+        part_bytes, split_above_bytes: Transfers larger than ``split_above_bytes`` are split into parts of
+            ``part_bytes`` bytes.
         requests: Maximum number of simultaneous connections.
         retries: The retry policy.
     """
@@ -236,7 +237,7 @@ class S3Store:
 
     @contextlib.contextmanager
     def _errors(self, url: str) -> Iterator[None]:
-        """Convert botocore's errors. Most of their messages are omitted because they may reveal whose credentials were used."""
+        """Convert botocore's errors. Most messages are omitted because they may reveal whose credentials were used."""
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
@@ -318,7 +319,7 @@ def split_url(url: str) -> tuple[str, str]:
 
 
 def _digest(answer: dict[str, Any]) -> tuple[str, str] | None:
-    """Return the checksum of a whole object. Composite ones, marked by ``-``, cannot be verified without the part sizes."""
+    """Return the checksum of a whole object; composite ones (with ``-``) cannot be verified without the part sizes."""
     for field, algorithm in _DIGESTS.items():
         if (value := answer.get(field)) and "-" not in value and answer.get("ChecksumType") != "COMPOSITE":
             return algorithm, base64.b64decode(value).hex()

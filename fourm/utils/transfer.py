@@ -54,7 +54,8 @@ class RemoteObject:
         url: URL of the object.
         size: Size in bytes.
         etag: An identifier that changes with the content; empty if the store reports none.
-        digest: Algorithm (``crc32`` or a name of hashlib) and hexadecimal digest of the content; None if the store reports none.
+        digest: Algorithm (``crc32`` or a name of hashlib) and hexadecimal digest of the content; None if the store
+            reports none.
     """
 
     url: str
@@ -71,7 +72,7 @@ class Store(Protocol):
         ...
 
     def chunks(self, item: RemoteObject, start: int, end: int) -> Iterator[bytes]:
-        """Request the bytes [start, end) once; the iterator may end early, with or without raising :class:`Transient`."""
+        """Request the bytes [start, end) once; the iterator may end early, with or without a :class:`Transient`."""
         ...
 
 
@@ -114,7 +115,8 @@ class Retries:
             if attempt + 1 < self.attempts:
                 time.sleep(min(self.first_delay * 2**attempt, self.max_delay) * _jitter.uniform(0.5, 1))
         raise UserError(
-            f"{redact_url(url)}: {reason}, {self.attempts} times in a row; check the store and the network, then start again"
+            f"{redact_url(url)}: {reason}, {self.attempts} times in a row; check the store and the network, then "
+            "start again"
         )
 
 
@@ -155,8 +157,8 @@ class Downloads:
     Args:
         retries: The retry policy.
         requests: Maximum number of requests in flight.
-        part_bytes, split_above_bytes: Objects larger than ``split_above_bytes`` are downloaded in parts of ``part_bytes``
-            bytes, in parallel.
+        part_bytes, split_above_bytes: Objects larger than ``split_above_bytes`` are downloaded in parts of
+            ``part_bytes`` bytes, in parallel.
     """
 
     def __init__(self, retries: Retries, requests: int, part_bytes: int, split_above_bytes: int):
@@ -203,8 +205,8 @@ class Downloads:
                 os.fsync(file.fileno())
                 return algorithm, hasher.hexdigest()
         raise DamagedObject(
-            f"{redact_url(item.url)}: arrives damaged, {_DOWNLOAD_ATTEMPTS} times in a row: its {algorithm} differs from the one "
-            "that the store reports; upload it again"
+            f"{redact_url(item.url)}: arrives damaged, {_DOWNLOAD_ATTEMPTS} times in a row: its {algorithm} differs "
+            "from the one that the store reports; upload it again"
         )
 
     def read(self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any]) -> None:
@@ -249,7 +251,7 @@ def run_in_background(action: Callable, *arguments: Any) -> Future:
 
 
 def run_with_timeout(seconds: float, action: Callable[[], T]) -> T:
-    """Return the result of ``action``; after the timeout it continues in a background thread, and its result is ignored.
+    """Return the result of ``action``; after the timeout it continues in the background, and its result is ignored.
 
     Raises:
         Transient: If ``action`` takes longer than ``seconds``.

@@ -9,7 +9,7 @@ from typing import Any
 _SCHEME = r"(?i)\b([a-z][\w+.-]{0,30}:/+)"
 # In running text, a URL ends at whitespace or a quotation mark; punctuation at its end belongs to the sentence.
 _USER = re.compile(_SCHEME + r"""(?:[^\s/@:'"]*:(?!\d*(?:/|\s|$))[^\s'"]*|[^\s/@'"]*)@""")
-# A URL in running text that was truncated before its @: a colon that is not followed by a port, even one with punctuation.
+# A URL in running text that was truncated before its @: a colon that is not followed by a port and punctuation.
 _TRUNCATED = re.compile(_SCHEME + r"""(?!\[[^\s/@\]]*\])([^\s/@:'"]*:)(?!\d*[,;.:)\]}]*(?:[/?#\s'"<>]|$))[^\s'"<>]+""")
 # Right after a scheme: a colon that is not followed by a port. An IPv6 address in brackets has colons of its own.
 _PASSWORD = re.compile(r"(?!\[[^/@\]]*\](?::\d*)?(?:/|$))[^/@:]*:(?!\d*(?:/|$))")
@@ -22,7 +22,7 @@ def redact_url(url: str) -> str:
     if not match:
         return url
     scheme, rest = match.groups()
-    # Whatever follows a colon and is not a port is a password, even if it contains slashes or is truncated before its @.
+    # Text after a colon that is not a port is a password, even if it contains slashes or is truncated before its @.
     authority, slash, path = (rest, "", "") if _PASSWORD.match(rest) else rest.partition("/")
     rest = authority.rpartition("@")[2] + slash + path
     truncated = _PASSWORD.match(rest)
@@ -30,7 +30,7 @@ def redact_url(url: str) -> str:
 
 
 def redact(value: Any) -> Any:
-    """Apply :func:`redact_url` to every URL in ``value``: within a text, and in the values of dictionaries and lists."""
+    """Apply :func:`redact_url` to every URL in ``value``: in a text, and in the values of dictionaries and lists."""
     if isinstance(value, str):
         url = redact_url(value)
         if url != value and not re.search(r"\s", value):

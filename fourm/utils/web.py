@@ -52,7 +52,8 @@ class WebStore:
                     (".html", ".htm")
                 ):
                     raise UserError(
-                        f"{redact_url(url)}: the server answers with a web page instead of the file; does it require a login?"
+                        f"{redact_url(url)}: the server answers with a web page instead of the file; does it require a "
+                        "login?"
                     )
                 if not (str(size).isascii() and str(size).isdigit()):
                     raise UserError(f"{redact_url(url)}: the server does not report the size of the file")

@@ -1,7 +1,8 @@
 """Split a sequence into input and target by span masking (method section 5.5), and merge them again.
 
-Each run of dropped tokens becomes one sentinel in the input. The target repeats each sentinel, followed by the tokens that it
-replaces, and ends with the next unused sentinel: ``a b c d`` without ``b c`` becomes ``a S1 d`` and ``S1 b c S2``.
+Each run of dropped tokens becomes one sentinel in the input. The target repeats each sentinel, followed by the tokens
+that it replaces, and ends with the next unused sentinel: ``a b c d`` without ``b c`` becomes ``a S1 d``
+and ``S1 b c S2``.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ def split_spans(ids: Sequence[int], kept: Sequence[bool], sentinels: Sequence[in
     Args:
         ids: Token ids of the sequence.
         kept: Whether each token is kept.
-        sentinels: Ids of the first, second, … sentinel, at least one more than there are runs; None to not mark the spans.
+        sentinels: Ids of the first, second, … sentinel, at least one more than there are runs; None to not mark the
+            spans.
     """
     spans = Spans([], [], [])
     inputs, targets, starts = spans

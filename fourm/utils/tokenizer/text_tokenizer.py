@@ -19,8 +19,8 @@ _MAX_SPLIT_CHARS = 2_000  # for longer texts, the search for class names costs m
 _CONTROL = re.compile(r"\[(?=(?:PAD|UNK|SOS|EOS|BOS|MASK|CLS|SEP|S_\d+)\])", re.IGNORECASE)
 
 MAX_TEXT_CHARS = 2**16
-"""Number of characters after which a text is truncated. Modalities take at most a few hundred tokens, so this loses nothing
-unless tokens have 200 characters each. Tokenizing a text of 20 MB would otherwise take gigabytes of memory."""
+"""Number of characters after which a text is truncated. Modalities take at most a few hundred tokens, so this loses
+nothing unless tokens have 200 characters each. Tokenizing a text of 20 MB would otherwise take gigabytes of memory."""
 
 
 class UnreadableText(ValueError):
@@ -28,11 +28,11 @@ class UnreadableText(ValueError):
 
 
 def escape_control_tokens(text: str) -> str:
-    """Escape control tokens such as ``[EOS]`` and ``[S_1]`` in an untrusted text, so that they are brackets and letters.
+    """Escape control tokens such as ``[EOS]`` and ``[S_1]`` in an untrusted text, so that they are just letters.
 
-    They get the same ids as under a vocabulary without such tokens, because a pre-tokenizer splits at the bracket in any case.
-    Coordinates (``v0=12``) and class names remain single tokens in any text, as in the published vocabulary: boxes and
-    metadata are written with them, and they have no meaning for masking.
+    They get the same ids as under a vocabulary without such tokens, because a pre-tokenizer splits at the bracket in
+    any case. Coordinates (``v0=12``) and class names remain single tokens in any text, as in the published vocabulary:
+    boxes and metadata are written with them, and they have no meaning for masking.
 
     Raises:
         UnreadableText: If the text contains a lone surrogate (half of a character) or a NUL character.
@@ -80,8 +80,8 @@ def load_text_tokenizer(path: str | Path) -> Tokenizer:
 class TextEncoder:
     """Encodes text as ids, and knows the ids of the vocabulary that masking needs.
 
-    The vocabularies of this project first split a text at its spaces, except for those within class names of two words. The
-    ids of each part are therefore cached, because words and coordinates occur again and again.
+    The vocabularies of this project first split a text at its spaces, except for those within class names of two words.
+    The ids of each part are therefore cached, because words and coordinates occur again and again.
 
     Args:
         tokenizer: A vocabulary or the path of one.
@@ -138,7 +138,7 @@ class TextEncoder:
         return ids
 
     def _can_split(self, text: str) -> bool:
-        """Return whether the tokenizer splits ``text`` at spaces; combining accents or control characters may prevent that."""
+        """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
         return self._splits_at_spaces and text.isascii() and text.isprintable()
 
     def _split(self, text: str) -> list[str]:

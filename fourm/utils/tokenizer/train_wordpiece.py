@@ -18,10 +18,10 @@ from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, SENTINELS, UNK
 
-DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates and
-COCO class names at fixed ids, then learned pieces. The same corpus always gives the same file. From WordNet's data.noun,
-data.verb, data.adj and data.adv, the words, glosses and example sentences are read; from a JSON file, all strings; from any
-other file, its lines. The members of tar files are read in the same way."""
+DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates
+and COCO class names at fixed ids, then learned pieces. The same corpus always gives the same file. From WordNet's
+data.noun, data.verb, data.adj and data.adv, the words, glosses and example sentences are read; from a JSON file, all
+strings; from any other file, its lines. The members of tar files are read in the same way."""
 _LETTERS = string.ascii_lowercase + string.digits  # part of every vocabulary, even if the corpus is small
 _WORDNET = {f"data.{part}" for part in ("noun", "verb", "adj", "adv")}
 
@@ -72,7 +72,8 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 
     minimum = tokenizer.get_vocab_size()
     if minimum > vocab_size:
         raise UserError(
-            f"vocab_size must be at least {minimum} for the fixed tokens and the letters of this corpus, not {vocab_size}"
+            f"vocab_size must be at least {minimum} for the fixed tokens and the letters of this corpus, not "
+            f"{vocab_size}"
         )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][: len(fixed)]
@@ -146,7 +147,7 @@ def _texts(name: str, content: str) -> Iterator[str]:
 
 
 def _synset(line: str) -> str:
-    """Convert a line of a WordNet data file (offset, file, part of speech, count, (word, id)… | gloss) to ``words: gloss``."""
+    """Convert a line of a WordNet data file, ``offset file part count (word id)… | gloss``, to ``words: gloss``."""
     head, _, gloss = line.partition("|")
     fields = head.split()
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
@@ -162,7 +163,7 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def check_output(path: Path) -> None:
-    """Check that a vocabulary may be written to ``path``, so that mixing up input and output does not destroy the corpus.
+    """Check that a vocabulary may be written to ``path``, so that a wrong path does not destroy the corpus.
 
     Raises:
         UserError: If the file is not a vocabulary, or cannot be written.
