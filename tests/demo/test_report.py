@@ -22,7 +22,7 @@ def test_targets_of_a_grid_are_its_unmasked_tokens():
     assert report.target_tokens(entry, grid).tolist() == [1, 3, 7]
 
 
-def test_targets_of_a_sequence_are_predicted_by_the_token_before():
+def test_targets_of_a_sequence_are_predicted_by_the_previous_token():
     text = Modality("caption", "seq", vocab_size=99, max_tokens=2)
     entry = {
         "tensor": np.array([[5, 10, 11, 12, 0, 0], [5, 6, 20, 0, 0, 0]]),

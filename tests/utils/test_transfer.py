@@ -16,7 +16,7 @@ from tests.data.object_store import BUCKET, ObjectStore, client, faulty
 
 
 class Numbers:
-    """A store of bytes that count, which notes how many threads there are."""
+    """A store of counting bytes, which records the number of threads."""
 
     threads = 0
 
@@ -43,13 +43,13 @@ def test_many_parts_need_few_threads(tmp_path):
         "http://h:99999999/", "http://h:port/", "http://[::1/", "http://[zz]/x", "http://h/\x1b[2J", "host:9000", "",
     ],
 )  # fmt: skip
-def test_what_is_no_url_is_said_at_once_and_without_its_secrets(url):
+def test_invalid_urls_are_reported_without_their_secrets(url):
     with pytest.raises(UserError, match="is not a valid URL") as failure:
         check_url(url)
     assert "secret" not in str(failure.value) and "\x1b" not in str(failure.value)
 
 
-def test_urls_are_shown_without_secrets():
+def test_redacted_urls_contain_no_secrets():
     for url in (
         "https://me:secret@h/a?secret",
         "https://h/a#secret",
@@ -66,7 +66,7 @@ def test_urls_are_shown_without_secrets():
 
 @pytest.fixture
 def raw_server():
-    """Starts a server on the loopback interface that answers each connection with what a function sends."""
+    """Start a server on the loopback interface that passes each connection to a function."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def start(answer):
@@ -112,7 +112,7 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000\r\nContent-Range: 
         (lambda c: c.sendall(b"no HTTP at all\r\n\r\n"), "no complete answer from the server"),
     ],
 )  # fmt: skip
-def test_a_server_that_drips_or_lies_is_given_up(raw_server, answer, message):
+def test_transfers_from_slow_or_wrong_servers_fail(raw_server, answer, message):
     store, start = WebStore(IMPATIENT), time.monotonic()
     with pytest.raises(UserError, match=message):
         item = store.describe(raw_server(answer))
@@ -120,7 +120,7 @@ def test_a_server_that_drips_or_lies_is_given_up(raw_server, answer, message):
     assert time.monotonic() - start < 10
 
 
-def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
+def test_transfers_from_a_slow_store_fail(raw_server, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     url = raw_server(lambda c: (c.sendall(HEAD + b"\r\n"), drip(c)))
@@ -138,7 +138,7 @@ def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
         (lambda store, file: store.upload(file, "s3://b/k"), "the store accepts fewer than 1000 bytes per second"),
     ],
 )
-def test_a_store_that_answers_byte_by_byte_is_given_up(raw_server, monkeypatch, tmp_path, request_, message):
+def test_requests_to_a_store_that_responds_byte_by_byte_fail(raw_server, monkeypatch, tmp_path, request_, message):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     (tmp_path / "file").write_bytes(b"x" * 1000)
@@ -173,11 +173,11 @@ def test_large_files_are_uploaded_in_parts(tmp_path, monkeypatch):
         server.kill()
 
 
-def test_a_server_whose_name_is_not_known_is_said_soon(monkeypatch):
+def test_a_server_name_that_cannot_be_resolved_fails_soon(monkeypatch):
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # nobody is asked
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # makes no request to a name server
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     patient = Retries(attempts=100, first_delay=0.01)

@@ -27,7 +27,7 @@ from fourm.utils.urls import redact, redact_url
         ("a cup: what?", "a cup: what?"),
     ],
 )
-def test_texts_keep_all_but_the_secrets_of_their_urls(text, found):
+def test_redacted_texts_lose_only_the_secrets_of_their_urls(text, found):
     if text != "https://me:sec ret@host/a":
         assert redact(text) == found
         assert str(UserError(text)) == sanitize(text) == found
@@ -35,6 +35,6 @@ def test_texts_keep_all_but_the_secrets_of_their_urls(text, found):
         assert redact_url(text) == found
 
 
-def test_secrets_of_nested_values():
+def test_nested_values_are_redacted():
     found = redact({"a": ["https://h/x?secret", 1], "b": {"c": ("s3://u:secret@b/k", None)}, "d": "plain"})
     assert found == {"a": ["https://h/x", 1], "b": {"c": ["s3://b/k", None]}, "d": "plain"}
