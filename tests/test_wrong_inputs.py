@@ -147,7 +147,7 @@ def test_a_plugin_that_fails(tmp_path, monkeypatch, source):
 
 def test_a_plugin_that_ends_the_process_ends_a_command_with_one_line(tmp_path):
     (tmp_path / "own_plugin.py").write_text("class Own(BaseException): pass\nraise Own('no')")
-    command = [sys.executable, ROOT / "check_data.py", "data.yaml", "--plugin", "own_plugin"]
+    command = [sys.executable, "-m", "fourm", "check", "data.yaml", "--plugin", "own_plugin"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     line = f"error: 'plugin': own_plugin fails in {tmp_path}/own_plugin.py, line 2, with Own: no\n"

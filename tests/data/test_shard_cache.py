@@ -322,7 +322,9 @@ def test_a_web_server_that_fails_is_named_without_the_signature(local, store, tm
 
 
 def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
-    with pytest.raises(UserError, match="^https://host/rgb/a.tar: a URL with a user and password") as failure:
+    with pytest.raises(
+        UserError, match="^https://host/rgb/a.tar: URLs with a user or password are not supported"
+    ) as failure:
         Shards(f"https://me:{SECRET}@host/[rgb]/a.tar", {"rgb@224": "rgb"}, None, remote=options("", tmp_path))
     assert SECRET not in str(failure.value)
 
