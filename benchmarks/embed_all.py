@@ -1,7 +1,7 @@
-"""4M's forward pass written the plain way: embed every token, then select; attention in matrix products.
+"""4M's forward pass in its simplest form: embed every token, then select, and compute attention with matrix products.
 
-Slow and large on purpose, it shares no code with ``fourm.models`` but the parameters. Tests take it as the truth, the
-train-step benchmark as the opponent.
+It is slow and needs much memory on purpose, and shares nothing with ``fourm.models`` but the parameters. Tests use it
+as the reference, and the benchmark of the training step as the baseline.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fourm.models import FM
 def synthetic_batch(
     modalities: Mapping[str, Mapping[str, Any]], size: int, inputs: int, targets: int, seed: int = 0
 ) -> dict[str, dict[str, Tensor]]:
-    """A batch in which every modality has ``inputs`` input tokens and, if it can be a target, ``targets`` targets."""
+    """Make a batch with ``inputs`` input tokens per modality, and ``targets`` targets per modality that can be one."""
     generator = torch.Generator().manual_seed(seed)
     return {name: _synthetic(modality, size, inputs, targets, generator) for name, modality in modalities.items()}
 
@@ -32,15 +32,20 @@ def _synthetic(
     length = modality["max_tokens"] if is_image else 2 * (modality["max_tokens"] + 1)
     if not modality["decoder_embedding"]:
         targets = 0
-    input_mask, target_mask = torch.ones(size, length, dtype=torch.bool), torch.ones(size, length, dtype=torch.bool)
+    input_mask = torch.ones(size, length, dtype=torch.bool)
+    target_mask = torch.ones(size, length, dtype=torch.bool)
     attention = torch.zeros(size, length, dtype=torch.int32)
+    if targets and not is_image:
+        targets += 1  # the first token of a sequence is not predicted
     for b in range(size):
         order = torch.randperm(length, generator=generator) if is_image else torch.arange(length)
-        # One more token than targets: in a sequence the last one is only predicted.
-        chosen = order[inputs : inputs + targets + (targets > 0 and not is_image)]
+        chosen = order[inputs : inputs + targets]
         input_mask[b, order[:inputs]] = False
         target_mask[b, chosen] = False
-        attention[b, chosen.sort().values[: 1 if is_image else None]] = len(chosen) if is_image else 1
+        if is_image:
+            attention[b, chosen.sort().values[:1]] = len(chosen)
+        else:
+            attention[b, chosen] = 1
     if vocab_size:
         tensor = torch.randint(1, vocab_size, (size, length), generator=generator)
     elif is_image:
@@ -61,10 +66,18 @@ def embed_all_loss(
     loss_type: str = "mod",
     order: Sequence[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss of :meth:`fourm.models.fm.FourM.forward`.
+    """Compute the loss of :meth:`fourm.models.fm.FourM.forward`.
 
     Args:
-        order: of the target modalities in the decoder; the batch's unless given.
+        model: The model.
+        batch: Modality → tensors, as :func:`synthetic_batch` returns them.
+        num_encoder_tokens: Token budget of the encoder.
+        num_decoder_tokens: Token budget of the decoder.
+        loss_type: ``mod`` for the mean over modalities, or ``token`` for the mean over tokens.
+        order: Order of the target modalities in the decoder; by default that of the batch.
+
+    Returns:
+        The loss, and modality → its mean loss.
     """
     x, emb, masked = _encoder_tokens(model, batch, num_encoder_tokens)
     h = x + emb
@@ -86,14 +99,14 @@ def embed_all_loss(
         y = y + block.mlp(block.norm2(y))
     y = model.decoder_norm(y)
 
-    losses, every = {}, []
+    losses, token_losses = {}, []
     for i, name in enumerate(order):
         logits = model.decoder_embeddings[name].to_logits(y[modality == i])
-        each = F.cross_entropy(logits, ids[modality == i], reduction="none")
-        every.append(each)
-        losses[name] = each.mean() if len(each) else each.sum()
+        entropy = F.cross_entropy(logits, ids[modality == i], reduction="none")
+        token_losses.append(entropy)
+        losses[name] = entropy.mean() if len(entropy) else entropy.sum()
     if loss_type == "token":
-        return torch.cat(every).mean(), losses
+        return torch.cat(token_losses).mean(), losses
     return sum(losses.values()) / len(losses), losses  # type: ignore[return-value]
 
 
@@ -172,16 +185,16 @@ def _weighted_sum(module: Any, q: Tensor, k: Tensor, v: Tensor, masked: Tensor) 
 
 
 def saved_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of activations that the forward pass keeps for the backward pass; each storage counts once."""
-    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
+    """Count the bytes of activations that the forward pass saves for the backward pass; each storage counts once."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = storage.nbytes()
+        if storage.data_ptr() not in parameters:
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss()
-    return sum(kept.values())
+    return sum(saved.values())

@@ -1,8 +1,8 @@
-"""Generation: cached and batched against the plain way, which runs everything again for every token and condition.
+"""Compare cached, batched generation with a plain implementation that recomputes everything for each token.
 
-``python benchmarks/generate.py`` prints JSON. Both variants share one model and take turns in one process; the plain way
-follows the loops of the published code: the encoder once per sequence or step and condition, a decoder pass over all
-tokens so far with logits for all of them. Both must generate the same tokens.
+``python benchmarks/generate.py`` prints JSON. Both variants share one model and alternate in one process. The plain one
+follows the loops of the published code: it runs the encoder once per condition and sequence or step, and the decoder
+over all tokens so far, with logits for all of them. Both must generate the same tokens.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 
 RGB, IMAGE, TEXT = "rgb@224", "tok_rgb@224", "caption"
-START = 5
+START = 5  # id of the token that starts a caption
 Conditions = Sequence[tuple[float, Any]]
 
 
 def encode(model: FM, batch: Any) -> tuple[Tensor, Tensor]:
-    """→ context and its padding."""
+    """Return the encoder's context and its padding mask."""
     modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
     x, emb, padding = model.embed_encoder(batch, select_inputs(batch, modalities))
     return model.context(model.encode(x + emb, padding), emb), padding
 
 
 def decode(model: FM, domain: str, context: Any, ids: Tensor, position: Tensor, causal: bool) -> Tensor:
-    """Logits (1, K, V) of one condition."""
+    """Return the logits (1, K, V) under one condition."""
     count = len(position)
     rows = Rows(torch.zeros_like(position), torch.arange(count), position)
     embedding = model.decoder_embeddings[domain]
@@ -45,8 +45,9 @@ def decode(model: FM, domain: str, context: Any, ids: Tensor, position: Tensor, 
     return embedding.to_logits(model.decode(y, *context, mask))
 
 
-def weighted(logits: list[Tensor], conditions: Conditions) -> Tensor:
-    return logits[0] + sum(w * (found - logits[0]) for (w, _), found in zip(conditions[1:], logits[1:], strict=True))
+def guide(logits: list[Tensor], conditions: Conditions) -> Tensor:
+    """Combine the logits under all conditions by classifier-free guidance."""
+    return logits[0] + sum(w * (other - logits[0]) for (w, _), other in zip(conditions[1:], logits[1:], strict=True))
 
 
 @torch.no_grad()
@@ -55,7 +56,7 @@ def plain_caption(model: FM, conditions: Conditions, tokens: int) -> list[int]:
     ids = torch.tensor([START])
     for _ in range(tokens):
         logits = [decode(model, TEXT, context, ids, torch.arange(len(ids)), causal=True) for context in contexts]
-        ids = torch.cat([ids, weighted(logits, conditions)[:, -1].argmax(-1)])
+        ids = torch.cat([ids, guide(logits, conditions)[:, -1].argmax(-1)])
     return ids.tolist()
 
 
@@ -67,14 +68,15 @@ def plain_image(model: FM, conditions: Conditions, counts: list[int], scheme: st
     for count in counts:
         order = torch.rand(2, length, generator=generator)[0]
         position = order.masked_fill(~masked[0], 2.0).argsort()[: count if scheme == "roar" else int(masked.sum())]
-        known = {"tensor": ids, "input_mask": masked}
+        generated = {"tensor": ids, "input_mask": masked}
         logits = [
-            decode(model, IMAGE, encode(model, {**batch, IMAGE: known}), ids[0], position, causal=False)
+            decode(model, IMAGE, encode(model, {**batch, IMAGE: generated}), ids[0], position, causal=False)
             for _, batch in conditions
         ]
-        confidence, found = weighted(logits, conditions)[0].softmax(-1).max(-1)
+        confidence, tokens = guide(logits, conditions)[0].softmax(-1).max(-1)
         best = confidence.argsort(descending=True)[:count]
-        ids[0, position[best]], masked[0, position[best]] = found[best], False
+        ids[0, position[best]] = tokens[best]
+        masked[0, position[best]] = False
     return ids[0].tolist()
 
 
@@ -92,7 +94,7 @@ def inputs(model: FM, given: str) -> dict[str, Any]:
 def case(
     model: FM, given: str, target: str, tokens: int, scheme: str, steps: int, scale: float, dtype: Any = None
 ) -> dict[str, Callable]:
-    """Both ways of one task, → tokens; ``cached`` at the given precision."""
+    """Return both variants of one task as functions that return tokens; ``dtype`` applies to ``cached`` only."""
     batch = inputs(model, given)
     batch = init_empty_target_modality(
         batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, model.mask_token.device
@@ -114,30 +116,30 @@ def case(
     return {"cached": ours, "plain": lambda: plain_image(model, conditions, counts, scheme, 0)}
 
 
-def timed(ways: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """Least seconds of each way, taking turns, and what they return."""
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    found = {}
+def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """Run the variants alternately, and return the minimum seconds and the result of each."""
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    results = {}
     for _ in range(repeats):
-        for way, run in ways.items():
+        for name, run in variants.items():
             start = time.perf_counter()
-            found[way] = run()
-            seconds[way].append(time.perf_counter() - start)
-    return {way: min(values) for way, values in seconds.items()}, found
+            results[name] = run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: min(values) for name, values in seconds.items()}, results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", default="", help="cases whose name contains this")
+    parser.add_argument("--only", default="", help="run only the cases whose name contains this")
     parser.add_argument("--model", default="fm_tiny_6e_6d_swiglu_nobias")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", help="of the cached way, e.g. bfloat16")
+    parser.add_argument("--dtype", help="precision of the cached variant, e.g. bfloat16")
     parser.add_argument(
-        "--no_plain", dest="plain", action="store_false", help="only the cached way; on a GPU there is no other"
+        "--no_plain", dest="plain", action="store_false", help="run only the cached variant (required on a GPU)"
     )
     parser.add_argument(
-        "--toy", action="store_true", help="a model of one narrow block and short texts, to try the command"
+        "--toy", action="store_true", help="use a model of one narrow block and short texts, to test the command"
     )
     arguments = parser.parse_args()
 
@@ -146,7 +148,7 @@ def main() -> None:
     toy = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2} if arguments.toy else {}
     model = FM(model_config(arguments.model, domains, domains[1:], **toy)).to(arguments.device).eval()
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
-    # Neither end of text nor sentinels: a caption is as long as there is room.
+    # Prevent end-of-text and sentinel tokens, so that every caption has the maximum length.
     model.decoder_embeddings[TEXT].to_logits.weight.data[:204] = 0
     cases = {
         "rgb_to_caption_256": (RGB, TEXT, 256, "autoregressive", 1, 1.0),
@@ -160,13 +162,13 @@ def main() -> None:
             continue
         given, target, tokens, *rest = settings
         tokens = min(tokens, 16) if arguments.toy and target == TEXT else tokens
-        ways = case(model, given, target, tokens, *rest, dtype)
+        variants = case(model, given, target, tokens, *rest, dtype)
         if not arguments.plain:
-            times, _ = timed({"cached": ways["cached"]}, arguments.repeats + 1)  # the first one warms up
+            times, _ = timed({"cached": variants["cached"]}, arguments.repeats + 1)  # the first run warms up
             results[name] = {**times, "tokens": tokens}
             continue
-        times, found = timed(ways, arguments.repeats)
-        same = sum(a == b for a, b in zip(*found.values(), strict=True)) / len(found["cached"])
+        times, generated = timed(variants, arguments.repeats)
+        same = sum(a == b for a, b in zip(*generated.values(), strict=True)) / len(generated["cached"])
         results[name] = {**times, "speed_up": times["plain"] / times["cached"], "same_tokens": same}
     lengths = (64, 128, 256) if arguments.plain else ()
     captions = {str(n): case(model, RGB, TEXT, n, "autoregressive", 1, 1.0)["cached"] for n in lengths}

@@ -1,7 +1,8 @@
-"""The checks and figures of a GPU, one after another, each a process with a time limit of its own; see ``gpu.sh``.
+"""Run the tests and benchmarks that need a GPU, each in a process with its own time limit; see ``gpu.sh``.
 
-Every step writes ``OUT/NAME.json``: its command, exit status and seconds, the JSON objects that it printed as ``results``, and
-``error``, the end of its output, if it failed. Whatever fails, the others go on. Exit status: 0 if none has failed.
+Each step writes ``OUT/NAME.json`` with its command, exit status and seconds, the JSON objects that it printed
+(``results``), and the end of its output if it failed (``error``). A failed step does not stop the others. The exit
+status is 0 if no step failed.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 
 
 def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
-    """Name → most seconds and arguments of Python. In all they take at most 345 seconds."""
+    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 345 seconds."""
     step = TOY_STEP if toy else FULL_STEP
     model = (
         ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
@@ -57,36 +58,36 @@ def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
 
 
 def marked_tests() -> list[str]:
-    """Files with tests for a GPU; the others may import what its machine lacks."""
+    """List the files with tests for a GPU; the others may import packages that its machine does not have."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file.relative_to(ROOT)) for file in files if "pytest.mark.gpu" in file.read_text(encoding="utf-8")]
 
 
 def run(command: list[str], limit: float) -> dict[str, Any]:
-    """A step's process; it and all that it started are ended at the limit."""
+    """Run a step's process, which is killed at the time limit together with all its child processes."""
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )  # fmt: skip
-    late = False
+    timed_out = False
     try:
         out, err = process.communicate(timeout=limit)
     except subprocess.TimeoutExpired:
-        late = True
+        timed_out = True
         os.killpg(process.pid, signal.SIGKILL)
         out, err = process.communicate()
-    found: dict[str, Any] = {"status": process.returncode, "seconds": round(time.monotonic() - start, 2)}
-    found["results"] = [value for line in out.splitlines() if (value := _object(line)) is not None]
-    if late or process.returncode:
-        ending = f"stopped after {limit:g} seconds\n" if late else ""
-        found["error"] = ending + (err[-3000:] + out[-3000:])
-    elif not found["results"]:
-        found["output"] = out[-1000:]
-    return found
+    report: dict[str, Any] = {"status": process.returncode, "seconds": round(time.monotonic() - start, 2)}
+    report["results"] = [value for line in out.splitlines() if (value := _parse_object(line)) is not None]
+    if timed_out or process.returncode:
+        reason = f"stopped after {limit:g} seconds\n" if timed_out else ""
+        report["error"] = reason + (err[-3000:] + out[-3000:])
+    elif not report["results"]:
+        report["output"] = out[-1000:]
+    return report
 
 
-def _object(line: str) -> dict[str, Any] | None:
+def _parse_object(line: str) -> dict[str, Any] | None:
     if not line.startswith("{"):
         return None
     try:
@@ -100,23 +101,23 @@ def main() -> int:
     parser.add_argument(
         "out", nargs="?", default=os.environ.get("OUT") or "gpu_results", help="folder for the JSON files"
     )
-    parser.add_argument("--toy", action="store_true", help="on the CPU, at toy size")
-    parser.add_argument("--only", nargs="+", help="names of steps")
+    parser.add_argument("--toy", action="store_true", help="run on the CPU at toy size")
+    parser.add_argument("--only", nargs="+", help="names of the steps to run")
     options = parser.parse_args()
     if not options.toy:
         os.environ["GPU_NEEDED"] = "1"
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    failed = 0
+    failures = 0
     for name, (limit, arguments) in steps(options.toy).items():
         if options.only and name not in options.only:
             continue
         command = [sys.executable, *arguments]
-        found = {"name": name, "toy": options.toy, "command": arguments} | run(command, limit)
-        (out / f"{name}.json").write_text(json.dumps(found, indent=2))
-        failed += "error" in found
-        print(f"{name}: {'FAILED' if 'error' in found else 'done'} in {found['seconds']} s", flush=True)
-    return int(failed > 0)
+        report = {"name": name, "toy": options.toy, "command": arguments} | run(command, limit)
+        (out / f"{name}.json").write_text(json.dumps(report, indent=2))
+        failures += "error" in report
+        print(f"{name}: {'FAILED' if 'error' in report else 'done'} in {report['seconds']} s", flush=True)
+    return int(failures > 0)
 
 
 if __name__ == "__main__":

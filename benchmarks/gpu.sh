@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in under 6 minutes and without a network: benchmarks/gpu.py says what, and writes JSON files.
+# Run all tests and benchmarks that need a GPU, in under 6 minutes and without a network; see benchmarks/gpu.py.
 #
-#     benchmarks/gpu.sh wheels [PYTHON_VERSION] [FOLDER]   fetch, where there is a network, what a PyTorch image lacks (wheels/)
-#     benchmarks/gpu.sh [OUT]                              measure; OUT is $OUT or gpu_results unless given
-#     benchmarks/gpu.sh --toy [OUT]                        the same on the CPU at toy size, to try the command
+#     benchmarks/gpu.sh wheels [PYTHON_VERSION] [FOLDER]   download the packages that a PyTorch image lacks (to wheels/)
+#     benchmarks/gpu.sh [OUT]                              run, and write JSON files to OUT (default: $OUT or gpu_results)
+#     benchmarks/gpu.sh --toy [OUT]                        run on the CPU at toy size, to test the command
 #
-# PYTHON: the interpreter that has torch (python3).
+# PYTHON is the interpreter that has torch (default: python3).
 set -euo pipefail
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 python=${PYTHON:-python3}
-# No torch, CUDA or numpy: the image has its own. What it has besides is not installed again.
+# Without torch, CUDA and numpy, which the image has. Other packages that it has are not installed again either.
 packages=(webdataset braceexpand boto3 botocore s3transfer jmespath python-dateutil six urllib3 einops timm tokenizers
     safetensors tqdm pyyaml huggingface-hub hf-xet httpx2 httpcore2 h11 truststore anyio idna click filelock fsspec
     typing-extensions pytest pytest-xdist execnet pluggy iniconfig packaging pygments hypothesis sortedcontainers)
 
 if [ "${1:-}" = wheels ]; then
-    folder=${3:-$here/wheels}
+    folder=${3:-$root/wheels}
     platforms=()
     for name in manylinux_2_28 manylinux_2_27 manylinux_2_17 manylinux2014 manylinux1; do
         platforms+=(--platform "${name}_x86_64")
@@ -24,20 +24,20 @@ if [ "${1:-}" = wheels ]; then
         --implementation cp "${platforms[@]}" -d "$folder" "${packages[@]}"
 fi
 
-cd "$here"
-export PYTHONPATH="$here${PYTHONPATH:+:$PYTHONPATH}"
+cd "$root"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 imports='import boto3, braceexpand, einops, fourm.models, pytest, safetensors, timm, tokenizers, torch, torchvision, tqdm, webdataset, yaml'
 if ! "$python" -c "$imports" 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
-    # Only what is not there: none of the image's own packages is replaced.
-    mapfile -t missing < <("$python" - "$here"/wheels/*.whl <<'PYTHON'
+    # Install only missing packages, so that none of the image's packages is replaced.
+    mapfile -t missing < <("$python" - "$root"/wheels/*.whl <<'PYTHON'
 import importlib.metadata, pathlib, sys
 
-plain = lambda name: name.lower().replace("-", "_").replace(".", "_")
-known = {plain(found.metadata["Name"] or "") for found in importlib.metadata.distributions()}
+normalize = lambda name: name.lower().replace("-", "_").replace(".", "_")
+installed = {normalize(package.metadata["Name"] or "") for package in importlib.metadata.distributions()}
 wheels = [path for path in map(pathlib.Path, sys.argv[1:]) if path.is_file()]
-print(*(path for path in wheels if plain(path.name.split("-")[0]) not in known), sep="\n")
+print(*(path for path in wheels if normalize(path.name.split("-")[0]) not in installed), sep="\n")
 PYTHON
     )
     if [ -n "${missing[0]:-}" ]; then
@@ -46,6 +46,6 @@ PYTHON
         export PYTHONPATH="$PYTHONPATH:$site"
     fi
     "$python" -c "$imports" ||
-        echo "gpu.sh: packages are missing; run 'benchmarks/gpu.sh wheels' where there is a network" >&2
+        echo "gpu.sh: packages are missing; run 'benchmarks/gpu.sh wheels' on a machine with a network" >&2
 fi
 "$python" benchmarks/gpu.py "$@"

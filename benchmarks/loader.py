@@ -1,12 +1,13 @@
-"""Samples per second of the data pipeline on one core, and the memory of a worker process.
+"""Measure the samples per second of the data pipeline on one core, or the memory of a worker process.
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4 --memory_samples 100000
 
-The published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, 128/128 and 256/256 tokens. Prints one JSON line per
-number of modalities and of repeats: samples/s, the time of each stage, and how memory grew during the measurement; or, with
-``--memory_samples``, ten lines on the way with the resident memory of the worker processes.
+It uses the published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, and 128/128 and 256/256 tokens. It prints
+one JSON line per number of modalities and number of repeats: samples/s, the time of each stage, and the growth of
+memory during the measurement. With ``--memory_samples`` it prints ten lines with the resident memory of the worker
+processes instead.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ PUBLISHED = {
     7: "cc12m/main/mix_mod7_all2all_rgb2all_a0.5.yaml",
     21: "cc12m+coyo+c4/main/mix_mod21_all2allmix_rgb2all_capT5bias_C4.yaml",
 }
-"""Modalities → the data YAML, of which CC12M is measured."""
+"""Number of modalities → data configuration, whose data set CC12M is measured."""
 TOKENS = {7: 128, 21: 256}
-"""Modalities → tokens of input and of target."""
+"""Number of modalities → token budget of inputs and of targets."""
 STAGES = (
     (RawSample, "values", "read"),
     (UnifiedMasking, "draw_budgets", "budgets"),
@@ -56,19 +57,19 @@ TOKENIZER = Path(fourm.__file__).parent / "utils/tokenizer/trained/text_tokenize
 
 
 def published(modalities: int) -> dict[str, Any]:
-    """The data set of CC12M in a published data YAML."""
+    """Return the data set of CC12M in a published data configuration."""
     return yaml.safe_load((DATA / PUBLISHED[modalities]).read_text())["train"]["datasets"]["cc12m"]
 
 
 def write_samples(root: Path, tokenizer: Path, modalities: int, num_shards: int, per_shard: int) -> str:
-    """The data_path of freshly written shards with the folders of a published data set."""
+    """Write shards with the folders of a published data set, and return their ``data_path``."""
     folders = published(modalities)["data_path"].split("[")[1].split("]")[0].split(",")
     samples = ToySamples(photographs(), vocabulary(tokenizer))
     return write_shards(root, samples, folders, num_shards, per_shard)
 
 
 def config(root: Path, data_path: str, modalities: int, repeats: int) -> Path:
-    """A published data set, with other data."""
+    """Write the data configuration of a published data set with another ``data_path``."""
     dataset = published(modalities) | {"data_path": data_path, "wds_n_repeats": repeats}
     dataset["alphas_config"] = str(DATA.parents[3] / dataset["alphas_config"])
     path = root / "data.yaml"
@@ -77,7 +78,7 @@ def config(root: Path, data_path: str, modalities: int, repeats: int) -> Path:
 
 
 def timed(owner: Any, method: str, stage: str) -> None:
-    """Add up the time spent in a function under ``stage``."""
+    """Add the time spent in a method to ``TIMES[stage]``."""
     original = getattr(owner, method)
 
     def wrapper(*args, **kwargs):
@@ -97,12 +98,13 @@ def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterato
 
 
 def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
-    """Samples/s, milliseconds per sample of each stage, MB of a batch, and growth of the resident memory in MB."""
+    """Yield samples/s, milliseconds per sample and stage, MB of a batch, and growth of the resident memory in MB."""
     count = samples // batch_size
-    for _ in range(count // 2):  # until the buffers are full and hold as many decoded samples as they ever will
+    for _ in range(count // 2):  # until the buffers are full and contain their maximum number of decoded samples
         next(loader)
     TIMES.clear()
-    memory, start, start_cpu = _resident_mb(os.getpid()), time.perf_counter(), time.process_time()
+    memory = _resident_mb(os.getpid())
+    start, start_cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
         batch = next(loader)
     seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
@@ -117,7 +119,7 @@ def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers:
 
 
 def measure_memory(loader: Iterator[Batch], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
-    """MB that the worker processes have resident, after each tenth of the samples."""
+    """Yield the resident memory of the worker processes in MB after each tenth of the samples."""
     for tenth in range(1, 11):
         for _ in range(samples // batch_size // 10):
             next(loader)
@@ -133,14 +135,14 @@ def _resident_mb(process: int | None) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modalities", type=int, nargs="+", default=[7], choices=list(PUBLISHED))
-    parser.add_argument("--samples", type=int, default=4000, help="samples to measure")
+    parser.add_argument("--samples", type=int, default=4000, help="number of samples to measure")
     parser.add_argument(
-        "--memory_samples", type=int, help="measure the memory of a worker over so many samples instead"
+        "--memory_samples", type=int, help="measure the memory of a worker over this number of samples instead"
     )
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, default=64)
-    parser.add_argument("--num_workers", type=int, default=0, help="0: all in this process, with times per stage")
-    parser.add_argument("--float_pixels", action="store_true", help="normalise in the loader instead of on the device")
+    parser.add_argument("--num_workers", type=int, default=0, help="0 runs in this process, with times per stage")
+    parser.add_argument("--float_pixels", action="store_true", help="normalize in the loader instead of on the device")
     parser.add_argument("--text_tokenizer_path", type=Path, default=TOKENIZER)
     parser.add_argument("--shards", type=int, default=10)
     parser.add_argument("--per_shard", type=int, default=200)

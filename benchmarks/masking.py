@@ -1,8 +1,9 @@
-"""Samples per second of masking on one core: rgb, five kinds of tokens, a caption and ten boxes, 128/128 tokens.
+"""Measure the samples per second of masking on one core.
 
     OMP_NUM_THREADS=1 python benchmarks/masking.py
 
-Prints JSON. No two samples share a caption or boxes; words are as frequent as in a language (Zipf's law, 10 000 words).
+Each sample has RGB, five token maps, a caption and ten boxes; the budgets are 128/128 tokens. It prints JSON. No two
+samples share a caption or boxes. Word frequencies follow Zipf's law over 10 000 words.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ PIXELS = np.zeros((3, 224, 224), np.float32)
 
 
 def sample(rng: np.random.Generator, vocabulary: list[str], boxes: int, words: int) -> dict[str, Any]:
-    """What the transforms give to masking."""
+    """Make a random sample in the form in which the transforms pass it to masking."""
     tokens = [name for name in MODALITIES if name.startswith("tok_")]
     corners = rng.integers(0, 1000, (boxes, 4))
     text = [
@@ -37,17 +38,17 @@ def sample(rng: np.random.Generator, vocabulary: list[str], boxes: int, words: i
     return {
         "rgb@224": PIXELS,
         **{name: rng.integers(0, MODALITY_INFO[name].vocab_size, 196) for name in tokens},
-        "caption": " ".join(vocabulary[int(len(vocabulary) ** share) - 1] for share in rng.random(words)) + ".",
+        "caption": " ".join(vocabulary[int(len(vocabulary) ** u) - 1] for u in rng.random(words)) + ".",
         "det": " ".join(text),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--samples", type=int, default=4000, help="samples of a round")
-    parser.add_argument("--rounds", type=int, default=5, help="the median round is reported")
+    parser.add_argument("--samples", type=int, default=4000, help="number of samples per round")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds, of which the median counts")
     parser.add_argument("--boxes", type=int, default=10)
-    parser.add_argument("--words", type=int, default=15, help="words of the caption")
+    parser.add_argument("--words", type=int, default=15, help="number of words in a caption")
     parser.add_argument(
         "--text_tokenizer_path", default="fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
     )
@@ -65,8 +66,8 @@ def main() -> None:
     for _ in range(options.rounds):
         samples = [sample(rng, vocabulary, options.boxes, options.words) for _ in range(options.samples)]
         wall, cpu = time.perf_counter(), time.process_time()
-        for one in samples:
-            masking(one, rng)
+        for item in samples:
+            masking(item, rng)
         seconds["wall"].append(time.perf_counter() - wall)
         seconds["cpu"].append(time.process_time() - cpu)
         start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Toy shards of any of the published modalities: parts of photographs, and random values in the shapes of real ones."""
+"""Write toy shards of any published modalities, with crops of photographs and random values in realistic shapes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from fourm.utils.errors import MissingDependency
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES
 
 CROPS = 10
-WORDS = 14  # of a caption
+WORDS = 14  # per caption
 BOXES = 10
-PEOPLE = (0, 0, 1, 2, 4)  # in a picture, each as likely as the others
-INSTANCES, OUTLINE = 20, 32  # of a crop, and points of each
+PEOPLE = (0, 0, 1, 2, 4)  # equally likely numbers of people in a picture
+INSTANCES, OUTLINE = 20, 32  # instances per crop, and points per instance
 
 
 def photographs() -> list[Image.Image]:
-    """The pictures bundled with scikit-image."""
+    """Return three pictures that are bundled with scikit-image."""
     try:
         from skimage import data
     except ImportError:
@@ -34,17 +34,17 @@ def photographs() -> list[Image.Image]:
 
 
 def vocabulary(path: Path) -> list[str]:
-    """The words that a text vocabulary holds as a whole, in the order of their ids: that of their frequency."""
+    """Return the whole words in a text vocabulary in the order of their ids, which is that of their frequency."""
     pieces = json.loads(path.read_text())["model"]["vocab"]
     return sorted((piece for piece in pieces if piece.isalpha() and len(piece) > 1), key=pieces.get)
 
 
 class ToySamples:
-    """The files of sample 0, 1, …; words are as frequent as in a language (Zipf's law).
+    """Makes the files of sample 0, 1, …; word frequencies follow Zipf's law.
 
     Args:
-        pictures: whose parts are the samples' pictures.
-        words: of captions, the most frequent ones first.
+        pictures: Photographs, whose crops are the samples' pictures.
+        words: Words of the captions, the most frequent ones first.
     """
 
     def __init__(self, pictures: Sequence[Image.Image], words: Sequence[str]):
@@ -53,7 +53,7 @@ class ToySamples:
         self._frequency = frequency / frequency.sum()
 
     def __call__(self, index: int, folders: Sequence[str]) -> dict[str, tuple[str, bytes]]:
-        """Folder → extension and content of a sample's file."""
+        """Return folder → extension and content of a sample's file."""
         rng = np.random.default_rng(index)
         width, height = (int(side) for side in rng.integers(256, 401, 2))
         makers = {
@@ -139,7 +139,7 @@ def _instances(rng: np.random.Generator) -> np.ndarray:
 
 
 def _instance(rng: np.random.Generator) -> Mapping[str, np.ndarray]:
-    """An ellipse within the crop, whose area is that of a share of it from almost nothing to a quarter."""
+    """Return an ellipse within the crop, with an area between almost nothing and a quarter of the crop."""
     angle = np.linspace(0, 2 * np.pi, OUTLINE, endpoint=False)
     radii = 112 * rng.random(2) ** 2 + 2
     outline = rng.uniform(0, 224, 2) + radii * np.stack([np.cos(angle), np.sin(angle)], axis=1)
@@ -147,7 +147,7 @@ def _instance(rng: np.random.Generator) -> Mapping[str, np.ndarray]:
 
 
 def _embeddings(rng: np.random.Generator) -> bytes:
-    """Of one caption for all crops: vectors in 16 bits, padded to the length that the model takes."""
+    """Return the embeddings of one caption for all crops: 16-bit vectors, padded to the model's maximum length."""
     modality, file = MODALITY_INFO["t5_caption"], io.BytesIO()
     assert modality.max_tokens
     vectors = np.zeros((1, modality.max_tokens, modality.embedding_options["orig_emb_dim"]), np.float16)
@@ -158,11 +158,7 @@ def _embeddings(rng: np.random.Generator) -> bytes:
 
 
 def write_shards(root: Path, samples: ToySamples, folders: Sequence[str], num_shards: int, per_shard: int) -> str:
-    """Write one tar per folder and shard.
-
-    Returns:
-        Their ``data_path``.
-    """
+    """Write one tar per folder and shard, and return their ``data_path``."""
     for shard in range(num_shards):
         writers = {}
         for folder in folders:

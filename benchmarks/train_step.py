@@ -1,14 +1,15 @@
-"""The training step: samples/s, TFLOP/s, MFU and memory over a matrix of settings, beside a plainly written step.
+"""Benchmark the training step: samples/s, TFLOP/s, MFU and memory over a matrix of settings, compared with a baseline.
 
-    python benchmarks/train_step.py                                       # a step at width 384, and how much faster it is
+    python benchmarks/train_step.py                                       # a step at width 384, and its speed-up
     python benchmarks/train_step.py --model tiny small base large --modalities 7 21 --batch_size 1 --no_baseline --fit
     python benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
     torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
 
-Prints a JSON object per setting. What is measured is ``Trainer.train_step`` itself, on one synthetic batch. The baseline
-takes turns with it in the same process, on the same model: all tokens are embedded before any is selected, attention is
-softmax(QK^T)V, a boolean index picks each modality's targets, losses are read one by one, and AdamW is not fused. Beside
-the time on the clock stands that of the processor (``cpu_seconds``, of all threads), which other work disturbs less.
+It prints a JSON object per setting. It measures ``Trainer.train_step`` itself on one synthetic batch. The baseline
+alternates with it in the same process, on the same model: it embeds all tokens before it selects any, computes
+attention as softmax(QK^T)V, selects each modality's targets by a boolean index, reads the losses one by one, and uses
+an AdamW that is not fused. Besides the wall-clock time it reports the CPU time of all threads (``cpu_seconds``), which
+other work disturbs less.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ TOY = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 
 
 def full_name(model: str) -> str:
-    """``tiny`` → ``fm_tiny_6e_6d_swiglu_nobias``."""
+    """Expand the size of a model to its name: ``tiny`` → ``fm_tiny_6e_6d_swiglu_nobias``."""
     return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
 
 
@@ -71,7 +72,7 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
 
 
 def build_parallel(options: argparse.Namespace, config: PretrainConfig) -> DDP:
-    """The strategy; with ``--fsdp`` also a single process shards, so that all of it runs where there is one GPU."""
+    """Return the parallel strategy; with ``--fsdp`` even a single process shards, to run that code on a single GPU."""
     parallel = FSDP(config) if options.fsdp else DDP(config)
     if isinstance(parallel, FSDP) and not parallel.distributed:
         backend = "cpu:gloo,cuda:nccl" if parallel.device.type == "cuda" else "gloo"
@@ -81,7 +82,7 @@ def build_parallel(options: argparse.Namespace, config: PretrainConfig) -> DDP:
 
 
 class Synthetic(Pretrain):
-    """4M without data."""
+    """Pretraining without data."""
 
     def __init__(self, config: PretrainConfig, modalities: int):
         Task.__init__(self, config)
@@ -108,7 +109,7 @@ def build_trainer(
 
 
 def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
-    """A batch in which all modalities have equally many tokens; the pictures are in 8 bits."""
+    """Make a batch in which all modalities have the same number of tokens; the pictures are in 8 bits."""
     shares = tokens // len(model.encoder_embeddings), tokens // len(model.decoder_embeddings)
     modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
     mod_dict = synthetic_batch(modalities, batch_size, *shares)
@@ -118,7 +119,7 @@ def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
 
 
 def plain_step(trainer: Trainer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """The baseline: a step as one writes it at first."""
+    """Run the baseline: a training step in its simplest form."""
     device, tokens = trainer.parallel.device, trainer.config.num_input_tokens
     mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in batch.mod_dict.items()}
     with autocast(trainer.config, device):
@@ -133,23 +134,23 @@ def plain_step(trainer: Trainer, batch: Batch, optimizer: torch.optim.Optimizer)
 
 
 def alternate(variants: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
-    """Seconds per step of each variant, in turns; the first round warms up."""
-    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in variants}
-    for turn in range(options.rounds + 1):
+    """Measure the seconds per step of each variant, alternately; the first round warms up."""
+    times: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "cpu_seconds": []} for name in variants}
+    for round_ in range(options.rounds + 1):
         for name, step in variants.items():
             start, start_cpu = time.perf_counter(), time.process_time()
             for _ in range(options.steps):
                 step()
             if options.device.startswith("cuda"):
                 torch.cuda.synchronize()
-            if turn:
-                found[name]["seconds"].append((time.perf_counter() - start) / options.steps)
-                found[name]["cpu_seconds"].append((time.process_time() - start_cpu) / options.steps)
-    return found
+            if round_:
+                times[name]["seconds"].append((time.perf_counter() - start) / options.steps)
+                times[name]["cpu_seconds"].append((time.process_time() - start_cpu) / options.steps)
+    return times
 
 
 def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], trainer: Trainer) -> int:
-    """Bytes that a step takes for a while: on a GPU at its peak; on the CPU what is kept for the backward pass."""
+    """Return the temporary memory of a step in bytes: on a GPU its peak, on the CPU the saved activations."""
     device = trainer.parallel.device
     if device.type != "cuda":
         return saved_bytes(forward, trainer.model)
@@ -162,7 +163,7 @@ def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], tr
 def measure(
     options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
 ) -> dict[str, Any]:
-    """One setting."""
+    """Measure one setting."""
     trainer = build_trainer(options, parallel, model_name, modalities, batch_size)
     model, config = trainer.model, trainer.config
     batch = synthetic(model, batch_size, options.tokens)
@@ -206,7 +207,7 @@ def measure(
 
 
 def compare(trainer: Trainer, plain: Batch, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Losses, which must be equal, and memory of both."""
+    """Compare the losses, which must be equal, and the memory of both variants."""
     model, config, tokens = trainer.model, trainer.config, trainer.config.num_input_tokens
     device = trainer.parallel.device
     mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in plain.mod_dict.items()}
@@ -231,18 +232,18 @@ def describe_device(device: torch.device) -> str:
 
 
 def fitted(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:
-    """Exponents of the time of a step over the size of the trunk and over the operations, by least squares of logarithms."""
+    """Fit the exponents of the step time as a function of several sizes, by least squares of the logarithms."""
     exponents = {}
     for name, size in {
         "parameters of the trunk": lambda row: row["parameters"]["trunk"],
         "flops per step": lambda row: row["flops_per_step"],
         "modalities": lambda row: row["modalities"],
     }.items():
-        # Of the other settings only what is common to a group counts.
+        # Compare only rows that agree in the other settings.
         groups: dict[Any, list[tuple[float, float]]] = {}
         for row in rows:
-            rest = row["model"] if name == "modalities" else row["modalities"]
-            groups.setdefault((rest, row["batch_size"]), []).append((np.log(size(row)), np.log(row[clock])))
+            other = row["model"] if name == "modalities" else row["modalities"]
+            groups.setdefault((other, row["batch_size"]), []).append((np.log(size(row)), np.log(row[clock])))
         centred = [np.array(points) - np.mean(points, axis=0) for points in groups.values()]
         x, y = np.concatenate(centred).T
         if x.any():
@@ -258,25 +259,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", default=["tiny"], help="sizes (tiny … xlarge), or names of models")
     parser.add_argument("--modalities", nargs="+", type=int, choices=DOMAINS, default=[7])
-    parser.add_argument("--batch_size", nargs="+", type=int, default=[8], help="of each process")
-    parser.add_argument("--tokens", type=int, default=128, help="slots of the encoder, and of the decoder")
+    parser.add_argument("--batch_size", nargs="+", type=int, default=[8], help="samples per process")
+    parser.add_argument("--tokens", type=int, default=128, help="token budget of the encoder and of the decoder")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--fsdp", action="store_true", help="shard the model, in a single process too")
-    parser.add_argument("--toy", action="store_true", help="a model of one narrow block, to try the command")
+    parser.add_argument("--fsdp", action="store_true", help="shard the model, even in a single process")
+    parser.add_argument("--toy", action="store_true", help="use a model of one narrow block, to test the command")
     parser.add_argument("--act_checkpoint", action="store_true")
-    parser.add_argument("--peak_tflops", type=float, help="for the MFU, where the GPU's name does not tell it")
-    parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="sgd (plain) takes half of the memory")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each variant that count")
-    parser.add_argument("--steps", type=int, default=1, help="in each turn; on a GPU rather 10")
-    parser.add_argument("--free", action="store_true", help="return freed memory to the system, as training does not")
-    parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="only the step itself")
-    parser.add_argument("--fit", action="store_true", help="in the end, exponents of time over size")
+    parser.add_argument("--peak_tflops", type=float, help="peak of the GPU for the MFU, if its name is unknown")
+    parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="plain sgd takes half of the memory")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds of each variant")
+    parser.add_argument("--steps", type=int, default=1, help="steps per round; use 10 on a GPU")
+    parser.add_argument("--free", action="store_true", help="return freed memory to the system, unlike in training")
+    parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="do not measure the baseline")
+    parser.add_argument("--fit", action="store_true", help="print the exponents of time as a function of size")
     options = parser.parse_args()
     if options.device == "cpu" and not options.free:
         keep_freed_memory()
-    # One group of processes for all settings: a second one would meet at the addresses that the first has left behind.
+    # Use one process group for all settings, because a second one would rendezvous at the stale addresses of the first.
     parallel = build_parallel(options, build_config(options, full_name(options.model[0]), options.batch_size[0]))
     rows: list[dict[str, Any]] = []
     for setting in settings(options):

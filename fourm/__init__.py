@@ -1,6 +1,6 @@
 """4M: massively multimodal masked modeling (arXiv 2312.06647, 2406.09406)."""
 
-from fourm.utils.interrupts import end_at_once, is_command_of
+from fourm.utils.interrupts import exit_on_interrupt, is_module_command
 
-if is_command_of("fourm"):
-    end_at_once()
+if is_module_command("fourm"):
+    exit_on_interrupt()

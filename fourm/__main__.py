@@ -1,4 +1,4 @@
-"""``python -m fourm COMMAND``: the console script ``fourm``."""
+"""Run the command ``fourm`` as ``python -m fourm COMMAND``."""
 
 from fourm.cli import main
 

@@ -1,4 +1,4 @@
-"""The command ``fourm``, also ``python -m fourm``: every script of the repository as a subcommand.
+"""The command ``fourm`` (or ``python -m fourm``), which has every script of the repository as a subcommand.
 
 Under torchrun: ``torchrun --nproc_per_node=8 -m fourm train --config cfgs/….yaml``.
 """
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from fourm.utils.errors import UserError, did_you_mean, run_cli
-from fourm.utils.interrupts import end_at_once
+from fourm.utils.interrupts import exit_on_interrupt
 
 Main = Callable[[], "int | None"]
 
@@ -20,8 +20,8 @@ class Command(NamedTuple):
     """A subcommand.
 
     Attributes:
-        function: ``module:function``, which reads its arguments from ``sys.argv`` and may return an exit status.
-        help: one line for ``fourm --help``.
+        function: The entry point ``module:function``, which reads ``sys.argv`` and may return an exit status.
+        help: The line in ``fourm --help``.
     """
 
     function: str
@@ -31,30 +31,32 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("fourm.cli:train", "train a 4M model, with one process or DistributedDataParallel"),
     "train-fsdp": Command("fourm.cli:train_fsdp", "train a 4M model with fully sharded data parallelism"),
-    "plan": Command("fourm.cli:plan", "print memory, steps and days of a training run, without data or a GPU"),
+    "plan": Command("fourm.cli:plan", "estimate memory, steps and days of a training run, without data or a GPU"),
     "export": Command("fourm.train.export:main", "write the model of a checkpoint for FM.from_pretrained"),
     "generate": Command("fourm.generation.script:main", "generate any modalities from any others"),
     "fit-codebook": Command("fourm.vq.fit_codebook:main", "fit a codebook to the images of a data set"),
-    "tokenize": Command("fourm.vq.save_tokens:main", "turn the images of a data set into tokens"),
+    "tokenize": Command("fourm.vq.save_tokens:main", "convert the images of a data set to tokens"),
     "check": Command("fourm.tools.check:main", "read every sample of a data set and report what is wrong"),
-    "preview": Command("fourm.tools.preview.command:main", "show what training sees of a data set, as a page"),
-    "pack": Command("fourm.tools.pack:main", "turn folders into shards, and back"),
+    "preview": Command(
+        "fourm.tools.preview.command:main", "write an HTML page that shows what training sees of a data set"
+    ),
+    "pack": Command("fourm.tools.pack:main", "convert folders to shards, and back"),
     "demo": Command("fourm.demo.__main__:main", "render a small data set, train on it, generate, report"),
 }
 
 
 def main() -> None:
-    """Run the subcommand that the first argument names."""
-    end_at_once()  # loading its modules takes seconds
-    name, arguments = (sys.argv[1] if len(sys.argv) > 1 else ""), sys.argv[2:]
+    """Run the subcommand named by the first argument."""
+    exit_on_interrupt()  # importing the subcommand's modules takes seconds
+    name = sys.argv[1] if len(sys.argv) > 1 else ""
     if name in COMMANDS:
-        sys.argv = [f"fourm {name}", *arguments]  # as if it were a script of this name
+        sys.argv = [f"fourm {name}", *sys.argv[2:]]  # as if the subcommand were a script
         run_cli(load(name))
     run_cli(print_help if name in ("-h", "--help") else lambda: _reject(name))
 
 
 def load(name: str) -> Main:
-    """The function of a subcommand; only its modules are imported."""
+    """Return the function of a subcommand; only the modules that it needs are imported."""
     module, function = COMMANDS[name].function.split(":")
     return getattr(importlib.import_module(module), function)
 
@@ -73,7 +75,7 @@ def _reject(name: str) -> None:
 
 
 def train() -> int:
-    """As ``run_training_4m.py``."""
+    """Run ``run_training_4m.py``."""
     from fourm.train.parallel import DDP
     from fourm.train.run import main
     from fourm.train.tasks.pretrain import Pretrain
@@ -82,7 +84,7 @@ def train() -> int:
 
 
 def train_fsdp() -> int:
-    """As ``run_training_4m_fsdp.py``."""
+    """Run ``run_training_4m_fsdp.py``."""
     from fourm.train.fsdp import FSDP
     from fourm.train.run import main
     from fourm.train.tasks.pretrain import Pretrain
@@ -91,6 +93,6 @@ def train_fsdp() -> int:
 
 
 def plan() -> int:
-    """As ``run_training_4m.py --plan``."""
+    """Run ``run_training_4m.py --plan``."""
     sys.argv.append("--plan")
     return train()

@@ -1,7 +1,7 @@
 """Execute a notebook in place: python notebooks/execute.py --notebook notebooks/generation.ipynb
 
-What is written depends on the notebook and on what it reads alone: it holds no times, no versions, and nothing of the
-machine, such as the folders that warnings name.
+The output depends only on the notebook and on the files that it reads: it contains no times, no versions and nothing
+about the machine, such as the paths in warnings.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class ExecuteOptions:
     """The command line."""
 
     notebook: str = option("the .ipynb file")
-    output: str | None = option("where the executed one goes (default: in its place)", None)
+    output: str | None = option("file for the executed notebook (default: replace it)", None)
 
 
 def execute(options: ExecuteOptions) -> None:
-    """Run all cells, from the notebook's folder.
+    """Run all cells in the notebook's folder, and write the executed notebook.
 
     Raises:
-        CellExecutionError: a cell failed; nothing is written.
+        CellExecutionError: If a cell fails; nothing is written then.
     """
     try:
         import nbformat
@@ -42,7 +42,7 @@ def execute(options: ExecuteOptions) -> None:
         raise MissingDependency("nbclient ipykernel", "executing notebooks") from error
     path = Path(options.notebook)
     notebook = nbformat.read(path, as_version=4)
-    with TemporaryDirectory() as sockets:  # rather than ports, which others may have or listen to
+    with TemporaryDirectory() as sockets:  # instead of ports, which other users may occupy or listen to
         config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         folder = {"metadata": {"path": str(path.parent)}}
         NotebookClient(

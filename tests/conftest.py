@@ -1,4 +1,4 @@
-"""All tests, and the processes that they start, compute with one thread: sums have one order, whatever the machine."""
+"""All tests and their child processes use one thread, so that sums have the same order on every machine."""
 
 import os
 
@@ -8,6 +8,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files with slow tests come first: if one of them were the last, it would be all that there is still to do."""
+    """Run files with slow tests first, so that none of them keeps the whole suite waiting at the end."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)

@@ -1,4 +1,4 @@
-"""The house plan: imports run one way, without circles, and every module imports on its own."""
+"""The architecture: imports run in one direction, without cycles, and every module can be imported on its own."""
 
 import ast
 import importlib
@@ -12,7 +12,7 @@ import fourm
 ROOT = Path(fourm.__file__).parent
 LAYER = {"utils": 0, "data": 1, "models": 2, "vq": 2, "generation": 3, "train": 3, "tools": 4, "demo": 5}
 PUBLISHED_PATHS = {"fourm.models.generate"}
-"""Import paths that users type, of modules that lie lower than what they name."""
+"""Import paths that users type, in lower layers than the modules whose names they provide."""
 COMMANDS_THAT_MOVED = {"fourm.data.check", "fourm.data.pack", "fourm.data.preview"}
 """Modules that users run with ``python -m``, whose commands are in ``fourm.tools``."""
 ALIASES = PUBLISHED_PATHS | COMMANDS_THAT_MOVED
@@ -58,7 +58,7 @@ def test_imports_never_run_upwards(module):
 
 
 @pytest.mark.parametrize("module", sorted(ALIASES))
-def test_an_alias_holds_only_a_docstring_imports_and_their_names(module):
+def test_an_alias_contains_only_a_docstring_imports_and_their_names(module):
     docstring, *body = ast.parse(_file(module).read_text()).body
     assert isinstance(docstring, ast.Expr) and isinstance(docstring.value, ast.Constant)
     if module in COMMANDS_THAT_MOVED:
@@ -87,8 +87,8 @@ def test_the_published_names_of_generation_are_those_of_its_package():
     }
 
 
-def test_imports_have_no_circle():
-    # An __init__ hands names on; what counts is which files need each other.
+def test_imports_have_no_cycles():
+    # An __init__ only re-exports names; what matters is which files need each other.
     graph = {m: {i for i in _imports(m) if _file(i).name != "__init__.py"} for m in MODULES}
     done: set[str] = set()
 

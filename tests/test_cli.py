@@ -1,4 +1,4 @@
-"""The command ``fourm``: every subcommand is there, hands its arguments on, and loads only what it needs."""
+"""The command ``fourm``: every subcommand exists, passes its arguments on, and imports only what it needs."""
 
 import re
 import subprocess
@@ -19,15 +19,15 @@ def fourm(*arguments, **options):
 
 
 def call(monkeypatch, *arguments):
-    """The exit status of a subcommand that runs in this process."""
-    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the demo sets it, and may not change that of other tests
+    """Run a subcommand in this process and return its exit status."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "PASSIVE")  # the demo sets it, which must not affect other tests
     monkeypatch.setattr(sys, "argv", ["fourm", *map(str, arguments)])
     with pytest.raises(SystemExit) as end:
         cli.main()
     return end.value.code
 
 
-def test_help_lists_every_subcommand_in_a_line_and_loads_no_torch():
+def test_help_lists_every_subcommand_and_does_not_import_torch():
     code = "import sys; from fourm.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
     result = subprocess.run([sys.executable, "-c", code, "--help"], cwd=REPOSITORY, capture_output=True, text=True)
     assert result.returncode == 0
@@ -56,7 +56,7 @@ def test_every_subcommand_gets_its_arguments(name, monkeypatch, capsys):
         ([], "no command is given; "),
     ],
 )
-def test_a_mistake_is_one_line_that_names_the_nearest(arguments, message):
+def test_a_mistake_prints_one_line_that_names_the_nearest_option(arguments, message):
     result = fourm(*arguments)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"error: command line: {message}'fourm --help' lists the commands\n"
@@ -76,7 +76,7 @@ def test_train_and_plan_are_the_training_scripts():
     assert plans[0].returncode == 0 and plans[0].stdout == plans[1].stdout != ""
 
 
-def test_the_status_of_a_subcommand_is_that_of_the_process(tmp_path):
+def test_the_process_exits_with_the_status_of_the_subcommand(tmp_path):
     (tmp_path / "rgb").mkdir()
     (tmp_path / "rgb" / "a.jpg").write_bytes(b"x")
     packed = fourm("pack", "shards", tmp_path, tmp_path / "out")

@@ -1,6 +1,6 @@
-"""Configurations and files that are changed at random: whatever reads them answers with one of our errors, or reads them.
+"""Randomly changed configurations and files are either read or refused with one of our errors.
 
-An :class:`Entry` is a valid content and what reads it; a new reader of foreign files is one more line of the table.
+Each :class:`Entry` is a valid input and its reader; add a line to the table for every new reader of untrusted files.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.config import load_yaml, parse_value
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.text_tokenizer import load_text_tokenizer
-from fourm.utils.transfer import check_url, shown
+from fourm.utils.transfer import check_url
+from fourm.utils.urls import redact_url
 from tests.data.dataset_files import jpeg, npy, text_tokenizer
 
 EXAMPLES = 25
@@ -62,7 +63,7 @@ ODD = st.one_of(
 
 @st.composite
 def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
-    """Cut off, overwritten, doubled, or with something in between."""
+    """Truncate, overwrite, duplicate or insert bytes."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, max(len(content) - 1, 0)))
         end = min(start + draw(st.sampled_from([1, 4, 50, 512])), len(content))
@@ -76,7 +77,7 @@ def changed_bytes(draw: st.DrawFn, content: bytes) -> bytes:
 
 @st.composite
 def changed_tree(draw: st.DrawFn, tree: Any) -> Any:
-    """One to three places of nested lists and mappings have another value or key, or are gone."""
+    """Change or remove one to three values or keys of nested lists and mappings."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         node = tree
@@ -136,13 +137,13 @@ ARGUMENTS = [
 
 
 class Entry(NamedTuple):
-    """Something that is read.
+    """A valid input and its reader.
 
     Attributes:
-        valid: bytes, or values that are written as ``dump`` does.
-        name: of the file.
-        read: what reads it.
-        dump: None: of bytes.
+        valid: Bytes, or values that ``dump`` converts to bytes.
+        name: Name of the file.
+        read: Reads the file.
+        dump: Converts ``valid`` to bytes; None if it is bytes already.
     """
 
     valid: Any
@@ -191,13 +192,13 @@ def read_records(path: Path) -> None:
 
 def read_url(path: Path) -> None:
     url = path.read_text(errors="surrogateescape")
-    texts = [shown(url)]
+    texts = [redact_url(url)]
     try:
         check_url(url)
     except UserError as error:
         texts.append(str(error))
         raise
-    finally:  # password and signature can be told as long as what stands before them is a URL's
+    finally:  # password and signature can be recognized as long as the text before them is that of a URL
         for text in texts:
             assert not re.match(r"[\w+.-]+:/+[^/]*:secret", url) or ":secret" not in text
             assert not re.match(r"[\w+.-]+:/", url) or "?signature=secret" not in text
@@ -208,7 +209,7 @@ def read_place(path: Path) -> None:
 
 
 def read_folder(path: Path) -> None:
-    """The check of a data set of folders in which one file is damaged: it goes on, and says so."""
+    """Check a data set of folders with one damaged file, which must be reported without ending the check."""
     root = path.parents[2]
     for name, content in FOLDER.items():
         if not (root / name).exists():
@@ -331,7 +332,7 @@ ENTRIES = {
 
 
 @pytest.mark.parametrize("name", ENTRIES)
-def test_what_is_changed_at_random_is_read_or_refused(name, tmp_path):
+def test_randomly_changed_input_is_read_or_refused(name, tmp_path):
     entry = ENTRIES[name]
     strategy = changed_tree(entry.valid) if entry.dump else changed_bytes(entry.valid)
 

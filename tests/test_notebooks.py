@@ -1,4 +1,4 @@
-"""The notebooks that are shipped: executed, small, about nothing of the machine, and they run on another model."""
+"""The shipped notebooks are executed and small, contain nothing about the machine, and run on another model."""
 
 import json
 import os
@@ -16,12 +16,12 @@ FIGURES = ["rgb-to-all", "caption-to-all", "chain", "guidance-sweep", "edit"]
 
 
 def figures(path):
-    """Ids of the cells that show a picture."""
+    """Return the ids of the cells that display a picture."""
     cells = json.loads(path.read_text())["cells"]
     return [cell["id"] for cell in cells if any("image/png" in o.get("data", ()) for o in cell.get("outputs", ()))]
 
 
-def test_it_is_shipped_with_its_figures_and_without_the_machine():
+def test_the_shipped_notebook_has_its_figures_and_nothing_about_the_machine():
     assert figures(NOTEBOOK) == FIGURES
     assert NOTEBOOK.stat().st_size < 1_500_000
     content = json.loads(NOTEBOOK.read_text())
@@ -34,7 +34,7 @@ def test_it_is_shipped_with_its_figures_and_without_the_machine():
 
 
 @pytest.mark.slow
-def test_it_runs_on_a_toy_model(tmp_path):
+def test_the_notebook_runs_on_a_toy_model(tmp_path):
     demo, out = write_demo(tmp_path), tmp_path / "executed.ipynb"
     command = [sys.executable, "notebooks/execute.py", "--notebook", str(NOTEBOOK), "--output", str(out)]
     environment = os.environ | {"FOURM_DEMO": str(demo), "PYTHONPATH": str(ROOT)}

@@ -1,4 +1,4 @@
-"""Every shipped YAML loads and validates with the files it refers to, and says what the papers say."""
+"""Every shipped YAML file loads together with the files it refers to, and matches the papers."""
 
 from pathlib import Path
 
@@ -36,14 +36,14 @@ SIZES = {"b": "base_12e_12d", "l": "large_24e_24d", "xl": "xlarge_24e_24d"}
 
 @pytest.fixture(autouse=True)
 def in_the_repository(monkeypatch):
-    monkeypatch.chdir(ROOT)  # configs name files from here
+    monkeypatch.chdir(ROOT)  # configs name files relative to the repository
 
 
 def ids(paths):
     return [str(path.relative_to(PUBLISHED).with_suffix("")) for path in paths]
 
 
-def test_nothing_is_shipped_that_no_test_loads():
+def test_every_shipped_config_is_tested():
     assert set(PUBLISHED.rglob("*.yaml")) == {*MAIN, *DATA, *ALPHAS}
     assert set(ids(MAIN)) == {f"models/{name}" for name in MODELS}
 
@@ -157,7 +157,7 @@ def test_alphas_are_the_published_ones(path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "cfgs").rglob("*.yaml")), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_main_config_finds_its_files(path):
-    """The configs for tests and for the demo too."""
+    """This includes the configs for tests and for the demo."""
     content = yaml.safe_load(path.read_text()) or {}
     if "model" in content and "data_config" in content:
         config = load_config(PretrainConfig, path.relative_to(ROOT))

@@ -1,4 +1,4 @@
-"""Wrong and damaged files for every command: one sentence that names them, nothing lost, no other error."""
+"""Wrong and damaged files: each command reports them in one sentence, and loses nothing."""
 
 import json
 import os
@@ -60,7 +60,7 @@ def test_a_damaged_tokenizer(original, tmp_path, name, content):
     "change",
     [{"vocab_size": 10**10}, {"num_channels": 10**9}, {"one_hot_classes": -1}, {"value_range": [1]}, {"type": {}}],
 )
-def test_sizes_that_no_tokenizer_has(original, tmp_path, change):
+def test_a_tokenizer_with_impossible_sizes(original, tmp_path, change):
     shutil.copytree(original / "codebook", tmp_path / "codebook")
     config = tmp_path / "codebook" / "config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | change))
@@ -155,7 +155,7 @@ def test_a_plugin_that_ends_the_process_ends_a_command_with_one_line(tmp_path):
 
 
 @pytest.mark.parametrize(("rank", "world_size"), [("x", "1"), ("5", "2"), ("0", "0"), ("0", ""), ("-1", "1")])
-def test_ranks_of_a_wrong_environment(original, monkeypatch, rank, world_size):
+def test_contradictory_ranks_in_the_environment(original, monkeypatch, rank, world_size):
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", world_size)
     with pytest.raises(UserError, match="RANK|WORLD_SIZE"):
@@ -163,7 +163,7 @@ def test_ranks_of_a_wrong_environment(original, monkeypatch, rank, world_size):
 
 
 @pytest.mark.parametrize("name", ["a\0b", ".", "photo.png", "nowhere"])
-def test_something_else_for_a_configuration(original, monkeypatch, name):
+def test_paths_that_are_not_configuration_files(original, monkeypatch, name):
     monkeypatch.chdir(original)
     for command in (check, lambda argv: parse_args(PretrainConfig, ["--config", *argv])):
         with pytest.raises(UserError, match="NUL character|folder|not text in UTF-8|No such file|no such file"):

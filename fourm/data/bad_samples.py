@@ -6,7 +6,7 @@ import logging
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 
-from fourm.utils.errors import DataError, printable
+from fourm.utils.errors import DataError, sanitize
 
 _log = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ class BadSampleLedger:
         """Log a warning unless there was one about ``subject`` before."""
         if subject not in self._warned:
             self._warned.add(subject)
-            _log.warning("data set %s: %s", self._dataset, printable(message))
+            _log.warning("data set %s: %s", self._dataset, sanitize(message))
 
     def collect(self) -> dict[str, int]:
         """Return the number of skipped samples by reason since the last call."""

@@ -12,7 +12,7 @@ from fourm.data.presence import Presence
 from fourm.data.raw_sample import Member, MemberIndex, RawSample, join, leave_out
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 
 class Folders:
@@ -40,7 +40,7 @@ class Folders:
     ):
         if is_remote(data_path):
             raise UserError(
-                f"data_path {shown(data_path)}: folders must be local; pack them into shards and set use_wds: true"
+                f"data_path {redact_url(data_path)}: folders must be local; pack them into shards and set use_wds: true"
             )
         presence = presence or Presence()
         pattern, folders = split_data_path(data_path)

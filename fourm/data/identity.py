@@ -14,7 +14,7 @@ from fourm.data.data_config import DataConfig, DatasetConfig
 from fourm.data.folders import files_below
 from fourm.data.layout import existing_folders, expand, is_remote, split_data_path, wanted_names
 from fourm.data.record_files import local_files
-from fourm.utils.urls import shown, without_secrets
+from fourm.utils.urls import redact, redact_url
 
 _NOT_COMPARED = {"data_path", "remote", "max_bad_fraction", "name", "modalities"}
 _MAX_SIZES = 10_000  # of files whose sizes are compared, because these take longer to look up than names
@@ -27,7 +27,7 @@ def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, An
         for key, value in _dataset_facts(dataset).items():
             facts[f"data set {name}: {key}"] = value
     digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
-    return {"data": without_secrets(facts), "vocabulary": {"text vocabulary": digest}}
+    return {"data": redact(facts), "vocabulary": {"text vocabulary": digest}}
 
 
 def _dataset_facts(dataset: DatasetConfig) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def _files(dataset: DatasetConfig) -> str:
     if dataset.type != "multimodal":
         records = local_files(dataset.data_path)
         return (
-            shown(dataset.data_path)
+            redact_url(dataset.data_path)
             if records is None
             else _digest("files", [_name_and_size(path) for path in records])
         )

@@ -16,7 +16,7 @@ from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import transforms_for
 from fourm.data.transforms.tokens import PerCropTransform
 from fourm.utils.errors import UserError, did_you_mean
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 CROP_SETTINGS = "crop_settings"
 _MAX_FILES = 10**6
@@ -34,13 +34,13 @@ def split_data_path(data_path: str) -> tuple[str, list[str] | None]:
         UserError: The scheme is not supported, or there are several pairs of brackets.
     """
     if re.match(r"\w+:", data_path) and not is_remote(data_path):
-        raise UserError(f"data_path {shown(data_path)}: only local files, s3:// and http(s):// can be read")
+        raise UserError(f"data_path {redact_url(data_path)}: only local files, s3:// and http(s):// can be read")
     parts = re.split(r"\[(.*?)\]", data_path)
     if len(parts) == 1:
         return data_path, None
     if len(parts) != 3:
         raise UserError(
-            f"data_path {shown(data_path)}: expected exactly one pair of brackets, around the modality folders"
+            f"data_path {redact_url(data_path)}: expected exactly one pair of brackets, around the modality folders"
         )
     return f"{parts[0]}\0{parts[2]}", [name.strip() for name in parts[1].split(",") if name.strip()]
 
@@ -74,10 +74,10 @@ def expand_braces(pattern: str) -> list[str]:
         try:
             names = list(itertools.islice(braceexpand.braceexpand(pattern, escape=False), _MAX_FILES + 1))
         except (ValueError, RecursionError):
-            raise UserError(f"{shown(pattern)}: its braces are unbalanced or nested too deeply") from None
+            raise UserError(f"{redact_url(pattern)}: its braces are unbalanced or nested too deeply") from None
         if len(names) <= _MAX_FILES:
             return [os.path.expanduser(name) if name.startswith("~") else name for name in names]
-    raise UserError(f"{shown(pattern)}: its braces name more than {_MAX_FILES} files")
+    raise UserError(f"{redact_url(pattern)}: its braces name more than {_MAX_FILES} files")
 
 
 def _glob_shards(path: str, folders: list[str]) -> list[str]:

@@ -16,7 +16,7 @@ from fourm.data.presence import Presence
 from fourm.data.regular_files import FileVersion, open_regular, version_of
 from fourm.data.shard_cache import ShardCache
 from fourm.utils.errors import UserError
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 MAX_MEMBER_BYTES = 2**30
 """Maximum size of one member or file."""
@@ -178,7 +178,7 @@ class RawSample:
     def where(self, name: str) -> str:
         """Return the file and key of modality ``name``, or of the first modality, for messages."""
         path = self.members.get(name, next(iter(self.members.values()))).path
-        return f"{shown(path)}: key '{self.key}'"
+        return f"{redact_url(path)}: key '{self.key}'"
 
 
 def join(columns: Mapping[str, Mapping[str, Member]], presence: Presence) -> tuple[list[RawSample], list[str]]:

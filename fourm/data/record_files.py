@@ -18,7 +18,7 @@ from typing import IO, Any, Protocol, cast
 from fourm.data.layout import expand
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.utils.seeds import generator
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def local_files(data_path: str) -> list[str] | None:
     """
     if re.match(r"\w+://", data_path):
         raise UserError(
-            f"data_path {shown(data_path)}: records are read only from local files or the hub; download it first"
+            f"data_path {redact_url(data_path)}: records are read only from local files or the hub; download it first"
         )
     paths = _matching_paths(data_path)
     split = ""

@@ -38,10 +38,10 @@ from fourm.utils.transfer import (
     Store,
     check_url,
     hash_file,
-    in_background,
     new_hasher,
-    shown,
+    run_in_background,
 )
+from fourm.utils.urls import redact_url
 from fourm.utils.web import WebStore
 
 log = logging.getLogger(__name__)
@@ -185,7 +185,7 @@ class ShardCache:
             log.warning(
                 "%s was removed from the cache before all of its samples were used; they are now read one by one, "
                 "which is slow: raise data_cache_gb, or lower num_workers or the shuffle buffers",
-                shown(url),
+                redact_url(url),
             )
             self._warned = True
         buffer = io.BytesIO()
@@ -197,7 +197,7 @@ class ShardCache:
         upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
         for shard in shards:
             pending = {url: tar for _, tars in upcoming for url, tar in tars.items()}
-            tars = {url: pending.get(url) or in_background(self._prefetch, url) for url in shard.values()}
+            tars = {url: pending.get(url) or run_in_background(self._prefetch, url) for url in shard.values()}
             upcoming.append((shard, tars))
             if len(upcoming) > _PREFETCHED_SHARDS:
                 yield _wait_for(*upcoming.popleft())
@@ -212,7 +212,7 @@ class ShardCache:
             check_url(url)
             item = self._store(url).describe(url)
             key = "\n".join((self._options.endpoint if url.startswith("s3:") else "", url, item.etag, str(item.size)))
-            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH_DIGITS]}-{shown(url).rpartition('/')[2][-80:]}"
+            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH_DIGITS]}-{redact_url(url).rpartition('/')[2][-80:]}"
             self._known[url] = item, self._folder / name
         return self._known[url]
 
@@ -248,7 +248,7 @@ class ShardCache:
         limit = self._options.cache_bytes
         if item.size > limit:
             raise UserError(
-                f"{shown(item.url)}: its {item.size / 1e9:.3g} GB are more than data_cache_gb={limit / 1e9:g}; raise it"
+                f"{redact_url(item.url)}: its {item.size / 1e9:.3g} GB are more than data_cache_gb={limit / 1e9:g}; raise it"
             )
         file.truncate(0)
         while True:
@@ -304,7 +304,7 @@ def _sum_path(path: Path) -> Path:
 
 
 def _warn_damaged(path: Path, url: str) -> None:
-    log.warning("%s: this copy of %s is damaged and will be downloaded again", path, shown(url))
+    log.warning("%s: this copy of %s is damaged and will be downloaded again", path, redact_url(url))
 
 
 def _read_sum(path: Path) -> tuple[int, int, tuple[str, str]] | None:

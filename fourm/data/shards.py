@@ -22,7 +22,7 @@ from fourm.data.shard_cache import RemoteOptions, ShardCache
 from fourm.data.tar import DamagedTar, read_members
 from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 
 def tar_members(path: str, cache: ShardCache | None = None) -> Iterator[tuple[str, int, int]]:
@@ -79,9 +79,9 @@ class Shards:
         shards: list[dict[str | None, str]]
         if folders is None:
             shards = [{None: path} for path in expand(pattern, None)]
-            self._folders = assign_folders(wanted, self._folders_inside(shards), name_map, shown(data_path))
+            self._folders = assign_folders(wanted, self._folders_inside(shards), name_map, redact_url(data_path))
         else:
-            self._folders = assign_folders(wanted, folders, name_map, shown(data_path))
+            self._folders = assign_folders(wanted, folders, name_map, redact_url(data_path))
             used = dict.fromkeys(self._folders.values())
             rows = shard_patterns(pattern, used)
             shards = [{folder: row.replace("\0", folder) for folder in used} for row in rows]
@@ -120,14 +120,16 @@ class Shards:
             members, problem, damaged_places = self._index(path, folder)
             indexes.update(members)
             if problem:
-                ledger.warn(path, f"{shown(path)}: {problem}; the samples that it should contain are skipped")
+                ledger.warn(path, f"{redact_url(path)}: {problem}; the samples that it should contain are skipped")
             if damaged_places:
                 damage[path] = damaged_places
         paths = {name: shard.get(folder) or shard[None] for name, folder in self._folders.items()}
         columns = {name: indexes.get(folder, MemberIndex()) for name, folder in self._folders.items()}
         for name, index in columns.items():
             if index.collisions:
-                ledger.warn(f"collision {paths[name]} {name}", f"{shown(paths[name])}: {index.collision()}; skipped")
+                ledger.warn(
+                    f"collision {paths[name]} {name}", f"{redact_url(paths[name])}: {index.collision()}; skipped"
+                )
         columns = self._without_wrappers(columns)
         whole, bad = leave_out(columns, [name for name, path in paths.items() if path in damage])
         if damage:
@@ -138,7 +140,7 @@ class Shards:
             lacking = [key for key in incomplete if key not in columns[name]]
             if lacking:
                 more = f" and {len(lacking) - 1} more keys" if len(lacking) > 1 else ""
-                message = f"{shown(paths[name])}: no {self._folders[name]} for key {lacking[0]!r}{more}; skipped"
+                message = f"{redact_url(paths[name])}: no {self._folders[name]} for key {lacking[0]!r}{more}; skipped"
                 ledger.warn(f"join {paths[name]} {name}", message)
         total = len(samples) + len(incomplete) + sum(bad.values())
         if not tolerated:
@@ -172,7 +174,7 @@ class Shards:
             if index:
                 return list(index)
         problem = self._index(shards[0][None], None)[1]
-        raise UserError(f"data_path {shown(shards[0][None])}: {problem or 'the tar is empty'}")
+        raise UserError(f"data_path {redact_url(shards[0][None])}: {problem or 'the tar is empty'}")
 
     def _index(self, path: str, folder: str | None) -> tuple[dict[str, MemberIndex], str | None, int]:
         """Index a tar.

@@ -1,1 +1,1 @@
-"""The demonstration: renders a small multimodal data set with exact ground truth, trains a 4M model on it, reports."""
+"""The demo: renders a small multimodal data set with exact ground truth, trains a 4M model on it, and reports."""

@@ -1,4 +1,4 @@
-"""``fourm demo``: render, tokenize, train, stop, resume, report."""
+"""Run ``fourm demo``: render, tokenize, train, stop, resume, generate, report."""
 
 import os
 
@@ -6,8 +6,8 @@ from fourm.utils.errors import run_cli
 
 
 def main() -> int:
-    # Threads that wait for each other in a loop make a step many times slower as soon as anything else runs beside it.
-    # OpenMP reads this when torch is loaded, so torch must not be yet.
+    # Busy-waiting threads make a step many times slower as soon as anything else runs on the machine.
+    # OpenMP reads this variable when torch is imported, so set it before that.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from fourm.demo.stages import parse, run
 

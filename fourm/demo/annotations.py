@@ -1,6 +1,6 @@
-"""What a rendered view says about itself: normals, class ids, edges, boxes, caption, colours and numbers.
+"""Derive annotations from a rendered view: normals, class ids, edges, boxes, caption, colours and metadata.
 
-Pure functions of a :class:`~fourm.demo.simulator.View`, so every modality is exact and all of them agree.
+All are pure functions of a :class:`~fourm.demo.simulator.View`, so that every modality is exact and all of them agree.
 """
 
 from __future__ import annotations
@@ -12,18 +12,17 @@ import numpy as np
 from PIL import Image
 
 from fourm.demo.camera import Camera
-from fourm.demo.scene import GROUNDS, TOYS, Placement
+from fourm.demo.scene import CLASSES, GROUNDS, TOYS, Placement
 from fourm.demo.simulator import View
 
-CLASSES = ("ground", *TOYS)  # class ids of the segmentation
-MIN_SIDE = 0.05  # of the picture: smaller boxes are not worth naming
-MIN_AREA = 0.004  # of the picture: pixels that must be left of a toy that others hide
-OCCLUSION_STEP = 0.03  # metres between neighbouring pixels that make an occlusion edge
+MIN_SIDE = 0.05  # minimum side of a box, as a fraction of the picture's side
+MIN_AREA = 0.004  # minimum visible area of a partly hidden toy, as a fraction of the picture
+OCCLUSION_STEP = 0.03  # minimum depth difference in metres between neighbouring pixels at an occlusion edge
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A toy as the picture shows it: box (xmin, ymin, xmax, ymax) in [0, 1], and distance in metres."""
+class VisibleToy:
+    """A toy in the picture, with its box (xmin, ymin, xmax, ymax) in [0, 1] and its distance in metres."""
 
     toy: Placement
     box: tuple[float, float, float, float]
@@ -34,31 +33,31 @@ class Seen:
         return f"{self.toy.paint or TOYS[self.toy.name].look} {self.toy.name}"
 
 
-def seen_toys(view: View) -> list[Seen]:
-    """The toys from left to right, with boxes tight around their pixels; those that are out of sight are left out."""
+def visible_toys(view: View) -> list[VisibleToy]:
+    """Return the visible toys from left to right, with tight boxes around their pixels."""
     size = len(view.instances)
-    found = []
+    toys = []
     for index, toy in enumerate(view.scene.toys):
         rows, columns = np.nonzero(view.instances == index)
         if len(rows):
-            (xmin, xmax), (ymin, ymax) = ((at.min() / size, (at.max() + 1) / size) for at in (columns, rows))
-            box = (float(xmin), float(ymin), float(xmax), float(ymax))
-            found.append(Seen(toy, box, float(view.depth[rows, columns].min())))
-    return sorted(found, key=lambda seen: seen.box[0] + seen.box[2])
+            bounds = (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+            xmin, ymin, xmax, ymax = (float(bound / size) for bound in bounds)
+            toys.append(VisibleToy(toy, (xmin, ymin, xmax, ymax), float(view.depth[rows, columns].min())))
+    return sorted(toys, key=lambda seen: seen.box[0] + seen.box[2])
 
 
 def is_clear(view: View) -> bool:
-    """Every toy of the scene is in the picture and large enough to be recognised."""
-    seen = seen_toys(view)
+    """Return whether every toy of the scene is visible and large enough to be recognised."""
+    seen = visible_toys(view)
     areas = np.bincount(view.instances[view.instances >= 0], minlength=len(view.scene.toys)) / view.instances.size
     sides = [min(x1 - x0, y1 - y0) for x0, y0, x1, y1 in (s.box for s in seen)]
     return len(seen) == len(view.scene.toys) and min(sides) >= MIN_SIDE and areas.min() >= MIN_AREA
 
 
 def normals(depth: np.ndarray, camera: Camera) -> np.ndarray:
-    """Surface normals (S, S, 3) of unit length in the camera frame, facing the viewer, from exact depth (S, S).
+    """Compute unit surface normals (S, S, 3) in the camera frame, facing the viewer, from exact depth (S, S).
 
-    Of the two neighbours along each axis the one nearer in depth is taken, so that edges of objects stay sharp.
+    Along each axis, the neighbour with the smaller depth difference is used, so that object edges stay sharp.
     """
     points = camera.points(depth)
 
@@ -73,45 +72,47 @@ def normals(depth: np.ndarray, camera: Camera) -> np.ndarray:
 
 
 def class_ids(view: View) -> np.ndarray:
-    """(S, S) uint8, index into :data:`CLASSES`."""
+    """Return the class of each pixel (S, S) as uint8 indices into :data:`~fourm.demo.scene.CLASSES`."""
     table = np.array([CLASSES.index(toy.name) for toy in view.scene.toys] + [0], np.uint8)
-    return table[view.instances]  # index −1, the ground, is the table's last entry
+    return table[view.instances]  # the ground has index −1, which selects the last entry
 
 
 def edges(rgb: np.ndarray) -> np.ndarray:
-    """Canny edges (S, S) bool of a colour picture."""
+    """Return the Canny edges (S, S) of a colour picture as bool."""
     from skimage.color import rgb2gray
     from skimage.feature import canny
 
     return canny(rgb2gray(rgb), sigma=1.5)
 
 
-def detections(seen: list[Seen]) -> dict[str, Any]:
-    """Boxes in the published format."""
+def detections(seen: list[VisibleToy]) -> dict[str, Any]:
+    """Return the boxes in the published format."""
     return {"instances": [{"boxes": list(s.box), "class_name": s.toy.name, "score": 1.0} for s in seen]}
 
 
-def caption(seen: list[Seen], ground: str, generator: np.random.Generator) -> str:
-    """One of several ways to say what stands where, from left to right."""
-    things = [f"{'an' if s.phrase[0] in 'aeiou' else 'a'} {s.phrase}" for s in seen]
-    listed = things[0] if len(things) == 1 else f"{', '.join(things[:-1])} and {things[-1]}"
-    where = GROUNDS[ground].phrase
+def caption(seen: list[VisibleToy], ground: str, generator: np.random.Generator) -> str:
+    """Describe the toys from left to right and the ground, in one of several randomly chosen sentence forms."""
+    phrases = [f"{'an' if s.phrase[0] in 'aeiou' else 'a'} {s.phrase}" for s in seen]
+    toys = phrases[0] if len(phrases) == 1 else f"{', '.join(phrases[:-1])} and {phrases[-1]}"
+    location = GROUNDS[ground].phrase
     form = generator.integers(4) if len(seen) > 1 else 0
     if form == 0:
-        return f"{listed} {where}"
+        return f"{toys} {location}"
     if form == 1:
-        return f"from left to right: {listed}, {where}"
+        return f"from left to right: {toys}, {location}"
     if form == 2:
-        between = f", {things[1]} in the middle" if len(seen) == 3 else f", {', '.join(things[1:-1])} in between"
-        return f"{where}, {things[0]} on the left{between if len(seen) > 2 else ''} and {things[-1]} on the right"
+        between = f", {phrases[1]} in the middle" if len(seen) == 3 else f", {', '.join(phrases[1:-1])} in between"
+        middle = between if len(seen) > 2 else ""
+        return f"{location}, {phrases[0]} on the left{middle} and {phrases[-1]} on the right"
     nearest = min(seen, key=lambda s: s.distance)
-    return f"{listed} {where}. the {nearest.toy.name} is closest"
+    return f"{toys} {location}. the {nearest.toy.name} is closest"
 
 
-def color_palette(rgb: np.ndarray, most: int = 7) -> list[dict[str, list[list[int]]]]:
-    """The 1 … ``most`` dominant colours (median cut), commonest first, in the published format."""
-    picture, palettes = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BOX), {}
-    for n in range(1, most + 1):
+def color_palette(rgb: np.ndarray, max_colors: int = 7) -> list[dict[str, list[list[int]]]]:
+    """Return palettes of 1 … ``max_colors`` colours by median cut, most frequent first, in the published format."""
+    picture = Image.fromarray(rgb).resize((32, 32), Image.Resampling.BOX)
+    palettes = {}
+    for n in range(1, max_colors + 1):
         reduced = picture.quantize(n, kmeans=1)
         counts = np.bincount(np.asarray(reduced).ravel(), minlength=n)[:n]
         colors = np.resize(np.array(reduced.getpalette()), (n, 3))
@@ -119,17 +120,18 @@ def color_palette(rgb: np.ndarray, most: int = 7) -> list[dict[str, list[list[in
     return [palettes]
 
 
-def metadata(view: View, seen: list[Seen], normal: np.ndarray, text: str) -> dict[str, float]:
-    """The published metadata as far as a rendered view knows them; nothing that a learned scorer would have to guess.
+def metadata(view: View, seen: list[VisibleToy], normal: np.ndarray, text: str) -> dict[str, float]:
+    """Return the published metadata that follow from a rendered view, without those that need a learned scorer.
 
-    Colourfulness is Hasler and Süsstrunk's, entropy that of grey levels in bits, geometric complexity the spread of the
-    normals' directions (1 − length of their mean), the occlusion score the share of pixels at a step in depth.
+    Colourfulness is defined as by Hasler and Süsstrunk, entropy is that of the grey levels in bits, geometric
+    complexity is the spread of the normals' directions (1 − length of their mean), and the occlusion score is the
+    fraction of pixels at a step in depth.
     """
     height, width = view.depth.shape
     red, green, blue = view.rgb.astype(np.float64).transpose(2, 0, 1)
     opponent = np.stack([red - green, (red + green) / 2 - blue])
     grey = np.asarray(Image.fromarray(view.rgb).convert("L"))
-    share = np.bincount(grey.ravel(), minlength=256) / grey.size
+    frequencies = np.bincount(grey.ravel(), minlength=256) / grey.size
     coco = [s.toy.name for s in seen if TOYS[s.toy.name].coco]
     steps = np.zeros(view.depth.shape, bool)
     for axis in (0, 1):
@@ -149,7 +151,7 @@ def metadata(view: View, seen: list[Seen], normal: np.ndarray, text: str) -> dic
         "brightness": grey.mean(),
         "contrast": grey.std(),
         "saturation": np.asarray(Image.fromarray(view.rgb).convert("HSV"))[..., 1].mean(),
-        "entropy": -(share[share > 0] * np.log2(share[share > 0])).sum(),
+        "entropy": -(frequencies[frequencies > 0] * np.log2(frequencies[frequencies > 0])).sum(),
         "walkability": on_ground,
         "objectness": 1 - on_ground,
         "semantic_diversity": len({s.toy.name for s in seen}) + 1,

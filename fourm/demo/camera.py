@@ -1,7 +1,7 @@
-"""A pinhole camera with a square picture: where it stands, and what its pixels and depths mean in space.
+"""A pinhole camera with a square picture, which maps between pixels, depths and points in space.
 
-Camera frame: x right, y up, z towards the viewer. Pixel i covers [i, i + 1), so its centre is i + 0.5. Depth is the
-distance along the optical axis.
+In the camera frame, x points right, y up and z towards the viewer. Pixel i covers [i, i + 1), so that its centre is
+i + 0.5. Depth is the distance along the optical axis.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Camera:
-    """A camera at ``eye`` that looks at ``target``; what lies nearer than ``near`` or beyond ``far`` is not seen."""
+    """A camera at ``eye`` that looks at ``target`` and sees depths between ``near`` and ``far``."""
 
     eye: tuple[float, float, float]
     target: tuple[float, float, float]
@@ -24,7 +24,7 @@ class Camera:
 
     @classmethod
     def orbit(cls, target: tuple, yaw: float, pitch: float, distance: float, **optics: float) -> Camera:
-        """A camera around ``target``: ``pitch`` is its height above the horizon in degrees, below 90."""
+        """Place a camera around ``target``; ``pitch`` is its elevation above the horizon in degrees, below 90."""
         yaw, pitch = math.radians(yaw), math.radians(pitch)
         direction = (math.cos(pitch) * math.sin(yaw), -math.cos(pitch) * math.cos(yaw), math.sin(pitch))
         eye = tuple(t + distance * d for t, d in zip(target, direction, strict=True))
@@ -32,7 +32,7 @@ class Camera:
 
     @property
     def matrix(self) -> np.ndarray:
-        """(4, 4), world → camera frame."""
+        """The transformation (4, 4) from the world to the camera frame."""
         back = np.subtract(self.eye, self.target)
         back = back / np.linalg.norm(back)
         right = np.cross((0.0, 0.0, 1.0), back)
@@ -43,23 +43,23 @@ class Camera:
         return matrix
 
     def focal(self, size: int) -> float:
-        """Focal length in pixels of a picture of ``size`` × ``size``."""
+        """Return the focal length in pixels for a picture of ``size`` × ``size`` pixels."""
         return size / 2 / math.tan(math.radians(self.field_of_view / 2))
 
     def points(self, depth: np.ndarray) -> np.ndarray:
-        """Back-project a depth map (S, S) → points (S, S, 3) in the camera frame."""
+        """Back-project a depth map (S, S) to points (S, S, 3) in the camera frame."""
         size = len(depth)
         rows, columns = np.mgrid[:size, :size] + 0.5
         scale = depth / self.focal(size)
         return np.stack([(columns - size / 2) * scale, (size / 2 - rows) * scale, -depth], axis=-1)
 
     def world_points(self, depth: np.ndarray) -> np.ndarray:
-        """Back-project a depth map (S, S) → points (S, S, 3) of the world."""
+        """Back-project a depth map (S, S) to points (S, S, 3) in the world frame."""
         matrix = self.matrix
         return (self.points(depth) - matrix[:3, 3]) @ matrix[:3, :3]  # the inverse of a rotation is its transpose
 
     def project(self, points: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """World points (..., 3) → row, column (pixels, fractions allowed) and depth, each (...)."""
+        """Project world points (..., 3) to rows and columns in (fractional) pixels and depths, each of shape (...)."""
         matrix = self.matrix
         x, y, z = np.moveaxis(points @ matrix[:3, :3].T + matrix[:3, 3], -1, 0)
         scale = self.focal(size) / -z

@@ -1,4 +1,4 @@
-"""The two pictures of the report: what the data look like, and how the losses fell."""
+"""Draw the two figures of the report: samples of the data, and loss curves."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from fourm.data.images import open_image
-from fourm.demo.report import Line
+from fourm.demo.report import ModalityResult
 from fourm.generation.plotting import class_colors
 from fourm.utils.errors import MissingDependency
 from fourm.utils.files import atomic_path
 
-# Paul Tol's muted scheme: told apart by colour-blind readers too.
+# Paul Tol's muted scheme, which colour-blind readers can distinguish.
 _COLORS = (
     "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499",
 )  # fmt: skip
@@ -28,7 +28,7 @@ def _pyplot() -> Any:
         import matplotlib
     except ImportError as error:
         raise MissingDependency("matplotlib", "drawing the demo's figures") from error
-    matplotlib.use("Agg")  # files only: a display is not needed
+    matplotlib.use("Agg")  # draws to files, without a display
     import matplotlib.pyplot as plt
 
     plt.rcParams.update({"font.size": 9, "axes.edgecolor": _FAINT, "axes.labelcolor": _INK, "text.color": _INK})
@@ -36,11 +36,12 @@ def _pyplot() -> Any:
 
 
 def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], path: Path) -> None:
-    """A row per sample and a column per modality.
+    """Draw a row per sample and a column per modality.
 
     Args:
-        samples: modality → file.
-        classes: names of the class ids.
+        samples: For each sample, modality → file.
+        classes: Names of the class ids.
+        path: The file to write.
     """
     plt = _pyplot()
     titles = ("colour and boxes", "depth", "surface normals", "segmentation", "edges", "caption, palette, metadata")
@@ -88,17 +89,19 @@ def _facts(axes: Any, caption: str, palette: list[list[int]], metadata: Mapping[
 
 
 def loss_curves(
-    training: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], lines: Sequence[Line],
+    training: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], results: Sequence[ModalityResult],
     stopped_at: int | None, path: Path,
 ) -> None:  # fmt: skip
-    """Training loss on the left; validation loss of each modality, with its baseline dashed, on the right.
+    """Draw the training loss, and the validation loss of each modality with its baseline as a dashed line.
 
     Args:
-        training, evaluations: as of :func:`fourm.demo.report.read_log`.
-        stopped_at: step at which the run was interrupted and continued.
+        training, evaluations: The results of :func:`fourm.demo.report.read_log`.
+        results: One per modality.
+        stopped_at: Step at which the run was stopped and resumed.
+        path: The file to write.
     """
     plt = _pyplot()
-    columns = (len(lines) + 1) // 2
+    columns = (len(results) + 1) // 2
     figure = plt.figure(figsize=(5 + 2.6 * columns, 5.6), layout="constrained")
     left, right = figure.subfigures(1, 2, width_ratios=[5, 2.6 * columns])
     figure.suptitle("A small 4M model on the demonstration data", fontsize=13)
@@ -110,17 +113,17 @@ def loss_curves(
     _mark_stop(axes, stopped_at, "stopped and resumed")
 
     grid = right.subplots(2, columns, sharex=True, squeeze=False)
-    for axes, line, color in zip(grid.flat, lines, _COLORS, strict=False):
-        axes.axhline(line.entropy, color=_INK, ls="--", lw=1)
+    for axes, result, color in zip(grid.flat, results, _COLORS, strict=False):
+        axes.axhline(result.entropy, color=_INK, ls="--", lw=1)
         axes.plot(
-            [e["step"] for e in evaluations], [e["per_modality"][line.modality] for e in evaluations],
+            [e["step"] for e in evaluations], [e["per_modality"][result.modality] for e in evaluations],
             color=color, lw=1.6, marker="o", ms=2.5,
         )  # fmt: skip
-        axes.set_title(f"{line.modality}: {line.loss:.2f} of {line.entropy:.2f}", fontsize=9)
+        axes.set_title(f"{result.modality}: {result.loss:.2f} of {result.entropy:.2f}", fontsize=9)
         axes.set_ylim(bottom=0)
         _finish(axes)
         _mark_stop(axes, stopped_at)
-    for axes in grid.flat[len(lines) :]:
+    for axes in grid.flat[len(results) :]:
         axes.axis("off")
     right.supxlabel("step", fontsize=9)
     right.suptitle("validation loss, and (dashed) the entropy of the modality's tokens", fontsize=10)

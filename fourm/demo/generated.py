@@ -1,7 +1,7 @@
-"""Stage 6: what the trained model generates for scenes that it has never seen, beside the truth.
+"""Stage 6: generate with the trained model for scenes that it has never seen, and compare with the truth.
 
-From RGB everything else; from words pictures. Beside each measure stands what guessing gives, and what the tokens can
-show at best: those of the true pictures, decoded.
+All other modalities are generated from RGB, and pictures from words. Each measure is reported together with two
+references: a guess, and the upper limit that the tokens set, which is what the tokens of the true pictures decode to.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from PIL import Image
 
 from fourm.data.image_augmenter import center_crop
 from fourm.data.raw_sample import OpenFiles, RawSample
-from fourm.demo import scores
+from fourm.demo import scores as metrics
 from fourm.demo.report import aligned
 from fourm.demo.scene import TOYS
 from fourm.demo.truth import KINDS, DecodedScene, guesses, read_scenes, truth
@@ -29,7 +29,7 @@ from fourm.generation.script import SHEET, GenerationOptions, run
 from fourm.utils.config import build
 from fourm.utils.files import atomic_path
 
-SHOWN = 5  # scenes on the sheet
+NUM_DRAWN = 5  # number of scenes on the sheet
 PROMPTS = (
     "a red cup and a yellow duck on the grass",
     "a blue car on a brick floor",
@@ -40,7 +40,7 @@ PROMPTS = (
 
 @dataclass(frozen=True)
 class Score:
-    """A measure of the generated scenes, of what the tokens can show at best (None: all of it), and of guesses."""
+    """A measure of the generated scenes, of the tokenized truth (None if that loses nothing), and of a guess."""
 
     measure: str
     unit: str
@@ -55,21 +55,21 @@ class Score:
 
 
 def generate_all(base: Mapping[str, Any], data: Path, out: Path, count: int) -> None:
-    """Generate what is missing, measure all of it (``scores.json``) and draw it (``sheet.png``, ``words/sheet.png``).
+    """Generate what is missing, score all of it (``scores.json``) and draw it (``sheet.png``, ``words/sheet.png``).
 
     Args:
-        base: keys of :class:`GenerationOptions`, of RGB → everything.
-        data: the demo's data.
-        out: folder for results and pictures.
-        count: validation scenes that are measured.
+        base: Keys of :class:`GenerationOptions` for generating everything from RGB.
+        data: Folder of the demo's data.
+        out: Folder for results and pictures.
+        count: Number of validation scenes to score.
     """
     photo, measured = _photograph(out / "photograph.png")
-    given: dict[str, dict[str, Any]] = {
+    jobs: dict[str, dict[str, Any]] = {
         "scenes": {"data": str(data / "val"), "num_samples": count},
         "photo": {"data": str(photo)},
         "words": {"data": list(PROMPTS), "cond_domains": "caption", "target_domains": "rgb-depth-semseg"},
     }
-    for name, keys in given.items():
+    for name, keys in jobs.items():
         run(build(GenerationOptions, {**base, **keys, "output_dir": str(out / name)}, "generation"))
 
     samples = read_scenes(data / "val")[:count]
@@ -78,59 +78,58 @@ def generate_all(base: Mapping[str, Any], data: Path, out: Path, count: int) -> 
     true = [truth(sample, size) for sample in samples]
     training = [truth(sample, size) for sample in read_scenes(data / "train", "shard-00000.tar")]
     sampler = Sampler.load(base["model"], base["tokenizers"])
-    shown = [reconstructed(sample, sampler) for sample in samples]
-    parts = [measures(scenes, true) for scenes in (generated, shown, guesses(training, count))]
-    found = [
-        Score(name, unit, value, parts[1].get((name, unit), (None,))[0], parts[2][name, unit][0], higher)
-        for (name, unit), (value, higher) in parts[0].items()
+    reconstructions = [reconstruct(sample, sampler) for sample in samples]
+    of_generated, of_tokens, of_guesses = (
+        measures(scenes, true) for scenes in (generated, reconstructions, guesses(training, count))
+    )
+    scores = [
+        Score(name, unit, value, of_tokens.get((name, unit), (None,))[0], of_guesses[name, unit][0], higher)
+        for (name, unit), (value, higher) in of_generated.items()
     ]
-    # Of features there is no other truth than what the tokens tell.
-    known = [{**tokens, **real} for real, tokens in zip(true, shown, strict=True)]
-    _sheet(generated[:SHOWN], known[:SHOWN], _by_kind(read_result(out / "photo" / photo.stem)), measured, out / SHEET)
+    # The truth of features is known from their tokens only.
+    references = [{**tokens, **real} for real, tokens in zip(true, reconstructions, strict=True)]
+    photo_result = _by_kind(read_result(out / "photo" / photo.stem))
+    _sheet(generated[:NUM_DRAWN], references[:NUM_DRAWN], photo_result, measured, out / SHEET)
     with atomic_path(out / "scores.json") as path:
-        path.write_text(json.dumps([asdict(score) for score in found], indent=2) + "\n")
+        path.write_text(json.dumps([asdict(score) for score in scores], indent=2) + "\n")
 
 
 def read_scores(out: Path) -> list[Score]:
     return [Score(**score) for score in json.loads((out / "scores.json").read_text())]
 
 
-def passed(found: Sequence[Score]) -> bool:
-    """Whether the model reads the picture; boxes take more than minutes to learn."""
-    return all(score.beats_guess for score in found if score.measure != "boxes")
+def passed(scores: Sequence[Score]) -> bool:
+    """Return whether the model beats the guess everywhere except for boxes, which take longer than minutes to learn."""
+    return all(score.beats_guess for score in scores if score.measure != "boxes")
 
 
 def measures(
     predicted: Sequence[DecodedScene], true: Sequence[DecodedScene]
 ) -> dict[tuple[str, str], tuple[float, bool]]:
-    """(measure, unit) → value and whether higher is better, for the kinds that ``predicted`` has."""
+    """Return (measure, unit) → value and whether higher is better, for the kinds of values in ``predicted``."""
     kinds = predicted[0].keys() & true[0].keys()
     p, t = ({kind: [scene[kind].value for scene in scenes] for kind in kinds} for scenes in (predicted, true))
-    found: dict[tuple[str, str], tuple[float, bool]] = {
-        ("depth", "absolute relative error"): (
-            float(np.mean(list(map(scores.abs_rel, p["depth"], t["depth"])))),
-            False,
-        ),
-        ("normals", "mean angle in degrees"): (
-            float(np.mean(list(map(scores.normal_angle, p["normal"], t["normal"])))),
-            False,
-        ),
-        ("segmentation", "mean IoU of the classes"): (scores.mean_iou(p["semseg"], t["semseg"]), True),
+    depth_error = float(np.mean(list(map(metrics.abs_rel, p["depth"], t["depth"]))))
+    angle = float(np.mean(list(map(metrics.normal_angle, p["normal"], t["normal"]))))
+    values: dict[tuple[str, str], tuple[float, bool]] = {
+        ("depth", "absolute relative error"): (depth_error, False),
+        ("normals", "mean angle in degrees"): (angle, False),
+        ("segmentation", "mean IoU of the classes"): (metrics.mean_iou(p["semseg"], t["semseg"]), True),
     }
     if "det" in p:
-        precision, recall = scores.box_precision_recall(p["det"], t["det"])
-        found["boxes", "precision at IoU 0.5"] = precision, True
-        found["boxes", "recall at IoU 0.5"] = recall, True
+        precision, recall = metrics.box_precision_recall(p["det"], t["det"])
+        values["boxes", "precision at IoU 0.5"] = precision, True
+        values["boxes", "recall at IoU 0.5"] = recall, True
     if "caption" in p:
-        precision, recall, exact = scores.word_precision_recall(p["caption"], t["caption"], [*TOYS])
-        found["objects in captions", "precision"] = precision, True
-        found["objects in captions", "recall"] = recall, True
-        found["objects in captions", "exactly the right ones"] = exact, True
-    return found
+        precision, recall, exact = metrics.word_precision_recall(p["caption"], t["caption"], [*TOYS])
+        values["objects in captions", "precision"] = precision, True
+        values["objects in captions", "recall"] = recall, True
+        values["objects in captions", "exactly the right ones"] = exact, True
+    return values
 
 
-def reconstructed(sample: RawSample, sampler: Sampler) -> DecodedScene:
-    """The pictures of a scene after they have been tokens, and what a network sees in them as tokens tell it."""
+def reconstruct(sample: RawSample, sampler: Sampler) -> DecodedScene:
+    """Tokenize and decode the pictures of a scene, and the features that a network computes from them."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     sources = {
         name: sampler.tokenizers[kind_of(m)].config.modality for name, m in sampler.targets.items() if m.type == "img"
@@ -141,15 +140,15 @@ def reconstructed(sample: RawSample, sampler: Sampler) -> DecodedScene:
     return _by_kind(decode(batch, sampler.inputs, sampler.tokenizers)[0])
 
 
-def markdown(found: Sequence[Score]) -> str:
-    """The scores as a table."""
+def markdown(scores: Sequence[Score]) -> str:
+    """Format the scores as a table."""
     head = ("", "", "generated from RGB", "tokens of the truth", "guess", "better is")
     rows = [
         (
             score.measure, score.unit, f"{score.generated:.3g}", "" if score.tokens is None else f"{score.tokens:.3g}",
             f"{score.guess:.3g}", "higher" if score.higher_is_better else "lower",
         )
-        for score in found
+        for score in scores
     ]  # fmt: skip
     return aligned(head, rows, left=(0, 1, 5))
 
@@ -159,7 +158,7 @@ def _by_kind(result: Mapping[str, Decoded]) -> DecodedScene:
 
 
 def _photograph(path: Path) -> tuple[Path, np.ndarray]:
-    """A real picture that ships with scikit-image, as a file, and its depth up to scale by a stereo measurement."""
+    """Save a photograph that ships with scikit-image; return its file, and its measured stereo depth up to scale."""
     import skimage.data
 
     left, _, disparity = skimage.data.stereo_motorcycle()
@@ -178,7 +177,7 @@ def _sheet(
     measured: np.ndarray,
     path: Path,
 ) -> None:
-    """Two rows per scene, what was generated and the truth; of the photograph only depth was measured."""
+    """Draw two rows per scene, for the generated values and the truth; for the photograph, only depth was measured."""
     kinds = [kind for kind in KINDS if kind in generated[0]]
     rows, labels = [], []
     for scene, real in zip(generated, true, strict=True):

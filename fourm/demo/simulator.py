@@ -1,6 +1,6 @@
-"""Renders a scene: colour with shadows, exact depth and instance masks, on the CPU.
+"""Render scenes on the CPU: colour with shadows, exact depth, and instance masks.
 
-The renderer is pybullet's TinyRenderer, a rasteriser without antialiasing: depth and mask of a pixel are those of the
+The renderer is pybullet's TinyRenderer, a rasteriser without antialiasing: depth and mask of a pixel belong to the
 surface at its centre.
 """
 
@@ -27,17 +27,19 @@ from fourm.utils.errors import MissingDependency
 FIELD_OF_VIEW = 45.0
 NEAR, FAR = 0.05, 3.0  # metres
 LOOK_AT = (0.0, 0.0, 0.04)
-SHADOW = 0.5  # share of the light that reaches what the lamp does not see
+SHADOW = 0.5  # fraction of the light that reaches the ground in shadow
 
 
 @dataclass(frozen=True)
 class View:
-    """What the camera sees of a scene, pixel by pixel.
+    """A rendered view of a scene.
 
     Attributes:
-        rgb: (S, S, 3) uint8, antialiased.
-        depth: (S, S) float32, distance along the optical axis in metres.
-        instances: (S, S) int16, index into ``scene.toys``; −1 = ground.
+        scene: The scene.
+        camera: The camera.
+        rgb: Colours (S, S, 3) uint8, antialiased.
+        depth: Distances (S, S) float32 along the optical axis in metres.
+        instances: Indices (S, S) int16 into ``scene.toys``; −1 is the ground.
     """
 
     scene: Scene
@@ -48,7 +50,7 @@ class View:
 
 
 class Simulator:
-    """A physics world that holds every toy once, invisible until a scene shows it. A context manager."""
+    """A physics world that contains every toy once, invisible until a scene uses it. It is a context manager."""
 
     def __init__(self) -> None:
         try:
@@ -70,8 +72,8 @@ class Simulator:
                 photograph = Image.fromarray(getattr(skimage.data, ground.photograph)()).convert("RGB")
                 photograph.resize((512, 512)).save(path)
                 self._texture[name] = self._call("loadTexture", path)
-        # Each toy's links with the colours they come in.
-        self._paintwork = {
+        # The links of each toy with their original colours.
+        self._link_colors = {
             name: [(shape[1], shape[7][:3]) for shape in self._call("getVisualShapeData", body)]
             for name, body in self._body.items()
         }
@@ -79,13 +81,14 @@ class Simulator:
         for name in TOYS:
             self._paint(name, 0)
         self.footprint: dict[str, float] = {}  # toy → radius in metres of the circle that it covers
-        self._middle: dict[str, tuple[float, float, float]] = {}  # toy → the point of it that stands on (x, y, 0)
+        self._base_point: dict[str, tuple[float, float, float]] = {}  # toy → its point that is placed at (x, y, 0)
         for name in TOYS:
-            self.footprint[name], self._middle[name] = self._measure(name)
+            self.footprint[name], self._base_point[name] = self._measure(name)
 
     def render(self, scene: Scene, size: int) -> View:
-        """The scene as a camera of ``size`` × ``size`` pixels sees it; depends on nothing but its arguments."""
-        ground, (x, y, yaw) = GROUNDS[scene.ground], scene.ground_pose
+        """Render the scene at ``size`` × ``size`` pixels; the result depends on the arguments only."""
+        ground = GROUNDS[scene.ground]
+        x, y, yaw = scene.ground_pose
         texture = self._texture[scene.ground]
         self._call("changeVisualShape", self._ground, -1, textureUniqueId=texture, rgbaColor=(*ground.tint, 1))
         self._place(self._ground, (x, y, 0), (0, 0, 0), yaw)
@@ -94,7 +97,7 @@ class Simulator:
             self._stand(toy)
         yaw, pitch, distance = scene.camera
         camera = Camera.orbit(LOOK_AT, yaw, pitch, distance, field_of_view=FIELD_OF_VIEW, near=NEAR, far=FAR)
-        # One surface per pixel for depth and masks; twice as fine and then averaged for colour.
+        # Depth and masks need one surface per pixel; colour is rendered at twice the resolution and averaged.
         _, depth, bodies = self._shoot(camera, size)
         rgb, *surfaces = self._shoot(camera, 2 * size, scene.light)
         lit = np.where(self._in_shadow(camera, *surfaces, light=scene.light)[..., None], SHADOW, 1) * rgb
@@ -129,15 +132,15 @@ class Simulator:
         self._call("resetBasePositionAndOrientation", body, position, orientation)
 
     def _stand(self, toy: Placement) -> None:
-        """Put the middle of the toy over (x, y), and its lowest point on the ground."""
-        x, y, z = self._middle[toy.name]
+        """Place the middle of the toy over (x, y), and its lowest point on the ground."""
+        x, y, z = self._base_point[toy.name]
         cos, sin = math.cos(math.radians(toy.yaw)), math.sin(math.radians(toy.yaw))
         position = (toy.x - cos * x + sin * y, toy.y - sin * x - cos * y, -z)
         self._place(self._body[toy.name], position, TOYS[toy.name].upright, toy.yaw)
 
     def _paint(self, name: str, alpha: float, paint: str | None = None) -> None:
-        """Colour a toy (None: as it comes); the renderer leaves out what has ``alpha`` 0."""
-        for link, colour in self._paintwork[name]:
+        """Paint a toy (None for its original colours); the renderer omits toys with ``alpha`` 0."""
+        for link, colour in self._link_colors[name]:
             rgb = colour if paint is None else PAINTS[paint]
             self._call("changeVisualShape", self._body[name], link, rgbaColor=(*rgb, alpha))
 
@@ -145,9 +148,9 @@ class Simulator:
         self._call("changeVisualShape", self._ground, -1, rgbaColor=(1, 1, 1, 0))
 
     def _measure(self, name: str) -> tuple[float, tuple[float, float, float]]:
-        """A toy's footprint radius, and the point of it that stands on (x, y, 0).
+        """Return a toy's footprint radius, and its point that is placed at (x, y, 0).
 
-        Measured in two views that are almost parallel projections, because collision shapes leave parts out.
+        They are measured in two nearly parallel projections, because collision shapes do not cover all parts.
         """
         size, half, distance = 256, 0.35, 50.0
         optics = {"field_of_view": 2 * math.degrees(math.atan(half / distance)), "near": 45.0, "far": 55.0}
@@ -159,7 +162,8 @@ class Simulator:
             rows, columns = np.nonzero(bodies == self._body[name])
             return np.stack([columns + 0.5 - size / 2, size / 2 - rows - 0.5]) * 2 * half / size
 
-        above, bottom = silhouette(89.99), silhouette(0)[1].min()  # seen from above, the axes are the world's x and y
+        above = silhouette(89.99)  # from above, the axes are the world's x and y
+        bottom = silhouette(0)[1].min()
         x, y = (above.min(axis=1) + above.max(axis=1)) / 2
         radius = np.hypot(above[0] - x, above[1] - y).max() + half / size
         self._paint(name, 0)
@@ -168,10 +172,10 @@ class Simulator:
     def _shoot(
         self, camera: Camera, size: int, light: tuple | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Colour (S, S, 3), depth (S, S) in metres and body ids (S, S)."""
+        """Return colour (S, S, 3), depth (S, S) in metres and body ids (S, S)."""
         near, far = camera.near, camera.far
         projection = list(self._p.computeProjectionMatrixFOV(camera.field_of_view, 1, near, far))
-        # The rasteriser looks at the lower left corners of pixels: move the picture so that their centres lie there.
+        # The rasteriser samples the lower left corners of pixels: shift the picture so that it samples their centres.
         projection[8] = projection[9] = 1 / size
         _, _, rgb, buffer, bodies = self._call(
             "getCameraImage", size, size,
@@ -185,29 +189,27 @@ class Simulator:
         return rgb, depth.astype(np.float32), np.reshape(bodies, (size, size))
 
     def _in_shadow(self, camera: Camera, depth: np.ndarray, bodies: np.ndarray, *, light: tuple) -> np.ndarray:
-        """Which pixels (S, S) show ground that the lamp does not see; the renderer's own shadows are hardly visible."""
+        """Return which pixels (S, S) show ground in shadow; the renderer's own shadows are barely visible."""
         size, distance = 256, 2.0
         eye = tuple(distance * np.array(light) / np.linalg.norm(light))
         lamp = Camera(eye, (0, 0, 0), field_of_view=24.0, near=1.0, far=4.0)
-        self._call(
-            "changeVisualShape", self._ground, -1, rgbaColor=(1, 1, 1, 0)
-        )  # it throws no shadows, and takes time
+        self._hide_ground()  # it casts no shadows, and takes time to render
         _, nearest, _ = self._shoot(lamp, size)
-        rows, columns, away = lamp.project(camera.world_points(depth), size)
+        rows, columns, distances = lamp.project(camera.world_points(depth), size)
         inside = (rows >= 0) & (rows < size) & (columns >= 0) & (columns < size) & (bodies == self._ground)
         shadow = np.zeros(depth.shape, bool)
-        shadow[inside] = away[inside] > nearest[rows[inside].astype(int), columns[inside].astype(int)] + 0.01
+        shadow[inside] = distances[inside] > nearest[rows[inside].astype(int), columns[inside].astype(int)] + 0.01
         return shadow
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence what the C++ library prints about itself and its own meshes."""
+    """Silence the messages of the C++ library about itself and its meshes."""
     sys.stdout.flush()
     streams = {number: os.dup(number) for number in (1, 2)}
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w") as null:
         for number in streams:
-            os.dup2(nowhere.fileno(), number)
+            os.dup2(null.fileno(), number)
     try:
         yield
     finally:

@@ -1,7 +1,7 @@
-"""The demo's stages, in order; what is finished is kept, so the demo may be interrupted anywhere and started again.
+"""Run the stages of the demo in order. Finished work is kept, so that the demo may be interrupted and restarted.
 
-``OUT/demo.json`` holds the options that decide what the data are, the seconds that each stage took, and the step at which
-training was stopped on purpose.
+``OUT/demo.json`` records the options that determine the data, the seconds that each stage took, and the step at which
+the training was stopped on purpose.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ import yaml
 
 import fourm
 from fourm.demo import generated, network, report, training
-from fourm.demo.annotations import CLASSES
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
-from fourm.utils.config import load_yaml, settle
+from fourm.demo.scene import CLASSES
+from fourm.utils.config import load_yaml, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
@@ -33,7 +33,7 @@ from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
 from fourm.vq.fit_codebook import FitOptions, fit_codebook
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
 
-ROOT = Path(fourm.__file__).parents[1]  # of the repository: the training command and the configs lie there
+ROOT = Path(fourm.__file__).parents[1]  # of the repository, which contains the training command and the configurations
 SHARD_SIZE, FOLDER_SIZE = 250, 100
 
 
@@ -41,69 +41,77 @@ SHARD_SIZE, FOLDER_SIZE = 250, 100
 class DemoOptions:
     """The command line of the demo."""
 
-    out: AnyPath = option("folder for everything that the demo makes", "demo_run")
-    train_scenes: int = option("scenes to train on", 2000, at_least=1, at_most=10**7)
-    val_scenes: int = option("scenes to validate on", 200, at_least=1, at_most=10**7)
+    out: AnyPath = option("folder for all files of the demo", "demo_run")
+    train_scenes: int = option("number of training scenes", 2000, at_least=1, at_most=10**7)
+    val_scenes: int = option("number of validation scenes", 200, at_least=1, at_most=10**7)
     size: int = option("side of the rendered pictures in pixels", 128, at_least=1, at_most=10_000)
     seed: int = option("seed of the scenes and codebooks", 0, at_least=0, at_most=2**62)
-    workers: int = option("processes that render and read", 2, at_least=1, at_most=512)
+    workers: int = option("number of processes that render and read data", 2, at_least=1, at_most=512)
     config: AnyPath = option("training configuration", "cfgs/demo/main.yaml")
-    generated_scenes: int = option("validation scenes that are generated and measured", 100, at_least=1, at_most=10**7)
+    generated_scenes: int = option(
+        "number of validation scenes to generate and measure", 100, at_least=1, at_most=10**7
+    )
     stages: str = option(
-        "which stages to run, joined by commas", "render,vocabulary,codebooks,tokenize,train,generate,report"
+        "stages to run, separated by commas", "render,vocabulary,codebooks,tokenize,train,generate,report"
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
         for stage in self.stages.split(","):
             if stage not in STAGES:
-                raise UserError(f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}; there are {', '.join(STAGES)}")
+                raise UserError(
+                    f"unknown stage '{stage}'{did_you_mean(stage, STAGES)}; the stages are {', '.join(STAGES)}"
+                )
 
 
 class Demo:
-    """The paths and the record of one demo folder."""
+    """The paths and the record of a demo folder."""
 
     def __init__(self, options: DemoOptions):
         self.options = options
         self.out = Path(options.out).resolve()
-        self.data, self.codebooks, self.run = (self.out / name for name in ("data", "codebooks", "training"))
+        self.data = self.out / "data"
+        self.codebooks = self.out / "codebooks"
+        self.run = self.out / "training"
         self.generation = self.out / "generated"
-        self.vocabulary, self._record = self.out / "vocabulary.json", self.out / "demo.json"
+        self.vocabulary = self.out / "vocabulary.json"
+        self._record_file = self.out / "demo.json"
         given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
         self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: {self.out} is a file: give the path of a folder")
-        if not self._record.exists():
+        if not self._record_file.exists():
             if self.out.exists() and any(self.out.iterdir()):
-                raise UserError(f"out: {self.out} holds what the demo did not make: choose a new folder")
+                raise UserError(f"out: {self.out} contains files that the demo did not write: choose a new folder")
         else:
             self.record = self._read_record()
             for key, value in self.record["options"].items():
                 if given.get(key) != value:
                     raise UserError(
-                        f"{self.out} was made with {key} {value}, not {given.get(key)}: choose another --out, or remove it"
+                        f"{self.out} was made with {key} {value}, not {given.get(key)}: choose another --out, or "
+                        "remove the folder"
                     )
 
     def _read_record(self) -> dict[str, Any]:
         try:
-            record = json.loads(self._record.read_bytes())
-            if {"options": dict, "seconds": dict}.items() <= {
-                key: type(value) for key, value in record.items()
-            }.items():
+            record = json.loads(self._record_file.read_bytes())
+            if type(record["options"]) is dict and type(record["seconds"]) is dict:
                 return {"stopped_at": None, **record}
-        except (ValueError, AttributeError, RecursionError):
+        except (ValueError, TypeError, KeyError, IndexError, RecursionError):
             pass
-        raise UserError(f"{self._record} is damaged, or not the demo's: choose another --out, or remove the folder")
+        raise UserError(
+            f"{self._record_file} is damaged, or was not written by the demo: choose another --out, or remove the "
+            "folder"
+        )
 
     def save(self) -> None:
-        with atomic_path(self._record) as path:
+        with atomic_path(self._record_file) as path:
             path.write_text(json.dumps(self.record, indent=2) + "\n")
 
     def units(self, split: str) -> list[Unit]:
-        count, size = {"train": (self.options.train_scenes, SHARD_SIZE), "val": (self.options.val_scenes, FOLDER_SIZE)}[
-            split
-        ]
-        return units(self.data, split, count, size)
+        if split == "train":
+            return units(self.data, split, self.options.train_scenes, SHARD_SIZE)
+        return units(self.data, split, self.options.val_scenes, FOLDER_SIZE)
 
     @cached_property
     def config(self) -> dict[str, Any]:
@@ -112,7 +120,7 @@ class Demo:
 
     @cached_property
     def data_config(self) -> dict[str, Any]:
-        """The data configuration, with the paths of this folder."""
+        """The data configuration with the paths of this demo folder."""
         config = load_yaml(self._file(self.config["data_config"]))
         (train,), (val,) = config["train"]["datasets"].values(), config["val"]["datasets"].values()
         folders = train["data_path"].split("[")[1].split("]")[0]
@@ -123,7 +131,7 @@ class Demo:
 
     @property
     def tokenized(self) -> dict[str, dict[str, Any]]:
-        """Modality of images → declaration of its tokens."""
+        """The image modalities that are tokenized: name → declaration of the tokens."""
         declared = self.data_config["modalities"].items()
         return {name.split("@")[0].removeprefix("tok_"): d | {"name": name} for name, d in declared if "tok_" in name}
 
@@ -137,7 +145,7 @@ class Demo:
 
 
 def render(demo: Demo) -> None:
-    """Scenes → shards for training, folders for validation."""
+    """Render the scenes, as shards for training and folders for validation."""
     options = demo.options
     render_all(demo.units("train") + demo.units("val"), options.size, options.seed, options.workers)
     first = demo.units("val")[0]
@@ -148,7 +156,7 @@ def render(demo: Demo) -> None:
 
 
 def vocabulary(demo: Demo) -> None:
-    """A text vocabulary of what the captions need: the shipped one has 30 000 words to choose from, for minutes more."""
+    """Train a small vocabulary on the captions; the shipped one of 30 000 tokens would take minutes more to learn."""
     if not demo.vocabulary.exists():
         size = demo.data_config["modalities"]["caption"]["vocab_size"]
         captions = str(demo.data / "train" / "caption")
@@ -156,7 +164,7 @@ def vocabulary(demo: Demo) -> None:
 
 
 def codebooks(demo: Demo) -> None:
-    """A codebook per modality of images, and one of what a network sees in them."""
+    """Fit a codebook for each image modality, and one for the features that a network computes from RGB."""
     for modality, declared in demo.tokenized.items():
         if (demo.codebooks / modality).exists():
             continue
@@ -180,7 +188,7 @@ def codebooks(demo: Demo) -> None:
 
 
 def tokenize(demo: Demo) -> None:
-    """Every image → token ids, once for its centre crop: captions that say left and right do not follow random ones."""
+    """Tokenize the centre crop of each image; random crops could contradict captions that say left and right."""
     for split in ("train", "val"):
         for modality, declared in demo.tokenized.items():
             save_tokens(
@@ -193,7 +201,7 @@ def tokenize(demo: Demo) -> None:
 
 
 def train(demo: Demo) -> None:
-    """The training command, stopped in the middle and resumed."""
+    """Run the training command, stop it halfway and resume it."""
     if (demo.run / "model.safetensors").exists():
         return
     data_config = demo.out / "data.yaml"
@@ -205,7 +213,7 @@ def train(demo: Demo) -> None:
     )  # fmt: skip
     config = demo.config
     steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
-    # Not at the end of an epoch: that a run continues exactly is worth showing in the middle of one.
+    # Not at the end of an epoch, to demonstrate that a run continues exactly from the middle of one.
     stop_at = int(0.45 * steps) if demo.record["stopped_at"] is None else None
     stopped = training.train(command, ROOT, demo.run, stop_at)
     if stopped is not None:
@@ -215,50 +223,54 @@ def train(demo: Demo) -> None:
 
 
 def generate(demo: Demo) -> None:
-    """Scenes that the model has never seen, from RGB alone; a photograph; pictures from words."""
-    beside = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
-    base = load_yaml(beside if beside.exists() else ROOT / "cfgs/demo/generation.yaml")
-    own = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
-    generated.generate_all(base | own, demo.data, demo.generation, demo.generated_scenes)
+    """Generate from the RGB of unseen scenes, from a photograph, and from words."""
+    config = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
+    base = load_yaml(config if config.exists() else ROOT / "cfgs/demo/generation.yaml")
+    paths = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
+    generated.generate_all(base | paths, demo.data, demo.generation, demo.generated_scenes)
 
 
 def summarize(demo: Demo) -> int:
-    """The tables and the curves.
+    """Write the tables and the curves.
 
     Returns:
-        The demo's exit status: 0 if the model learned what it must.
+        The demo's exit status, which is 0 if the model passed.
     """
-    trained, evaluations = report.read_log(demo.run)
-    lines = report.table(evaluations[-1]["per_modality"], report.entropies(demo.run))
-    loss_curves(trained, evaluations, lines, demo.record["stopped_at"], demo.out / "curves.png")
+    training_log, evaluations = report.read_log(demo.run)
+    results = report.table(evaluations[-1]["per_modality"], report.entropies(demo.run))
+    loss_curves(training_log, evaluations, results, demo.record["stopped_at"], demo.out / "curves.png")
     seconds, scores = demo.record["seconds"], generated.read_scores(demo.generation)
-    facts = {"steps": trained[-1]["step"], "stopped_at": demo.record["stopped_at"], "seconds": seconds}
+    facts = {"steps": training_log[-1]["step"], "stopped_at": demo.record["stopped_at"], "seconds": seconds}
     facts["generated"] = [dataclasses.asdict(score) for score in scores]
-    ok = report.passed(lines) and generated.passed(scores)
-    verdict = "PASSED" if ok else "FAILED"
+    passed = report.passed(results) and generated.passed(scores)
     text = f"""
-{report.markdown(lines)}
+{report.markdown(results)}
 
-Loss and entropy in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The entropy is
-the best that a model could do which only knows how often each token occurs.
+Loss and entropy are in nats per token, on the {demo.options.val_scenes} validation scenes with fixed token budgets. The
+entropy is the lowest loss of any model that knows only how often each token occurs.
 
 {generated.markdown(scores)}
 
-What the model generates from the RGB of {demo.generated_scenes} validation scenes, against the truth. Depth is compared after fitting scale
-and shift. Tokens of the truth: what the codebooks can show at best. Guess: of every pixel the mean, or commonest, of 250
-training scenes; boxes and caption of another scene.
+This table compares what the model generates from the RGB of {demo.generated_scenes} validation scenes with the truth.
+Depth is compared after fitting scale and shift. *Tokens of the truth* is the limit that the codebooks set. The *guess*
+is the mean, or most frequent, value of each pixel in {SHARD_SIZE} training scenes, and the boxes and the caption of
+another scene.
 
-{verdict}. To pass, depth, normals, segmentation, captions and boxes must have a loss clearly below the entropy (at most {report.CLEAR} of
-it), and what is generated of depth, normals, segmentation and objects in captions must be better than the guess.
-Trained for {facts["steps"]} steps; stopped on purpose at step {facts["stopped_at"]} and resumed. Seconds: {_listed(seconds)}.
+{"PASSED" if passed else "FAILED"}. To pass, the losses of depth, normals, segmentation, captions and boxes must be
+clearly below the entropy (at most {report.CLEAR_RATIO} of it), and the generated depth, normals, segmentation and
+objects in captions must be better than the guess.
+The model was trained for {facts["steps"]} steps; the training was stopped on purpose at step {facts["stopped_at"]} and
+resumed. Seconds: {_list_seconds(seconds)}.
 """
-    report.write(demo.out, lines, facts, text)
+    report.write(demo.out, results, facts, text)
     print(text)
-    pictures = {"curves": "curves.png", "data": "samples.png", "from RGB": "generated/sheet.png",
-                "from words": "generated/words/sheet.png"}  # fmt: skip
-    for what, name in {"report": "report.md", **pictures}.items():
-        print(f"{what + ':':12}{demo.out / name}")
-    return 0 if ok else 1
+    files = {
+        "report": "report.md", "curves": "curves.png", "data": "samples.png", "from RGB": "generated/sheet.png",
+        "from words": "generated/words/sheet.png",
+    }  # fmt: skip
+    for title, name in files.items():
+        print(f"{title + ':':12}{demo.out / name}")
+    return 0 if passed else 1
 
 
 STAGES: dict[str, Callable[[Demo], int | None]] = {
@@ -268,15 +280,15 @@ STAGES: dict[str, Callable[[Demo], int | None]] = {
 
 
 def parse(argv: list[str] | None = None) -> DemoOptions:
-    return parse_options(DemoOptions, argv, "Render a small multimodal data set, train a 4M model on it, report.")
+    return parse_options(DemoOptions, argv, "Render a small multimodal data set, train a 4M model on it, and report.")
 
 
 def run(options: DemoOptions) -> int:
-    """Run the stages; returns the exit status."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that children are stopped too
+    """Run the stages and return the exit status."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that child processes are stopped too
     demo = Demo(options)
     if network.MODALITY in demo.tokenized:
-        network.weights_file()  # to be missed now, not after minutes of rendering
+        network.weights_file()  # fails now if it is missing, rather than after minutes of rendering
     demo.save()
     status = 0
     for name in STAGES:
@@ -286,7 +298,7 @@ def run(options: DemoOptions) -> int:
             try:
                 status = STAGES[name](demo) or 0
             except KeyboardInterrupt:
-                print(f"\ninterrupted during {name}; run the same command again to go on")
+                print(f"\ninterrupted during {name}; run the same command again to continue")
                 return 128 + signal.SIGINT
             finally:
                 seconds = demo.record["seconds"]
@@ -295,6 +307,6 @@ def run(options: DemoOptions) -> int:
     return status
 
 
-def _listed(seconds: dict[str, float]) -> str:
+def _list_seconds(seconds: dict[str, float]) -> str:
     total = sum(seconds.values())
-    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + f"; together {total:.0f}"
+    return ", ".join(f"{name} {value:.0f}" for name, value in seconds.items()) + f"; {total:.0f} in total"

@@ -1,4 +1,4 @@
-"""Stage 4: the ordinary training command as a process of its own, stopped once on purpose and resumed."""
+"""Stage 4: run the ordinary training command in a separate process, stop it once on purpose, and resume it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _POLL = 0.5  # seconds
 
 
 def last_step(run: Path) -> int:
-    """The newest optimizer step that the run's log mentions; 0 before the first."""
+    """Return the latest optimizer step in the run's log, or 0 before the first step."""
     log = run / "log.jsonl"
     if not log.exists():
         return 0
@@ -26,26 +26,29 @@ def last_step(run: Path) -> int:
 
 
 def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> int | None:
-    """Run ``command`` to its end.
+    """Run ``command`` until it finishes or is stopped.
 
     Args:
-        run: its run folder.
-        stop_at: at this step it is told to stop (SIGTERM), which it answers with a checkpoint; then it is not run again.
+        command: The training command.
+        cwd: Its working directory.
+        run: Its run folder.
+        stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it
+            finish.
 
     Returns:
-        The step at which it was stopped; None if it finished.
+        The step at which it was stopped, or None if it finished.
 
     Raises:
-        UserError: it failed.
+        UserError: If the command fails.
     """
-    # In a session of its own Ctrl-C reaches only this process, which then asks the training to save and end, once.
+    # With a new session, Ctrl-C reaches only this process, which then asks the training once to save and exit.
     process = subprocess.Popen(command, cwd=cwd, start_new_session=True)
     stopped = None
     try:
         while process.poll() is None:
             if stop_at is not None and stopped is None and last_step(run) >= stop_at:
                 stopped = last_step(run)
-                print(f"\nstopping on purpose at step {stopped}; it will resume", flush=True)
+                print(f"\nstopping the training on purpose at step {stopped}; it will be resumed", flush=True)
                 process.send_signal(signal.SIGTERM)
             time.sleep(_POLL)
     finally:
@@ -54,13 +57,13 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
             process.wait()
     if stopped is None and process.returncode:
         raise UserError(
-            f"training failed with exit status {process.returncode}: see above and {run}; "
-            f"to repeat it alone: {' '.join(command)}"
+            f"training failed with exit status {process.returncode}; see the messages above and the logs in {run}. "
+            f"To run only this stage again: {' '.join(command)}"
         )
     return stopped
 
 
 def command(config: Path, **overrides: object) -> list[str]:
-    """The training command with ``--key value`` overrides."""
+    """Return the training command with ``--key value`` overrides."""
     options = [str(part) for key, value in overrides.items() for part in (f"--{key}", value)]
     return [sys.executable, "run_training_4m.py", "--config", str(config), "--auto_resume", *options]

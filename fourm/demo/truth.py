@@ -1,4 +1,4 @@
-"""What validation scenes really show, in the same form as what is generated, and what can be said without looking."""
+"""Read the truth of validation scenes in the form of generated results, and guess it without using the picture."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.folders import Folders
 from fourm.data.raw_sample import OpenFiles, RawSample
 from fourm.data.shards import Shards
-from fourm.demo.annotations import CLASSES
+from fourm.demo.scene import CLASSES
 from fourm.demo.simulator import FAR
 from fourm.generation.decoding import Decoded, decode_pixels
 from fourm.generation.inputs import read_pixels
 from fourm.vq.crops import tokenizer_transform
 
 DecodedScene = Mapping[str, Decoded]
-"""Kind → what a scene shows of it."""
+"""Kind of value → its value in a scene."""
 
 PICTURES = ("rgb", "depth", "normal", "semseg", "canny_edge")
 TEXTS = ("det", "caption", "color_palette", "metadata")
@@ -27,8 +27,9 @@ KINDS = (*PICTURES, "feature", *TEXTS)
 
 
 def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
-    """The samples of a split, or those of one shard."""
-    wanted, ledger = {kind: kind for kind in (*PICTURES, *TEXTS)}, BadSampleLedger(str(root), max_bad_fraction=0.0)
+    """Read the samples of a split, or those of one shard."""
+    wanted = {kind: kind for kind in (*PICTURES, *TEXTS)}
+    ledger = BadSampleLedger(str(root), max_bad_fraction=0.0)
     data_path = f"{root}/[{','.join(wanted)}]"
     if shard is None:
         return Folders(data_path, wanted, None, ledger).all(ledger)
@@ -36,18 +37,18 @@ def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
 
 
 def truth(sample: RawSample, size: int) -> DecodedScene:
-    """A scene at ``size`` pixels; its depth in metres."""
+    """Return the true values of a scene at ``size`` × ``size`` pixels, with depth in metres."""
     values = sample.values(OpenFiles(), keep_pixels=False)
-    found = {}
+    pictures = {}
     for kind in PICTURES:
         transform = tokenizer_transform(kind, {"standardize_depth": False} if kind == "depth" else {})
         pixels = read_pixels(values[kind], transform, size)
         pixels = pixels if pixels.ndim == 3 else pixels[None]
-        found[kind] = decode_pixels(kind, pixels[None].float(), ((0.5,), (0.5,)))
-    found["depth"] = Decoded("depth", found["depth"].value * FAR)
-    found["semseg"] = Decoded("semseg", found["semseg"].value, names=CLASSES)
+        pictures[kind] = decode_pixels(kind, pixels[None].float(), ((0.5,), (0.5,)))
+    pictures["depth"] = Decoded("depth", pictures["depth"].value * FAR)
+    pictures["semseg"] = Decoded("semseg", pictures["semseg"].value, names=CLASSES)
     return {
-        **found,
+        **pictures,
         "det": Decoded("det", values["det"]["instances"]),
         "caption": Decoded("caption", values["caption"]),
         "color_palette": Decoded("color_palette", values["color_palette"][0]["7"]),
@@ -56,8 +57,10 @@ def truth(sample: RawSample, size: int) -> DecodedScene:
 
 
 def guesses(scenes: Sequence[DecodedScene], count: int) -> list[DecodedScene]:
-    """The best that can be said about ``count`` unseen scenes: of pictures the mean, or commonest, of each pixel of
-    ``scenes``; boxes and caption are those of one of them.
+    """Make the best guesses about ``count`` unseen scenes.
+
+    For pictures this is the mean, or most frequent, value of each pixel in ``scenes``; for boxes and captions those of
+    one of these scenes.
     """
     values: dict[str, Any] = {kind: np.stack([scene[kind].value for scene in scenes]) for kind in PICTURES}
     counts = np.stack([(values["semseg"] == label).sum(0) for label in range(len(CLASSES))])

@@ -20,7 +20,7 @@ from fourm.generation.batch_entries import init_full_input_modality
 from fourm.generation.decoding import Decoded, Tokenizers, kind_of
 from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
-from fourm.utils.tokenizer.text_tokenizer import written_text
+from fourm.utils.tokenizer.text_tokenizer import escape_control_tokens
 from fourm.vq.crops import tokenizer_transform
 
 
@@ -198,7 +198,7 @@ def _text(value: Any, modality: Modality, text_tokenizer: Tokenizer | None, fram
     value = _load(value) if isinstance(value, Path) else value
     if not isinstance(value, str):
         value = _to_text(value, modality, frame)
-    ids = text_tokenizer.encode(written_text(value), add_special_tokens=False).ids
+    ids = text_tokenizer.encode(escape_control_tokens(value), add_special_tokens=False).ids
     return torch.tensor([*ids, EOS_ID][: modality.max_tokens])
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from fourm.utils.config import check_keys, convert_fields, load_yaml, make, settle
+from fourm.utils.config import check_keys, convert_fields, load_yaml, make, resolve_options
 from fourm.utils.options import flat_options, option, option_group, parse_overrides
 from fourm.utils.paths import AnyPath, InputPath, expand_path
 
@@ -78,7 +78,7 @@ class GenerationOptions(StageOptions):
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
 
     def stages(self) -> dict[str, StageOptions]:
         """Return the stages in order, by the prefix of their keys."""

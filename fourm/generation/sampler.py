@@ -24,7 +24,7 @@ from fourm.utils.checkpoints import WEIGHTS, newest_checkpoint
 from fourm.utils.config import load_yaml
 from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
-from fourm.utils.model_store import find_model, on_disk
+from fourm.utils.model_store import download_if_remote, find_model
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 from fourm.vq.tokenizer import CONFIG
@@ -93,7 +93,7 @@ class Sampler:
             UserError: If something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
         torch_device = choose_device(device)
-        model = on_disk(model, find_model)
+        model = download_if_remote(model, find_model)
         folders = _tokenizer_folders(tokenizers)
         images: Tokenizers = {name: load_tokenizer(folder, torch_device) for name, folder in folders.items()}
         path = text_tokenizer or _vocabulary_path(Path(model))

@@ -35,8 +35,8 @@ from fourm.utils.device import share_gpus
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
-from fourm.utils.ranks import ranks_of_torchrun
-from fourm.utils.urls import without_secrets
+from fourm.utils.ranks import torchrun_ranks
+from fourm.utils.urls import redact
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
@@ -249,10 +249,10 @@ def _check_settings(out: Path, options: GenerationOptions) -> None:
         UserError: If the results in ``out`` were made with other settings.
     """
     current = {key: value for key, value in options.flat().items() if key not in _MAY_CHANGE}
-    current = json.loads(json.dumps(without_secrets(current), default=str))
+    current = json.loads(json.dumps(redact(current), default=str))
     record = out / SETTINGS
     if record.exists():
-        recorded = without_secrets(_read_settings(record))
+        recorded = redact(_read_settings(record))
         for key in {**current, **recorded}:
             if recorded.get(key) != current.get(key):
                 raise UserError(
@@ -276,7 +276,7 @@ def _read_settings(record: Path) -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command. Under torchrun, each process generates its share of the samples, on its own GPU if possible."""
-    rank, world_size, local_rank = ranks_of_torchrun()
+    rank, world_size, local_rank = torchrun_ranks()
     share_gpus(local_rank)
     options = parse(argv)
     load_plugin(options.plugin)

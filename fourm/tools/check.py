@@ -25,10 +25,10 @@ from fourm.data.data_config import DatasetConfig
 from fourm.data.options import DataOptions
 from fourm.data.record_files import local_files
 from fourm.tools.inspection import UNKNOWN, Content, DataSlice, Inspector, Report, choose_slices
-from fourm.utils.errors import printable, run_cli
+from fourm.utils.errors import run_cli, sanitize
 from fourm.utils.options import option, parse_options
 from fourm.utils.plugin import load_plugin
-from fourm.utils.urls import without_secrets
+from fourm.utils.urls import redact
 
 _MAX_UNKNOWN_SHARE = 0.05  # of a text's tokens; a larger share means that the vocabulary does not match
 _WORKERS = min(8, os.cpu_count() or 1)
@@ -257,9 +257,9 @@ def main(argv: list[str] | None = None) -> int:
         for dataset in datasets.values()
     ]
     if options.json:
-        print(json.dumps(without_secrets(results), indent=2))
+        print(json.dumps(redact(results), indent=2))
     else:
-        print(printable("\n".join(table(result["split"], result) for result in results)))
+        print(sanitize("\n".join(table(result["split"], result) for result in results)))
     return int(any(result["problems"] for result in results))
 
 

@@ -35,7 +35,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 from fourm.utils.tokenizer import TextEncoder
 from fourm.utils.tokenizer.special_tokens import UNK_ID
-from fourm.utils.transfer import shown
+from fourm.utils.urls import redact_url
 
 MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
     "missing", "unreadable shard", "unreadable file", "broken contract", "different shapes", "unknown words",
@@ -301,7 +301,7 @@ class Inspector:
             for name, index in indexes.items():
                 absent = [key for key in keys if key not in index]
                 if absent and self._dataset.missing == "error":
-                    where = f"{shown(data_slice.data_path)}: no {self._wanted[name]} for key '{absent[0]}'"
+                    where = f"{redact_url(data_slice.data_path)}: no {self._wanted[name]} for key '{absent[0]}'"
                     report.problem(name, MISSING, "", where, len(absent))
         chosen = samples[data_slice.start :: data_slice.step]
         if data_slice.max_samples is not None and data_slice.max_samples < len(chosen):

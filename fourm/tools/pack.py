@@ -28,7 +28,7 @@ from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.names import MemberNames, is_clutter, split_name
 from fourm.data.raw_sample import Member, OpenFiles
 from fourm.data.shards import members_of
-from fourm.utils.config import settle
+from fourm.utils.config import resolve_options
 from fourm.utils.errors import UserError, did_you_mean, run_cli
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option, parse_options
@@ -53,7 +53,7 @@ class PackOptions:
     skip_incomplete: bool = option("leave out keys that a modality lacks instead of stopping", False)
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
         if self.action == "add" and not self.modalities:
             raise UserError("'add' needs 'modalities': the folders to add to the shards")
 

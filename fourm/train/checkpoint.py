@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from fourm.train import ema
 from fourm.train.nonfinite import first_not_finite
 from fourm.train.parallel import Processes
-from fourm.utils.checkpoints import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, STATE, checksum, tensors_in
+from fourm.utils.checkpoints import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, STATE, checksum, read_metadata
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_folder
 from fourm.utils.options import Options, option
@@ -239,7 +239,7 @@ def load_tensors(
         UserError: the checkpoint is of another model.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
-    known = tensors_in(path)
+    known = read_metadata(path)
     tensors = _model_tensors(model)
     if average and any(name.startswith(EMA) for name in known):
         tensors |= {EMA + name: value for name, value in average.average.items()}

@@ -10,7 +10,7 @@ from fourm.train.task import task_named
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.checkpoints import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli
-from fourm.utils.model_store import find_checkpoint, on_disk
+from fourm.utils.model_store import download_if_remote, find_checkpoint
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.plugin import PluginOptions, load_plugin
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     """Write ``model.safetensors`` and ``config.json``, which ``from_pretrained`` reads; one process, a GiB of memory."""
     options = parse_options(ExportOptions, argv, main.__doc__ or "", positional=("checkpoint", "folder"))
     load_plugin(options.plugin)
-    checkpoint = newest_checkpoint(Path(on_disk(options.checkpoint, find_checkpoint)))
+    checkpoint = newest_checkpoint(Path(download_if_remote(options.checkpoint, find_checkpoint)))
     task = task_named(trained_task(checkpoint) or Pretrain.name)  # earlier versions trained one task without a name
     export_model(checkpoint, Path(options.folder), task.format, options.ema)
     print(f"{checkpoint} -> from_pretrained('{options.folder}')")

@@ -20,10 +20,10 @@ from fourm.train.evaluate import Results
 from fourm.train.metrics import IntervalMeans
 from fourm.train.nonfinite import without_not_finite
 from fourm.train.options import Commands, RunOptions, saved_options
-from fourm.utils.errors import PrintableFormatter, UserError
+from fourm.utils.errors import SanitizingFormatter, UserError
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option
-from fourm.utils.urls import without_secrets
+from fourm.utils.urls import redact
 
 log = logging.getLogger("fourm")
 FILES = LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"  # with which another machine continues the record
@@ -72,7 +72,7 @@ def logging_of(options: LogOptions, main: bool) -> Iterator[None]:
         Path(options.output_dir).mkdir(parents=True, exist_ok=True)
         handlers.append(_LogFile(Path(options.output_dir) / "log.txt", encoding="utf-8"))
     for handler in handlers:
-        handler.setFormatter(PrintableFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+        handler.setFormatter(SanitizingFormatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
         log.addHandler(handler)
     try:
         yield
@@ -241,5 +241,5 @@ def _wandb_run(options: LogOptions) -> Any:
     return wandb.init(
         project=options.wandb_project, entity=options.wandb_entity, name=options.wandb_run_name, id=name.decode(),
         resume="allow", dir=options.output_dir, config=saved_options(options),
-        settings=wandb.Settings(x_disable_meta=without_secrets(sys.argv) != sys.argv),  # it would keep the command line
+        settings=wandb.Settings(x_disable_meta=redact(sys.argv) != sys.argv),  # it would keep the command line
     )  # fmt: skip

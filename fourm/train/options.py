@@ -8,7 +8,7 @@ from typing import Any
 
 from fourm.utils.options import Options, option
 from fourm.utils.paths import OutputPath
-from fourm.utils.urls import without_secrets
+from fourm.utils.urls import redact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,4 +43,4 @@ class Commands(Options):
 def saved_options(options: Options) -> dict[str, Any]:
     """Options for YAML and JSON, which others will read: without commands, and URLs without passwords and signatures."""
     commands = {item.name for item in dataclasses.fields(Commands)}
-    return without_secrets({k: v for k, v in dataclasses.asdict(options).items() if k not in commands})  # type: ignore[call-overload]
+    return redact({k: v for k, v in dataclasses.asdict(options).items() if k not in commands})  # type: ignore[call-overload]

@@ -25,8 +25,9 @@ from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.memory import check_memory
 from fourm.utils.options import option
-from fourm.utils.ranks import ranks_of_torchrun
-from fourm.utils.transfer import check_url, shown
+from fourm.utils.ranks import torchrun_ranks
+from fourm.utils.transfer import check_url
+from fourm.utils.urls import redact_url
 
 T = TypeVar("T")
 
@@ -57,7 +58,7 @@ class Processes:
     """
 
     def __init__(self, options: ProcessOptions):
-        self.rank, self.world_size, local_rank = ranks_of_torchrun()
+        self.rank, self.world_size, local_rank = torchrun_ranks()
         self.device = choose_device(options.device, local_rank)
         self.timeout = timedelta(minutes=options.process_timeout)
         if self.device.type == "cuda":
@@ -74,7 +75,7 @@ class Processes:
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"the {self.world_size} processes did not meet at 'dist_url' {shown(options.dist_url)}: {reason}; start them "
+                    f"the {self.world_size} processes did not meet at 'dist_url' {redact_url(options.dist_url)}: {reason}; start them "
                     "with torchrun, and leave dist_url out"
                 ) from error
 
@@ -239,4 +240,4 @@ def _check_meeting_point(url: str) -> None:
         check_url(url, ("tcp",))
     path = url.removeprefix("file://")
     if path != url and not Path(path.partition("?")[0]).parent.is_dir():
-        raise UserError(f"'dist_url' {shown(url)}: there is no such folder")
+        raise UserError(f"'dist_url' {redact_url(url)}: there is no such folder")

@@ -37,7 +37,7 @@ from fourm.train.signals import StopSignals
 from fourm.train.task import Evaluation, Task
 from fourm.train.waiting import Stopped, Waiting
 from fourm.utils.checkpoints import check_export, export_model
-from fourm.utils.errors import UserError, printable
+from fourm.utils.errors import UserError, sanitize
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.model_store import find_model
 from fourm.utils.plugin import load_plugin
@@ -74,7 +74,7 @@ def train(task_class: type[Task], config: RunConfig, strategy: type[Strategy]) -
     load_plugin(config.plugin)
     if config.plan:
         task = task_class(config)
-        print(printable(describe(task, plan_run(task, task.build_model()))))
+        print(sanitize(describe(task, plan_run(task, task.build_model()))))
         return 0
     parallel = strategy(config)
     _set_up_process(config)

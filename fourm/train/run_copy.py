@@ -19,7 +19,8 @@ from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.options import option
 from fourm.utils.s3 import S3Store, StoreOptions, upload
-from fourm.utils.transfer import DamagedObject, MissingObject, shown
+from fourm.utils.transfer import DamagedObject, MissingObject
+from fourm.utils.urls import redact_url
 
 log = logging.getLogger("fourm")
 
@@ -133,7 +134,7 @@ class RunCopy:
             other = load_yaml(path).get("output_dir")
         if Path(str(other)) != self._folder:
             raise UserError(
-                f"{shown(self.url)} is the copy of the run in {other}: choose another run_name, or to go on with that run set "
+                f"{redact_url(self.url)} is the copy of the run in {other}: choose another run_name, or to go on with that run set "
                 f"output_dir to {other}"
             )
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +148,7 @@ class RunCopy:
             target = self._folder / "checkpoints" / url.rpartition("/")[2]
             try:
                 model_store.fetch_checkpoint(url, target, self._store)
-                log.info("fetched %s", shown(url))
+                log.info("fetched %s", redact_url(url))
                 return
             except DamagedObject as error:
                 log.warning("%s; passed over", error)

@@ -11,7 +11,7 @@ from typing import Any
 from fourm.train.config import RunConfig
 from fourm.train.options import saved_options
 from fourm.utils.errors import UserError
-from fourm.utils.urls import without_secrets
+from fourm.utils.urls import redact
 
 _ABSENT = object()
 
@@ -31,7 +31,7 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], identity: Mappin
     changes = _differences({key: before.get(key, _ABSENT) for key in fixed}, now)
     for part, facts in identity.items():
         if part in saved.get("identity", {}):
-            changes += _differences(without_secrets(saved["identity"][part]), json.loads(json.dumps(facts)))
+            changes += _differences(redact(saved["identity"][part]), json.loads(json.dumps(facts)))
     if changes:
         more = f"; and {len(changes) - 12} more" if len(changes) > 12 else ""
         raise UserError(

@@ -1,14 +1,16 @@
-"""Checkpoints of training runs and exported models on disk: their files, whatever was trained, without training code.
+"""Read checkpoints and export models, independently of what was trained and without any training code.
 
-A checkpoint is a folder of
+A checkpoint is a folder that contains
 
-* shards, which ``torch.distributed.checkpoint`` writes as safetensors files; tensors are called ``model/PARAMETER`` and
-  ``ema/PARAMETER`` (more in :mod:`fourm.train.checkpoint`). A parameter that has several names is there under its first
-* ``config.json``: of the model
-* ``state.json``: of the run
-* ``checksums.json``: name → [bytes, CRC-32] of every other file. It is the last to be written
+* shards, which ``torch.distributed.checkpoint`` writes as safetensors files, with tensors called ``model/PARAMETER``
+  and ``ema/PARAMETER`` (see :mod:`fourm.train.checkpoint`). A parameter with several names is stored under the first
+  one only
+* ``config.json``: the configuration of the model
+* ``state.json``: the state of the run
+* ``checksums.json``: name → [bytes, CRC-32] of every other file. It is written last
 
-An exported model is ``config.json`` and ``model.safetensors``, with every parameter under each of its names.
+An exported model consists of ``config.json`` and ``model.safetensors``, which stores every parameter under each of its
+names.
 """
 
 from __future__ import annotations
@@ -35,8 +37,8 @@ log = logging.getLogger("fourm")
 CONFIG, WEIGHTS, STATE, CHECKSUMS = "config.json", "model.safetensors", "state.json", "checksums.json"
 MODEL, EMA = "model/", "ema/"
 CHECKPOINT_FILES = ("shard-*.safetensors", CONFIG, STATE, CHECKSUMS)
-"""Patterns of all files in a checkpoint: a folder that holds others is not replaced by one."""
-_AT_ONCE = 2**30  # bytes of tensors that are in memory together
+"""Patterns of all files in a checkpoint; a folder that contains other files is never replaced."""
+_BATCH_BYTES = 2**30  # of tensors that are in memory at the same time
 _SAFETENSORS_TYPES = {
     torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
     torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL",
@@ -45,13 +47,13 @@ _SAFETENSORS_TYPES = {
 
 @dataclass(frozen=True)
 class ModelFormat:
-    """How models of one kind lie on disk.
+    """The on-disk format of one type of model.
 
     Attributes:
-        title: For messages: ``4M model``.
-        build: The model of a configuration.
-        marks: A configuration with one of these keys is of this kind.
-        published: The configuration as it stands beside exported weights.
+        title: Name of the type in messages, for example ``4M model``.
+        build: Builds the model from its configuration.
+        marks: Keys that identify the type: a configuration with one of them belongs to it.
+        published: Converts the configuration to the one that is saved beside exported weights.
     """
 
     title: str
@@ -61,123 +63,134 @@ class ModelFormat:
 
 
 def checksum(file: Path) -> list[int]:
-    """[bytes, CRC-32] of a file."""
+    """Return [bytes, CRC-32] of a file."""
     size = crc = 0
     with file.open("rb") as stream:
-        while part := stream.read(2**22):
-            size, crc = size + len(part), zlib.crc32(part, crc)
+        while chunk := stream.read(2**22):
+            size += len(chunk)
+            crc = zlib.crc32(chunk, crc)
     return [size, crc]
 
 
-def files_of(checkpoint: Path) -> dict[str, list[int]]:
-    """The content of ``checksums.json``.
+def read_checksums(checkpoint: Path) -> dict[str, list[int]]:
+    """Read ``checksums.json`` and check the sizes of the files.
+
+    Returns:
+        File name → [bytes, CRC-32].
 
     Raises:
-        UserError: a file is missing or has another size.
+        UserError: If a file is missing or has a different size.
     """
     try:
         files = json.loads((checkpoint / CHECKSUMS).read_bytes())
-        for name, (size, _) in files.items():
-            found = (checkpoint / name).stat().st_size
-            if found != size:
-                raise UserError(f"checkpoint {checkpoint} is damaged: {name} has {found} bytes, not {size}")
-        if not {CONFIG} <= files.keys() or any(Path(name).name != name for name in files):
-            raise ValueError(f"{CHECKSUMS} is no list of its files")
+        for name, (expected_size, _) in files.items():
+            size = (checkpoint / name).stat().st_size
+            if size != expected_size:
+                raise UserError(f"checkpoint {checkpoint} is damaged: {name} has {size} bytes, not {expected_size}")
+        if CONFIG not in files or any(Path(name).name != name for name in files):
+            raise ValueError(f"{CHECKSUMS} does not list the files of a checkpoint")
     except UserError:
         raise
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise UserError(f"checkpoint {checkpoint} is damaged, or of an earlier version: {error}") from error
+        raise UserError(f"checkpoint {checkpoint} is damaged, or from an earlier version: {error}") from error
     return files
 
 
 def verify(checkpoint: Path, share: slice = slice(None)) -> None:
-    """Compare the files, or a ``share`` of them, with their checksums.
+    """Compare the files, or a ``share`` of them in alphabetical order, with their checksums.
 
     Raises:
-        UserError: one is damaged.
+        UserError: If a file is damaged.
     """
-    for name, expected in sorted(files_of(checkpoint).items())[share]:
+    for name, expected in sorted(read_checksums(checkpoint).items())[share]:
         if checksum(checkpoint / name) != expected:
             raise UserError(f"checkpoint {checkpoint} is damaged: {name} has changed since it was written")
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints in ``folder`` whose files all have their sizes, newest first; others are named in warnings."""
+    """List the checkpoints in ``folder`` whose files all have the right size, newest first; warn about the others."""
     complete = []
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
-            files_of(path)
+            read_checksums(path)
             complete.append(path)
         except UserError as error:
             log.warning("%s; passed over", error)
     return complete
 
 
-def newest_checkpoint(place: Path) -> Path:
-    """``place`` itself if it is a checkpoint, else the newest one of the run in that folder.
+def newest_checkpoint(folder: Path) -> Path:
+    """Return ``folder`` itself if it is a checkpoint, and otherwise the newest checkpoint of the run in that folder.
 
     Raises:
-        UserError: there is none.
+        UserError: If there is no complete checkpoint.
     """
-    if (place / CHECKSUMS).exists():
-        return place
-    found = complete_checkpoints(place / "checkpoints")
-    if not found:
-        raise UserError(f"{place} holds no model ({CONFIG} and {WEIGHTS}) and no complete checkpoint")
-    return found[0]
+    if (folder / CHECKSUMS).exists():
+        return folder
+    checkpoints = complete_checkpoints(folder / "checkpoints")
+    if not checkpoints:
+        raise UserError(f"{folder} contains no model ({CONFIG} and {WEIGHTS}) and no complete checkpoint")
+    return checkpoints[0]
 
 
 def read_weights(
     checkpoint: Path, model_format: ModelFormat, ema: bool = False
 ) -> tuple[dict[str, Any], Iterator[tuple[str, Tensor]]]:
-    """The model's configuration and its state dict, which comes piece by piece: at most 1 GiB is in memory.
+    """Read a model's configuration and its state dict, of which at most 1 GiB is in memory at any time.
 
     Args:
-        ema: the moving average of the parameters instead of the parameters.
+        checkpoint: Folder of the checkpoint.
+        model_format: The type of the model.
+        ema: Whether to read the exponential moving average of the parameters instead of the parameters.
+
+    Returns:
+        The configuration, and an iterator over (name, tensor).
 
     Raises:
-        UserError: the checkpoint is damaged, or has no moving average. While reading: a value is not finite.
+        UserError: If the checkpoint is damaged or has no moving average. The iterator raises it for values that are not
+            finite.
     """
     verify(checkpoint)
-    config, known = _config(checkpoint), tensors_in(checkpoint)
-    if ema and not any(name.startswith(EMA) for name in known):
-        raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run had no model_ema")
-    names = _names(layout(config, model_format, checkpoint))
-    sources = {name: EMA + first if ema and EMA + first in known else MODEL + first for name, first in names}
+    config = _read_config(checkpoint)
+    metadata = read_metadata(checkpoint)
+    if ema and not any(name.startswith(EMA) for name in metadata):
+        raise UserError(f"checkpoint {checkpoint} has no moving average of the weights: the run did not set model_ema")
+    names = _canonical_names(layout(config, model_format, checkpoint))
+    sources = {name: EMA + first if ema and EMA + first in metadata else MODEL + first for name, first in names}
     for source in sources.values():
-        if source not in known:
-            raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} is of another model")
-    return config, _read(checkpoint, sources, known)
+        if source not in metadata:
+            raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} belongs to a different model")
+    return config, _read_tensors(checkpoint, sources, metadata)
 
 
-def tensors_in(checkpoint: Path) -> dict[str, Any]:
-    """Name → metadata of every tensor of a checkpoint.
+def read_metadata(checkpoint: Path) -> dict[str, Any]:
+    """Return name → metadata for every tensor of a checkpoint.
 
     Raises:
-        UserError: a shard cannot be read.
+        UserError: If a shard cannot be read.
     """
     try:
         return dict(_reader(checkpoint).read_metadata().state_dict_metadata)
-    except Exception as error:  # of whatever kind: the reader parses headers that anybody may have written
+    except Exception as error:  # of any type, because the reader parses untrusted headers
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"checkpoint {checkpoint} cannot be read: {type(error).__name__}: {reason}") from error
 
 
-def _config(checkpoint: Path) -> dict[str, Any]:
+def _read_config(checkpoint: Path) -> dict[str, Any]:
     try:
         config = json.loads((checkpoint / CONFIG).read_bytes())
         if isinstance(config, dict):
             return config
-        raise ValueError("it is no object")
+        raise ValueError("it is not a JSON object")
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"checkpoint {checkpoint}: {CONFIG} is no configuration of a model: {error}") from error
+        raise UserError(f"checkpoint {checkpoint}: {CONFIG} is not the configuration of a model: {error}") from error
 
 
 def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema: bool = False) -> None:
     """Write ``model.safetensors`` and ``config.json``, as the model's ``save_pretrained`` does.
 
     Raises:
-        UserError: as :func:`read_weights` and :func:`check_export`.
+        UserError: If :func:`read_weights` or :func:`check_export` fails.
     """
     check_export(folder, model_format)
     config, weights = read_weights(checkpoint, model_format, ema)
@@ -195,20 +208,20 @@ def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, tensor in weights:
             file.write(tensor.to(tensors[name].dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
-        write_config(folder, model_format.published(config))  # not before all weights could be read and written
+        write_config(folder, model_format.published(config))  # only after all weights have been read and written
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    """Write ``config.json``. It goes before the weights: by it :func:`check_export` knows a folder that was begun."""
+    """Write ``config.json``, before the weights, so that :func:`check_export` recognizes a partial export."""
     with atomic_path(folder / CONFIG) as path:
         path.write_text(json.dumps(config, indent=2, sort_keys=True))
 
 
 def check_export(folder: Path, model_format: ModelFormat) -> None:
-    """See whether a model may be written to ``folder``, beside whatever else is there.
+    """Check that a model may be written to ``folder``, which may contain other files.
 
     Raises:
-        UserError: there are weights or a ``config.json`` of something else, or the folder cannot be written to.
+        UserError: If the folder cannot be written to, or contains the weights or ``config.json`` of something else.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give the path of a folder")
@@ -218,34 +231,36 @@ def check_export(folder: Path, model_format: ModelFormat) -> None:
         config = json.loads((folder / CONFIG).read_bytes()) if (folder / CONFIG).exists() else None
     except (ValueError, RecursionError):
         config = None
-    own = isinstance(config, dict) and bool(model_format.marks & config.keys())
+    replaceable = isinstance(config, dict) and bool(model_format.marks & config.keys())
     for name in (CONFIG, WEIGHTS):
-        if (folder / name).exists() and not own:
+        if (folder / name).exists() and not replaceable:
             raise UserError(
-                f"{folder} holds '{name}', which is not of a {model_format.title}: choose another folder, or move it"
+                f"{folder} contains '{name}', which does not belong to a {model_format.title}: choose another folder, "
+                "or move it"
             )
 
 
 def layout(config: dict[str, Any], model_format: ModelFormat, checkpoint: Path) -> nn.Module:
-    """The model without memory for weights.
+    """Build the model on the meta device, without memory for its weights.
 
     Raises:
-        UserError: ``config`` is of no model; a file whose checksum is right is not damaged, but anybody may have written it.
+        UserError: If ``config`` does not describe a model; a matching checksum does not mean that the file can be
+            trusted.
     """
     try:
         with torch.device("meta"):
             return model_format.build(config)
     except UserError as error:
         raise UserError(f"checkpoint {checkpoint}: {CONFIG}: {error}") from error
-    except Exception as error:  # of whatever kind: its values can be of any type
+    except Exception as error:  # of any type, because the values may be anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"checkpoint {checkpoint}: {CONFIG} is no configuration of a model: {type(error).__name__}: {reason}"
+            f"checkpoint {checkpoint}: {CONFIG} is not the configuration of a model: {type(error).__name__}: {reason}"
         ) from error
 
 
-def _names(model: nn.Module) -> Iterable[tuple[str, str]]:
-    """Every name of the model's state dict, with the first name of the same tensor."""
+def _canonical_names(model: nn.Module) -> Iterable[tuple[str, str]]:
+    """Return every name in the model's state dict together with the first name of the same tensor."""
     tensors = model.state_dict(keep_vars=True)
     first: dict[int, str] = {}
     return [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors.items()]
@@ -255,20 +270,21 @@ def _reader(checkpoint: Path) -> dcp.HuggingFaceStorageReader:
     return dcp.HuggingFaceStorageReader(str(checkpoint))
 
 
-def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) in the order of ``sources``, {name: name in the checkpoint}."""
-    end, part = 0, {}
+def _read_tensors(checkpoint: Path, sources: dict[str, str], metadata: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) in the order of ``sources``, which maps names to the names in the checkpoint."""
+    end = 0
+    batch_of = {}
     for name, source in sources.items():
-        end += known[source].size.numel() * known[source].properties.dtype.itemsize
-        part[name] = end // _AT_ONCE
-    for _, group in groupby(sources, key=part.__getitem__):
+        end += metadata[source].size.numel() * metadata[source].properties.dtype.itemsize
+        batch_of[name] = end // _BATCH_BYTES
+    for _, group in groupby(sources, key=batch_of.__getitem__):
         names = list(group)
         tensors = {
-            source: torch.empty(known[source].size, dtype=known[source].properties.dtype)
+            source: torch.empty(metadata[source].size, dtype=metadata[source].properties.dtype)
             for source in {sources[name] for name in names}
         }
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # that this is a single process
+            warnings.simplefilter("ignore", UserWarning)  # about running in a single process
             dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
         for name in names:
             check_finite(sources[name], tensors[sources[name]], checkpoint)

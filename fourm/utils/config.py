@@ -1,4 +1,4 @@
-"""YAML files and mappings → typed dataclasses, with errors that name the file and the nearest key."""
+"""Convert YAML files and mappings to typed dataclasses, with errors that name the file and the nearest key."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fourm.utils.paths import PathKind, expand_path, locate
 from fourm.utils.yaml_text import BadYaml, parse_yaml
 
 T = TypeVar("T")
-_MAX_BYTES = 16 * 2**20  # of a configuration
+_MAX_BYTES = 16 * 2**20  # size limit of a configuration file
 
 
 def parse_value(text: str) -> Any:
-    """One YAML scalar or flow value, as typed on a command line: ``1e-4``, ``10_000_000``, ``[0.9, 0.95]``."""
+    """Parse a YAML value such as ``1e-4``, ``10_000_000`` or ``[0.9, 0.95]``; text that is not YAML is returned."""
     try:
         return parse_yaml(text)
     except BadYaml:
@@ -32,7 +32,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML mapping.
 
     Raises:
-        UserError: the file is missing, is not YAML in UTF-8, or does not hold a mapping whose keys are text.
+        UserError: If the file is missing, is not YAML in UTF-8, or does not hold a mapping.
     """
     path = Path(expand_path(str(path), "config file"))
     try:
@@ -64,17 +64,21 @@ def check_keys(mapping: Mapping[str, Any], allowed: typing.Iterable[str], where:
 
 
 def shorten(value: Any) -> str:
-    """``repr`` for a message: one line that no value makes long."""
+    """Return the ``repr`` of a value, truncated to fit into a message."""
     text = repr(value)
     return text if len(text) <= 120 else f"{text[:100]}…"
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a key may have; of a list, each of its numbers.
+    """Bounds of the number that a key may have, or of each number of a list.
 
     Attributes:
-        unset: one more, which means that the key is not set.
+        at_least: Smallest allowed number.
+        above: Number that the value must exceed.
+        at_most: Largest allowed number.
+        below: Number that the value must stay below.
+        unset: A number outside these bounds which means that the key is not set.
     """
 
     at_least: float | None = None
@@ -85,11 +89,11 @@ class Range:
 
     def __str__(self) -> str:
         bounds = {"at least": self.at_least, "above": self.above, "at most": self.at_most, "below": self.below}
-        text = " and ".join(f"{name} {_plain(bound)}" for name, bound in bounds.items() if bound is not None)
-        return text if self.unset is None else f"{text}, or {_plain(self.unset)} for none"
+        text = " and ".join(f"{name} {_format_number(bound)}" for name, bound in bounds.items() if bound is not None)
+        return text if self.unset is None else f"{text}, or {_format_number(self.unset)} for none"
 
     def check(self, value: Any, where: str) -> None:
-        """Raise a :class:`UserError` for a number outside, or not finite; whatever is no number passes."""
+        """Raise a :class:`UserError` for a number that is out of bounds or not finite; other types are not checked."""
         if isinstance(value, (list, tuple)):
             for item in value:
                 self.check(item, where)
@@ -105,25 +109,27 @@ class Range:
             raise UserError(f"{where} must be {self}, not {shorten(value)}")
 
 
-def _plain(number: float) -> str:
+def _format_number(number: float) -> str:
     return f"{number:.6g}" if isinstance(number, float) else str(number)
 
 
 def convert_fields(
     cls: type, mapping: Mapping[str, Any], where: str, config: str | Path | None = None
 ) -> dict[str, Any]:
-    """The values of ``mapping``, each converted to the type of the field of that name in the dataclass ``cls``.
+    """Convert each value of ``mapping`` to the type of the field of that name in the dataclass ``cls``.
 
-    A key of text that is null or empty has the field's default; without one it is left out.
+    A text that is null or empty is replaced by the field's default, or left out if there is none.
 
     Args:
-        where: what error messages name, usually the file.
-        config: the file that holds the mapping; what is named in it is looked for beside it, too.
+        cls: The dataclass.
+        mapping: Field name → value, as read from YAML.
+        where: The prefix of error messages, usually the file name.
+        config: The file that contains the mapping; paths in it may be relative to its folder.
 
     Raises:
-        UserError: an unknown key, a value of the wrong type, or a number out of its range.
+        UserError: If a key is unknown, a value has the wrong type, or a number is out of range.
     """
-    fields = {f.name: f for f in dataclasses.fields(cls) if f.init}
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
     check_keys(mapping, fields, where)
     hints = typing.get_type_hints(cls, include_extras=True)
     values: dict[str, Any] = {}
@@ -141,10 +147,13 @@ def convert_fields(
 def convert_arguments(
     function: Callable[..., Any], mapping: Mapping[str, Any], where: str, ranges: Mapping[str, Range]
 ) -> dict[str, Any]:
-    """As :func:`convert_fields`, for the parameters of a function or class; what is not set is left out.
+    """Apply :func:`convert_fields` to the parameters of a function or class; parameters that are not set are left out.
 
     Args:
-        ranges: parameter → the numbers that it may have.
+        function: The function or class.
+        mapping: Parameter name → value, as read from YAML.
+        where: The prefix of error messages.
+        ranges: Parameter name → bounds of its value.
     """
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     check_keys(mapping, known, where)
@@ -152,26 +161,26 @@ def convert_arguments(
         hints = typing.get_type_hints(
             vars(function).get("__init__", function) if isinstance(function, type) else function
         )
-    except NameError:  # a class of the user's own, whose annotations need not be there
+    except NameError:  # annotations of user-defined classes may not be importable
         hints = {}
-    fields = [
-        (name, _plain_hint(hints.get(name, Any)), dataclasses.field(default=None, metadata={"range": ranges.get(name, Range())}))
-        for name in known
-    ]  # fmt: skip
+    fields = []
+    for name in known:
+        field = dataclasses.field(default=None, metadata={"range": ranges.get(name, Range())})
+        fields.append((name, _plain_hint(hints.get(name, Any)), field))
     given = convert_fields(dataclasses.make_dataclass("Arguments", fields), mapping, where)
     return {name: value for name, value in given.items() if value is not None}
 
 
 def _plain_hint(hint: Any) -> Any:
-    """An annotation of plain values; of others nothing is known."""
+    """Return the annotation if it consists of plain types, and ``Any`` otherwise."""
     return hint if {*map(_hashable, _parts(hint))} <= {int, float, bool, str, dict, list, type(None)} else Any
 
 
-def settle(options: Any) -> None:
-    """Expand the paths of a dataclass of options and check its numbers: for those that are made in Python.
+def resolve_options(options: Any) -> None:
+    """Expand the paths and check the numbers of an options dataclass, in place; it may have been built in Python.
 
     Raises:
-        UserError: a number out of its range.
+        UserError: If a number is out of range, or a required path is empty.
     """
     hints = typing.get_type_hints(type(options), include_extras=True)
     for field in dataclasses.fields(options):
@@ -185,21 +194,21 @@ def settle(options: Any) -> None:
 
 
 def is_text(hint: Any) -> bool:
-    """Whether an annotation stands for text alone: a name, a path, either of these or None."""
+    """Return whether an annotation stands for text only: a name or a path, possibly optional."""
     parts = [hint for hint in _parts(hint) if hint is not type(None)]
     return all(hint is str or _path_kind(hint) is not None for hint in parts)
 
 
 def is_unset(value: Any, hint: Any, where: str) -> bool:
-    """Whether ``value`` is null or empty where text, a list or a mapping is expected: the key is there, but not set.
+    """Return whether ``value`` is null or empty where text, a list or a mapping is expected: the key counts as not set.
 
     Raises:
-        UserError: an empty path where a folder is written to, which is no folder.
+        UserError: If the path of an output is empty.
     """
     if isinstance(value, str) and is_text(hint) and not value.strip():
         kind = _path_kind(hint)
         if kind and not kind.may_be_empty:
-            raise UserError(f"{where} must not be empty; leave it out for its default")
+            raise UserError(f"{where} must not be empty; leave it out to use its default")
         return True
     parts = _parts(hint)
     return value is None and type(None) not in parts and not {int, float, bool, Any} & {*map(_hashable, parts)}
@@ -210,14 +219,14 @@ def _hashable(hint: Any) -> Any:
 
 
 def _parts(hint: Any) -> tuple[Any, ...]:
-    """The alternatives of a union, or the one type."""
+    """Return the alternatives of a union, or the type itself."""
     if typing.get_origin(hint) in (typing.Union, types.UnionType):
         return typing.get_args(hint)
     return (hint,)
 
 
 def _path_kind(hint: Any) -> PathKind | None:
-    """How the path is read that an annotation stands for, alone or beside other types."""
+    """Return how an annotation interprets paths, or None if it has no path among its alternatives."""
     for part in _parts(hint):
         for extra in getattr(part, "__metadata__", ()):
             if isinstance(extra, PathKind):
@@ -226,7 +235,7 @@ def _path_kind(hint: Any) -> PathKind | None:
 
 
 def _default(field: dataclasses.Field) -> dict[str, Any]:
-    """The field's name and default; nothing if it has none."""
+    """Return the field's name and default as a dictionary, which is empty if there is no default."""
     if field.default is not dataclasses.MISSING:
         return {field.name: field.default}
     if field.default_factory is not dataclasses.MISSING:
@@ -235,34 +244,37 @@ def _default(field: dataclasses.Field) -> dict[str, Any]:
 
 
 def build(cls: type[T], mapping: Mapping[str, Any], where: str, config: str | Path | None = None) -> T:
-    """Make the dataclass ``cls`` from a mapping; errors as of :func:`convert_fields`, and for a required key left out."""
+    """Build the dataclass ``cls`` from a mapping: :func:`convert_fields`, then :func:`make`."""
     return make(cls, convert_fields(cls, mapping, where, config), where)
 
 
 def make(cls: type[T], values: Mapping[str, Any], where: str) -> T:
-    """The dataclass ``cls`` with converted values.
+    """Build the dataclass ``cls`` from converted values.
 
     Raises:
-        UserError: a required key is left out.
+        UserError: If a required key is missing.
     """
-    for f in dataclasses.fields(cls):  # type: ignore[arg-type]
-        if f.init and not _default(f) and f.name not in values:
-            raise UserError(f"{where}: the key '{f.name}' is required")
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        if field.init and not _default(field) and field.name not in values:
+            raise UserError(f"{where}: the key '{field.name}' is required")
     return cls(**values)
 
 
 def convert(value: Any, hint: Any, where: str, config: str | Path | None = None) -> Any:
-    """``value`` as the annotated type ``hint``; only lossless conversions (``"1e-4"`` → float, 3.0 → int).
+    """Convert ``value`` to the annotated type ``hint`` where this is lossless (``"1e-4"`` → float, 3.0 → int).
 
     Args:
-        config: see :func:`convert_fields`.
+        value: A value as read from YAML or a command line.
+        hint: The type annotation.
+        where: The prefix of error messages.
+        config: See :func:`convert_fields`.
 
     Raises:
-        UserError: it is of another type, or a number that is not finite.
+        UserError: If the value has a different type, or is a number that is not finite.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if hint is Any:
-        _refuse_non_finite(value, where)
+        _check_finite(value, where)
         return value
     if origin is typing.Annotated:
         text = convert(value, args[0], where)
@@ -270,13 +282,13 @@ def convert(value: Any, hint: Any, where: str, config: str | Path | None = None)
         if kind is None:
             return text
         text = expand_path(text, where)
-        return locate(text, config) if kind.beside else text
+        return locate(text, config) if kind.relative_to_config else text
     if origin in (typing.Union, types.UnionType):
-        if type(value) in args:  # 1.0 is a share where 1 is a count
+        if type(value) in args:  # keep the type: 1.0 may be a fraction where 1 is a count
             return convert(value, type(value), where, config)
-        for option in (a for a in args if a is not type(None)):
+        for alternative in (arg for arg in args if arg is not type(None)):
             try:
-                return convert(value, option, where, config)
+                return convert(value, alternative, where, config)
             except UserError as error:
                 failure = error
         raise failure
@@ -285,7 +297,7 @@ def convert(value: Any, hint: Any, where: str, config: str | Path | None = None)
             return value
         raise UserError(
             f"{where} must be one of {', '.join(map(repr, args))}, not {shorten(value)}"
-            + did_you_mean(str(value)[:100], [str(a) for a in args])
+            + did_you_mean(str(value)[:100], [str(arg) for arg in args])
         )
     if origin in (list, tuple):
         if isinstance(value, (str, Mapping)) or not hasattr(value, "__iter__"):
@@ -302,7 +314,7 @@ def convert(value: Any, hint: Any, where: str, config: str | Path | None = None)
     if hint is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**1000:
         return float(value)
     if hint in (int, float):
-        _refuse_non_finite(value, where)
+        _check_finite(value, where)
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)
     if hint is str and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -317,18 +329,18 @@ def _type_name(hint: Any) -> str:
 
 
 def _key(key: Any, where: str) -> str:
-    """A key of a mapping; a number is the text that it was written as."""
+    """Return a key of a mapping as text; numbers are allowed."""
     if isinstance(key, str) or (isinstance(key, (int, float)) and not isinstance(key, bool)):
         return str(key)
-    raise UserError(f"{where}: keys must be text, not {shorten(key)}; put it in quotes")
+    raise UserError(f"{where}: keys must be text, not {shorten(key)}; put the key in quotes")
 
 
-def _refuse_non_finite(value: Any, where: str) -> None:
+def _check_finite(value: Any, where: str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{where} must be a finite number, not {value}")
     if isinstance(value, Mapping):
         for key, item in value.items():
-            _refuse_non_finite(item, f"{where}: {_key(key, where)}")
+            _check_finite(item, f"{where}: {_key(key, where)}")
     elif isinstance(value, (list, tuple)):
         for item in value:
-            _refuse_non_finite(item, where)
+            _check_finite(item, where)

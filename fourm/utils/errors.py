@@ -1,4 +1,4 @@
-"""Errors that the user can mend, and how entry scripts report them."""
+"""Errors that the user can fix, and how entry scripts report them."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import signal
 import sys
 from collections.abc import Callable, Iterable
 
-from fourm.utils.interrupts import raise_again
-from fourm.utils.urls import without_secrets
+from fourm.utils.interrupts import restore_keyboard_interrupt
+from fourm.utils.urls import redact
 
-# Control characters other than tab and newline, what reorders text, and halves of a character. Names and texts of strangers
-# can hold them: a terminal would obey them, and halves cannot be written as UTF-8.
+# Control characters other than tab and newline, bidirectional marks and lone surrogates. Untrusted names and texts may
+# contain them: a terminal would interpret them, and lone surrogates cannot be encoded as UTF-8.
 _UNPRINTABLE = re.compile(
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]"
 )
@@ -24,46 +24,47 @@ _REASONS = {
     errno.EACCES: "permission denied",
     errno.EPERM: "permission denied",
     errno.EROFS: "its disk is read-only",
-    errno.ENOSPC: "no space left on the disk; make room, and start again",
-    errno.EDQUOT: "the disk quota is used up; make room, and start again",
-    errno.EFBIG: "files may not get so large here: a limit of the file system, or of ulimit -f",
+    errno.ENOSPC: "no space left on the disk; free some space and start again",
+    errno.EDQUOT: "the disk quota is exceeded; free some space and start again",
+    errno.EFBIG: "the file is larger than the file system or ulimit -f allows",
     errno.EISDIR: "this is a folder, not a file",
     errno.ENOTDIR: "a part of this path is a file, not a folder",
     errno.ENOENT: "there is no such file or folder",
-    errno.EEXIST: "it is there already",
+    errno.EEXIST: "it already exists",
     errno.ENAMETOOLONG: "this name is too long",
-    errno.ELOOP: "its symbolic links go round in circles",
+    errno.ELOOP: "its symbolic links form a loop",
     errno.EMFILE: "too many files are open; raise the limit with ulimit -n",
-    errno.ENOMEM: "no memory left",
+    errno.ENOMEM: "out of memory",
 }
 
 
 class UserError(ValueError):
-    """Bad input (a key, a file, a value): one sentence that names it and the fix. Its text is safe to print."""
+    """A bad key, file or value from the user. The message names it and the fix, and is safe to print."""
 
     def __str__(self) -> str:
-        return printable(super().__str__())
+        return sanitize(super().__str__())
 
 
-class _OfModality(ValueError):
-    """An error that knows what it is about.
+class _ModalityError(ValueError):
+    """An error about the value of a modality.
 
     Attributes:
-        modality: whose value is at fault; None: not known (yet).
-        detail: the message without the name of the modality.
+        modality: Name of the modality, or None if it is not known (yet).
+        detail: The message without the name of the modality.
     """
 
     def __init__(self, message: str, modality: str | None = None, detail: str | None = None):
         super().__init__(message)
-        self.modality, self.detail = modality, message if detail is None else detail
+        self.modality = modality
+        self.detail = message if detail is None else detail
 
 
-class DataError(_OfModality, UserError):
-    """A sample, file or shard breaks its modality's contract."""
+class DataError(_ModalityError, UserError):
+    """A sample, file or shard violates its modality's contract."""
 
 
-class UnreadableValue(_OfModality):
-    """A value of this sample cannot be decoded or parsed: skip the sample (a broken contract is a :class:`DataError`)."""
+class UnreadableValue(_ModalityError):
+    """A value of this sample cannot be decoded or parsed, so the sample is skipped; compare :class:`DataError`."""
 
 
 class MissingDependency(UserError):
@@ -74,53 +75,54 @@ class MissingDependency(UserError):
 
 
 def did_you_mean(name: str, options: Iterable[str]) -> str:
-    """The end of an error message: ``" (did you mean 'batch_size'?)"``, or nothing if no option is near."""
+    """Return ``" (did you mean 'batch_size'?)"`` for an error message, or an empty string if no option is close."""
     near = difflib.get_close_matches(name, list(options), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
 
 
-def printable(text: str) -> str:
-    """``text`` with control characters, such as those of escape sequences, written out: ``\\x1b[2J``; URLs without secrets."""
-    return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], without_secrets(text))
+def sanitize(text: str) -> str:
+    """Escape the control characters in ``text``, e.g. ``\\x1b[2J``, and remove secrets from its URLs."""
+    return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], redact(text))
 
 
-class PrintableFormatter(logging.Formatter):
-    """Messages can hold names of strangers and URLs."""
+class SanitizingFormatter(logging.Formatter):
+    """Apply :func:`sanitize` to log messages, which may contain untrusted names and URLs."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return sanitize(super().format(record))
 
 
 def reason(error: OSError) -> str:
-    """What has gone wrong, without the file's name: ``no space left on the disk; …``."""
+    """Describe what went wrong without naming the file: ``no space left on the disk; …``."""
     if error.errno in _REASONS:
         return _REASONS[error.errno]
     return " ".join(str(error.strerror or error or type(error).__name__).split())
 
 
 def run_cli(main: Callable[[], int | None]) -> None:
-    """Run an entry script: what the user or the machine causes is one line and exit status 2, without a traceback.
+    """Run an entry script. Errors of the user or the machine print one line, without a traceback; the status is 2.
 
-    Ctrl-C ends it with status 130; while modules are loaded before, :func:`fourm.utils.interrupts.end_at_once` does so.
+    Ctrl-C exits with status 130; :func:`fourm.utils.interrupts.exit_on_interrupt` does the same while modules are
+    imported.
     """
-    raise_again()
-    for stream in (sys.stdout, sys.stderr):  # a terminal or file of another encoding lacks some characters
+    restore_keyboard_interrupt()
+    for stream in (sys.stdout, sys.stderr):  # not every terminal or file has an encoding with all characters
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    if logging.lastResort is not None:  # of commands that set up no logging of their own
-        logging.lastResort.setFormatter(PrintableFormatter("%(message)s"))
+    if logging.lastResort is not None:  # used by commands that do not set up logging
+        logging.lastResort.setFormatter(SanitizingFormatter("%(message)s"))
     try:
         status = main()
         sys.stdout.flush()
         sys.exit(status)
     except KeyboardInterrupt:
-        end_interrupted()
+        exit_interrupted()
     except RecursionError:
         _fail("something in the files or the configuration is nested too deeply")
     except UserError as error:
         _fail(str(error))
     except OSError as error:
-        if _stdout_is_closed():  # by head, for example
+        if _stdout_is_closed():  # for example by head
             sys.exit(1)
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         _fail(f"{names}: {reason(error)}" if names else reason(error))
@@ -128,25 +130,26 @@ def run_cli(main: Callable[[], int | None]) -> None:
         if not _is_out_of_memory(error):
             raise
         _fail(
-            f"out of memory: use a smaller batch_size or num_workers, or less data ({' '.join(str(error).split())[:200]})"
+            "out of memory: use a smaller batch_size or num_workers, or less data "
+            f"({' '.join(str(error).split())[:200]})"
         )
 
 
-def end_interrupted() -> None:
-    """End this process as one that Ctrl-C has ended: with status 130, and no traceback of its threads either."""
+def exit_interrupted() -> None:
+    """Exit with status 130, as after Ctrl-C, without tracebacks of this process or its threads."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     print("interrupted", file=sys.stderr)
     sys.exit(128 + signal.SIGINT)
 
 
 def _fail(message: str) -> None:
-    print(f"error: {printable(message)}", file=sys.stderr)
+    print(f"error: {sanitize(message)}", file=sys.stderr)
     _stdout_is_closed()
     sys.exit(2)
 
 
 def _stdout_is_closed() -> bool:
-    """Whether nobody reads the output any more; what cannot be written is then forgotten, or Python would complain at its end."""
+    """Return whether the reader of stdout is gone; discard what cannot be written, or Python would complain on exit."""
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -156,7 +159,7 @@ def _stdout_is_closed() -> bool:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """torch has an error of its own for GPUs, and none for CPUs."""
+    """Return whether memory ran out; torch has an exception class for this on GPUs, but not on CPUs."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

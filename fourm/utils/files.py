@@ -1,4 +1,4 @@
-"""Writes that an interruption cannot leave half done, and that replace nothing but what the same writer made."""
+"""Write files and folders atomically: no partial output is left behind, and foreign files are never replaced."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ from fourm.utils.errors import UserError, reason
 if TYPE_CHECKING:
     from torch import Tensor
 
-_LONGEST_NAME = 255  # bytes, on all common file systems
-# Errors without a file's name that only writing causes.
+_MAX_NAME_BYTES = 255  # on all common file systems
+# Errors that only writing causes, and that carry no file name.
 _DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; what is written there becomes the file ``path`` if the block ends without an error.
+    """Yield a temporary path beside ``path``; the file written there is moved to ``path`` if the block succeeds.
 
-    A file at ``path`` is replaced, a symbolic link to a file too: what it points at stays as it is.
+    An existing file at ``path`` is replaced. A symbolic link is replaced too, and the file it points to is left alone.
 
     Raises:
-        UserError: as :func:`check_file`, or the disk is full.
+        UserError: If :func:`check_file` fails or the disk is full.
     """
     path = Path(path)
     check_file(path)
-    with _temporary(path) as temporary:
+    with _temporary_output(path) as temporary:
         yield temporary
         _sync(temporary)
         check_file(path)
@@ -45,72 +45,75 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | Path, own: Collection[str] = ()) -> Iterator[Path]:
-    """Yield a new temporary folder beside ``path``, which takes its place if the block ends without an error.
+    """Yield a new temporary folder beside ``path``, which is moved to ``path`` if the block succeeds.
 
     Args:
-        own: patterns of the names of files that this writer makes. A folder at ``path`` is replaced only if it holds nothing
-            else. Where such names are common, the caller first looks whether the files are its own, and passes none if not.
+        path: The folder to write.
+        own: Patterns of the file names that this writer produces. An existing folder is replaced only if it contains
+            nothing else. If the names are common ones, the caller must first check that the files are its own, and pass
+            no patterns if they are not.
 
     Raises:
-        UserError: as :func:`check_folder`, or the disk is full.
+        UserError: If :func:`check_folder` fails or the disk is full.
     """
     path = Path(path)
     check_folder(path, own)
-    with _temporary(path) as temporary:
+    with _temporary_output(path) as temporary:
         temporary.mkdir()
         yield temporary
         _sync(temporary)
         check_folder(path, own)
         if path.exists():
-            before = _beside(path, "old-")
-            _remove(before)
-            os.replace(path, before)
+            previous = _temporary_path(path, "old-")
+            _remove(previous)
+            os.replace(path, previous)
             try:
                 os.replace(temporary, path)
             except OSError:
-                os.replace(before, path)
+                os.replace(previous, path)
                 raise
-            _remove(before)
+            _remove(previous)
         else:
             os.replace(temporary, path)
 
 
 def check_file(path: str | Path) -> None:
-    """See at the start whether a file can be written to ``path``, rather than after hours.
+    """Check that a file can be written to ``path``, so that a long job fails at its start rather than at its end.
 
     Raises:
-        UserError: a folder or a device is there, or a file that may not be written; or there is no way to it.
+        UserError: If ``path`` is a folder, a device or a read-only file, or its parent folder cannot be written to.
     """
     path = Path(path)
-    with _sentences(path):
+    with _as_user_errors(path):
         _check_name(path)
         if path.is_dir():
             raise UserError(f"{path} is a folder: give the path of a file")
         if path.exists() and not path.is_file():
-            raise UserError(f"{path} is not a file, but a device or a pipe: give the path of a file")
+            raise UserError(f"{path} is a device or a pipe, not a file: give the path of a file")
         _check_permission(path)
         _check_parent(path)
 
 
 def check_folder(path: str | Path, own: Collection[str] = ()) -> None:
-    """See at the start whether :func:`atomic_folder` can write to ``path``.
+    """Check that :func:`atomic_folder` can write to ``path``.
 
     Raises:
-        UserError: a file or a symbolic link is there, or a folder with anything but ``own`` files; or there is no way to it.
+        UserError: If ``path`` is a file, a symbolic link, or a folder with files other than ``own`` ones, or its parent
+            folder cannot be written to.
     """
     path = Path(path)
-    with _sentences(path):
+    with _as_user_errors(path):
         _check_name(path)
         if path.is_symlink():
             raise UserError(f"{path} is a symbolic link: give the folder itself, or remove the link")
         if path.exists() and not path.is_dir():
             raise UserError(f"{path} is a file: give the path of a folder")
         for entry in sorted(path.iterdir()) if path.exists() else ():
-            plain = entry.is_file() and not entry.is_symlink()
-            if not (plain and any(fnmatchcase(entry.name, pattern) for pattern in own)):
+            is_regular = entry.is_file() and not entry.is_symlink()
+            if not (is_regular and any(fnmatchcase(entry.name, pattern) for pattern in own)):
                 raise UserError(
-                    f"{path} holds '{entry.name}', which was not written by this command: choose another folder, or move what "
-                    "is in it; nothing was changed"
+                    f"{path} contains '{entry.name}', which this command did not write: choose another folder, or move "
+                    "its files elsewhere; nothing was changed"
                 )
         _check_permission(path)
         _check_parent(path)
@@ -120,7 +123,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     """Write a ``.safetensors`` file.
 
     Raises:
-        OSError: it cannot be written; safetensors has another error for that.
+        OSError: If the file cannot be written; safetensors itself would raise a ``SafetensorError``.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -128,21 +131,21 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     try:
         save_file(tensors, path, metadata)
     except SafetensorError as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        raise OSError(int(found[1]) if found else errno.EIO, str(error), str(path)) from error
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error
 
 
 def lock_folder(folder: str | Path) -> None:
-    """Make ``folder`` this process's own until it ends; on disks without locks this does nothing.
+    """Lock ``folder`` until this process ends. On file systems without locks this does nothing.
 
     Raises:
-        UserError: another process has it, or it may not be written to.
+        UserError: If another process holds the lock, or the folder is not writable.
     """
     lock = Path(folder) / ".lock"
-    with _sentences(lock):
+    with _as_user_errors(lock):
         descriptor = os.open(lock, os.O_RDWR | os.O_CREAT)
     try:
-        # A POSIX lock is the process's, not the file's: child processes do not keep it.
+        # A POSIX lock belongs to the process rather than to the open file, so child processes do not inherit it.
         fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         os.close(descriptor)
@@ -152,52 +155,54 @@ def lock_folder(folder: str | Path) -> None:
 
 @contextlib.contextmanager
 def locked(path: str | Path) -> Iterator[None]:
-    """Let one thread or process after the other in; ``path`` is a file for nothing else, made if it is not there."""
+    """Hold an exclusive lock, across threads and processes, on the file ``path``, which is created if it is missing."""
     with open(path, "ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
-    """A name beside ``path`` for what is to replace it; nothing is there before and after."""
-    with _sentences(path):
+def _temporary_output(path: Path) -> Iterator[Path]:
+    """Yield an unused path beside ``path`` to write to; anything left there is removed at the end."""
+    with _as_user_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = _beside(path)
-    _remove(temporary)  # of a killed process, whose number this one has: in containers numbers are often the same
+    temporary = _temporary_path(path)
+    _remove(temporary)  # left by a killed process with the same id, as is common in containers
     try:
-        with _sentences(path, temporary):
+        with _as_user_errors(path, temporary):
             yield temporary
             _sync(path.parent, recurse=False)
     finally:
         _remove(temporary)
 
 
-def _beside(path: Path, mark: str = "") -> Path:
-    """The suffix is kept last: writers such as PIL choose the format by it."""
+def _temporary_path(path: Path, mark: str = "") -> Path:
+    """Return a hidden path beside ``path`` with the same suffix, by which writers such as PIL choose the format."""
     name = f".tmp-{os.getpid()}-{mark}{path.name}"
-    if len(os.fsencode(name)) > _LONGEST_NAME:
+    if len(os.fsencode(name)) > _MAX_NAME_BYTES:
         digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:24]
         name = f".tmp-{os.getpid()}-{mark}{digest}{path.suffix if len(path.suffix) < 20 else ''}"
     return path.with_name(name)
 
 
 @contextlib.contextmanager
-def _sentences(path: Path, temporary: Path | None = None) -> Iterator[None]:
-    """Errors of the system become a :class:`UserError` that names ``path``.
+def _as_user_errors(path: Path, temporary: Path | None = None) -> Iterator[None]:
+    """Turn each ``OSError`` into a :class:`UserError` that names ``path``.
 
     Args:
-        temporary: only those about it or ``path``, and those of full disks: the block may read other files.
+        path: The file or folder that the block writes.
+        temporary: If given, convert only errors about this path or ``path`` and errors of the disk, because the block
+            may also read other files.
     """
     try:
         yield
     except OSError as error:
         name = None if error.filename is None else Path(os.fsdecode(error.filename))
-        above = () if name is None else (name, *name.parents)
-        if temporary and not (temporary in above or path in above or (name is None and error.errno in _DISK_ERRORS)):
-            raise  # of what the block reads
-        where = "" if not above or path == name or temporary in above else f" ({name})"
-        raise UserError(f"{path} cannot be written: {reason(error)}{where}") from error
+        chain = () if name is None else (name, *name.parents)
+        if temporary and not (temporary in chain or path in chain or (name is None and error.errno in _DISK_ERRORS)):
+            raise  # an error about a file that the block reads
+        detail = "" if not chain or path == name or temporary in chain else f" ({name})"
+        raise UserError(f"{path} cannot be written: {reason(error)}{detail}") from error
 
 
 def _check_name(path: Path) -> None:
@@ -206,22 +211,22 @@ def _check_name(path: Path) -> None:
     except UnicodeEncodeError:
         valid = False
     if not valid:
-        raise UserError(f"{path} cannot be written: no file can have such a name")
+        raise UserError(f"{path} cannot be written: this is not a valid file name")
 
 
 def _check_permission(path: Path) -> None:
-    """Also for the administrator, who may write to everything: who made it read-only wants to keep it."""
+    """Refuse a read-only file even if this process runs as root, because somebody protected it on purpose."""
     if path.exists() and not (path.stat().st_mode & stat.S_IWUSR and os.access(path, os.W_OK)):
         raise UserError(f"{path} is read-only: choose another name, or make it writable")
 
 
 def _check_parent(path: Path) -> None:
-    above = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
-    if not above.is_dir():
-        raise UserError(f"{path} cannot be written: {above} is not a folder")
-    if not os.access(above, os.W_OK | os.X_OK):
-        read_only = os.statvfs(above).f_flag & os.ST_RDONLY
-        raise UserError(f"{path} cannot be written: {above} is {'on a read-only disk' if read_only else 'read-only'}")
+    ancestor = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not ancestor.is_dir():
+        raise UserError(f"{path} cannot be written: {ancestor} is not a folder")
+    if not os.access(ancestor, os.W_OK | os.X_OK):
+        problem = "on a read-only disk" if os.statvfs(ancestor).f_flag & os.ST_RDONLY else "read-only"
+        raise UserError(f"{path} cannot be written: {ancestor} is {problem}")
 
 
 def _remove(path: Path) -> None:
@@ -232,7 +237,7 @@ def _remove(path: Path) -> None:
 
 
 def _sync(path: Path, recurse: bool = True) -> None:
-    """Force ``path`` to the disk, so that a power cut cannot keep the new name with old content."""
+    """Flush ``path`` to the disk, so that a power failure cannot leave the new name with incomplete content."""
     if path.is_dir() and recurse:
         for child in path.rglob("*"):
             if child.is_file():

@@ -1,4 +1,4 @@
-"""Weights of a training that has diverged are not taken for weights."""
+"""Detect the weights of a training run that has diverged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fourm.utils.errors import UserError
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass without a copy."""
+    """Return whether all values are finite, in one pass and without a copy."""
     if not tensor.is_floating_point() or not tensor.numel():
         return True
     low, high = aminmax(tensor.detach())
@@ -18,8 +18,9 @@ def is_finite(tensor: Tensor) -> bool:
 
 
 def check_finite(name: str, tensor: Tensor, source: str | Path) -> None:
-    """Raise a :class:`UserError` if the tensor ``name`` of ``source`` holds values that are not finite."""
+    """Raise a :class:`UserError` if the tensor ``name`` of ``source`` has values that are not finite."""
     if not is_finite(tensor):
         raise UserError(
-            f"{source}: {name} holds values that are not finite, for the training that wrote it had diverged; take earlier ones"
+            f"{source}: {name} holds values that are not finite because the training run that wrote it had diverged; "
+            "use an earlier checkpoint"
         )

@@ -1,4 +1,4 @@
-"""Ctrl-C while a command still loads its modules, which takes seconds: there is nothing yet to put in order."""
+"""Handle Ctrl-C while a command is still importing its modules, which takes seconds."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ import threading
 from typing import Any
 
 
-def end_at_once() -> None:
-    """Until the command begins, in :func:`fourm.utils.errors.run_cli`, Ctrl-C ends this process with status 130.
+def exit_on_interrupt() -> None:
+    """Make Ctrl-C end this process with status 130 until :func:`fourm.utils.errors.run_cli` starts the command.
 
-    An exception would not do: what is interrupted within the import of a module prints it, drops it or raises another one.
+    Raising an exception would not work: an interrupted import may print it, swallow it or raise a different one.
     """
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _exit)
 
 
-def raise_again() -> None:
-    """From now on Ctrl-C raises ``KeyboardInterrupt``, as usual."""
-    if signal.getsignal(signal.SIGINT) is _end:
+def restore_keyboard_interrupt() -> None:
+    """Make Ctrl-C raise ``KeyboardInterrupt`` again, which is Python's default."""
+    if signal.getsignal(signal.SIGINT) is _exit:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def is_command_of(package: str) -> bool:
-    """Whether this process is ``python -m PACKAGE.…``, and still loads the packages around that module."""
+def is_module_command(package: str) -> bool:
+    """Return whether this process is ``python -m PACKAGE.…`` and is still importing the parents of that module."""
     arguments = sys.orig_argv
     module = arguments[arguments.index("-m") + 1 :][:1] if "-m" in arguments else []
     return sys.argv[:1] == ["-m"] and module != [] and module[0].partition(".")[0] == package
 
 
-def _end(*_: Any) -> None:
+def _exit(*_: Any) -> None:
     os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"interrupted\n")
     os._exit(128 + signal.SIGINT)

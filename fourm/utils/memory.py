@@ -1,4 +1,4 @@
-"""Whether what is going to be made can fit into this machine's memory: the system would end the process without a word."""
+"""Check that a model fits into this machine's memory; otherwise the system would kill the process without a message."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ import os
 from fourm.utils.errors import UserError
 
 
-def check_memory(what: str, parameters: float, advice: str) -> None:
-    """Raise a :class:`UserError` for a number of 32-bit parameters that this machine cannot hold, whatever else runs on it.
+def check_memory(subject: str, parameters: float, advice: str) -> None:
+    """Raise a :class:`UserError` if this machine's memory is too small for a number of parameters.
 
     Args:
-        what: is going to have them; the message begins with it.
+        subject: What has these parameters; the message begins with it.
+        parameters: Number of 32-bit parameters.
+        advice: What to do; the message ends with it.
     """
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if 4 * parameters > memory:
         raise UserError(
-            f"{what}: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, and this machine has "
-            f"{memory / 1e9:.0f}; {advice}"
+            f"{subject}: about {parameters:.1e} parameters take {4 * parameters / 1e9:.0f} GB, but this machine has "
+            f"only {memory / 1e9:.0f} GB; {advice}"
         )

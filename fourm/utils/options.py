@@ -1,4 +1,4 @@
-"""A dataclass of options → a command line: its fields are the single list of names, types, defaults and help texts."""
+"""Turn a dataclass of options into a command line; its fields define all names, types, defaults and help texts."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from collections.abc import Sequence
 from dataclasses import MISSING, field
 from typing import Any, NoReturn, TypeVar
 
-from fourm.utils.config import Range, build, is_text, parse_value, settle
+from fourm.utils.config import Range, build, is_text, parse_value, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
 
 class Options:
-    """Base of groups of options: dataclasses that stand beside the code that they configure.
+    """Base class of option groups, which are dataclasses defined next to the code that they configure.
 
-    The options of a command are a dataclass that inherits from the groups it is made of, so that its keys are flat and a
-    function that needs a group takes the whole. ``--help`` shows each group under the first line of its docstring. A group
-    may define ``check``, which raises a :class:`UserError` for values that do not go together.
+    The options of a command are a dataclass that inherits from its groups. Its keys are therefore flat, and it can be
+    passed to every function that takes one of the groups. ``--help`` lists each group under the first line of its
+    docstring. A group may define ``check``, which raises a :class:`UserError` for values that contradict each other.
     """
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
         for group in type(self).__mro__:
             if "check" in vars(group):
                 vars(group)["check"](self)
@@ -38,13 +38,15 @@ def option(
     at_most: float | None = None, below: float | None = None, unset: float | None = None, alias: str = "",
     fixed: bool = False,
 ) -> Any:  # fmt: skip
-    """A field with its help text; required if it has no default.
+    """Define a field with its help text; a field without a default is required.
 
     Args:
-        at_least, above, at_most, below: bounds of its number, or of each of its numbers; see :class:`Range`.
-        unset: a number out of these bounds that means "not set".
-        alias: another name of the key.
-        fixed: the value decides over the weights that a training run ends with, so that a run resumes with the same one.
+        text: The help text.
+        default: The default value; dictionaries and lists are copied.
+        at_least, above, at_most, below: Bounds of the number, or of each number of a list; see :class:`Range`.
+        unset: A number outside these bounds that means "not set".
+        alias: An alternative name of the key.
+        fixed: Whether the value affects the final weights of a training run, so that a resumed run must not change it.
     """
     bounds = Range(at_least, above, at_most, below, unset)
     metadata: dict[str, Any] = {"help": text, "alias": alias, "fixed": fixed}
@@ -56,41 +58,40 @@ def option(
 
 
 def option_group(text: str, cls: type) -> Any:
-    """A field that holds a dataclass of options, or None; on the command line their names begin with the field's:
-    ``sr`` → ``--sr_model``."""
+    """Define a field that holds another options dataclass, or None; its name is the prefix of their keys on the command
+    line: ``sr`` → ``--sr_model``."""
     return field(default=None, metadata={"help": text, "options": cls})
 
 
 def flat_options(cls: type) -> list[str]:
-    """The names of all options, those of groups too."""
+    """Return the names of all options on the command line, including those of nested groups."""
     return [f"{prefix}{item.name}" for prefix, _, items in _groups(cls) for item in items]
 
 
 def aliases(cls: type) -> dict[str, str]:
-    """Other name → key."""
+    """Return alias → key."""
     return {item.metadata["alias"]: item.name for item in dataclasses.fields(cls) if item.metadata.get("alias")}
 
 
 def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
-    """Prefix, title and fields: the own options of ``cls``, the groups it inherits from, the groups in its fields."""
+    """Return (prefix, title, fields) of ``cls``, of the groups that it inherits from, and of its nested groups."""
     owner = {name: group for group in reversed(cls.__mro__) for name in inspect.get_annotations(group)}
-    found = []
+    groups = []
     for group in (cls, *(base for base in reversed(cls.__mro__) if base is not cls)):
         fields = [
             item for item in dataclasses.fields(cls) if owner[item.name] is group and "options" not in item.metadata
         ]
         if fields:
             title = "" if group is cls else (group.__doc__ or "").partition("\n")[0].rstrip(".")
-            found.append(("", title, fields))
-    nested = [item for item in dataclasses.fields(cls) if "options" in item.metadata]
-    found += [
-        (f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"]))) for item in nested
-    ]
-    return found
+            groups.append(("", title, fields))
+    for item in dataclasses.fields(cls):
+        if "options" in item.metadata:
+            groups.append((f"{item.name}_", item.metadata["help"], list(dataclasses.fields(item.metadata["options"]))))
+    return groups
 
 
 def _texts(cls: type) -> dict[str, bool]:
-    """Option → whether its value is text, to be taken as it is typed: ``007`` is a name, and ``~`` a folder."""
+    """Return option → whether its value is text and must not be parsed: ``007`` is a name, and ``~`` a folder."""
     texts = {name: is_text(hint) for name, hint in typing.get_type_hints(cls, include_extras=True).items()}
     for item in dataclasses.fields(cls):
         if "options" in item.metadata:
@@ -108,33 +109,40 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_options(cls: type[T], argv: list[str] | None, description: str, positional: Sequence[str] = ()) -> T:
-    """The options that ``--key value`` arguments give; see :func:`parse_overrides`.
+    """Parse ``--key value`` arguments into a dataclass of options; see :func:`parse_overrides`.
 
     Args:
-        positional: keys that the first arguments stand for, where these come without a ``--key``.
+        cls: The dataclass.
+        argv: The arguments, or None for those of this process.
+        description: The text at the top of ``--help``.
+        positional: Keys whose values may be given first and without ``--key``.
 
     Raises:
-        UserError: also for a missing key, or a bad value.
+        UserError: If a key is unknown or missing, or a value is invalid.
     """
     argv = sys.argv[1:] if argv is None else argv
-    bare = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
-    if len(bare) > len(positional):
-        raise UserError(f"command line: '{bare[len(positional)]}' follows no key")
-    named = [part for key, value in zip(positional, bare, strict=False) for part in (f"--{key}", value)]
-    return build(cls, parse_overrides(cls, [*named, *argv[len(bare) :]], description), "command line")
+    values = list(itertools.takewhile(lambda argument: not argument.startswith("-"), argv))
+    if len(values) > len(positional):
+        raise UserError(f"command line: there is no key before '{values[len(positional)]}'")
+    named = [part for key, value in zip(positional, values, strict=False) for part in (f"--{key}", value)]
+    return build(cls, parse_overrides(cls, [*named, *argv[len(values) :]], description), "command line")
 
 
 def parse_overrides(cls: type, argv: list[str] | None, description: str, config_file: bool = False) -> dict[str, Any]:
-    """The fields of ``cls`` that the command line sets; switches come in pairs ``--key`` / ``--no_key``.
-
-    Those of groups are there by their flat names.
+    """Parse the fields of ``cls`` that the command line sets; switches come in pairs ``--key`` / ``--no_key``.
 
     Args:
-        config_file: ``--config FILE`` is an argument too, and its path part of the result.
+        cls: The dataclass of options.
+        argv: The arguments, or None for those of this process.
+        description: The text at the top of ``--help``.
+        config_file: Whether to accept ``--config FILE`` too; the result then contains its path.
+
+    Returns:
+        Key → value, with the flat names of nested groups.
 
     Raises:
-        UserError: an unknown key (names the nearest).
-        SystemExit: after ``--help``.
+        UserError: If a key is unknown; the message names the nearest one.
+        SystemExit: After ``--help``.
     """
     parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     texts, flags = _texts(cls), []

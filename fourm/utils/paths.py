@@ -1,4 +1,4 @@
-"""Paths as people type them, ``~/data`` and ``$DATA/cc12m``, and files that a configuration names."""
+"""Expand paths such as ``~/data`` and ``$DATA/cc12m``, and locate the files that a configuration names."""
 
 from __future__ import annotations
 
@@ -15,56 +15,61 @@ _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 @dataclass(frozen=True)
 class PathKind:
-    """How a key of a configuration that holds a path is read.
+    """How a configuration key that holds a path is interpreted.
 
     Attributes:
-        beside: a file that is there already: also looked for beside the configuration that names it, and above.
-        may_be_empty: an empty text means that the key is not set.
+        relative_to_config: Whether to look for the file also in the folder of the configuration that names it, and
+            above.
+        may_be_empty: Whether an empty string is allowed; it means that the key is not set.
     """
 
-    beside: bool = False
+    relative_to_config: bool = False
     may_be_empty: bool = True
 
 
 AnyPath = Annotated[str, PathKind()]
 OutputPath = Annotated[str, PathKind(may_be_empty=False)]
-InputPath = Annotated[str, PathKind(beside=True)]
+InputPath = Annotated[str, PathKind(relative_to_config=True)]
 
 
 def expand_path(path: str, where: str = "path") -> str:
-    """``path`` with ``~``, ``$NAME`` and ``${NAME}`` replaced; URLs, ids of the hub and patterns stay what they are.
+    """Replace ``~``, ``$NAME`` and ``${NAME}`` in a path; URLs, hub ids and patterns are returned unchanged.
 
     Args:
-        where: what errors name: the key.
+        path: The path as the user typed it.
+        where: The key that error messages name.
 
     Raises:
-        UserError: a variable that is not set, a user who does not exist, or a NUL character.
+        UserError: If a variable is not set, a user does not exist, or the path contains a NUL character.
     """
     if re.match(r"\w+://", path):
         return path
     if "\0" in path:
-        raise UserError(f"{where}: there is a NUL character in {path!r}, which no path can have")
+        raise UserError(f"{where}: there is a NUL character in {path!r}, which no path may contain")
 
-    def value(found: re.Match[str]) -> str:
-        name = found[1] or found[2]
+    def value(match: re.Match[str]) -> str:
+        name = match[1] or match[2]
         if name not in os.environ:
             raise UserError(f"{where}: the environment variable ${name} in {path!r} is not set")
         return os.environ[name]
 
     expanded = os.path.expanduser(_VARIABLE.sub(value, path))
     if re.match(r"~[\w.-]*(/|$)", expanded):
-        raise UserError(f"{where}: there is no user {expanded[1:].split('/')[0]!r}, whose home {path!r} would be")
+        raise UserError(
+            f"{where}: {path!r} names the home of {expanded[1:].split('/')[0]!r}, but there is no such user"
+        )
     return expanded
 
 
 def locate(name: str, config: str | Path | None) -> str:
-    """A file or folder that a configuration names: from the working directory, else beside the configuration or above it.
+    """Find a file or folder that a configuration names, in the working directory or a parent of the configuration.
 
     Args:
-        config: the configuration; None: a command line.
+        name: The path as it stands in the configuration.
+        config: The configuration file, or None for a command line.
 
     Returns:
-        ``name`` itself if it is an absolute path, is there from the working directory, or is nowhere.
+        The path of the file; ``name`` itself if it is absolute, exists in the working directory, or exists nowhere.
     """
     if not name or config is None or os.path.isabs(name) or re.match(r"\w+://", name) or os.path.lexists(name):
         return name
@@ -72,6 +77,6 @@ def locate(name: str, config: str | Path | None) -> str:
         try:
             if (folder / name).exists():
                 return str(folder / name)
-        except OSError:  # a name longer than any can be
+        except OSError:  # the name is too long for a file
             return name
     return name

@@ -1,4 +1,4 @@
-"""A module of the user's own, which registers modalities, transforms, file formats or embeddings when it is imported."""
+"""Import a user's own module, which registers modalities, transforms, file formats or embeddings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class PluginOptions(Options):
 
 
 def load_plugin(name: str) -> None:
-    """Import the module called ``name``, also from the working directory; nothing for an empty name.
+    """Import the module called ``name``, which may be in the working directory. An empty name does nothing.
 
     Raises:
-        UserError: there is no such module, or one that it needs; or it fails.
+        UserError: If the module, or one that it imports, does not exist, or its code fails.
     """
     if not name:
         return
@@ -37,13 +37,12 @@ def load_plugin(name: str) -> None:
         ) from error
     except (UserError, KeyboardInterrupt):
         raise
-    except BaseException as error:  # of whatever kind, sys.exit() too: the module is anybody's
-        raise UserError(
-            f"'plugin': {name} fails {_place_of(error)}with {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except BaseException as error:  # even sys.exit(), because the module may do anything
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"'plugin': {name} fails {_location(error)}with {type(error).__name__}: {reason}") from error
 
 
-def _place_of(error: BaseException) -> str:
-    """Where it was raised: ``in FILE, line 3, ``; errors of syntax tell it themselves."""
+def _location(error: BaseException) -> str:
+    """Return where an error was raised, ``in FILE, line 3, ``; nothing for syntax errors, whose messages include it."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     return "" if isinstance(error, SyntaxError) else f"in {last.filename}, line {last.lineno}, "

@@ -1,4 +1,4 @@
-"""Which of several processes this one is."""
+"""Read this process's rank from the environment."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ import os
 from fourm.utils.errors import UserError
 
 
-def ranks_of_torchrun() -> tuple[int, int, int]:
-    """Rank, number of processes, and rank on this machine, from the variables that torchrun sets.
+def torchrun_ranks() -> tuple[int, int, int]:
+    """Return rank, world size and local rank from the environment variables that torchrun sets.
 
     Raises:
-        UserError: one is no number, or they contradict each other.
+        UserError: If a variable is not a number, or they contradict each other.
     """
-    found = {}
+    values = {}
     for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"), ("LOCAL_RANK", "0")):
         text = os.environ.get(name, default)
         if not text.isascii() or not text.isdigit():
             raise UserError(
-                f"the environment has {name}={text!r}, which is no number; unset it, or start with torchrun"
+                f"the environment variable {name}={text!r} is not a number; unset it, or start with torchrun"
             )
-        found[name] = int(text)
-    if found["RANK"] >= found["WORLD_SIZE"]:
+        values[name] = int(text)
+    if values["RANK"] >= values["WORLD_SIZE"]:
         raise UserError(
-            f"the environment has RANK={found['RANK']} and WORLD_SIZE={found['WORLD_SIZE']}: ranks begin with 0; start with "
-            "torchrun"
+            f"the environment has RANK={values['RANK']} and WORLD_SIZE={values['WORLD_SIZE']}, but ranks count from 0; "
+            "start with torchrun"
         )
-    return found["RANK"], found["WORLD_SIZE"], found["LOCAL_RANK"]
+    return values["RANK"], values["WORLD_SIZE"], values["LOCAL_RANK"]

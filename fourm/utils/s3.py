@@ -1,7 +1,7 @@
-"""Objects of S3, or of any store that speaks its protocol: find, describe, read, write and remove them.
+"""List, describe, read, write and remove objects in S3 or any compatible store.
 
-Credentials come from the usual places: environment, ``~/.aws``, role of the container or machine; requests are anonymous if
-there are none.
+Credentials come from the usual places: the environment, ``~/.aws``, or the role of the container or machine. Without
+credentials, requests are anonymous.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from fourm.utils.transfer import (
     Transient,
     Unresolved,
     check_url,
-    in_background,
     raise_for_status,
-    shown,
-    within,
+    run_in_background,
+    run_with_timeout,
 )
+from fourm.utils.urls import redact_url
 
 T = TypeVar("T")
 
@@ -47,39 +47,48 @@ _DIGESTS = {"ChecksumSHA256": "sha256", "ChecksumSHA1": "sha1", "ChecksumCRC32":
 class StoreOptions(Options):
     """Object stores"""
 
-    s3_endpoint: str = option("URL of the object store (default: as boto3 is configured, else AWS)", "")
-    s3_multipart_chunksize_mb: int = option("size of a part of a transfer", 512, at_least=1, at_most=5120)
-    s3_multipart_threshold_mb: int = option("transfers above this are split", 512, at_least=0, at_most=10**7)
-    s3_max_io_queue: int = option("requests that a process may have in flight", 100, at_least=1, at_most=10_000)
+    s3_endpoint: str = option("URL of the object store (default: the endpoint in boto3's configuration, or AWS)", "")
+    s3_multipart_chunksize_mb: int = option(
+        "size of each part of a split transfer, in MiB", 512, at_least=1, at_most=5120
+    )
+    s3_multipart_threshold_mb: int = option("split transfers larger than this, in MiB", 512, at_least=0, at_most=10**7)
+    s3_max_io_queue: int = option("maximum number of requests in flight per process", 100, at_least=1, at_most=10_000)
 
     def store(self) -> S3Store:
-        """The store at ``s3_endpoint``."""
+        """Return the store at ``s3_endpoint``."""
         part, threshold = self.s3_multipart_chunksize_mb * 2**20, self.s3_multipart_threshold_mb * 2**20
         return S3Store(self.s3_endpoint, part, threshold, self.s3_max_io_queue)
 
 
 def check_endpoint(options: Options, *names: str) -> None:
-    """Check endpoints when something in a store is about to be read: published files have placeholders in these keys.
+    """Check the endpoint before a store is first used; published configurations have placeholders in these keys.
+
+    Args:
+        options: The options.
+        *names: Keys of the endpoint; the first one that is set counts.
 
     Raises:
-        UserError: the first of the keys ``names`` that is set is no URL.
+        UserError: If the endpoint is not a URL.
     """
     for name in names:
-        if endpoint := getattr(options, name):
+        endpoint = getattr(options, name)
+        if endpoint:
             if not endpoint.startswith(("http://", "https://")):
-                raise UserError(f"'{name}' must be a URL, https://HOST, not {shown(endpoint)!r}")
+                raise UserError(f"'{name}' must be a URL such as https://HOST, not {redact_url(endpoint)!r}")
             check_url(endpoint, ("http", "https"))
             return
 
 
 @dataclass(frozen=True)
 class S3Store:
-    """One endpoint.
+    """An S3 endpoint.
 
     Attributes:
-        endpoint: URL; empty: that of ``AWS_ENDPOINT_URL_S3`` or ``~/.aws/config``, else AWS.
-        part_bytes, split_above_bytes: transfers larger than the latter go in parts.
-        requests: connections at once.
+        endpoint: URL of the endpoint; if empty, that of ``AWS_ENDPOINT_URL_S3`` or ``~/.aws/config``, or AWS.
+        part_bytes, split_above_bytes: Transfers larger than ``split_above_bytes`` are split into parts of
+            ``part_bytes`` bytes.
+        requests: Maximum number of simultaneous connections.
+        retries: The retry policy.
     """
 
     endpoint: str = ""
@@ -89,11 +98,11 @@ class S3Store:
     retries: Retries = Retries()
 
     def describe(self, url: str) -> RemoteObject:
-        """Size, ETag and checksum of ``s3://bucket/key``.
+        """Request size, ETag and checksum of ``s3://bucket/key``.
 
         Raises:
-            MissingObject: there is no such key.
-            UserError: no such bucket, access denied, or the store stays down.
+            MissingObject: If there is no such key.
+            UserError: If there is no such bucket, access is denied, or the store stays down.
         """
         bucket, key = split_url(url)
         head = functools.partial(self._client().head_object, Bucket=bucket, Key=key, ChecksumMode="ENABLED")
@@ -105,11 +114,11 @@ class S3Store:
         return RemoteObject(url, answer["ContentLength"], answer.get("ETag", ""), _digest(answer))
 
     def chunks(self, item: RemoteObject, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``end``, by one request.
+        """Request the bytes [start, end) once.
 
         Raises:
-            Transient: the transfer broke.
-            UserError: the object has changed, or may not be read.
+            Transient: If the transfer breaks.
+            UserError: If the object has changed or must not be read.
         """
         bucket, key = split_url(item.url)
         unchanged = {"IfMatch": item.etag} if item.etag else {}
@@ -118,17 +127,17 @@ class S3Store:
             answer = self._answer(item.url, lambda: get(Range=f"bytes={start}-{end - 1}"))
             with contextlib.closing(answer["Body"]) as body:
                 if not answer.get("ContentRange", "").startswith(f"bytes {start}-"):
-                    raise UserError(f"{shown(item.url)}: the store does not answer requests for a range of bytes")
-                # What is there, where botocore's own way would wait for all of the piece, byte by byte if need be.
+                    raise UserError(f"{redact_url(item.url)}: the store does not support requests for byte ranges")
+                # read1 returns what has arrived so far; botocore's own read waits until the whole chunk is complete.
                 read = getattr(getattr(body, "_raw_stream", None), "read1", body.read)
                 while data := read(CHUNK):
                     yield data
 
     def upload(self, path: str | Path, url: str) -> None:
-        """Copy a file to ``s3://bucket/key``, in parts if it is large.
+        """Upload a file to ``s3://bucket/key``, in parts if it is large.
 
         Raises:
-            UserError: no such bucket, access denied, or the store stays down.
+            UserError: If there is no such bucket, access is denied, or the store stays down.
         """
         from boto3.s3.transfer import ProgressCallbackInvoker, TransferConfig
         from s3transfer.manager import TransferManager
@@ -139,11 +148,11 @@ class S3Store:
         )
 
         def put() -> None:
-            with open(path, "rb"), self._errors(url):  # what cannot be read is no fault of the store
-                rate = Rate(self.retries.patience, "takes")
-                manager = TransferManager(self._client(self.retries.attempts), transfer, executor_cls=_Threads)
+            with open(path, "rb"), self._errors(url):  # an unreadable file is not an error of the store
+                rate = Rate(self.retries.patience, "accepts")
+                manager = TransferManager(self._client(self.retries.attempts), transfer, executor_cls=_DaemonExecutor)
                 sending = manager.upload(str(path), bucket, key, subscribers=[ProgressCallbackInvoker(rate.add)])
-                sent = in_background(sending.result)
+                sent = run_in_background(sending.result)
                 try:
                     while not sent.done():
                         concurrent.futures.wait([sent], timeout=1)
@@ -153,14 +162,14 @@ class S3Store:
                     sending.cancel()
                     raise
 
-        replace(self.retries, attempts=1)(put, url)  # botocore has repeated its parts
+        replace(self.retries, attempts=1)(put, url)  # botocore itself retries each part
 
     def download(self, items: Mapping[Path, RemoteObject]) -> None:
-        """Write each object to a new file, and check it against its digest, side by side.
+        """Download each object to a new file in parallel, and check it against its digest.
 
         Raises:
-            DamagedObject: the digest is another one.
-            UserError: an object cannot be read, or a file not written.
+            DamagedObject: If a digest does not match.
+            UserError: If an object cannot be read, or a file cannot be written.
         """
         downloads = Downloads(self.retries, self.requests, self.part_bytes, self.split_above_bytes)
 
@@ -171,34 +180,34 @@ class S3Store:
             except OSError as error:
                 raise UserError(f"{path}: {error.strerror}") from error
 
-        files = [in_background(write, path, item) for path, item in items.items()]
+        files = [run_in_background(write, path, item) for path, item in items.items()]
         concurrent.futures.wait(files)
         for file in files:
             file.result()
 
     def names(self, folder: str) -> set[str]:
-        """The names of all objects below ``s3://bucket/folder``, as they go on after it.
+        """List the names of all objects below ``s3://bucket/folder``, relative to it.
 
         Raises:
-            UserError: no such bucket, access denied, or the store stays down.
+            UserError: If there is no such bucket, access is denied, or the store stays down.
         """
         bucket, _, key = folder.removeprefix("s3://").partition("/")
         prefix = f"{key}/" if key else ""
 
         def find() -> set[str]:
             pages = iter(self._client().get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix=prefix))
-            found = set[str]()
+            names = set[str]()
             while page := self._answer(folder, lambda: next(pages, None)):
-                found.update(item["Key"][len(prefix) :] for item in page.get("Contents", ()))
-            return found
+                names.update(item["Key"][len(prefix) :] for item in page.get("Contents", ()))
+            return names
 
         return self.retries(find, folder)
 
     def remove(self, url: str) -> None:
-        """Remove ``s3://bucket/key``, if it is there.
+        """Remove ``s3://bucket/key`` if it exists.
 
         Raises:
-            UserError: no such bucket, access denied, or the store stays down.
+            UserError: If there is no such bucket, access is denied, or the store stays down.
         """
         bucket, key = split_url(url)
         delete = functools.partial(self._client().delete_object, Bucket=bucket, Key=key)
@@ -213,7 +222,7 @@ class S3Store:
 
     @property
     def _place(self) -> str:
-        return shown(
+        return redact_url(
             self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "AWS")
         )
 
@@ -222,13 +231,13 @@ class S3Store:
         return _client(os.getpid(), self.endpoint, self.requests, self.retries.timeout, attempts)
 
     def _answer(self, url: str, request: Callable[[], T]) -> T:
-        """The store's answer to one request, which has to be there soon even if it comes byte by byte."""
+        """Return the store's response to one request, within a timeout even if it trickles in byte by byte."""
         with self._errors(url):
-            return within(2 * self.retries.timeout, request)
+            return run_with_timeout(2 * self.retries.timeout, request)
 
     @contextlib.contextmanager
     def _errors(self, url: str) -> Iterator[None]:
-        """Turn botocore's errors into ours. Their texts are left out: they may tell whose credentials were used."""
+        """Convert botocore's errors. Most messages are omitted because they may reveal whose credentials were used."""
         from botocore import exceptions
         from botocore.parsers import ResponseParserError
         from urllib3.exceptions import HTTPError
@@ -245,34 +254,34 @@ class S3Store:
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
             code = error.response.get("Error", {}).get("Code", "")
             if code == "NoSuchBucket":
-                raise UserError(f"{shown(url)}: there is no such bucket at {self._place}") from None
+                raise UserError(f"{redact_url(url)}: there is no such bucket at {self._place}") from None
             raise_for_status(status, "" if code.isdigit() else code, url)
         except (*broken, ResponseParserError, HTTPError, OSError) as error:
             if _is_unresolved(error):
-                raise Unresolved(f"the name of the store {self._place} is not known") from error
+                raise Unresolved(f"the name of the store {self._place} cannot be resolved") from error
             raise Transient(f"no complete answer from {self._place} ({type(error).__name__})") from error
         except exceptions.BotoCoreError as error:
-            raise UserError(f"{shown(url)}: {' '.join(str(error).split())}") from error
+            raise UserError(f"{redact_url(url)}: {' '.join(str(error).split())}") from error
 
 
-class _Threads:
-    """An executor of s3transfer whose threads end with the process: a store that never answers must not hold up its end."""
+class _DaemonExecutor:
+    """An executor for s3transfer with daemon threads, so that a store that never responds cannot block the exit."""
 
     def __init__(self, max_workers: int):
         self._free = threading.Semaphore(max_workers)
 
     def submit(self, action: Callable, *arguments: Any) -> concurrent.futures.Future:
         self._free.acquire()
-        future = in_background(action, *arguments)
+        future = run_in_background(action, *arguments)
         future.add_done_callback(lambda _: self._free.release())
         return future
 
     def shutdown(self, wait: bool = True) -> None:
-        """Nothing is left to do: a thread ends with its task."""
+        """Do nothing, because each thread ends with its task."""
 
 
 def _is_unresolved(error: BaseException | None) -> bool:
-    """Whether the name of the server could not be found, which libraries tell in many wrappings."""
+    """Return whether an error, or any error that it wraps, says that the server name could not be resolved."""
     while error is not None:
         if isinstance(error, socket.gaierror) or type(error).__name__ == "NameResolutionError":
             return True
@@ -282,13 +291,16 @@ def _is_unresolved(error: BaseException | None) -> bool:
 
 
 def upload(path: Path, s3_url: str, store: S3Store, last: str = "") -> None:
-    """Copy a file, or all files of a folder to the same names below ``s3_url``.
+    """Upload a file, or all files of a folder under the same names below ``s3_url``.
 
     Args:
-        last: the file of the folder that tells that all others are there.
+        path: The file or folder.
+        s3_url: URL of the target.
+        store: The store.
+        last: Name of the file in the folder that marks the upload as complete.
 
     Raises:
-        UserError: no such bucket, access denied, or the store stays down.
+        UserError: If there is no such bucket, access is denied, or the store stays down.
     """
     if path.is_file():
         store.upload(path, s3_url)
@@ -298,16 +310,16 @@ def upload(path: Path, s3_url: str, store: S3Store, last: str = "") -> None:
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Bucket and key of ``s3://bucket/key``."""
+    """Split ``s3://bucket/key`` into bucket and key."""
     bucket, _, key = url.removeprefix("s3://").partition("/")
     if not bucket or not key:
-        raise UserError(f"{shown(url)}: an object is named s3://bucket/key")
+        raise UserError(f"{redact_url(url)}: the URL of an object must be s3://bucket/key")
     check_url(url, ("s3",))
     return bucket, key
 
 
 def _digest(answer: dict[str, Any]) -> tuple[str, str] | None:
-    """The checksum of a whole object: those of its parts, which ``-`` tells, cannot be computed without knowing the parts."""
+    """Return the checksum of a whole object; composite ones (with ``-``) cannot be verified without the part sizes."""
     for field, algorithm in _DIGESTS.items():
         if (value := answer.get(field)) and "-" not in value and answer.get("ChecksumType") != "COMPOSITE":
             return algorithm, base64.b64decode(value).hex()
@@ -331,13 +343,13 @@ def _client(process: int, endpoint: str, connections: int, timeout: float, attem
         config = Config(
             connect_timeout=timeout, read_timeout=timeout, max_pool_connections=connections,
             retries={"total_max_attempts": attempts, "mode": "standard"},
-            # Checksums of answers are verified over whole objects, here; those of requests not all stores understand.
+            # We verify the checksums of whole objects ourselves. Not all stores support checksums of requests.
             response_checksum_validation="when_required",
             request_checksum_calculation="when_required" if endpoint else "when_supported",
             **options,
         )  # fmt: skip
         return session.client("s3", endpoint_url=endpoint or None, config=config)
-    except BotoCoreError as error:  # in ~/.aws, most likely
-        raise UserError(f"S3 store {shown(endpoint) or 'as boto3 is configured'}: {error}") from error
+    except BotoCoreError as error:  # usually caused by ~/.aws
+        raise UserError(f"S3 store {redact_url(endpoint) or 'as boto3 is configured'}: {error}") from error
     except ValueError:
-        raise UserError(f"S3 store {shown(endpoint)}: this is not a valid URL") from None
+        raise UserError(f"S3 store {redact_url(endpoint)} is not a valid URL") from None

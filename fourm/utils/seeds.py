@@ -8,6 +8,6 @@ import numpy as np
 
 
 def generator(*key: int | str) -> np.random.Generator:
-    """A generator that is a function of ``key`` alone, e.g. ``generator(seed, epoch, stream, position)``."""
+    """Return a generator that depends on ``key`` alone, e.g. ``generator(seed, epoch, stream, position)``."""
     words = [zlib.crc32(k.encode()) if isinstance(k, str) else int(k) for k in key]
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence(words)))

@@ -1,4 +1,4 @@
-"""What transfers from and to stores have in common: bounded retries, checksums, and errors without secrets."""
+"""Shared parts of transfers to and from stores: bounded retries, checksums, and errors without secrets."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
 
-from fourm.utils.errors import UserError, printable
-from fourm.utils.urls import shown as shown
+from fourm.utils.errors import UserError, sanitize
+from fourm.utils.urls import redact_url
 
 T = TypeVar("T")
 
-CHUNK = 2**18  # bytes read at once: few enough that they are still in a cache when they are written and hashed
-MIN_RATE = 1000  # bytes per second, below which a transfer counts as broken
-_UNRESOLVED = 3  # tries for the name of a server, which seldom comes back
-_DOWNLOADS = 3  # of an object whose checksum is wrong
-_jitter = random.Random()  # not the global generator: how often a store fails must not change a run
+CHUNK = 2**18  # bytes per read: small enough to stay in the CPU cache until they are written and hashed
+MIN_RATE = 1000  # bytes per second; a slower transfer counts as broken
+_RESOLVE_ATTEMPTS = 3  # to resolve a server name, which rarely succeeds later
+_DOWNLOAD_ATTEMPTS = 3  # for an object whose checksum does not match
+_jitter = random.Random()  # not the global generator, because failures of a store must not affect a run
 
 
 class Transient(Exception):
-    """A failure that may pass: throttling, an error of the server, a reset, a timeout, a body that was cut off."""
+    """A failure that may pass: throttling, a server error, a connection reset, a timeout, a truncated body."""
 
 
 class Unresolved(Transient):
-    """The name of the server is not known."""
+    """The server name cannot be resolved."""
 
 
 class MissingObject(UserError):
@@ -43,7 +43,7 @@ class MissingObject(UserError):
 
 
 class DamagedObject(UserError):
-    """What the store has is not what its checksum tells."""
+    """The content of an object does not match its checksum."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,11 @@ class RemoteObject:
     """An object as the store describes it.
 
     Attributes:
-        size: in bytes.
-        etag: changes with the content; empty if the store tells none.
-        digest: algorithm (``crc32`` or a name of hashlib) and hexadecimal digest of the content; None if the store tells none.
+        url: URL of the object.
+        size: Size in bytes.
+        etag: An identifier that changes with the content; empty if the store reports none.
+        digest: Algorithm (``crc32`` or a name of hashlib) and hexadecimal digest of the content; None if the store
+            reports none.
     """
 
     url: str
@@ -63,93 +65,100 @@ class RemoteObject:
 
 
 class Store(Protocol):
-    """What can be read from a store."""
+    """The read interface of a store."""
 
     def describe(self, url: str) -> RemoteObject:
-        """Ask for size, ETag and checksum, with retries."""
+        """Request size, ETag and checksum, with retries."""
         ...
 
     def chunks(self, item: RemoteObject, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``end``, by one request; they may break off early, with :class:`Transient` or without."""
+        """Request the bytes [start, end) once; the iterator may end early, with or without a :class:`Transient`."""
         ...
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How often to try, and how long to wait in between: twice as long each time, up to ``longest_delay`` seconds.
+    """A retry policy with exponential backoff.
 
     Attributes:
-        timeout: seconds without a byte after which an attempt has failed; an answer has to begin within twice this time.
-        rate_over: seconds over which a transfer must reach :data:`MIN_RATE`.
+        attempts: Maximum number of attempts.
+        first_delay: Seconds before the second attempt; the delay doubles each time.
+        max_delay: Maximum number of seconds between two attempts.
+        timeout: Seconds without a byte after which an attempt fails; a response must begin within twice this time.
+        rate_window: Seconds over which a transfer must reach :data:`MIN_RATE` on average.
     """
 
     attempts: int = 10
     first_delay: float = 0.5
-    longest_delay: float = 20.0
+    max_delay: float = 20.0
     timeout: float = 30.0
-    rate_over: float = 60.0
+    rate_window: float = 60.0
 
     @property
     def patience(self) -> float:
-        """Seconds that all attempts may take, if none of them gets anywhere."""
-        return self.attempts * (2 * self.timeout + self.longest_delay)
+        """Seconds after which all attempts have timed out."""
+        return self.attempts * (2 * self.timeout + self.max_delay)
 
     def __call__(self, action: Callable[[], T], url: str) -> T:
-        """The result of ``action``, which is tried again whenever it raises :class:`Transient`.
+        """Return the result of ``action``, which is retried when it raises :class:`Transient`.
 
         Raises:
-            UserError: the last attempt failed too.
+            UserError: If the last attempt fails too.
         """
         for attempt in range(self.attempts):
             try:
                 return action()
             except Transient as error:
                 reason = error
-            if isinstance(reason, Unresolved) and attempt + 1 >= _UNRESOLVED:
-                raise UserError(f"{shown(url)}: {reason}; check the URL, or the network")
+            if isinstance(reason, Unresolved) and attempt + 1 >= _RESOLVE_ATTEMPTS:
+                raise UserError(f"{redact_url(url)}: {reason}; check the URL and the network")
             if attempt + 1 < self.attempts:
-                time.sleep(min(self.first_delay * 2**attempt, self.longest_delay) * _jitter.uniform(0.5, 1))
+                time.sleep(min(self.first_delay * 2**attempt, self.max_delay) * _jitter.uniform(0.5, 1))
         raise UserError(
-            f"{shown(url)}: {reason}, {self.attempts} times in a row; see to the store or the network, then start again"
+            f"{redact_url(url)}: {reason}, {self.attempts} times in a row; check the store and the network, then "
+            "start again"
         )
 
 
 class Rate:
-    """How fast a transfer is.
+    """Measures the rate of a transfer.
 
     Args:
-        over: seconds over which it must reach :data:`MIN_RATE`.
-        what: the store does: ``sends``, or ``takes``.
+        window: Seconds over which the transfer must reach :data:`MIN_RATE` on average.
+        verb: What the store does in error messages: ``sends`` or ``accepts``.
     """
 
-    def __init__(self, over: float, what: str):
-        self._over, self._what = over, what
-        self._since, self._bytes = time.monotonic(), 0
+    def __init__(self, window: float, verb: str):
+        self._window, self._verb = window, verb
+        self._start, self._bytes = time.monotonic(), 0
         self._lock = threading.Lock()
 
     def add(self, count: int) -> None:
-        """Count bytes that have arrived, in any thread."""
+        """Count transferred bytes; any thread may call this."""
         with self._lock:
             self._bytes += count
 
     def check(self) -> None:
-        """Look at the time; to be called again and again.
+        """Check the rate of each window that has ended; to be called regularly.
 
         Raises:
-            Transient: the transfer is too slow.
+            Transient: If the transfer is too slow.
         """
-        if (seconds := time.monotonic() - self._since) > self._over:
+        seconds = time.monotonic() - self._start
+        if seconds > self._window:
             if self._bytes < MIN_RATE * seconds:
-                raise Transient(f"the store {self._what} fewer than {MIN_RATE} bytes per second")
-            self._since, self._bytes = time.monotonic(), 0
+                raise Transient(f"the store {self._verb} fewer than {MIN_RATE} bytes per second")
+            self._start, self._bytes = time.monotonic(), 0
 
 
 class Downloads:
-    """Fetches objects; a transfer goes on where it broke.
+    """Downloads objects; an interrupted transfer continues where it stopped.
 
     Args:
-        requests: that may be in flight.
-        part_bytes, split_above_bytes: objects larger than the latter are fetched in parts, side by side.
+        retries: The retry policy.
+        requests: Maximum number of requests in flight.
+        part_bytes, split_above_bytes: Objects larger than ``split_above_bytes`` are downloaded in parts of
+            ``part_bytes`` bytes, in parallel.
     """
 
     def __init__(self, retries: Retries, requests: int, part_bytes: int, split_above_bytes: int):
@@ -157,15 +166,15 @@ class Downloads:
         self._part_bytes, self._split_above_bytes = part_bytes, split_above_bytes
 
     def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> tuple[str, str]:
-        """Fill ``file`` with the object, and check it against its digest.
+        """Download an object into ``file`` and check it against its digest.
 
         Returns:
-            Algorithm and digest of what was written.
+            Algorithm and digest of the downloaded content.
 
         Raises:
-            DamagedObject: the digest is another one, again and again.
-            UserError: the object cannot be read.
-            OSError: the file cannot be written.
+            DamagedObject: If the digest does not match in any attempt.
+            UserError: If the object cannot be read.
+            OSError: If the file cannot be written.
         """
         in_parts = item.size > self._split_above_bytes
         step = self._part_bytes if in_parts else max(item.size, 1)
@@ -174,20 +183,20 @@ class Downloads:
         def write(data: bytes, position: int) -> None:
             if os.pwrite(file.fileno(), data, position) != len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if not in_parts:  # in their order, whatever breaks on the way
+            if not in_parts:  # the chunks then arrive in order, even after interruptions
                 hasher.update(data)
 
-        for _ in range(_DOWNLOADS):
+        for _ in range(_DOWNLOAD_ATTEMPTS):
             hasher = new_hasher(algorithm)
             starts = range(0, item.size, step)
-            upcoming = iter(starts)  # a part after the other, for whichever thread is free
+            queue = iter(starts)  # shared: each thread takes the next part when it is free
 
-            def fetch_parts(upcoming: Iterator[int] = upcoming) -> None:
-                for start in upcoming:
+            def fetch_parts(queue: Iterator[int] = queue) -> None:
+                for start in queue:
                     self.read(store, item, start, min(start + step, item.size), write)
 
-            threads = [in_background(fetch_parts) for _ in range(min(len(starts), self._requests))]
-            concurrent.futures.wait(threads)  # none may write any more when the file is closed
+            threads = [run_in_background(fetch_parts) for _ in range(min(len(starts), self._requests))]
+            concurrent.futures.wait(threads)  # no thread may write after the file has been closed
             for thread in threads:
                 thread.result()
             if in_parts:
@@ -196,39 +205,39 @@ class Downloads:
                 os.fsync(file.fileno())
                 return algorithm, hasher.hexdigest()
         raise DamagedObject(
-            f"{shown(item.url)}: arrives damaged, {_DOWNLOADS} times in a row: its {algorithm} is not the one that the "
-            "store tells; upload it again"
+            f"{redact_url(item.url)}: arrives damaged, {_DOWNLOAD_ATTEMPTS} times in a row: its {algorithm} differs "
+            "from the one that the store reports; upload it again"
         )
 
     def read(self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any]) -> None:
-        """Hand the bytes from ``start`` up to ``end`` to ``write``, each piece with its position.
+        """Pass the bytes [start, end) to ``write`` in chunks, each with its position.
 
         Raises:
-            UserError: the object cannot be read.
+            UserError: If the object cannot be read.
         """
         position = start
 
         def attempt() -> None:
             nonlocal position
             if position == end:
-                return  # an empty member, or all was there before the transfer broke
+                return  # the range is empty, or was complete before the transfer broke
             with self._in_flight:
-                rate = Rate(self._retries.rate_over, "sends")
+                rate = Rate(self._retries.rate_window, "sends")
                 for data in store.chunks(item, position, end):
                     if position + len(data) > end:
-                        raise Transient("the store sends more than was asked for")
+                        raise Transient("the store sends more bytes than requested")
                     write(data, position)
                     position += len(data)
                     rate.add(len(data))
                     rate.check()
             if position < end:
-                raise Transient("the answer is cut off")
+                raise Transient("the response is truncated")
 
         self._retries(attempt, item.url)
 
 
-def in_background(action: Callable, *arguments: Any) -> Future:
-    """Run ``action`` in a thread that does not outlive the process, unlike those of an executor."""
+def run_in_background(action: Callable, *arguments: Any) -> Future:
+    """Run ``action`` in a daemon thread, which unlike those of an executor does not keep the process alive."""
     future: Future = Future()
 
     def run() -> None:
@@ -241,13 +250,13 @@ def in_background(action: Callable, *arguments: Any) -> Future:
     return future
 
 
-def within(seconds: float, action: Callable[[], T]) -> T:
-    """The result of ``action``. What takes longer goes on in a thread of its own, and nobody waits for it.
+def run_with_timeout(seconds: float, action: Callable[[], T]) -> T:
+    """Return the result of ``action``; after the timeout it continues in the background, and its result is ignored.
 
     Raises:
-        Transient: it took longer.
+        Transient: If ``action`` takes longer than ``seconds``.
     """
-    future = in_background(action)
+    future = run_in_background(action)
     try:
         return future.result(seconds)
     except concurrent.futures.TimeoutError as error:
@@ -257,15 +266,15 @@ def within(seconds: float, action: Callable[[], T]) -> T:
 
 
 def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> None:
-    """Find what cannot work before anything is asked.
+    """Check the syntax of a URL before any request is made.
 
     Raises:
-        UserError: it is no URL with one of the ``schemes`` and a host or bucket.
+        UserError: If it is not a URL with one of the ``schemes`` and a host or bucket.
     """
     example = "s3://BUCKET/KEY" if "s3" in schemes else f"{schemes[-1]}://HOST{':29500' if 'tcp' in schemes else ''}"
     try:
         parts = urlsplit(url)
-        parts.port  # noqa: B018  # raises for one that is none
+        parts.port  # noqa: B018  # raises ValueError if it is not a port
         host = parts.netloc if parts.scheme == "s3" else unquote(parts.hostname or "")
         name = r"[\w.-]+" if parts.scheme == "s3" else r"[^\s/@]+"
         if parts.scheme not in schemes or not re.fullmatch(name, host) or re.search(r"[\x00-\x1f\x7f]", url):
@@ -275,36 +284,38 @@ def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> N
         if parts.scheme != "s3":
             host.encode("idna")
     except ValueError:
-        raise UserError(f"{printable(shown(url))!r} is not a valid URL, such as {example}") from None
+        raise UserError(f"{sanitize(redact_url(url))!r} is not a valid URL; a valid one looks like {example}") from None
 
 
 def raise_for_status(status: int, code: str, url: str) -> None:
-    """Turn the status of an answer that is an error into one of ours.
+    """Raise the exception for an HTTP error status.
 
     Args:
-        code: the store's own word for it, if it has one.
+        status: The HTTP status.
+        code: The error code of the store, or an empty string.
+        url: URL of the object.
 
     Raises:
-        Transient: another attempt may do.
-        MissingObject: 404 and 410.
-        UserError: all else.
+        Transient: If another attempt may succeed.
+        MissingObject: For 404 and 410.
+        UserError: For all other statuses.
     """
-    answer = f"{status} {code}".strip()
+    response = f"{status} {code}".strip()
     if status >= 500 or status in (408, 429) or "SlowDown" in code or "Throttl" in code or code == "RequestTimeout":
-        raise Transient(f"the store answers {answer}")
+        raise Transient(f"the store answers {response}")
     if status in (404, 410):
-        raise MissingObject(f"{shown(url)}: there is no such object ({answer})")
+        raise MissingObject(f"{redact_url(url)}: there is no such object ({response})")
     if status in (401, 403):
-        raise UserError(
-            f"{shown(url)}: access denied ({answer}); check the credentials and what they may read and write"
-        )
+        raise UserError(f"{redact_url(url)}: access denied ({response}); check the credentials and their permissions")
     if status == 412:
-        raise UserError(f"{shown(url)}: the object has changed since the run began; start again to read the new one")
-    raise UserError(f"{shown(url)}: the store refuses the request ({answer})")
+        raise UserError(
+            f"{redact_url(url)}: the object has changed since the run began; start again to read the new version"
+        )
+    raise UserError(f"{redact_url(url)}: the store refuses the request ({response})")
 
 
 class Hasher(Protocol):
-    """What hashlib gives."""
+    """The interface of hashlib's objects."""
 
     def update(self, data: bytes, /) -> None: ...
 
@@ -323,12 +334,12 @@ class _CRC32:
 
 
 def new_hasher(algorithm: str) -> Hasher:
-    """Of ``crc32`` or an algorithm of hashlib."""
+    """Create a hasher for ``crc32`` or an algorithm of hashlib."""
     return _CRC32() if algorithm == "crc32" else hashlib.new(algorithm)
 
 
 def hash_file(file: BinaryIO | io.FileIO, hasher: Hasher) -> str:
-    """The digest of a file, from its beginning."""
+    """Return the hexadecimal digest of a whole file."""
     file.seek(0)
     while data := file.read(CHUNK):
         hasher.update(data)

@@ -1,4 +1,4 @@
-"""URLs without the passwords and signatures that they can hold, for all that is printed, logged or saved."""
+"""Redact the passwords and signatures in URLs before anything is printed, logged or saved."""
 
 from __future__ import annotations
 
@@ -7,38 +7,39 @@ from collections.abc import Mapping
 from typing import Any
 
 _SCHEME = r"(?i)\b([a-z][\w+.-]{0,30}:/+)"
-# In a text a URL ends with a blank or a quotation mark; the punctuation behind it belongs to the sentence.
+# In running text, a URL ends at whitespace or a quotation mark; punctuation at its end belongs to the sentence.
 _USER = re.compile(_SCHEME + r"""(?:[^\s/@:'"]*:(?!\d*(?:/|\s|$))[^\s'"]*|[^\s/@'"]*)@""")
-# One that is cut off before its @, in a text: what is behind a colon and no port, though punctuation may follow that.
-_CUT_OFF = re.compile(_SCHEME + r"""(?!\[[^\s/@\]]*\])([^\s/@:'"]*:)(?!\d*[,;.:)\]}]*(?:[/?#\s'"<>]|$))[^\s'"<>]+""")
-# At the beginning of what follows a scheme: a colon, and no port behind it. An address in brackets has colons of its own.
+# A URL in running text that was truncated before its @: a colon that is not followed by a port and punctuation.
+_TRUNCATED = re.compile(_SCHEME + r"""(?!\[[^\s/@\]]*\])([^\s/@:'"]*:)(?!\d*[,;.:)\]}]*(?:[/?#\s'"<>]|$))[^\s'"<>]+""")
+# Right after a scheme: a colon that is not followed by a port. An IPv6 address in brackets has colons of its own.
 _PASSWORD = re.compile(r"(?!\[[^/@\]]*\](?::\d*)?(?:/|$))[^/@:]*:(?!\d*(?:/|$))")
 _QUERY = re.compile(_SCHEME + r"""([^\s?#'"<>]*)(?:[?#][^\s'"<>]*[^\s'"<>:,;.)\]}]|[?#](?=[^\s'"<>]))""")
 
 
-def shown(url: str) -> str:
-    """A path as messages name it: a URL without the query and the user, where signatures and passwords are."""
-    if not (found := re.match(r"([\w+.-]+:/+)([^?#]*)", url)):
+def redact_url(url: str) -> str:
+    """Return a URL without its query and user, which may hold signatures and passwords; other paths stay the same."""
+    match = re.match(r"([\w+.-]+:/+)([^?#]*)", url)
+    if not match:
         return url
-    scheme, rest = found.groups()
-    # What is behind a colon and no port is a password, even if it has slashes in it, or is cut off before its @.
+    scheme, rest = match.groups()
+    # Text after a colon that is not a port is a password, even if it contains slashes or is truncated before its @.
     authority, slash, path = (rest, "", "") if _PASSWORD.match(rest) else rest.partition("/")
     rest = authority.rpartition("@")[2] + slash + path
-    cut_off = _PASSWORD.match(rest)
-    return f"{scheme}{cut_off[0]}..." if cut_off else scheme + rest
+    truncated = _PASSWORD.match(rest)
+    return f"{scheme}{truncated[0]}..." if truncated else scheme + rest
 
 
-def without_secrets(value: Any) -> Any:
-    """``value`` with every URL as :func:`shown` gives it: in a text, and in the values of dictionaries and lists."""
+def redact(value: Any) -> Any:
+    """Apply :func:`redact_url` to every URL in ``value``: in a text, and in the values of dictionaries and lists."""
     if isinstance(value, str):
-        url = shown(value)
+        url = redact_url(value)
         if url != value and not re.search(r"\s", value):
             return url
         if ":/" not in value:
             return value
-        return _QUERY.sub(r"\1\2", _CUT_OFF.sub(r"\1\2...", _USER.sub(r"\1", value)))
+        return _QUERY.sub(r"\1\2", _TRUNCATED.sub(r"\1\2...", _USER.sub(r"\1", value)))
     if isinstance(value, Mapping):
-        return {key: without_secrets(item) for key, item in value.items()}
+        return {key: redact(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [without_secrets(item) for item in value]
+        return [redact(item) for item in value]
     return value

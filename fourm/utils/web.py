@@ -1,4 +1,4 @@
-"""Files of web servers, ``https://``: describe them, read ranges of them. A server that ignores ranges does too."""
+"""Read files from web servers (``https://``), by ranges where the server supports them."""
 
 from __future__ import annotations
 
@@ -22,27 +22,27 @@ from fourm.utils.transfer import (
     Unresolved,
     check_url,
     raise_for_status,
-    shown,
-    within,
+    run_with_timeout,
 )
+from fourm.utils.urls import redact_url
 
 
 @dataclass(frozen=True)
 class WebStore:
-    """All web servers."""
+    """A :class:`~fourm.utils.transfer.Store` that reads from any web server."""
 
     retries: Retries = Retries()
 
     def describe(self, url: str) -> RemoteObject:
-        """Size and ETag, asked for with the first byte: what may be read may not always be asked about.
+        """Request size and ETag by reading the first byte, because a signed URL may permit GET but not HEAD.
 
         Raises:
-            MissingObject: there is no such file.
-            UserError: access denied, no size, or the server stays down.
+            MissingObject: If there is no such file.
+            UserError: If access is denied, the size is not reported, or the server stays down.
         """
         check_url(url)
         if "@" in urlsplit(url).netloc:
-            raise UserError(f"{shown(url)}: a URL with a user and password in it cannot be read; a signed query can")
+            raise UserError(f"{redact_url(url)}: URLs with a user or password are not supported; use a signed URL")
 
         def ask() -> RemoteObject:
             with self._get(url, 0, 1) as answer:
@@ -52,20 +52,21 @@ class WebStore:
                     (".html", ".htm")
                 ):
                     raise UserError(
-                        f"{shown(url)}: the server answers with a web page, not with the file; does it ask for a login?"
+                        f"{redact_url(url)}: the server answers with a web page instead of the file; does it require a "
+                        "login?"
                     )
                 if not (str(size).isascii() and str(size).isdigit()):
-                    raise UserError(f"{shown(url)}: the server does not tell the size of the file")
+                    raise UserError(f"{redact_url(url)}: the server does not report the size of the file")
                 return RemoteObject(url, int(size), answer.headers.get("ETag", ""))
 
         return self.retries(ask, url)
 
     def chunks(self, item: RemoteObject, start: int, end: int) -> Iterator[bytes]:
-        """The bytes from ``start`` up to ``end``, by one request.
+        """Request the bytes [start, end) once.
 
         Raises:
-            Transient: the transfer broke.
-            UserError: the file has changed, or may not be read.
+            Transient: If the transfer breaks.
+            UserError: If the file has changed or must not be read.
         """
         with self._get(item.url, start, end, item.etag) as answer:
             position = start if answer.status == 206 else 0
@@ -77,11 +78,11 @@ class WebStore:
     def _get(self, url: str, start: int, end: int, etag: str = "") -> Iterator[Any]:
         request = urllib.request.Request(quote(url, safe=":/?#[]@!$&'()*+,;=%~"))
         request.add_header("Range", f"bytes={start}-{end - 1}")
-        if etag and not etag.startswith("W/"):  # those are not to be compared byte by byte
+        if etag and not etag.startswith("W/"):  # weak ETags do not identify the exact bytes
             request.add_header("If-Match", etag)
         try:
             timeout = self.retries.timeout
-            with within(2 * timeout, lambda: urllib.request.urlopen(request, timeout=timeout)) as answer:
+            with run_with_timeout(2 * timeout, lambda: urllib.request.urlopen(request, timeout=timeout)) as answer:
                 yield answer
         except urllib.error.HTTPError as error:
             raise_for_status(error.code, "", url)
@@ -89,8 +90,8 @@ class WebStore:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLCertVerificationError):
                 raise UserError(
-                    f"{shown(url)}: the server's certificate is not valid: {reason.verify_message}"
+                    f"{redact_url(url)}: the server's certificate is not valid: {reason.verify_message}"
                 ) from error
             if isinstance(reason, socket.gaierror):
-                raise Unresolved("the name of the server is not known") from error
+                raise Unresolved("the name of the server cannot be resolved") from error
             raise Transient(f"no complete answer from the server ({type(reason).__name__})") from error

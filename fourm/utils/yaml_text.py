@@ -1,4 +1,4 @@
-"""Text in YAML → plain values, whoever wrote it: bounded in depth and size, each key once, no types but those of JSON."""
+"""Parse untrusted YAML: bounded in depth and size, without duplicate keys, and with the types of JSON only."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import Any
 import yaml
 
 _MAX_DEPTH = 100
-_MAX_ALIASED = 100_000  # values that aliases (*name) may stand for together
-_KINDS = ("null", "bool", "int", "float", "str", "seq", "map")
-# What PyYAML raises beside its own errors: for `!!int x`, `!!bool x`, `!!float ''`, numbers of thousands of digits, …
-_FAILURES = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+_MAX_ALIASED = 100_000  # values that all aliases (*name) may expand to
+_TAGS = ("null", "bool", "int", "float", "str", "seq", "map")
+# PyYAML also raises these, for example for `!!int x`, `!!bool x`, `!!float ''` and numbers with thousands of digits.
+_PARSE_ERRORS = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
 
 
 class BadYaml(ValueError):
-    """The text is not YAML, or has what no configuration needs."""
+    """The text is not valid YAML, or uses features that are not allowed in configurations."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 with the numbers that researchers type (``1e-4``), and with dates as the text that they are."""
+    """YAML 1.1, except that ``1e-4`` is a number and dates stay text."""
 
-    # Without dates: `run_name: 2024-01-31` is a name.
+    # Without timestamps, because `run_name: 2024-01-31` is a name.
     yaml_implicit_resolvers = {
         first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -29,14 +29,14 @@ class _Loader(yaml.SafeLoader):
     yaml_constructors = {
         tag: function
         for tag, function in yaml.SafeLoader.yaml_constructors.items()
-        if tag is None or tag.rpartition(":")[2] in _KINDS
+        if tag is None or tag.rpartition(":")[2] in _TAGS
     }
     _depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         self._depth += 1
         if self._depth > _MAX_DEPTH:
-            raise BadYaml(f"it is nested more than {_MAX_DEPTH} deep")
+            raise BadYaml(f"it is nested more than {_MAX_DEPTH} levels deep")
         node = super().compose_node(parent, index)
         self._depth -= 1
         if isinstance(node, yaml.MappingNode):
@@ -47,17 +47,18 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(
-        r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?(\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+        r"^[-+]?(\d[\d_]*)(\.[\d_]*)?[eE][-+]?\d+$|^[-+]?(\d[\d_]*)?\.\d[\d_]*([eE][-+]?\d+)?$"
+        r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
     ),
     list("-+0123456789."),
 )
 
 
 def parse_yaml(text: str) -> Any:
-    """The value that ``text`` writes in YAML.
+    """Parse a YAML document.
 
     Raises:
-        BadYaml: with what is wrong, and the line where this is known.
+        BadYaml: If the document is invalid; the message names the line if it is known.
     """
     loader = _Loader("")
     try:
@@ -71,9 +72,9 @@ def parse_yaml(text: str) -> Any:
         raise
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        said = ", ".join(part for part in (error.context, error.problem) if part)
-        raise BadYaml(f"{line}{said}") from error
-    except _FAILURES as error:
+        description = ", ".join(part for part in (error.context, error.problem) if part)
+        raise BadYaml(f"{line}{description}") from error
+    except _PARSE_ERRORS as error:
         reason = "it is nested too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:200]
         raise BadYaml(reason.replace('in "<unicode string>", ', "")) from error
     finally:
@@ -81,19 +82,20 @@ def parse_yaml(text: str) -> Any:
 
 
 def _check_keys(node: yaml.MappingNode) -> None:
-    """Of two equal keys, PyYAML would take the last one without a word."""
+    """Reject duplicate keys, of which PyYAML would silently use the last one."""
     lines: dict[tuple[str, str], int] = {}
     for key, _ in node.value:
         if not isinstance(key, yaml.ScalarNode):
             continue
         line = key.start_mark.line + 1
-        if (name := (key.tag, key.value)) in lines:
-            raise BadYaml(f"line {line}: the key {key.value!r} is there already, in line {lines[name]}; keep one")
+        name = (key.tag, key.value)
+        if name in lines:
+            raise BadYaml(f"line {line}: the key {key.value!r} is already set in line {lines[name]}; keep one")
         lines[name] = line
 
 
 def _check_aliases(root: yaml.Node) -> None:
-    """Aliases of aliases make a small file stand for billions of values; those within themselves for infinitely many."""
+    """Reject aliases that would expand a small file to a huge number of values, or to an infinite one."""
     sizes: dict[int, int] = {}
     opened: set[int] = set()
 
@@ -101,7 +103,7 @@ def _check_aliases(root: yaml.Node) -> None:
         if isinstance(node, yaml.ScalarNode):
             return 1
         if id(node) in opened:
-            raise BadYaml(f"line {node.start_mark.line + 1}: the value holds itself")
+            raise BadYaml(f"line {node.start_mark.line + 1}: the value contains itself")
         if id(node) not in sizes:
             opened.add(id(node))
             pairs = isinstance(node, yaml.MappingNode)
@@ -124,4 +126,4 @@ def _check_aliases(root: yaml.Node) -> None:
         elif isinstance(node, yaml.SequenceNode):
             stack += node.value
     if size(root) > written + _MAX_ALIASED:
-        raise BadYaml(f"its aliases (*name) stand for more than {_MAX_ALIASED:,} values")
+        raise BadYaml(f"its aliases (*name) expand to more than {_MAX_ALIASED:,} values")

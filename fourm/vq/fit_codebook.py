@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.raw_sample import RawSample
-from fourm.utils.config import settle
+from fourm.utils.config import resolve_options
 from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
@@ -64,7 +64,7 @@ class FitOptions:
     )
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
         if self.backbone and self.one_hot_classes:
             raise UserError("'one_hot_classes' is for patches: leave it out, or 'backbone'")
         if self.backbone_weights and not self.backbone:

@@ -17,7 +17,7 @@ from einops import rearrange
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.utils.config import settle
+from fourm.utils.config import resolve_options
 from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
@@ -61,7 +61,7 @@ class SaveTokensOptions:
     dry_run: bool = option("say what would be done, and stop", False)
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
 
 
 def save_tokens(options: SaveTokensOptions) -> int:

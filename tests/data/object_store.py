@@ -27,7 +27,7 @@ POLICY = {  # everybody may read, as from a web server
     ],
 }
 SECRET = "do-not-tell-anybody"
-RETRIES = Retries(attempts=6, first_delay=0.01, longest_delay=0.05, timeout=60)
+RETRIES = Retries(attempts=6, first_delay=0.01, max_delay=0.05, timeout=60)
 SLOW = 1.5  # seconds that the fault "slow" takes
 Fault = Callable[
     [str, str, int], "str | None"

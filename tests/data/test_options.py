@@ -103,7 +103,7 @@ def test_what_cannot_work_is_one_line(command):
 def test_an_endpoint_is_judged_once_something_in_a_store_is_read(remote, tmp_path):
     _, arguments = remote
     arguments += ["--s3_data_endpoint", "store:9000", "--num_workers", "0"]
-    with pytest.raises(UserError, match="'s3_data_endpoint' must be a URL, https://HOST, not 'store:9000'"):
+    with pytest.raises(UserError, match="'s3_data_endpoint' must be a URL such as https://HOST, not 'store:9000'"):
         check(arguments)
     local = yaml.safe_load((tmp_path / "data.yaml").read_text())
     path = local["train"]["datasets"]["toy"]["data_path"].removeprefix(f"s3://{BUCKET}")

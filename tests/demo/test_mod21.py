@@ -1,4 +1,4 @@
-"""The demo's part of the 21-modality recipe at toy size: every modality goes from pictures over tokens into a model, and out."""
+"""The demo with the modalities of the 21-modality recipe at toy size, from rendering to generation."""
 
 import json
 import shutil
@@ -21,7 +21,7 @@ TRAINED = {"caption", "det", "metadata", "color_palette"} | {
 
 
 @pytest.mark.slow
-def test_eleven_modalities_are_made_trained_and_generated(tmp_path):
+def test_eleven_modalities_are_rendered_trained_and_generated(tmp_path):
     config = load_yaml("cfgs/demo/mod21/main.yaml") | {
         "model_kwargs": {"dim": 24, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
         "epochs": 2, "epoch_size": 8, "batch_size": 4, "fixed_eval_batch_size": 2, "num_workers": 0,

@@ -1,4 +1,4 @@
-"""The rendered data set: published layout, the same bytes every time, safe to interrupt."""
+"""The rendered data set: it has the published layout, is deterministic, and may be interrupted."""
 
 import json
 import os
@@ -64,7 +64,7 @@ def test_files_have_the_published_formats(data):
     assert set(json.loads(sample["color_palette"].read_text())[0]) == set("1234567")
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_does_not(data, tmp_path, simulator):
+def test_the_bytes_depend_on_the_seed_only(data, tmp_path, simulator):
     (unit,) = units(tmp_path, "train", 2, 2)
     first = {m: (data / "train" / m / "shard-00000.tar").read_bytes() for m in EXTENSIONS}
     render_unit(unit, SIZE, 0, simulator)

@@ -8,7 +8,7 @@ import pytest
 
 from fourm.data.modality_info import Modality
 from fourm.demo import report
-from fourm.demo.report import Line
+from fourm.demo.report import ModalityResult
 
 
 def test_entropy_of_tokens():
@@ -22,7 +22,7 @@ def test_targets_of_a_grid_are_its_unmasked_tokens():
     assert report.target_tokens(entry, grid).tolist() == [1, 3, 7]
 
 
-def test_targets_of_a_sequence_are_predicted_by_the_token_before():
+def test_targets_of_a_sequence_are_predicted_by_the_previous_token():
     text = Modality("caption", "seq", vocab_size=99, max_tokens=2)
     entry = {
         "tensor": np.array([[5, 10, 11, 12, 0, 0], [5, 6, 20, 0, 0, 0]]),
@@ -32,12 +32,12 @@ def test_targets_of_a_sequence_are_predicted_by_the_token_before():
 
 
 def test_only_modalities_that_must_be_learned_decide():
-    good = [Line(f"{name}@64" if "tok" in name else name, 10, 2.0, 1.0) for name in report.MUST_LEARN]
-    assert report.passed([*good, Line("tok_canny_edge@64", 10, 2.0, 5.0)])
+    good = [ModalityResult(f"{name}@64" if "tok" in name else name, 10, 2.0, 1.0) for name in report.MUST_LEARN]
+    assert report.passed([*good, ModalityResult("tok_canny_edge@64", 10, 2.0, 5.0)])
     for i in range(len(good)):
-        bad = Line(good[i].modality, 10, 2.0, 1.95)
+        bad = ModalityResult(good[i].modality, 10, 2.0, 1.95)
         assert bad.verdict == "below" and not report.passed([*good[:i], bad, *good[i + 1 :]])
-    assert Line("caption", 10, 2.0, 2.1).verdict == "NOT below"
+    assert ModalityResult("caption", 10, 2.0, 2.1).verdict == "NOT below"
 
 
 def test_table_has_one_aligned_row_per_modality():

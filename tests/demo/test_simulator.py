@@ -82,7 +82,7 @@ def test_normals_agree_with_the_geometry(simulator):
 
 def test_boxes_are_tight_around_the_masks(views):
     for view in views:
-        for seen in note.seen_toys(view):
+        for seen in note.visible_toys(view):
             mask = view.instances == view.scene.toys.index(seen.toy)
             xmin, ymin, xmax, ymax = (round(c * SIZE) for c in seen.box)
             inside = np.zeros_like(mask)
@@ -94,7 +94,7 @@ def test_boxes_are_tight_around_the_masks(views):
 
 def test_segmentation_boxes_and_caption_name_the_same_things(views):
     for i, view in enumerate(views):
-        seen = note.seen_toys(view)
+        seen = note.visible_toys(view)
         names = {s.toy.name for s in seen}
         ids = np.unique(note.class_ids(view))
         assert {note.CLASSES[i] for i in ids} - {"ground"} == names
@@ -111,7 +111,7 @@ def test_segmentation_boxes_and_caption_name_the_same_things(views):
 def test_a_caption_names_toys_from_left_to_right(simulator):
     # Seen from −y, x points right.
     left, right = Placement("cup", "red", -0.15, 0.0, 0.0), Placement("cube", "blue", 0.15, 0.0, 0.0)
-    seen = note.seen_toys(simulator.render(_scene(right, left, camera=(0.0, 40.0, 0.8)), SIZE))
+    seen = note.visible_toys(simulator.render(_scene(right, left, camera=(0.0, 40.0, 0.8)), SIZE))
     texts = {note.caption(seen, "grass", generator(i)) for i in range(30)}
     assert len(texts) == 4
     assert all(0 <= text.index("a red cup") < text.index("a blue cube") for text in texts)
@@ -143,7 +143,7 @@ def test_a_toy_shades_the_ground(simulator):
 
 def test_metadata_and_palette_describe_the_picture(simulator):
     view = simulator.render(_scene(Placement("cup", "red", 0.0, 0.0, 0.0), Placement("cube", "blue", 0.2, 0, 0)), SIZE)
-    seen = note.seen_toys(view)
+    seen = note.visible_toys(view)
     facts = note.metadata(view, seen, note.normals(view.depth, view.camera), "a cup. a cube")
     assert (facts["original_width"], facts["caption_n_words"], facts["caption_n_sentences"]) == (SIZE, 4, 2)
     assert (facts["n_coco_instances"], facts["coco_instance_diversity"], facts["semantic_diversity"]) == (1, 1, 3)

@@ -129,5 +129,5 @@ def test_sizes_and_types_that_make_no_model_are_one_sentence(options, message):
 
 def test_a_model_that_the_machine_cannot_hold_is_not_begun():
     config = model_config("fm_tiny_6e_6d_gelu", ["caption"], ["caption"], dim=32768, num_heads=64, encoder_depth=60)
-    with pytest.raises(UserError, match="parameters take .* GB, and this machine has"):
+    with pytest.raises(UserError, match="parameters take .* GB, but this machine has"):
         FM(config)

@@ -34,7 +34,7 @@ def checkpoint(model, tmp_path_factory):
 
 @pytest.mark.parametrize("at_once", [2**30, 2000])
 def test_an_exported_model_is_the_saved_one(model, checkpoint, tmp_path, monkeypatch, at_once):
-    monkeypatch.setattr(checkpoints, "_AT_ONCE", at_once)
+    monkeypatch.setattr(checkpoints, "_BATCH_BYTES", at_once)
     export.main([str(checkpoint.parents[1]), str(tmp_path / "exported")])
     model.save_pretrained(tmp_path / "saved")
     files = [load_file(tmp_path / name / "model.safetensors") for name in ("exported", "saved")]

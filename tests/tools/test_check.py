@@ -328,7 +328,7 @@ def test_worker_processes_load_the_plugin(tmp_path, monkeypatch):
 def test_bad_options_are_one_line(tmp_path):
     with pytest.raises(UserError, match="'max_samples' must be at least 1"):
         main(["data.yaml", "--max_samples", "0"])
-    with pytest.raises(UserError, match="'more' follows no key"):
+    with pytest.raises(UserError, match="there is no key before 'more'"):
         main(["data.yaml", "more"])
     arguments = config(tmp_path, write_folders(tmp_path / "f", 2), use_wds=False)
     with pytest.raises(UserError, match="the text vocabulary has 30000 ids, but vocab_size is 4608"):

@@ -59,7 +59,7 @@ def test_states_take_what_they_take_in_a_run(tmp_path):
 def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(tmp_path):
     config = write_run(tmp_path / "toys", num_workers=0)
     large = ["--model_kwargs", "{dim: 32768, num_heads: 64, encoder_depth: 60, decoder_depth: 1}"]
-    with pytest.raises(UserError, match="'model' .* with its 'model_kwargs': about .* parameters take .* GB, and this"):
+    with pytest.raises(UserError, match="'model' .* with its 'model_kwargs': about .* parameters take .* GB, but this"):
         run_here(config, *large)
     assert "fits 80 GB" in run_here(config, *large, "--plan")
 

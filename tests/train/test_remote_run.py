@@ -183,8 +183,8 @@ def test_resume_and_finetune_name_what_is_in_a_store(undisturbed, store, tmp_pat
 @pytest.mark.parametrize(
     ("key", "place", "message"),
     [
-        ("resume", f"{RUNS}/none", f"{RUNS}/none is no complete checkpoint, and no run with checkpoints"),
-        ("finetune", f"{RUNS}/none", f"{RUNS}/none is no complete checkpoint, and no run with checkpoints"),
+        ("resume", f"{RUNS}/none", f"{RUNS}/none is neither a complete checkpoint nor a run with checkpoints"),
+        ("finetune", f"{RUNS}/none", f"{RUNS}/none is neither a complete checkpoint nor a run with checkpoints"),
         *(
             (key, "s3://nowhere", "s3://nowhere.*: there is no such bucket")
             for key in ("resume", "finetune", "s3_save_dir")

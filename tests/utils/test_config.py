@@ -73,14 +73,14 @@ def test_build_names_the_file_and_the_key(mapping, message):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is there already, in line 1"),
+        (b"a: 1\nb: 2\na: 3\n", "line 3: the key 'a' is already set in line 1"),
         ("a: ü".encode("utf-16"), "not text in UTF-8"),
         ("a: ü".encode("latin-1"), "not text in UTF-8"),
         (b"a: \x07\n", "special characters"),
-        (b"[" * 5000, "nested more than 100 deep"),
+        (b"[" * 5000, "nested more than 100 levels deep"),
         (b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 110)),
          "aliases"),
-        (b"a: &a [*a]\n", "holds itself"),
+        (b"a: &a [*a]\n", "contains itself"),
         (b"a: !!timestamp 2024-13-45\n", "timestamp"),
         (b"a: !!bool x\n", "not valid YAML"),
         (b"a: !!int ''\n", "not valid YAML"),
@@ -89,21 +89,21 @@ def test_build_names_the_file_and_the_key(mapping, message):
         (b"- 1\n", "mapping"),
     ],
 )  # fmt: skip
-def test_yaml_of_strangers_is_one_sentence_that_names_the_file(tmp_path, content, message):
+def test_untrusted_yaml_fails_with_one_sentence_that_names_the_file(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:
         load_yaml(tmp_path / "bad.yaml")
     assert "bad.yaml" in str(error.value) and "\n" not in str(error.value) and len(str(error.value)) < 500
 
 
-def test_what_is_no_file_is_not_waited_for(tmp_path):
+def test_paths_that_are_not_regular_files_are_refused_without_blocking(tmp_path):
     os.mkfifo(tmp_path / "pipe.yaml")
     for name, message in (("pipe.yaml", "not a regular file"), ("", "is a folder")):
         with pytest.raises(UserError, match=message):
             load_yaml(tmp_path / name)
 
 
-def test_dates_are_text_and_no_value_on_a_command_line_is_a_traceback(tmp_path):
+def test_dates_stay_text_and_no_command_line_value_causes_a_traceback(tmp_path):
     (tmp_path / "c.yaml").write_text("run_name: 2024-01-31\n")
     assert load_yaml(tmp_path / "c.yaml") == {"run_name": "2024-01-31"}
     assert parse_value("{a: 2024-13-45}") == {"a": "2024-13-45"}
@@ -133,11 +133,11 @@ class Ranged:
         ({"free": {None: 1}}, "'free': keys must be text, not None"),
     ],
 )
-def test_numbers_have_a_range_beside_their_declaration(mapping, message):
+def test_numbers_are_checked_against_their_declared_range(mapping, message):
     with pytest.raises(UserError, match=message):
         build(Ranged, mapping, "f.yaml")
 
 
-def test_null_and_empty_text_are_not_set():
+def test_null_and_empty_text_count_as_not_set():
     assert build(Ranged, {"name": None, "free": None, "rate": None, "epochs": -1}, "f.yaml") == Ranged()
     assert build(Ranged, {"name": ""}, "f.yaml").name == "auto"

@@ -1,4 +1,4 @@
-"""One answer to which device a process uses, and one line where there is none."""
+"""Which device a process uses, and the error if there is none."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def test_auto_is_a_gpu_if_there_is_one():
 
 
 @pytest.mark.parametrize("name", ["gpu", "cpu:x", "", "mps:9", f"cuda:{GPUS}"])
-def test_a_device_that_is_not_there_is_one_line(name):
+def test_a_missing_device_is_reported_in_one_line(name):
     with pytest.raises(UserError, match=f"^device '{name}' cannot be used") as caught:
         choose_device(name)
     assert "\n" not in str(caught.value)
@@ -27,7 +27,7 @@ def test_a_process_without_a_gpu_of_its_own_is_an_error():
 
 
 def test_without_gpus_there_is_nothing_to_share():
-    share_gpus(GPUS + 2)  # may have no GPU at all
+    share_gpus(GPUS + 2)  # must not fail without a GPU
     if GPUS:
         assert torch.cuda.current_device() == 2 % GPUS
 

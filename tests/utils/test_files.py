@@ -22,7 +22,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_litter(tmp_path):
     assert target.read_text() == "new" and os.listdir(tmp_path) == ["a.txt"]
 
 
-def test_what_a_killed_process_of_the_same_number_has_left_is_not_in_the_way(tmp_path):
+def test_leftovers_of_a_killed_process_with_the_same_id_are_replaced(tmp_path):
     for name in ("folder", "file"):
         left = tmp_path / f".tmp-{os.getpid()}-{name}"
         left.mkdir()
@@ -34,7 +34,7 @@ def test_what_a_killed_process_of_the_same_number_has_left_is_not_in_the_way(tmp
     assert sorted(os.listdir(tmp_path)) == ["file", "folder"] and not os.listdir(tmp_path / "folder")
 
 
-def test_folders_appear_whole(tmp_path):
+def test_folders_appear_only_when_complete(tmp_path):
     target = tmp_path / "sub" / "checkpoint"
     for content in ("1", "2"):
         with atomic_folder(target, ["x"]) as temporary:
@@ -69,7 +69,7 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
         (target / foreign).write_text("precious")
         (target / "zz.json").write_text("own")
         before = tree(target)
-        refused = pytest.raises(UserError, match=f"{target} holds '{foreign.split('/')[0]}'")
+        refused = pytest.raises(UserError, match=f"{target} contains '{foreign.split('/')[0]}'")
         with refused, atomic_folder(target, ["*.json", "model.safetensors"]):
             raise AssertionError("nothing may begin")
         assert tree(target) == before and os.listdir(tmp_path) == ["codebook"]
@@ -80,15 +80,15 @@ def test_a_folder_that_holds_anything_else_is_not_replaced(tmp_path):
     assert tree(target) == {"a.json": "new"}
 
 
-def test_what_came_meanwhile_is_not_replaced(tmp_path):
+def test_a_folder_that_was_filled_meanwhile_is_not_replaced(tmp_path):
     target = tmp_path / "codebook"
-    with pytest.raises(UserError, match="holds 'thesis.txt'"), atomic_folder(target, ["a"]):
+    with pytest.raises(UserError, match="contains 'thesis.txt'"), atomic_folder(target, ["a"]):
         target.mkdir()
         (target / "thesis.txt").write_text("precious")
     assert tree(tmp_path) == {"codebook": False, "codebook/thesis.txt": "precious"}
 
 
-def test_what_links_point_at_stays(tmp_path):
+def test_targets_of_links_are_kept(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "own").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
@@ -107,8 +107,8 @@ def test_paths_that_cannot_be_written_are_named_in_a_sentence(tmp_path):
     (tmp_path / "kept").write_text("old")
     (tmp_path / "kept").chmod(0o444)
     cases = {
-        "file/x": "file is not a folder", "kept": "kept is read-only", "x" * 300: "name is too long", "a\0b": "such a name",
-        "a\ud83d": "such a name",
+        "file/x": "file is not a folder", "kept": "kept is read-only", "x" * 300: "name is too long",
+        "a\0b": "not a valid file name", "a\ud83d": "not a valid file name",
     }  # fmt: skip
     for name, problem in cases.items():
         for writer in (atomic_path, atomic_folder):
@@ -124,16 +124,16 @@ def test_a_full_disk_leaves_the_old_file_and_names_it(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
-        refused = pytest.raises(UserError, match=f"{target} cannot be written: files may not get so large")
+        refused = pytest.raises(UserError, match=f"{target} cannot be written: the file is larger than")
         with refused, atomic_path(target) as temporary:
             temporary.write_bytes(bytes(2000))
-        refused = pytest.raises(UserError, match=f"{tmp_path / 'w.safetensors'} cannot be written: files may not")
+        refused = pytest.raises(UserError, match=f"{tmp_path / 'w.safetensors'} cannot be written: the file is larger")
         with refused, atomic_path(tmp_path / "w.safetensors") as temporary:
             save_tensors({"a": torch.zeros(2000)}, temporary)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     with pytest.raises(FileNotFoundError), atomic_path(target):
-        (tmp_path / "an input").read_text()  # what is read is not blamed on what is written
+        (tmp_path / "an input").read_text()  # errors about inputs are not reported as errors about the output
     assert tree(tmp_path) == {"a.txt": "old"}
 
 

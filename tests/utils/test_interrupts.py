@@ -11,7 +11,7 @@ SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_cli" in path.re
 
 
 @pytest.mark.parametrize("command", [["run_training_4m.py"], ["-m", "fourm.tools.pack"], ["-m", "fourm", "pack"]])
-def test_ctrl_c_while_modules_are_loaded_is_no_traceback(command):
+def test_ctrl_c_during_imports_causes_no_traceback(command):
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
@@ -23,13 +23,13 @@ def test_ctrl_c_while_modules_are_loaded_is_no_traceback(command):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_scripts_load_nothing_before_ctrl_c_is_seen_to(name):
+def test_scripts_handle_ctrl_c_before_they_import_anything_else(name):
     lines = [line for line in (ROOT / name).read_text().splitlines() if "import" in line]
     assert [line for line in lines if not line.startswith(" ")] == [
-        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import end_at_once",
+        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import exit_on_interrupt",
     ]  # fmt: skip
 
 
-def test_the_package_leaves_ctrl_c_of_others_alone():
+def test_importing_the_package_does_not_change_the_ctrl_c_handler():
     code = "import signal, fourm; assert signal.getsignal(signal.SIGINT) is signal.default_int_handler"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -59,7 +59,7 @@ def steps(run: str, store: S3Store) -> list[int]:
     return [int(url[-8:]) for url in complete_checkpoints(run, store)]
 
 
-def test_what_tells_that_all_is_there_comes_last_and_goes_first(checkpoints, server, run):
+def test_checksums_are_uploaded_last_and_removed_first(checkpoints, server, run):
     asked = []
 
     def listen(method, path, before):
@@ -80,7 +80,7 @@ def test_what_tells_that_all_is_there_comes_last_and_goes_first(checkpoints, ser
     assert steps(run, store) == [4, 3, 2]
 
 
-def test_a_copy_that_was_cut_off_is_not_there_and_removes_nothing(checkpoints, server, run):
+def test_an_interrupted_upload_is_not_listed_and_removes_nothing(checkpoints, server, run):
     store = S3Store(server.endpoint, retries=RETRIES)
     copy_checkpoint(checkpoints[0], run, store, keep_last=1)
     denied = lambda method, path, _: "403 AccessDenied" if method == "PUT" and path.endswith("state.json") else None  # noqa: E731
@@ -92,7 +92,7 @@ def test_a_copy_that_was_cut_off_is_not_there_and_removes_nothing(checkpoints, s
     assert {name.split("/")[0] for name in store.names(f"{run}/checkpoints")} == {"step-00000003"}
 
 
-def test_who_may_not_delete_has_copies_all_the_same(checkpoints, server, run):
+def test_checkpoints_are_uploaded_even_without_permission_to_delete(checkpoints, server, run):
     with faulty(server, lambda method, *_: "403 AccessDenied" if method == "DELETE" else None) as proxy:
         store = S3Store(proxy.endpoint)
         copy_checkpoint(checkpoints[0], run, store, keep_last=0)
@@ -101,7 +101,7 @@ def test_who_may_not_delete_has_copies_all_the_same(checkpoints, server, run):
         assert steps(run, store) == [2, 1]
 
 
-def test_a_checkpoint_that_is_made_again_counts_only_up_to_itself(checkpoints, server, run):
+def test_uploading_a_checkpoint_again_removes_none_of_the_newer_ones(checkpoints, server, run):
     store = S3Store(server.endpoint)
     for index in (0, 3, 4, 1, 2):  # 4 and 5 were damaged, and the run goes on from 1
         copy_checkpoint(checkpoints[index], run, store, keep_last=2)
@@ -130,23 +130,23 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
     assert Sampler.load(run, device="cpu").targets.keys() == model.decoder_embeddings.keys()
     file = find_model(f"{run}/model.safetensors", store)
     assert local_copy(file, store).read_bytes() == (tmp_path / "saved" / "model.safetensors").read_bytes()
-    with pytest.raises(UserError, match="nothing is no complete checkpoint, and no run with checkpoints"):
+    with pytest.raises(UserError, match="nothing is neither a complete checkpoint nor a run with checkpoints"):
         find_model(f"{run}/nothing", store)
 
 
-def test_half_a_copy_of_a_killed_process_is_removed(checkpoints, server, run):
+def test_a_partial_copy_of_a_killed_process_is_removed(checkpoints, server, run):
     store = S3Store(server.endpoint)
     copy_checkpoint(checkpoints[0], run, store, keep_last=0)
     copy = local_copy(find_model(run, store), store)
     left, other = (copy.with_name(name) for name in (f".tmp-1-{copy.name}", ".tmp-1-other-step-00000001"))
     copy.rename(left)
-    other.mkdir()  # of a process that is fetching it
+    other.mkdir()  # a download in progress in another process
     assert local_copy(find_model(run, store), store) == copy
     assert copy.is_dir() and other.is_dir() and not left.exists()
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "link", "file"])
-def test_a_copy_that_was_damaged_since_is_fetched_again(checkpoints, server, run, tmp_path, what, caplog):
+def test_a_cached_copy_that_was_damaged_is_downloaded_again(checkpoints, server, run, tmp_path, what, caplog):
     store = S3Store(server.endpoint)
     copy_checkpoint(checkpoints[0], run, store, keep_last=0)
     copy = local_copy(find_model(run, store), store)
@@ -169,11 +169,11 @@ def test_a_copy_that_was_damaged_since_is_fetched_again(checkpoints, server, run
         file.name: file.read_bytes() for file in checkpoints[0].iterdir()
     }
     assert not any(file.is_symlink() for file in copy.iterdir()) and other.read_bytes() == content
-    assert "this copy of" in caplog.text and "is damaged; it is fetched again" in caplog.text
+    assert "this copy of" in caplog.text and "is damaged and will be downloaded again" in caplog.text
 
 
 @pytest.mark.parametrize("what", ["flipped", "truncated", "missing", "list", "elsewhere"])
-def test_what_is_damaged_is_found_out_and_leaves_nothing(checkpoints, server, run, tmp_path, what):
+def test_damaged_checkpoints_are_detected_and_leave_no_files(checkpoints, server, run, tmp_path, what):
     store = S3Store(server.endpoint, retries=RETRIES)
     copy_checkpoint(checkpoints[0], run, store, keep_last=0)
     url = find_checkpoint(run, store)

@@ -22,7 +22,7 @@ def test_home_and_variables_are_expanded_and_nothing_else(monkeypatch):
         assert expand_path(same) == same
     for path, message in (
         ("$NO_SUCH/x", r"'data_path': the environment variable \$NO_SUCH"),
-        ("~nobody9/x", "no user"),
+        ("~nobody9/x", "no such user"),
     ):
         with pytest.raises(UserError, match=message):
             expand_path(path, "'data_path'")
@@ -40,7 +40,7 @@ def test_paths_of_options_expand_in_yaml_on_the_command_line_and_in_python(monke
     assert PackOptions("shards", "~/a", "$HOME/b").output == "/home/me/b"
 
 
-def test_what_a_configuration_names_is_found_beside_and_above_it(tmp_path, monkeypatch):
+def test_paths_in_a_configuration_are_found_in_its_folder_and_above(tmp_path, monkeypatch):
     config = tmp_path / "a" / "b" / "main.yaml"
     config.parent.mkdir(parents=True)
     (tmp_path / "a" / "data.yaml").touch()
@@ -52,7 +52,7 @@ def test_what_a_configuration_names_is_found_beside_and_above_it(tmp_path, monke
     assert load_config(PretrainConfig, config).data_config == "data.yaml"
 
 
-def test_data_are_found_from_the_working_directory_first_then_beside_the_configuration(tmp_path, monkeypatch):
+def test_data_are_looked_up_in_the_working_directory_and_then_beside_the_configuration(tmp_path, monkeypatch):
     config = tmp_path / "there" / "data.yaml"
     fields = {"in_domains": "caption", "out_domains": "caption", "input_alphas": 1, "target_alphas": 1}
     for folder in (tmp_path / "there", tmp_path / "here"):

@@ -1,4 +1,4 @@
-"""The text vocabulary: its layout, its file, and text → ids."""
+"""The text vocabulary: its layout, its file, and the encoding of text."""
 
 import json
 
@@ -51,12 +51,12 @@ def test_special_tokens_are_whole_words(text, tokens):
     assert SHIPPED.encode(text).tokens == tokens
 
 
-def test_nothing_special_within_words():
+def test_special_tokens_are_not_matched_within_words():
     assert "train" not in SHIPPED.encode("trainspotting").tokens
     assert "v0=1" not in SHIPPED.encode("v0=1000").tokens
 
 
-def test_text_comes_back():
+def test_decoding_restores_the_text():
     text = "a photograph of a small duck on a wooden table next to a red bicycle."
     ids = SHIPPED.encode(text).ids
     assert 1 not in ids and SHIPPED.decode(ids, skip_special_tokens=False) == text
@@ -71,15 +71,15 @@ def test_encoder_agrees_with_the_tokenizer(pieces, separator):
     assert ENCODE(text) == SHIPPED.encode(text, add_special_tokens=False).ids
 
 
-def test_encoder_remembers_no_more_than_it_should(monkeypatch):
-    monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MOST_KNOWN", 3)
+def test_the_cache_of_the_encoder_is_bounded(monkeypatch):
+    monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MAX_CACHED", 3)
     encode = TextEncoder(SHIPPED)
     for text in ("one two three four five", "six seven one two"):
         assert encode(text) == SHIPPED.encode(text).ids
-        assert len(encode._known) <= 3
+        assert len(encode._cache) <= 3
 
 
-def test_it_is_found_from_any_folder(tmp_path, monkeypatch):
+def test_the_shipped_vocabulary_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert load_text_tokenizer(PATH).get_vocab_size() == 30_000
 
@@ -109,7 +109,7 @@ def test_file_without_the_special_tokens(tmp_path, token, found):
     assert f"token {token} must have id" in str(error.value) and found in str(error.value)
 
 
-def test_control_tokens_that_somebody_writes_are_text():
+def test_control_tokens_in_untrusted_text_are_encoded_as_text():
     encode, plain = TextEncoder(PATH), load_text_tokenizer(PATH)
     for token in ("[PAD]", "[EOS]", "[SOS]", "[UNK]", "[S_1]", "[S_199]"):
         ids = encode(f"a cat {token}dog")
@@ -124,12 +124,12 @@ def test_control_tokens_that_somebody_writes_are_text():
 
 
 @pytest.mark.parametrize("text", ["a dog \ud83d", "\udc00", "a\0b"])
-def test_texts_that_no_tokenizer_takes_are_named(text):
+def test_texts_that_no_tokenizer_accepts_raise_an_error(text):
     with pytest.raises(UnreadableText, match="character"):
         TextEncoder(PATH)(text)
 
 
-def test_a_huge_text_is_cut_before_it_is_tokenized():
+def test_a_huge_text_is_truncated_before_it_is_tokenized():
     encode = TextEncoder(PATH)
     assert encode("a cat " * 4_000_000)[:300] == encode("a cat " * 200)[:300]
     assert len(encode("hot dog " * 100_000)) == 2**16 // 8

@@ -33,7 +33,7 @@ def run(*arguments):
 
 
 def test_the_command_writes_the_same_file_again(tmp_path, text):
-    for name in ("a.json", "b.json"):  # processes of their own: hash seeds differ
+    for name in ("a.json", "b.json"):  # separate processes, because their hash seeds differ
         done = run("--input", text, "--output", tmp_path / name, "--vocab_size", 4460)
         assert done.returncode == 0 and "tokens, 1" in done.stdout, done.stderr
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()

@@ -9,13 +9,14 @@ import pytest
 
 from fourm.utils.errors import UserError
 from fourm.utils.s3 import S3Store
-from fourm.utils.transfer import Downloads, RemoteObject, Retries, check_url, shown
+from fourm.utils.transfer import Downloads, RemoteObject, Retries, check_url
+from fourm.utils.urls import redact_url
 from fourm.utils.web import WebStore
 from tests.data.object_store import BUCKET, ObjectStore, client, faulty
 
 
 class Numbers:
-    """A store of bytes that count, which notes how many threads there are."""
+    """A store of counting bytes, which records the number of threads."""
 
     threads = 0
 
@@ -42,13 +43,13 @@ def test_many_parts_need_few_threads(tmp_path):
         "http://h:99999999/", "http://h:port/", "http://[::1/", "http://[zz]/x", "http://h/\x1b[2J", "host:9000", "",
     ],
 )  # fmt: skip
-def test_what_is_no_url_is_said_at_once_and_without_its_secrets(url):
+def test_invalid_urls_are_reported_without_their_secrets(url):
     with pytest.raises(UserError, match="is not a valid URL") as failure:
         check_url(url)
     assert "secret" not in str(failure.value) and "\x1b" not in str(failure.value)
 
 
-def test_urls_are_shown_without_secrets():
+def test_redacted_urls_contain_no_secrets():
     for url in (
         "https://me:secret@h/a?secret",
         "https://h/a#secret",
@@ -57,15 +58,15 @@ def test_urls_are_shown_without_secrets():
         "https://me:se/secret@h/a",
         "s3://k:secret@b/a",
     ):
-        assert "secret" not in shown(url) and shown(url).startswith(url.split(":")[0])
-    assert shown("/a?b@c#d") == "/a?b@c#d"
+        assert "secret" not in redact_url(url) and redact_url(url).startswith(url.split(":")[0])
+    assert redact_url("/a?b@c#d") == "/a?b@c#d"
     for url in ("s3://bucket/a b?.tar", "http://[::1]:80/x", "https://h/x?sig=y", "http://127.0.0.1:9"):
         check_url(url)
 
 
 @pytest.fixture
 def raw_server():
-    """Starts a server on the loopback interface that answers each connection with what a function sends."""
+    """Start a server on the loopback interface that passes each connection to a function."""
     listener = socket.create_server(("127.0.0.1", 0))
 
     def start(answer):
@@ -87,7 +88,7 @@ def raw_server():
     listener.close()
 
 
-IMPATIENT = Retries(attempts=2, first_delay=0.01, longest_delay=0.01, timeout=0.4, rate_over=0.5)
+IMPATIENT = Retries(attempts=2, first_delay=0.01, max_delay=0.01, timeout=0.4, rate_window=0.5)
 
 
 def drip(connection, data=b"x" * 1000):
@@ -107,11 +108,11 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000\r\nContent-Range: 
         (lambda c: c.sendall(HEAD + b"\r\nshort"), "2 times in a row"),
         (lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: /a.tar\r\nContent-Length: 0\r\n\r\n"), "refuses the request .302"),
         (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"), "web page"),
-        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"), "does not tell the size"),
+        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"), "does not report the size"),
         (lambda c: c.sendall(b"no HTTP at all\r\n\r\n"), "no complete answer from the server"),
     ],
 )  # fmt: skip
-def test_a_server_that_drips_or_lies_is_given_up(raw_server, answer, message):
+def test_transfers_from_slow_or_wrong_servers_fail(raw_server, answer, message):
     store, start = WebStore(IMPATIENT), time.monotonic()
     with pytest.raises(UserError, match=message):
         item = store.describe(raw_server(answer))
@@ -119,7 +120,7 @@ def test_a_server_that_drips_or_lies_is_given_up(raw_server, answer, message):
     assert time.monotonic() - start < 10
 
 
-def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
+def test_transfers_from_a_slow_store_fail(raw_server, monkeypatch):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     url = raw_server(lambda c: (c.sendall(HEAD + b"\r\n"), drip(c)))
@@ -134,10 +135,10 @@ def test_a_store_that_drips_is_given_up(raw_server, monkeypatch):
     [
         (lambda store, file: store.names("s3://b/folder"), "no complete answer within 0.8 seconds, 2 times in a row"),
         (lambda store, file: store.remove("s3://b/k"), "no complete answer within 0.8 seconds, 2 times in a row"),
-        (lambda store, file: store.upload(file, "s3://b/k"), "the store takes fewer than 1000 bytes per second"),
+        (lambda store, file: store.upload(file, "s3://b/k"), "the store accepts fewer than 1000 bytes per second"),
     ],
 )
-def test_a_store_that_answers_byte_by_byte_is_given_up(raw_server, monkeypatch, tmp_path, request_, message):
+def test_requests_to_a_store_that_responds_byte_by_byte_fail(raw_server, monkeypatch, tmp_path, request_, message):
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     (tmp_path / "file").write_bytes(b"x" * 1000)
@@ -172,11 +173,11 @@ def test_large_files_are_uploaded_in_parts(tmp_path, monkeypatch):
         server.kill()
 
 
-def test_a_server_whose_name_is_not_known_is_said_soon(monkeypatch):
+def test_a_server_name_that_cannot_be_resolved_fails_soon(monkeypatch):
     def unknown(*_, **__):
         raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
 
-    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # nobody is asked
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)  # makes no request to a name server
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "toy")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "toy")
     patient = Retries(attempts=100, first_delay=0.01)
@@ -185,6 +186,6 @@ def test_a_server_whose_name_is_not_known_is_said_soon(monkeypatch):
         (S3Store("http://nowhere.invalid", retries=patient), "s3://b/k"),
     ):
         with pytest.raises(
-            UserError, match="the name of the (server|store http://nowhere.invalid) is not known; check the URL"
+            UserError, match="the name of the (server|store http://nowhere.invalid) cannot be resolved; check the URL"
         ):
             store.describe(url)

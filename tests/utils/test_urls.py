@@ -1,7 +1,7 @@
 import pytest
 
-from fourm.utils.errors import UserError, printable
-from fourm.utils.urls import shown, without_secrets
+from fourm.utils.errors import UserError, sanitize
+from fourm.utils.urls import redact, redact_url
 
 
 @pytest.mark.parametrize(
@@ -27,14 +27,14 @@ from fourm.utils.urls import shown, without_secrets
         ("a cup: what?", "a cup: what?"),
     ],
 )
-def test_texts_keep_all_but_the_secrets_of_their_urls(text, found):
+def test_redacted_texts_lose_only_the_secrets_of_their_urls(text, found):
     if text != "https://me:sec ret@host/a":
-        assert without_secrets(text) == found
-        assert str(UserError(text)) == printable(text) == found
+        assert redact(text) == found
+        assert str(UserError(text)) == sanitize(text) == found
     else:
-        assert shown(text) == found
+        assert redact_url(text) == found
 
 
-def test_secrets_of_nested_values():
-    found = without_secrets({"a": ["https://h/x?secret", 1], "b": {"c": ("s3://u:secret@b/k", None)}, "d": "plain"})
+def test_nested_values_are_redacted():
+    found = redact({"a": ["https://h/x?secret", 1], "b": {"c": ("s3://u:secret@b/k", None)}, "d": "plain"})
     assert found == {"a": ["https://h/x", 1], "b": {"c": ["s3://b/k", None]}, "d": "plain"}

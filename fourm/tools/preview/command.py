@@ -23,7 +23,7 @@ from fourm.generation.plotting import as_image
 from fourm.tools.preview.page import PAGE_START, page
 from fourm.tools.preview.samples import Painter, preview
 from fourm.tools.preview.sequences import Reader
-from fourm.utils.errors import PrintableFormatter, UserError
+from fourm.utils.errors import SanitizingFormatter, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
     """Write the page."""
     options = parse_options(PreviewOptions, argv, __doc__ or "", positional=("data_config",))
     handler = logging.StreamHandler()
-    handler.setFormatter(PrintableFormatter("%(levelname)s: %(message)s"))
+    handler.setFormatter(SanitizingFormatter("%(levelname)s: %(message)s"))
     logging.basicConfig(handlers=[handler])
     out = Path(options.out)
     _check_output(out)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from fourm.tools.preview.samples import Component, Example, MaskedModality, Preview
 from fourm.tools.preview.sequences import Annotation, Piece
-from fourm.utils.transfer import shown as without_secrets
+from fourm.utils.urls import redact_url
 
 INPUT, TARGET, UNUSED, NEITHER = "#2563eb", "#ea580c", "#ffffff", "#9ca3af"
 BINS = 24
@@ -115,8 +115,7 @@ def _dataset(preview: Preview, number: int) -> str:
     if dataset.masking == "transfer":
         limits = "transfer: all of in_domains is input, all of out_domains is target"
     parts = [
-        f"<h2>{escape(dataset.name)}</h2>"
-        f'<div class="soft">{escape(without_secrets(dataset.data_path))}<br>{limits}</div>',
+        f'<h2>{escape(dataset.name)}</h2><div class="soft">{escape(redact_url(dataset.data_path))}<br>{limits}</div>',
         _budgets(preview),
     ]
     for component in preview.components:

@@ -27,7 +27,7 @@ from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
 from fourm.utils.errors import UserError
 from fourm.utils.options import Options, option
 from fourm.utils.tokenizer import load_text_tokenizer
-from fourm.utils.urls import shown
+from fourm.utils.urls import redact_url
 
 log = logging.getLogger("fourm")
 _DRAWS = 400  # of budgets, for the mean batch
@@ -145,7 +145,7 @@ class Pretrain(Task[PretrainConfig]):
 
     def describe(self) -> None:
         for name, dataset in self.data.train.items():
-            log.info("data set %s, weight %g: %s", name, self.data.weights[name], shown(dataset.data_path))
+            log.info("data set %s, weight %g: %s", name, self.data.weights[name], redact_url(dataset.data_path))
             log.info("  inputs %s of %d-%d tokens", ", ".join(dataset.in_domains), *dataset.input_tokens_range)
             log.info("  targets %s of %d-%d tokens", ", ".join(dataset.out_domains), *dataset.target_tokens_range)
         log.info("model %s", self.config.model)

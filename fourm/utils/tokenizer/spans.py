@@ -1,7 +1,8 @@
-"""A sequence ↔ what is kept of it and what is to be predicted (method section 5.5), and back again.
+"""Split a sequence into input and target by span masking (method section 5.5), and merge them again.
 
-Every run of dropped tokens becomes one sentinel in the input. The target repeats each sentinel with the tokens that it
-stands for, and ends with the next unused sentinel: ``a b c d`` without ``b c`` is ``a S1 d`` and ``S1 b c S2``.
+Each run of dropped tokens becomes one sentinel in the input. The target repeats each sentinel, followed by the tokens
+that it replaces, and ends with the next unused sentinel: ``a b c d`` without ``b c`` becomes ``a S1 d``
+and ``S1 b c S2``.
 """
 
 from __future__ import annotations
@@ -11,12 +12,12 @@ from typing import NamedTuple
 
 
 class Spans(NamedTuple):
-    """A sequence in two.
+    """A sequence that has been split.
 
     Attributes:
-        inputs: ids that are kept, and sentinels.
-        targets: sentinels, and ids that are dropped.
-        starts: positions in ``targets`` where a span begins; with sentinels the closing one too.
+        inputs: Ids of the kept tokens, and sentinels.
+        targets: Sentinels, and ids of the dropped tokens.
+        starts: Positions in ``targets`` where a span begins, including the closing sentinel if there are sentinels.
     """
 
     inputs: list[int]
@@ -25,12 +26,13 @@ class Spans(NamedTuple):
 
 
 def split_spans(ids: Sequence[int], kept: Sequence[bool], sentinels: Sequence[int] | None) -> Spans:
-    """Input and target of a sequence.
+    """Split a sequence into input and target.
 
     Args:
-        ids: the sequence.
-        kept: which of them are kept.
-        sentinels: ids of the first, second, … sentinel, more than there are runs; None = spans are not marked.
+        ids: Token ids of the sequence.
+        kept: Whether each token is kept.
+        sentinels: Ids of the first, second, … sentinel, at least one more than there are runs; None to not mark the
+            spans.
     """
     spans = Spans([], [], [])
     inputs, targets, starts = spans
@@ -41,7 +43,7 @@ def split_spans(ids: Sequence[int], kept: Sequence[bool], sentinels: Sequence[in
             targets.append(sentinels[len(starts) - 1])
 
     after_kept = True
-    # For sequences as short as these a loop is faster than arrays.
+    # For such short sequences, a loop is faster than array operations.
     for token, keep in zip(ids, kept, strict=True):
         if keep:
             inputs.append(token)
@@ -57,15 +59,15 @@ def split_spans(ids: Sequence[int], kept: Sequence[bool], sentinels: Sequence[in
 
 
 def merge_spans(inputs: Sequence[int], targets: Sequence[int], sentinels: Sequence[int]) -> list[int]:
-    """The sequence that :func:`split_spans` split: each sentinel of ``inputs`` is replaced by its span in ``targets``.
+    """Undo :func:`split_spans`: replace each sentinel of ``inputs`` by its span in ``targets``.
 
-    A sentinel without a span stays, so the result of a target that was cut is an input with fewer gaps.
+    A sentinel without a span is kept, so that merging a truncated target gives an input with fewer gaps.
     """
-    marks = {int(mark) for mark in sentinels}
+    sentinel_ids = {int(sentinel) for sentinel in sentinels}
     spans: dict[int, list[int]] = {}
-    current: list[int] = []  # what comes before any sentinel belongs nowhere
+    current: list[int] = []  # tokens before the first sentinel belong to no span and are discarded
     for token in map(int, targets):
-        if token in marks:
+        if token in sentinel_ids:
             current = spans.setdefault(token, [])
         else:
             current.append(token)

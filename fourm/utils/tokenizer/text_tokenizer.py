@@ -1,4 +1,4 @@
-"""The text vocabulary from its file, and text → ids."""
+"""Load the text vocabulary and encode text as token ids."""
 
 from __future__ import annotations
 
@@ -13,85 +13,86 @@ import fourm
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import CONTROL, EOS, sentinel
 
-_JOINT = "\0"
-_MOST_KNOWN = 20_000
-_LONG = 2_000  # characters; beyond, looking for class names would cost more than it saves
+_JOINT = "\0"  # replaces the spaces within class names
+_MAX_CACHED = 20_000  # words whose ids are cached
+_MAX_SPLIT_CHARS = 2_000  # for longer texts, the search for class names costs more than the cache saves
 _CONTROL = re.compile(r"\[(?=(?:PAD|UNK|SOS|EOS|BOS|MASK|CLS|SEP|S_\d+)\])", re.IGNORECASE)
 
 MAX_TEXT_CHARS = 2**16
-"""Of a text that is tokenized; the rest is cut off. No modality takes more than a few hundred tokens, so nothing of what it
-takes is lost unless they have 200 characters each; a text of 20 MB would otherwise take gigabytes."""
+"""Number of characters after which a text is truncated. Modalities take at most a few hundred tokens, so this loses
+nothing unless tokens have 200 characters each. Tokenizing a text of 20 MB would otherwise take gigabytes of memory."""
 
 
 class UnreadableText(ValueError):
-    """A text that no tokenizer takes."""
+    """A text that no tokenizer accepts."""
 
 
-def written_text(text: str) -> str:
-    """What a person or a file wrote, without control over the model: ``[EOS]`` or ``[S_1]`` in it are brackets and letters.
+def escape_control_tokens(text: str) -> str:
+    """Escape control tokens such as ``[EOS]`` and ``[S_1]`` in an untrusted text, so that they are just letters.
 
-    They get the ids that they have where the vocabulary has no such tokens: a pre-tokenizer cuts at the bracket in any case.
-    Coordinates (``v0=12``) and class names stay single tokens in any text, as the published vocabulary has it: boxes and
-    metadata are written with them, and they mean nothing to masking.
+    They get the same ids as under a vocabulary without such tokens, because a pre-tokenizer splits at the bracket in
+    any case. Coordinates (``v0=12``) and class names remain single tokens in any text, as in the published vocabulary:
+    boxes and metadata are written with them, and they have no meaning for masking.
 
     Raises:
-        UnreadableText: it has half a character (a lone surrogate) or a NUL in it.
+        UnreadableText: If the text contains a lone surrogate (half of a character) or a NUL character.
     """
     if len(text) > MAX_TEXT_CHARS:
         text = text[:MAX_TEXT_CHARS]
     if "\0" in text:
-        raise UnreadableText("a text with a NUL character in it")
+        raise UnreadableText("the text contains a NUL character")
     if not text.isascii():
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            half = ascii(text[error.start])
-            raise UnreadableText(f"a text with half a character in it: {half} at {error.start}") from None
+            surrogate = ascii(text[error.start])
+            raise UnreadableText(f"the text contains half a character: {surrogate} at {error.start}") from None
     return _CONTROL.sub("[ ", text) if "[" in text else text
 
 
 def load_text_tokenizer(path: str | Path) -> Tokenizer:
-    """The vocabulary in ``path``; one that starts with ``fourm/`` is also found in the installed package.
+    """Load the vocabulary at ``path``; a path that starts with ``fourm/`` may be in the installed package.
 
     Raises:
-        UserError: no such file, not a tokenizer, or without the special tokens at their places.
+        UserError: If the file does not exist, is not a tokenizer, or has other ids for the special tokens.
     """
     path = Path(path)
     if not path.exists() and path.parts[:1] == ("fourm",):
         path = Path(fourm.__file__).parent.joinpath(*path.parts[1:])
     if not path.is_file():
         raise UserError(
-            f"{path}: no such text vocabulary; set text_tokenizer_path, or train one: train_wordpiece_tokenizer.py"
+            f"{path}: no such text vocabulary; set text_tokenizer_path, or train one with train_wordpiece_tokenizer.py"
         )
     try:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises nothing more specific
         raise UserError(f"{path}: not a text vocabulary in the JSON format of tokenizers ({error})") from error
     for expected, token in enumerate((*CONTROL, sentinel(0), sentinel(1))):
-        if (found := tokenizer.token_to_id(token)) != expected:
+        token_id = tokenizer.token_to_id(token)
+        if token_id != expected:
             raise UserError(
-                f"{path}: token {token} must have id {expected}, not {found}; "
-                "train a vocabulary with this layout: train_wordpiece_tokenizer.py"
+                f"{path}: token {token} must have id {expected}, not {token_id}; "
+                "train a vocabulary with this layout with train_wordpiece_tokenizer.py"
             )
     return tokenizer
 
 
 class TextEncoder:
-    """Text → ids, with what masking needs to know about the vocabulary.
+    """Encodes text as ids, and knows the ids of the vocabulary that masking needs.
 
-    A vocabulary of this project cuts a text at its spaces before anything else, but for those within a class name of two
-    words. What is between is therefore encoded once and remembered: words and coordinates come again and again.
+    The vocabularies of this project first split a text at its spaces, except for those within class names of two words.
+    The ids of each part are therefore cached, because words and coordinates occur again and again.
 
     Args:
-        tokenizer: a vocabulary, or the path of one.
+        tokenizer: A vocabulary or the path of one.
 
     Attributes:
-        vocab_size: number of ids.
-        eos_id: id of [EOS].
-        sentinels: ids of [S_1], [S_2], …
+        vocab_size: Number of ids.
+        eos_id: Id of [EOS].
+        sentinels: Ids of [S_1], [S_2], …
 
     Raises:
-        UserError: it has no [EOS] or no sentinels.
+        UserError: If the vocabulary has no [EOS] or no sentinels.
     """
 
     def __init__(self, tokenizer: Tokenizer | str | Path):
@@ -100,52 +101,53 @@ class TextEncoder:
         self._tokenizer = tokenizer
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        marks: list[int] = []
-        while (mark := vocabulary.get(sentinel(len(marks) + 1))) is not None:
-            marks.append(mark)
-        for token, found in ((EOS, EOS in vocabulary), (sentinel(1), marks)):
-            if not found:
-                raise UserError(f"the text vocabulary has no token {token}; train one: train_wordpiece_tokenizer.py")
+        for token in (EOS, sentinel(1)):
+            if token not in vocabulary:
+                raise UserError(
+                    f"the text vocabulary has no token {token}; train one with train_wordpiece_tokenizer.py"
+                )
         self.eos_id = vocabulary[EOS]
-        self.sentinels = marks
-        self._cuts_at_spaces = isinstance(tokenizer.normalizer, BertNormalizer) and isinstance(
+        self.sentinels: list[int] = []
+        while (sentinel_id := vocabulary.get(sentinel(len(self.sentinels) + 1))) is not None:
+            self.sentinels.append(sentinel_id)
+        self._splits_at_spaces = isinstance(tokenizer.normalizer, BertNormalizer) and isinstance(
             tokenizer.pre_tokenizer, BertPreTokenizer
         )
         added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
-        self._with_space = [content for content in added if " " in content]
-        self._known: dict[str, list[int]] = {}
+        self._names_with_space = [content for content in added if " " in content]
+        self._cache: dict[str, list[int]] = {}
 
     def __call__(self, text: str) -> list[int]:
-        """The ids of ``text``, nothing added.
+        """Return the ids of ``text``, without any special tokens around it.
 
         Raises:
-            UnreadableText: see :func:`written_text`.
+            UnreadableText: See :func:`escape_control_tokens`.
         """
-        text = written_text(text)
-        if len(text) > _LONG or not self._is_plain(text):
+        text = escape_control_tokens(text)
+        if len(text) > _MAX_SPLIT_CHARS or not self._can_split(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
-        for part in self._parts(text):
-            found = self._known.get(part)
-            if found is None:
-                found = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
-                if len(self._known) >= _MOST_KNOWN:
-                    self._known.clear()
-                self._known[part] = found
-            ids += found
+        for part in self._split(text):
+            part_ids = self._cache.get(part)
+            if part_ids is None:
+                part_ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
+                if len(self._cache) >= _MAX_CACHED:
+                    self._cache.clear()
+                self._cache[part] = part_ids
+            ids += part_ids
         return ids
 
-    def _is_plain(self, text: str) -> bool:
-        """Whether spaces are where the tokenizer cuts; others have accents that combine, control characters, …"""
-        return self._cuts_at_spaces and text.isascii() and text.isprintable()
+    def _can_split(self, text: str) -> bool:
+        """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
+        return self._splits_at_spaces and text.isascii() and text.isprintable()
 
-    def _parts(self, text: str) -> list[str]:
-        """What can be encoded on its own; spaces within a class name are replaced by :data:`_JOINT`."""
+    def _split(self, text: str) -> list[str]:
+        """Split a text into independently encodable parts; spaces within class names are replaced by :data:`_JOINT`."""
         lower = text.lower()
-        for name in self._with_space:
-            at = lower.find(name)
-            while at >= 0:
-                end = at + len(name)
-                text = text[:at] + text[at:end].replace(" ", _JOINT) + text[end:]
-                at = lower.find(name, end)
+        for name in self._names_with_space:
+            start = lower.find(name)
+            while start >= 0:
+                end = start + len(name)
+                text = text[:start] + text[start:end].replace(" ", _JOINT) + text[end:]
+                start = lower.find(name, end)
         return text.split(" ")

@@ -1,4 +1,4 @@
-"""Train the text vocabulary: the fixed tokens, then the commonest pieces of words in a corpus."""
+"""Train the text vocabulary: the fixed tokens, followed by the most frequent word pieces of a corpus."""
 
 from __future__ import annotations
 
@@ -11,53 +11,55 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from fourm.utils.config import settle
+from fourm.utils.config import resolve_options
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, SENTINELS, UNK
 
-DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates and
-COCO class names at fixed ids, then learned pieces. The same corpus gives the same file. WordNet's data.noun, data.verb,
-data.adj and data.adv give their words, glosses and example sentences, a JSON file all its strings, any other file its lines;
-tar files are read as what is in them."""
-_LETTERS = string.ascii_lowercase + string.digits  # in any vocabulary, also of a small corpus
+DESCRIPTION = """Train a WordPiece vocabulary with the layout of the shipped one: special tokens, sentinels, coordinates
+and COCO class names at fixed ids, then learned pieces. The same corpus always gives the same file. From WordNet's
+data.noun, data.verb, data.adj and data.adv, the words, glosses and example sentences are read; from a JSON file, all
+strings; from any other file, its lines. The members of tar files are read in the same way."""
+_LETTERS = string.ascii_lowercase + string.digits  # part of every vocabulary, even if the corpus is small
 _WORDNET = {f"data.{part}" for part in ("noun", "verb", "adj", "adv")}
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """Which corpus, and how many tokens."""
+    """Corpus and size of the vocabulary."""
 
     input: AnyPath | list[AnyPath] = option("a file or folder of text, or a list of them: '[corpus.txt, folder]'")
     output: AnyPath = option("file to write, e.g. text_tokenizer.json")
-    vocab_size: int = option("tokens in all", 30_000, at_least=1, at_most=2**31 - 1)
-    min_frequency: int = option("pieces that are rarer than this are not learned", 2, at_least=0, at_most=2**31 - 1)
+    vocab_size: int = option(
+        "maximum number of tokens, including the fixed ones", 30_000, at_least=1, at_most=2**31 - 1
+    )
+    min_frequency: int = option("minimum number of occurrences of a learned piece", 2, at_least=0, at_most=2**31 - 1)
 
     def __post_init__(self) -> None:
-        settle(self)
+        resolve_options(self)
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 2) -> Tokenizer:
-    """A vocabulary of at most ``vocab_size`` tokens, :func:`layout` first.
+    """Train a vocabulary of at most ``vocab_size`` tokens, which begins with :func:`layout`.
 
     Raises:
-        UserError: there is no text, or no room for the fixed tokens and the letters.
+        UserError: If there is no text, or ``vocab_size`` is too small for the fixed tokens and the letters.
     """
     fixed = layout()
     tokenizer = Tokenizer(models.WordPiece(unk_token=UNK))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=True)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
-    # JSON can hold halves of characters, which no text can.
-    whole = (text.encode(errors="ignore").decode() for text in texts)
-    texts = [tokenizer.normalizer.normalize_str(text) for text in whole]
+    # Strings in JSON may contain lone surrogates, which the tokenizer does not accept.
+    valid = (text.encode(errors="ignore").decode() for text in texts)
+    texts = [tokenizer.normalizer.normalize_str(text) for text in valid]
     if not any(texts):
-        raise UserError("input: there is no text in it")
+        raise UserError("input: there is no text in the corpus")
     words = {word for text in texts for word, _ in tokenizer.pre_tokenizer.pre_tokenize_str(text)}
-    # The trainer numbers inner letters in the order in which a hash table lists words, and settles ties by number.
-    # Naming them beforehand makes the result a function of the corpus; they are no special tokens afterwards.
+    # The trainer numbers inner letters in the order in which a hash table lists the words, and breaks ties by number.
+    # Declaring them as special tokens makes the result depend on the corpus alone; this is undone below.
     inner = sorted({f"##{letter}" for word in words for letter in word[1:] + _LETTERS})
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -67,9 +69,11 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    if (needed := tokenizer.get_vocab_size()) > vocab_size:
+    minimum = tokenizer.get_vocab_size()
+    if minimum > vocab_size:
         raise UserError(
-            f"vocab_size must be at least {needed} for the fixed tokens and the letters of this corpus, not {vocab_size}"
+            f"vocab_size must be at least {minimum} for the fixed tokens and the letters of this corpus, not "
+            f"{vocab_size}"
         )
     content = json.loads(tokenizer.to_str())
     content["added_tokens"] = content["added_tokens"][: len(fixed)]
@@ -77,7 +81,7 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, min_frequency: int = 
 
 
 def layout() -> list[AddedToken]:
-    """The fixed tokens in the order of their ids."""
+    """Return the fixed tokens in the order of their ids."""
 
     def added(token: str, word: bool, normalized: bool = False) -> AddedToken:
         return AddedToken(token, single_word=word, normalized=normalized, special=True)
@@ -90,10 +94,10 @@ def layout() -> list[AddedToken]:
 
 
 def corpus(paths: list[str]) -> Iterator[str]:
-    """The texts in files and folders; folders in alphabetical order, so that the order never depends on the disk.
+    """Yield the texts in files and folders. Folders are read in alphabetical order, independent of the file system.
 
     Raises:
-        UserError: a path that does not exist, or a file that is not text.
+        UserError: If a path does not exist, or a file is not text.
     """
     for path in map(Path, paths):
         if not (path.is_dir() or path.is_file()):
@@ -101,7 +105,7 @@ def corpus(paths: list[str]) -> Iterator[str]:
         files = [path]
         if path.is_dir():
             files = sorted(p for p in path.rglob("*") if _is_text(p.relative_to(path)) and p.is_file())
-        if path / "data.noun" in files:  # beside its data, WordNet has indices
+        if path / "data.noun" in files:  # WordNet, whose other files are indices
             files = [file for file in files if file.stem == "data"]
         for file in files:
             try:
@@ -114,18 +118,19 @@ def corpus(paths: list[str]) -> Iterator[str]:
 
 
 def _is_text(path: Path) -> bool:
-    """Not what operating systems leave in folders."""
+    """Return whether a file is not one of those that operating systems create in folders."""
     return not any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini") for part in path.parts)
 
 
 def _members(file: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and content of a file, or of each file in a shard."""
+    """Yield name and content of a file, or of each member of a tar file."""
     if file.suffix != ".tar":
         yield file.name, file.read_bytes()
         return
     with tarfile.open(file) as tar:
         for member in tar:
-            if content := tar.extractfile(member):
+            content = tar.extractfile(member)
+            if content is not None:
                 yield member.name, content.read()
 
 
@@ -133,16 +138,16 @@ def _texts(name: str, content: str) -> Iterator[str]:
     if name.endswith(".json"):
         yield from _strings(json.loads(content))
         return
-    wordnet = name in _WORDNET
+    is_wordnet = name in _WORDNET
     for line in content.splitlines():
-        if not wordnet:
+        if not is_wordnet:
             yield line
-        elif not line.startswith("  "):  # its licence
+        elif not line.startswith("  "):  # indented lines are the licence
             yield _synset(line)
 
 
 def _synset(line: str) -> str:
-    """``words: gloss; "example"`` of a line in a WordNet data file: offset, file, part of speech, count, (word, id)…"""
+    """Convert a line of a WordNet data file, ``offset file part count (word id)… | gloss``, to ``words: gloss``."""
     head, _, gloss = line.partition("|")
     fields = head.split()
     words = fields[4 : 4 + 2 * int(fields[3], 16) : 2]
@@ -158,26 +163,26 @@ def _strings(value: object) -> Iterator[str]:
 
 
 def check_output(path: Path) -> None:
-    """See whether a vocabulary may be written to ``path``: whoever confuses input and output must not lose the corpus.
+    """Check that a vocabulary may be written to ``path``, so that a wrong path does not destroy the corpus.
 
     Raises:
-        UserError: there is something else than a vocabulary, or the file cannot be written.
+        UserError: If the file is not a vocabulary, or cannot be written.
     """
     check_file(path)
     try:
         content = json.loads(path.read_bytes()) if path.exists() and path.stat().st_size else {"model": {}}
-        own = isinstance(content, dict) and "model" in content
+        replaceable = isinstance(content, dict) and "model" in content
     except (ValueError, RecursionError):
-        own = False
-    if not own:
-        raise UserError(f"output: {path} is there and is no text vocabulary: choose another name, or remove it")
+        replaceable = False
+    if not replaceable:
+        raise UserError(f"output: {path} exists and is not a text vocabulary: choose another name, or remove it")
 
 
 def train_vocabulary(options: TrainOptions) -> None:
-    """Read the corpus, write the vocabulary.
+    """Train a vocabulary on the corpus and write it.
 
     Raises:
-        UserError: the corpus cannot be read or holds no text, or the vocabulary cannot be written.
+        UserError: If the corpus cannot be read or contains no text, or the vocabulary cannot be written.
     """
     check_output(Path(options.output))
     paths = [options.input] if isinstance(options.input, str) else options.input
@@ -189,5 +194,5 @@ def train_vocabulary(options: TrainOptions) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command ``train_wordpiece_tokenizer.py``."""
+    """Run the command ``train_wordpiece_tokenizer.py``."""
     train_vocabulary(parse_options(TrainOptions, argv, DESCRIPTION))
