@@ -96,6 +96,31 @@ def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(sto
     assert losses(tmp_path / "third") == losses(again) and not complete(store, "third")
 
 
+def test_a_slow_store_holds_up_no_checkpoint_and_none_is_removed_while_it_is_copied(store, tmp_path):
+    config = write_run(
+        tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=0, save_every_minutes=1e-9, keep_last=1,
+        run_name="slow", s3_save_dir=RUNS,
+    )  # fmt: skip
+    out = config.parent / "out"
+    first = out / "checkpoints" / "step-00000001"
+    waits = []
+
+    def wait_for_later_checkpoints(method, path, _):
+        if method == "PUT" and first.name in path and not waits:
+            files = sorted(path.name for path in first.iterdir())
+            deadline = time.monotonic() + 30
+            while newest_step(out) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            waits.append((newest_step(out) >= 4, sorted(path.name for path in first.iterdir()) == files))
+
+    with faulty(store, wait_for_later_checkpoints) as proxy:
+        run_here(config, "--s3_endpoint", proxy.endpoint)
+        assert waits and all(wait == (True, True) for wait in waits)
+        assert any("PUT" == method and first.name in path for method, path in proxy.counts), "the first one is copied"
+    assert complete(store, "slow") == ["step-00000012"]
+    assert not first.exists(), "it is removed once it has been copied"
+
+
 @pytest.mark.dist
 def test_another_machine_goes_on_where_the_first_was_lost(undisturbed, store, tmp_path):
     options = OPTIONS | {"run_name": "lost", "s3_save_dir": RUNS, "s3_endpoint": store.endpoint}
