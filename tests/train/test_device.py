@@ -14,7 +14,7 @@ from fourm.data.unified_datasets import build_eval_loader, build_train_loader
 from fourm.train.config import parse_args
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
-from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalised, to_device
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise, to_device
 from tests.train.toy_run import ROOT, write_run
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_every_level_of_every_channel_is_normalised_to_the_same_bits(transform):
     pixels = raw.postprocess(picture)
     assert pixels.dtype == raw.empty((16, 16)).dtype == np.uint8 and pixels.flags.c_contiguous
     expected = torch.from_numpy(transform.postprocess(picture))
-    assert torch.equal(normalised(torch.from_numpy(pixels)[None], *raw.scaling)[0], expected)
+    assert torch.equal(normalise(torch.from_numpy(pixels)[None], *raw.scaling)[0], expected)
 
 
 @pytest.fixture(scope="module")

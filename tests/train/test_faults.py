@@ -123,7 +123,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, t
     (config.parent / "out" / "log.txt").unlink()
     run_ranks(config)
     log = (config.parent / "out" / "log.txt").read_text()
-    assert re.search(f"step-00000020 is damaged: {shard.name} .*; passed over", log)
+    assert re.search(f"step-00000020 is damaged: {shard.name} .*; trying the checkpoint before it", log)
     assert "resumed from" in log and "step-00000019" in log
     assert losses(config.parent / "out") == losses(undisturbed)
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fourm.train.config import parse_args
-from fourm.train.nonfinite import LostSteps, without_not_finite
+from fourm.train.nonfinite import NonFiniteStreak, replace_non_finite
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
@@ -45,19 +45,19 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tm
     trainer.train_step([next(batches)])
     line = trainer.interval.means(run.parallel)
     assert line.skipped_steps == 1 and line.loss > 0 and all(0 < share < 1 for share in line.not_finite.values())
-    assert trainer.lost.read() is None
+    assert trainer.non_finite_streak.read() is None
 
 
 def test_too_many_steps_in_a_row_are_remembered_with_their_modalities():
-    lost = LostSteps(["caption", "det"], 2, torch.device("cpu"))
+    streak = NonFiniteStreak(["caption", "det"], 2, torch.device("cpu"))
     caption, nothing = torch.tensor([1.0, 0.0]), torch.zeros(2)
     for step, bad, where in [(1, 1, caption), (2, 0, nothing), (3, 1, nothing)]:
-        lost.add(step, torch.tensor(float(bad)), where)
-        assert lost.read() is None
-    lost.add(4, torch.tensor(1.0), caption)
-    assert lost.read() == (3, 4, ["caption"])
-    lost.add(5, torch.tensor(0.0), nothing)
-    assert lost.read() == (3, 4, ["caption"])
+        streak.add(step, torch.tensor(float(bad)), where)
+        assert streak.read() is None
+    streak.add(4, torch.tensor(1.0), caption)
+    assert streak.read() == (3, 4, ["caption"])
+    streak.add(5, torch.tensor(0.0), nothing)
+    assert streak.read() == (3, 4, ["caption"])
 
 
 def test_a_run_that_diverges_ends_and_keeps_its_checkpoints(finished, tmp_path):
@@ -95,7 +95,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_taken(finished, tmp_p
 
 def test_a_number_that_is_not_finite_is_null_in_json():
     line = {"step": 1, "losses": {"a": float("nan"), "b": 1.0}, "loss": float("-inf")}
-    assert without_not_finite(line) == (
+    assert replace_non_finite(line) == (
         {"step": 1, "losses": {"a": None, "b": 1.0}, "loss": None},
         ["losses/a", "loss"],
     )

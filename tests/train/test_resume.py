@@ -121,7 +121,7 @@ def test_another_number_of_workers_goes_on_with_a_warning(uninterrupted, tmp_pat
     shutil.rmtree(config.parent / "out" / "checkpoints" / "step-00000024")
     output = run_here(config, "--save_every_minutes", "0")
     assert "made with {'num_streams': 2, 'batch_size': 4}, now" in output
-    assert "the epochs to come draw their samples in another order" in output
+    assert "the coming epochs draw their samples in another order" in output
     assert set(losses(config.parent / "out")) == set(losses(uninterrupted))
 
 
