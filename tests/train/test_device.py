@@ -1,4 +1,4 @@
-"""Pictures travel in 8 bits; what the model gets of them is what the loader's own normalisation gives."""
+"""Images are copied to the device in 8 bits, and normalised there exactly as the loader would do it."""
 
 import dataclasses
 import platform
@@ -105,7 +105,7 @@ def test_training_and_evaluation_send_pictures_in_8_bits(toy_run):
 
 
 def test_a_sample_without_the_picture_changes_nothing_for_the_others(toy_run):
-    """In a mixture, zeros stand for what a data set lacks; they must not turn the batch's bytes into numbers."""
+    """A mixture fills in zeros for what a data set lacks; they must not turn the bytes of the batch into floats."""
     dataset = toy_run.task.data.train["toys"]
     text_only = dataclasses.replace(
         dataset, name="text", in_domains=("caption",), out_domains=("caption",), data_path=dataset.data_path,

@@ -1,4 +1,4 @@
-"""What each process holds of a sharded model."""
+"""The shards of a model that each process holds."""
 
 import os
 
