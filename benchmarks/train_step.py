@@ -38,7 +38,7 @@ from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
 from fourm.train.schedules import build_schedule, run_length
 from fourm.train.task import Task
-from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalised
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise
 from fourm.utils.errors import run_cli
 
 PIXELS = "rgb@224"
@@ -100,7 +100,7 @@ def build_trainer(
     more = {"share_embedding": True, "use_act_checkpoint": options.act_checkpoint, **(TOY if options.toy else {})}
     with torch.device("meta"):
         model = FM(model_config(model_name, *DOMAINS[modalities], **more))
-    parallel.place(model, task.parts(model))
+    parallel.materialise(model, task.parts(model))
     if options.compile:
         model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
     length = run_length(config, parallel.world_size)
@@ -171,7 +171,7 @@ def measure(
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
     result: dict[str, Any] = {}
     if options.baseline and not parallel.distributed:
-        pixels = {"tensor": normalised(batch.mod_dict[PIXELS]["tensor"], *batch.scaling[PIXELS])}
+        pixels = {"tensor": normalise(batch.mod_dict[PIXELS]["tensor"], *batch.scaling[PIXELS])}
         plain = Batch(batch.mod_dict | {PIXELS: batch.mod_dict[PIXELS] | pixels}, batch.position)
         optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
         variants["baseline"] = lambda: plain_step(trainer, plain, optimizer)

@@ -39,7 +39,7 @@ from fourm.models import FM
 from fourm.tools.check import main as check
 from fourm.train.checkpoint import read_state
 from fourm.train.config import load_config, parse_args
-from fourm.train.journal import _lines
+from fourm.train.journal import read_lines
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.config import load_yaml, parse_value
 from fourm.utils.errors import UserError
@@ -322,7 +322,7 @@ ENTRIES = {
     "generation YAML": Entry(GENERATION, "generation.yaml", lambda path: parse(["--config", str(path)]), dump_yaml),
     "result": Entry(RESULT, "result.json", read_saved_result, json.dumps),
     "result, bytes": Entry(json.dumps(RESULT).encode(), "result.json", read_saved_result),
-    "log": Entry(LINES, "log.jsonl", lambda path: _lines(path)),
+    "log": Entry(LINES, "log.jsonl", lambda path: read_lines(path)),
     "npz": Entry(npz(), "k.npz", read_npz),
     "folder, picture": Entry(JPEG, "d/rgb/0/1.jpg", read_folder),
     "folder, boxes": Entry(BOXES, "d/det/0/1.json", read_folder, json.dumps),

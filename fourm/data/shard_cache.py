@@ -212,7 +212,9 @@ class ShardCache:
             check_url(url)
             item = self._store(url).describe(url)
             key = "\n".join((self._options.endpoint if url.startswith("s3:") else "", url, item.etag, str(item.size)))
-            name = f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH_DIGITS]}-{redact_url(url).rpartition('/')[2][-80:]}"
+            name = (
+                f"{hashlib.sha256(key.encode()).hexdigest()[:_HASH_DIGITS]}-{redact_url(url).rpartition('/')[2][-80:]}"
+            )
             self._known[url] = item, self._folder / name
         return self._known[url]
 

@@ -1,14 +1,14 @@
-"""Checkpoints: folders that are there completely or not at all, in formats that run no code when they are read.
+"""Checkpoints: folders that are either complete or absent, in formats that run no code when they are read.
 
-``checkpoints/step-00001234/`` is the same whatever the strategy and the number of processes. It holds
+``checkpoints/step-00001234/`` has the same format for every strategy and number of processes. It holds
 
-* ``shard-*.safetensors``: from every process the tensors, or parts of them, that it had to write: ``model/PARAMETER``,
+* ``shard-*.safetensors``: the tensors, or parts of tensors, that each process writes: ``model/PARAMETER``,
   ``ema/PARAMETER`` and ``optimizer/PARAMETER/STATE``
-* ``config.json``: of the model
+* ``config.json``: the configuration of the model
 * ``state.json``: the step, the position in the data of every rank, the state of the log, the configuration of the run
-* ``checksums.json``: of all of these
+* ``checksums.json``: the sizes and checksums of all of these
 
-Nothing of a random generator is kept: all randomness of a step derives from the seed and the number of its batch.
+There is no state of a random generator: all randomness of a step derives from the seed and the number of its batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from fourm.train import ema
-from fourm.train.nonfinite import first_not_finite
+from fourm.train.nonfinite import first_non_finite
 from fourm.train.parallel import Processes
 from fourm.utils.checkpoints import CHECKPOINT_FILES, CHECKSUMS, CONFIG, EMA, MODEL, STATE, checksum, read_metadata
 from fourm.utils.errors import UserError
@@ -40,64 +40,67 @@ from fourm.utils.paths import InputPath
 
 log = logging.getLogger("fourm")
 OPTIMIZER = "optimizer/"
-_KINDS = (MODEL, EMA, OPTIMIZER)  # each has files of its own, so that weights are read without optimizer states
+_GROUPS = (MODEL, EMA, OPTIMIZER)  # in separate files, so that weights can be read without optimizer states
 _STATES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
 _STATE_TYPES = {"step": int, "config": dict, "global_batch": int, "layout": dict, "loss_scale": list, "ranks": list}
-SAVED = ".saved.txt"  # in a run folder: there was a checkpoint once, even if it has been removed
+SAVED_MARKER = ".saved.txt"  # in a run folder that has had a checkpoint, even if it has been removed since
 
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointOptions(Options):
     """Checkpoints"""
 
-    save_ckpt_freq: int = option("save every so many epochs; 0 = only at the end", 1, at_least=0)
-    save_every_minutes: float = option("save also after so many minutes; 0 = never", 0.0, at_least=0)
-    keep_last: int = option("checkpoints that are kept; 0 = all", 2, at_least=0)
-    async_save: bool = option("write checkpoints while the training goes on, from a copy in the host's memory", True)
+    save_ckpt_freq: int = option("epochs between two checkpoints; 0 = only save at the end", 1, at_least=0)
+    save_every_minutes: float = option(
+        "also save this many minutes after the last checkpoint; 0 = never", 0.0, at_least=0
+    )
+    keep_last: int = option("number of checkpoints to keep; 0 = all", 2, at_least=0)
+    async_save: bool = option("write checkpoints in the background, from a copy in host memory", True)
     auto_resume: bool = option("continue from the newest complete checkpoint in output_dir or s3_save_dir", True)
     resume: InputPath = option("continue from this checkpoint, or the newest of this run: a folder or an s3:// URL", "")
     allow_changes: bool = option(
         "continue from a checkpoint although the data, seed or schedule have changed since", False
     )
     finetune: InputPath = option(
-        "start from these weights: a run folder, .safetensors, .pth, s3:// URL of one of these, or a hub id", ""
+        "start from these weights: a run folder, a .safetensors or .pth file, an s3:// URL of these, or a hub id",
+        "",
     )
     start_epoch: int = option(
-        "first epoch, when weights come without a checkpoint's position", 0, at_least=0, at_most=10**9
+        "first epoch of a run that does not resume from a checkpoint", 0, at_least=0, at_most=10**9
     )
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a run into ``folder``. All processes make the same calls.
+    """Writes the checkpoints of a run to ``folder``. All processes make the same calls.
 
     Args:
-        keep_last: Checkpoints that are kept; 0 = all.
-        background: Write while the training goes on.
-        saved: Called in the main process with each checkpoint that is complete; it returns soon.
-        in_use: Old checkpoints that are not removed yet.
+        keep_last: The number of checkpoints to keep; 0 keeps all.
+        background: Whether to write while the training goes on.
+        on_saved: Called in the main process with each checkpoint that is complete; must return quickly.
+        protected: Old checkpoints that must not be removed yet.
     """
 
     def __init__(
         self, folder: Path, parallel: Processes, keep_last: int, background: bool,
-        saved: Callable[[Path], None] | None = None, in_use: Container[Path] = (),
+        on_saved: Callable[[Path], None] | None = None, protected: Container[Path] = (),
     ):  # fmt: skip
         self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
-        self._saved, self._in_use = saved, in_use
-        # What the writers have to tell one another must not mix with what the training says meanwhile.
+        self._on_saved, self._protected = on_saved, protected
+        # The messages of the writer threads must not mix with those of the training.
         self._group: Any = parallel.new_group()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future | None = None
 
     def save(self, step: int, config: dict[str, Any], tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Begin to write ``step-…``; the tensors may change as soon as this returns. One at a time: waits for the previous.
+        """Start to write ``step-…`` when the previous checkpoint is complete. The tensors may change afterwards.
 
         Args:
-            config: of the model.
-            tensors: name → tensor or, under FSDP, its shard.
-            state: of this run, for JSON; the main process's counts.
+            config: The configuration of the model.
+            tensors: The tensors or, under FSDP, their shards, by name.
+            state: The state of the run, for JSON; that of the main process is written.
 
         Raises:
-            UserError: of this checkpoint or the one before: it could not be written, or holds values that are not finite.
+            UserError: This checkpoint or the one before could not be written, or holds values that are not finite.
         """
         self.wait()
         options = StagingOptions(
@@ -109,10 +112,10 @@ class CheckpointWriter:
             self.wait()
 
     def wait(self) -> None:
-        """Return when no checkpoint is being written any more.
+        """Wait until no checkpoint is being written.
 
         Raises:
-            UserError: it could not be written.
+            UserError: The checkpoint could not be written.
         """
         pending, self._pending = self._pending, None
         if pending is not None:
@@ -123,8 +126,8 @@ class CheckpointWriter:
         with contextlib.ExitStack() as stack:
 
             def check() -> None:
-                if name := first_not_finite(tensors.items()):
-                    raise UserError(f"{name} holds values that are not finite. {advice(target.parent)}")
+                if name := first_non_finite(tensors.items()):
+                    raise UserError(f"{name} holds values that are not finite. {divergence_advice(target.parent)}")
 
             def begin() -> Path:
                 path = stack.enter_context(atomic_folder(target, CHECKPOINT_FILES))
@@ -133,11 +136,11 @@ class CheckpointWriter:
                 return path
 
             def write_shards() -> dict[str, list[int]]:
-                kinds = {name: _KINDS.index(name[: name.index("/") + 1]) + 1 for name in tensors}
-                writer = dcp.HuggingFaceStorageWriter(str(path), kinds, save_distributed=True)
+                files = {name: _GROUPS.index(name[: name.index("/") + 1]) + 1 for name in tensors}
+                writer = dcp.HuggingFaceStorageWriter(str(path), files, save_distributed=True)
                 try:
                     dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not parallel.distributed)
-                except dcp.CheckpointException as error:  # the first error of any process, in all of them
+                except dcp.CheckpointException as error:  # with the errors of all processes, in all of them
                     raise next(iter(error.failures.values()))[0] from error
                 return {file.name: checksum(file) for file in path.glob(f"shard-{parallel.rank + 1:05d}-*")}
 
@@ -147,12 +150,9 @@ class CheckpointWriter:
                 assert set(files) == {file.name for file in path.iterdir()}
                 (path / CHECKSUMS).write_text(json.dumps(files))
                 stack.close()
-                (target.parent.parent / SAVED).touch()
-                before = [old for old in sorted(target.parent.glob("step-*"), reverse=True) if old.name <= target.name]
-                for old in before[self._keep_last :] if self._keep_last else ():
-                    if old not in self._in_use:
-                        # Never half a checkpoint; what cannot be removed now goes at the next start.
-                        shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
+                (target.parent.parent / SAVED_MARKER).touch()
+                if self._keep_last:
+                    self._remove_old_checkpoints(target)
 
             try:
                 parallel.together(check, group)
@@ -161,35 +161,42 @@ class CheckpointWriter:
                 parallel.from_main(finish, group)
             except UserError as error:
                 raise UserError(f"checkpoint {target} could not be written: {error}") from error
-        if self._saved and parallel.is_main:
-            self._saved(target)  # the others do not wait for it
+        if self._on_saved and parallel.is_main:
+            self._on_saved(target)  # the other processes do not wait for it
+
+    def _remove_old_checkpoints(self, newest: Path) -> None:
+        checkpoints = [path for path in sorted(newest.parent.glob("step-*"), reverse=True) if path.name <= newest.name]
+        for old in checkpoints[self._keep_last :]:
+            if old not in self._protected:
+                # Renamed first, so that no half of a checkpoint is ever left; leftovers are removed at the next start.
+                shutil.rmtree(old.rename(old.with_name(f".tmp-{old.name}")), ignore_errors=True)
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """The ``state.json`` of a checkpoint.
+    """Read the ``state.json`` of a checkpoint.
 
     Raises:
-        UserError: it is not there, or is something else.
+        UserError: The file is missing or damaged.
     """
     try:
         state = json.loads((path / STATE).read_bytes())
-        found = {key: type(state[key]) is kind for key, kind in _STATE_TYPES.items()}
-        found |= {key: found[key] and state[key] >= least for key, least in (("step", 0), ("global_batch", 1))}
-        identity = state.get("identity", {})  # which earlier versions did not write
-        found["identity"] = type(identity) is dict and all(type(part) is dict for part in identity.values())
+        valid = {key: type(state[key]) is expected for key, expected in _STATE_TYPES.items()}
+        valid |= {key: valid[key] and state[key] >= minimum for key, minimum in (("step", 0), ("global_batch", 1))}
+        identity = state.get("identity", {})  # earlier versions did not write it
+        valid["identity"] = type(identity) is dict and all(type(part) is dict for part in identity.values())
     except (OSError, ValueError, RecursionError, KeyError, TypeError) as error:
         raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
-    if not all(found.values()):
-        wrong = next(key for key, right in found.items() if not right)
-        raise UserError(f"checkpoint {path}: {STATE} is damaged: it has no proper '{wrong}'")
+    for key, is_valid in valid.items():
+        if not is_valid:
+            raise UserError(f"checkpoint {path}: {STATE} is damaged: it has no proper '{key}'")
     return state
 
 
-def trained_task(path: Path) -> str:
-    """The name of the task that a checkpoint is of; empty if its state does not tell it.
+def read_task_name(path: Path) -> str:
+    """Read the name of the task that a checkpoint was trained on; empty in checkpoints of earlier versions.
 
     Raises:
-        UserError: the state is damaged.
+        UserError: The state is damaged.
     """
     try:
         return str(json.loads((path / STATE).read_bytes()).get("task", ""))
@@ -197,25 +204,25 @@ def trained_task(path: Path) -> str:
         raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
 
 
-def advice(folder: Path) -> str:
-    """What to do when training has diverged, with the last good checkpoint in ``folder``."""
-    good = max((path.name for path in folder.glob("step-*")), default=None)
-    if good is None:
-        return "There is no checkpoint yet: look at the data, lower blr or set clip_grad, and start again"
+def divergence_advice(folder: Path) -> str:
+    """Say what to do after a training has diverged, and which checkpoint in ``folder`` is the last good one."""
+    newest = max((path.name for path in folder.glob("step-*")), default=None)
+    if newest is None:
+        return "There is no checkpoint yet: check the data, lower blr or set clip_grad, and start the run again"
     return (
-        f"The last good checkpoint is {folder / good}, from which the same command goes on: look at the data first, or lower "
-        "blr or set clip_grad, with --allow_changes"
+        f"The last good checkpoint is {folder / newest}, from which the same command continues: check the data first, "
+        "or lower blr or set clip_grad, with --allow_changes"
     )
 
 
 def remove_unfinished(folder: Path) -> None:
-    """Remove what a killed process has left of a checkpoint that it was writing or removing."""
+    """Remove the leftovers of checkpoints that a killed process was writing or removing."""
     for path in folder.glob(".tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def tensors_to_save(model: nn.Module, optimizer: torch.optim.Optimizer, average: ema.EMA | None) -> dict[str, Tensor]:
-    """All tensors of a checkpoint by their names in it; a tied parameter is there once."""
+    """Return all tensors of a checkpoint by name; a tied parameter has one name."""
     states = {
         f"{OPTIMIZER}{name}/{key}": value
         for name, parameter in model.named_parameters()
@@ -231,38 +238,49 @@ def load_tensors(
 ) -> None:
     """Load weights, their moving average and the optimizer state in place; all processes must call this.
 
-    Of the states of another optimizer none are loaded; without ``optimizer`` none at all.
-
-    A checkpoint without a moving average lets it start from the weights.
+    Args:
+        path: The checkpoint.
+        optimizer: The optimizer whose state is loaded, unless the checkpoint is of another one; None loads no state.
+        average: The moving average to load; starts from the weights if the checkpoint has none.
 
     Raises:
-        UserError: the checkpoint is of another model.
+        UserError: The checkpoint is of another model.
     """
     reader = dcp.HuggingFaceStorageReader(str(path))
-    known = read_metadata(path)
+    stored = read_metadata(path)
     tensors = _model_tensors(model)
-    if average and any(name.startswith(EMA) for name in known):
+    has_average = any(name.startswith(EMA) for name in stored)
+    if average and has_average:
         tensors |= {EMA + name: value for name, value in average.average.items()}
-    for name, parameter in model.named_parameters():
-        for key in () if optimizer is None else _STATES[type(optimizer).__name__]:
-            if optimizer is not None and (full := f"{OPTIMIZER}{name}/{key}") in known:
-                state = torch.zeros_like(parameter, requires_grad=False)
-                tensors[full] = torch.zeros((), device=parameter.device) if key == "step" else state
-                optimizer.state[parameter][key] = tensors[full]
-    expected = {name for name in known if not name.startswith((OPTIMIZER, EMA))}
+    if optimizer is not None:
+        tensors |= _allocate_states(model, optimizer, stored)
+    expected = {name for name in stored if not name.startswith((OPTIMIZER, EMA))}
     own = {name for name in tensors if name.startswith(MODEL)}
-    different = [f"it has no {name}" for name in sorted(own - expected)]
-    different += [f"the model has no {name}" for name in sorted(expected - own)]
-    different += [
-        f"{name} has shape {tuple(known[name].size)}, not {tuple(tensor.shape)}"
-        for name, tensor in tensors.items() if name in known and known[name].size != tensor.shape
+    differences = [f"it has no {name}" for name in sorted(own - expected)]
+    differences += [f"the model has no {name}" for name in sorted(expected - own)]
+    differences += [
+        f"{name} has shape {tuple(stored[name].size)}, not {tuple(tensor.shape)}"
+        for name, tensor in tensors.items() if name in stored and stored[name].size != tensor.shape
     ]  # fmt: skip
-    if different:
-        raise UserError(f"checkpoint {path} does not fit this configuration: {'; '.join(different[:3])}")
+    if differences:
+        raise UserError(f"checkpoint {path} does not fit this configuration: {'; '.join(differences[:3])}")
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
-    if average and not any(name.startswith(EMA) for name in known):
+    if average and not has_average:
         for name, tensor in average.tensors.items():
             average.average[name].copy_(tensor.detach())
+
+
+def _allocate_states(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Container[str]) -> dict[str, Tensor]:
+    """Give the optimizer zeros for the states that a checkpoint has, and return them by their names in it."""
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key in _STATES[type(optimizer).__name__]:
+            full_name = f"{OPTIMIZER}{name}/{key}"
+            if full_name in stored:
+                state = torch.zeros_like(parameter, requires_grad=False)
+                tensors[full_name] = torch.zeros((), device=parameter.device) if key == "step" else state
+                optimizer.state[parameter][key] = tensors[full_name]
+    return tensors
 
 
 def _model_tensors(model: nn.Module) -> dict[str, Tensor]:

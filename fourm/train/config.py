@@ -1,7 +1,7 @@
-"""The configuration of a run: the groups of options that every task has, and how YAML and command line set them.
+"""The configuration of a run: the groups of options that every task has, and how they are read.
 
-Layers: defaults < YAML < command line. The keys are flat: a configuration inherits from the groups, each of which stands
-beside the code that it configures.
+The command line overrides YAML, which overrides the defaults. The keys are flat: a configuration inherits from the
+groups, each of which is defined next to the code that it configures.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class RunConfig(
     PluginOptions, LogOptions, ScheduleOptions, OptimizerOptions, EMAOptions, LoaderOptions, EvaluationOptions,
     CheckpointOptions, RunCopyOptions, FSDPOptions,
 ):  # fmt: skip
-    """Everything that a run of any task needs. The configuration of a task adds its own groups."""
+    """The options that every task needs. The configuration of a task adds its own groups."""
 
     def check(self) -> None:
         if any(place.startswith("s3://") for place in (self.finetune, self.resume, self.s3_save_dir)):
@@ -47,10 +47,15 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def load_config(cls: type[Config], path: str | Path | None, overrides: dict[str, Any] | None = None) -> Config:
-    """Defaults < the YAML file at ``path`` < ``overrides``, with the ``auto`` names resolved.
+    """Read a configuration and resolve its ``auto`` names.
 
     Args:
         cls: The configuration class of the task.
+        path: The YAML file, which overrides the defaults.
+        overrides: Values that override the file.
+
+    Raises:
+        UserError: An unknown key (names the nearest one), or a bad value or combination of values.
     """
     path = expand_path(str(path), "command line: 'config'") if path else None
     content = load_yaml(path) if path else {}
@@ -58,7 +63,7 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: dict[str,
     for alias, key in aliases(cls).items():
         if alias in content:
             if key in content:
-                raise UserError(f"{where}: '{alias}' and '{key}' mean the same; keep one")
+                raise UserError(f"{where}: '{alias}' and '{key}' mean the same; keep only one of them")
             content[key] = content.pop(alias)
     values = convert_fields(cls, content, where, path) | convert_fields(cls, overrides or {}, "command line")
     config = cls(**values)
@@ -80,8 +85,8 @@ def parse_args(cls: type[Config], argv: list[str] | None = None, description: st
     """Read ``--config FILE`` and ``--key value`` overrides; switches come in pairs ``--key`` / ``--no_key``.
 
     Raises:
-        UserError: an unknown key (names the nearest), a bad value or combination.
-        SystemExit: after ``--help`` or ``--print_config``.
+        UserError: As in :func:`load_config`.
+        SystemExit: After ``--help`` or ``--print_config``.
     """
     overrides = parse_overrides(cls, argv, description, config_file=True)
     config = load_config(cls, overrides.pop("config", None), overrides)

@@ -1,4 +1,4 @@
-"""The exponential moving average of the weights, which often predicts better than the weights themselves."""
+"""The exponential moving average (EMA) of the weights, which often predicts better than the weights themselves."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from fourm.utils.options import Options, option
 class EMAOptions(Options):
     """Moving average of the weights"""
 
-    model_ema: bool = option("keep, evaluate and save a moving average of the weights too", False)
+    model_ema: bool = option("also keep, evaluate and save a moving average of the weights", False)
     model_ema_decay: float = option(
         "share of the average that each step keeps", 0.9999, at_least=0, below=1, fixed=True
     )
 
 
 class EMA:
-    """The average of a model's parameters over the steps, in this process's shards of them.
+    """Averages the parameters of a model over the steps; each process averages its own shards.
 
     Args:
-        buffers: Names of floating point buffers that are averaged too: those that training changes, in place.
+        buffers: Names of floating point buffers to average too, namely those that training changes in place.
 
     Attributes:
-        tensors: Name → parameter or buffer.
-        average: Name → its average, sharded as it is.
+        tensors: The parameters and buffers by name.
+        average: Their averages by name, sharded as they are.
     """
 
     def __init__(self, model: nn.Module, decay: float, buffers: Sequence[str] = ()):
@@ -42,24 +42,24 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Count the weights after optimizer step ``step`` (from 1).
+        """Add the weights after optimizer step ``step`` (from 1) to the average.
 
-        An early average keeps less, (1 + step) / (10 + step); otherwise the initial weights would stay in it for long.
+        Early steps keep a smaller share, (1 + step) / (10 + step); otherwise the initial weights would last long.
         """
         decay = min(self._decay, (1 + step) / (10 + step))
         torch._foreach_lerp_(_local(self.average), _local(self.tensors), 1 - decay)
 
     @contextlib.contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Within it the model has the averages as its parameters and buffers."""
-        self._exchange()
+    def applied(self) -> Iterator[None]:
+        """Let the model use the averages as its parameters and buffers within the block."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         for average, tensor in zip(_local(self.average), _local(self.tensors), strict=True):
             current = tensor.clone()
             tensor.copy_(average)

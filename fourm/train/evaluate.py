@@ -1,20 +1,20 @@
-"""Losses on the validation sets: always on the same inputs, whatever the number of processes."""
+"""Losses on the validation sets, always on the same inputs, whatever the number of processes."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from fourm.train.coordinator import Coordinator
 from fourm.train.device import DeviceOptions, autocast
 from fourm.train.metrics import Counts
 from fourm.train.options import RunOptions
 from fourm.train.parallel import Strategy
 from fourm.train.task import Evaluation, Task
-from fourm.train.waiting import Waiting
 from fourm.utils.errors import DataError
 from fourm.utils.options import option
 
@@ -23,20 +23,20 @@ from fourm.utils.options import option
 class EvaluationOptions(RunOptions, DeviceOptions):
     """Evaluation"""
 
-    eval_freq: int = option("evaluate every so many epochs; 0 = never", 1, at_least=0)
+    eval_freq: int = option("epochs between two evaluations; 0 = never evaluate", 1, at_least=0)
     dist_eval: bool = option("split the validation sets over the ranks", True)
 
 
 @dataclass(frozen=True)
 class Results:
-    """What an evaluation has found.
+    """The results of an evaluation.
 
     Attributes:
-        loss: As :meth:`Task.evaluation_loss` makes it.
-        losses: Loss → its mean over its targets; of 4M the modalities' cross-entropies.
-        targets: All of them; of 4M tokens.
-        bad_samples: By data set and reason.
-        missing: Modality → the share of samples without it, if samples may lack something.
+        loss: The loss that :meth:`Task.evaluation_loss` computes.
+        losses: The mean of each loss over its targets; in 4M the cross-entropy of each modality.
+        targets: The number of all targets; in 4M tokens.
+        bad_samples: The number of samples that could not be used, by data set and reason.
+        missing: The share of samples without a modality, by modality, where samples may lack one.
     """
 
     loss: float
@@ -47,7 +47,7 @@ class Results:
     missing: dict[str, float]
 
     def line(self) -> dict[str, Any]:
-        """For ``log.jsonl``, where the losses of an evaluation are called ``per_modality`` and the targets ``tokens``."""
+        """Return the results for ``log.jsonl``, which calls the losses ``per_modality`` and the targets ``tokens``."""
         return {
             "loss": self.loss, "per_modality": self.losses, "tokens": self.targets, "samples": self.samples,
             "bad_samples": self.bad_samples, "missing": self.missing,
@@ -61,42 +61,46 @@ def evaluate(
     evaluation: Evaluation,
     options: EvaluationOptions,
     parallel: Strategy,
-    waiting: Waiting,
+    coordinator: Coordinator,
 ) -> Results:
-    """Go through a validation set once.
+    """Compute the losses on a validation set.
 
-    Every target counts the same, so that neither the batch size nor the number of processes matters.
+    Every target has the same weight, so that neither the batch size nor the number of processes matters.
 
     Raises:
-        DataError: there is nothing to predict.
-        Stopped: a process was told to stop.
+        DataError: There is nothing to predict.
+        StopRequested: A process was told to stop.
     """
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(options.seed)
-    sums, counts = Counter[str](), Counts()
+    sums: dict[str, float] = defaultdict(float)
+    counts = Counts()
     try:
-        for batch in parallel.in_step(waiting.all_of(evaluation.loader), model):
+        for batch in parallel.evaluation_batches(coordinator.iterate(evaluation.loader), model):
             inputs = evaluation.prepare(model, batch, parallel.device, generator)
             with autocast(options, parallel.device):
                 means = task.loss(model, inputs).means
             if batch is None:
                 continue
             values = torch.stack([mean.double() for mean in means.values()]).tolist()
-            sums.update({name: value * inputs.targets.get(name, 0) for name, value in zip(means, values, strict=True)})  # type: ignore[misc]
+            for name, value in zip(means, values, strict=True):
+                sums[name] += value * inputs.targets.get(name, 0)
             counts.add_batch(inputs, batch.position)
     finally:
         model.train(was_training)
     if options.dist_eval:
         shares = parallel.gather((sums, counts))
-        sums, counts = Counter(), Counts()
-        for other_sums, other_counts in shares:
-            sums.update(other_sums)
-            counts.add(other_counts)
+        sums, counts = defaultdict(float), Counts()
+        for rank_sums, rank_counts in shares:
+            for name, value in rank_sums.items():
+                sums[name] += value
+            counts.add(rank_counts)
     targets = {name: count for name, count in counts.targets.items() if count}
     if not targets:
         raise DataError(
-            f"validation set {evaluation.dataset}: {counts.samples} samples could be read, but there are no targets"
+            f"validation set {evaluation.dataset}: {counts.samples} samples were read, but they have no targets; "
+            "check its out_domains and target budgets"
         )
     losses = {name: sums[name] / targets[name] for name in sorted(targets)}
     return Results(

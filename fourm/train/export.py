@@ -1,11 +1,11 @@
-"""The model of a checkpoint, for use: fourm export CHECKPOINT_OR_RUN FOLDER [--ema]"""
+"""Export the model of a checkpoint: fourm export CHECKPOINT_OR_RUN FOLDER [--ema]"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
 
-from fourm.train.checkpoint import trained_task
+from fourm.train.checkpoint import read_task_name
 from fourm.train.task import task_named
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.checkpoints import export_model, newest_checkpoint
@@ -20,17 +20,17 @@ from fourm.utils.plugin import PluginOptions, load_plugin
 class ExportOptions(PluginOptions):
     """Which checkpoint, and where to"""
 
-    checkpoint: AnyPath = option("folder or s3:// URL of a checkpoint, or of a run: its newest one")
-    folder: AnyPath = option("where to write")
-    ema: bool = option("the moving average of the weights, of a run with model_ema", False)
+    checkpoint: AnyPath = option("folder or s3:// URL of a checkpoint, or of a run for its newest checkpoint")
+    folder: AnyPath = option("folder to write to")
+    ema: bool = option("export the moving average of the weights, of a run with model_ema", False)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Write ``model.safetensors`` and ``config.json``, which ``from_pretrained`` reads; one process, a GiB of memory."""
+    """Write ``model.safetensors`` and ``config.json`` for ``from_pretrained``, with one process and a GiB of memory."""
     options = parse_options(ExportOptions, argv, main.__doc__ or "", positional=("checkpoint", "folder"))
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(download_if_remote(options.checkpoint, find_checkpoint)))
-    task = task_named(trained_task(checkpoint) or Pretrain.name)  # earlier versions trained one task without a name
+    task = task_named(read_task_name(checkpoint) or Pretrain.name)  # earlier versions had only this task
     export_model(checkpoint, Path(options.folder), task.format, options.ema)
     print(f"{checkpoint} -> from_pretrained('{options.folder}')")
 

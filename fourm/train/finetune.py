@@ -1,4 +1,4 @@
-"""Weights from elsewhere as a start: a run folder, a safetensors file, a hub id or a published ``.pth`` file."""
+"""Initial weights from a run folder, a safetensors file, a hub id or a published ``.pth`` file."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ log = logging.getLogger("fourm")
 
 
 def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
-    """The state dict behind ``source``. Pickled files are read as weights only: they cannot run code.
+    """Read a state dict. Pickled files are read with ``weights_only``, so that they cannot run code.
 
     Args:
-        model_format: Of the models in checkpoints.
+        source: A run folder, a folder with a model, a file or a hub id.
+        model_format: The format of the models in checkpoints.
 
     Raises:
-        UserError: it is not there, or not readable as weights.
+        UserError: The source does not exist, or cannot be read as weights.
     """
     path = Path(source)
     if path.is_dir() and not (path / "model.safetensors").exists():
@@ -43,46 +44,56 @@ def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
             path = Path(hf_hub_download(source, "model.safetensors"))
         if path.suffix == ".safetensors":
             return load_file(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):  # the options beside published weights
+        with torch.serialization.safe_globals([argparse.Namespace]):  # published files also hold the options of the run
             content = torch.load(path, map_location="cpu", weights_only=True)
     except (HFValidationError, HfHubHTTPError, ConnectionError) as error:
-        raise UserError(f"'finetune': '{source}' is no file, no folder and not on the hub: {_brief(error)}") from error
+        raise UserError(
+            f"'finetune': '{source}' is neither a file nor a folder, and could not be loaded from the hub: "
+            f"{_one_line(error)}"
+        ) from error
     except FileNotFoundError:
         raise UserError(f"'finetune': {path} does not exist") from None
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
             AttributeError, TypeError, struct.error, MemoryError) as error:  # fmt: skip
-        raise UserError(f"'finetune': {path} cannot be read as weights: {_brief(error)}") from error
+        raise UserError(f"'finetune': {path} cannot be read as weights: {_one_line(error)}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
-        raise UserError(f"'finetune': {path} holds no weights: a dictionary of tensors, alone or under 'model'")
+        raise UserError(
+            f"'finetune': {path} holds no weights; they must be a dictionary of tensors, alone or under 'model'"
+        )
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
 def load_weights(model: nn.Module, source: str, model_format: ModelFormat) -> None:
-    """Load what ``model`` and the weights have in common; the rest of the model keeps its initial values, with a notice.
+    """Load the tensors that ``model`` and the weights have in common, and log the others.
 
     Raises:
-        UserError: a tensor has another shape or values that are not finite, or there is nothing in common.
+        UserError: A tensor has another shape or values that are not finite, or there is none in common.
     """
     weights, own = read_weights(source, model_format), model.state_dict()
     common = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in common.items():
         if tensor.shape != own[name].shape:
             raise UserError(
-                f"'finetune': {source}: {name} has shape {tuple(tensor.shape)}, the model's is {tuple(own[name].shape)}; "
-                "choose the model, sizes and vocabularies that the weights were trained with"
+                f"'finetune': {source}: {name} has shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(own[name].shape)}; configure the model, sizes and vocabularies that the weights were trained "
+                "with"
             )
     if not common:
         raise UserError(
-            f"'finetune': {source} holds none of the model's weights, but e.g. {next(iter(weights), 'nothing')}"
+            f"'finetune': {source} holds none of the tensors of the model; its first one is "
+            f"{next(iter(weights), 'missing')}"
         )
     for name, tensor in common.items():
         check_finite(name, tensor, f"'finetune': {source}")
         set_shard(own[name], tensor)
     log.info("finetune: %d of %d tensors from %s", len(common), len(own), source)
-    for what, names in (("new in the model", own.keys() - common), ("not in the model", weights.keys() - common)):
+    for description, names in (
+        ("new in the model", own.keys() - common),
+        ("not in the model", weights.keys() - common),
+    ):
         if names:
-            log.info("finetune: %s: %s", what, ", ".join(sorted({_module(name) for name in names})))
+            log.info("finetune: %s: %s", description, ", ".join(sorted({_module(name) for name in names})))
 
 
 def _module(name: str) -> str:
@@ -90,5 +101,5 @@ def _module(name: str) -> str:
     return ".".join(name.split(".")[: 2 if "embeddings" in name else 1])
 
 
-def _brief(error: Exception) -> str:
+def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__

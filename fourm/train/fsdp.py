@@ -1,8 +1,8 @@
-"""Fully sharded data parallelism: every process holds a part of every parameter, its gradient and optimizer state.
+"""Fully sharded data parallelism: every process holds a shard of every parameter, its gradient and its optimizer state.
 
 ``fully_shard`` makes each parameter a ``DTensor`` and gathers the parameters of a group of modules just before they are
-used. The groups are the parts that a task names, such as the blocks of a transformer, and the root, with the rest. In the
-root are all parameters that two modules share.
+used. The groups are the parts that a task names, such as the blocks of a transformer; the root holds the rest,
+including all parameters that two modules share.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class FSDPOptions(ProcessOptions):
     )
     fsdp_reduce_dtype: Literal["bfloat16", "float32"] = option("precision in which gradients are averaged", "float32")
     fsdp_reshard_after_forward: bool = option(
-        "free a block's gathered parameters after its forward pass too (ZeRO-3); otherwise they stay until its backward "
-        "pass, and from one of accum_iter micro-batches to the next (ZeRO-2)",
+        "free the gathered parameters of a block after its forward pass too (ZeRO-3); otherwise keep them until its "
+        "backward pass, and between the accum_iter micro-batches of a step (ZeRO-2)",
         True,
     )
     fsdp_shard_size: int = option(
-        "neighbouring processes that hold the model together, e.g. the GPUs of a node; others replicate it; 0 = all",
+        "number of neighbouring processes that share one copy of the model, e.g. the GPUs of a node; 0 = all",
         0,
         at_least=0,
     )
@@ -49,16 +49,16 @@ class FSDPOptions(ProcessOptions):
     def check(self) -> None:
         if self.autocast_dtype == "float32" and self.fsdp_param_dtype not in ("auto", "float32"):
             raise UserError(
-                f"'fsdp_param_dtype' {self.fsdp_param_dtype} needs 'dtype' bfloat16 or float16: without autocast nothing "
-                "converts what meets these parameters"
+                f"'fsdp_param_dtype' {self.fsdp_param_dtype} needs 'dtype' bfloat16 or float16: without autocast, "
+                "nothing converts the activations to the precision of the parameters"
             )
 
 
 class FSDP(DDP):
-    """Like :class:`DDP`, with the model in shards; a single process has nothing to shard.
+    """Like :class:`DDP`, but with the model in shards; a single process has nothing to shard.
 
-    Parameters are gathered in ``fsdp_param_dtype`` and autocast does the rest: the residual stream, norms and losses are
-    as precise as under DDP. Gradients are averaged in ``fsdp_reduce_dtype``.
+    Parameters are gathered in ``fsdp_param_dtype``, and autocast decides the precision of everything else: the residual
+    stream, norms and losses are as precise as under DDP. Gradients are averaged in ``fsdp_reduce_dtype``.
     """
 
     def __init__(self, options: FSDPOptions):
@@ -78,19 +78,19 @@ class FSDP(DDP):
             raise UserError(f"'fsdp_shard_size' {shard_size} does not divide the {self.world_size} processes")
         if replicas == 1:
             return init_device_mesh(self.device.type, (shard_size,), mesh_dim_names=("shard",))
-        # Ranks are numbered node by node: neighbours, which are on one node, hold the model together.
+        # Ranks are numbered node by node, so that neighbours, which share a copy of the model, are on the same node.
         mesh = init_device_mesh(self.device.type, (replicas, shard_size), mesh_dim_names=("replicate", "shard"))
-        for group in mesh.get_all_groups():  # which torch makes with a timeout of its own
+        for group in mesh.get_all_groups():  # torch creates them with its own default timeout
             dist.distributed_c10d._set_pg_timeout(self.timeout, group)
         return mesh
 
-    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
+    def materialise(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
         if self._mesh is None:
-            return super().place(model, parts, name)
+            return super().materialise(model, parts, name)
         options: dict[str, Any] = {"mesh": self._mesh, "mp_policy": self._precision}
         for part in parts:
             fully_shard(part, reshard_after_forward=self._reshard, **options)
-        # What the root holds is needed from the beginning of a forward pass to the end of the backward pass.
+        # The parameters of the root are needed from the start of the forward pass to the end of the backward pass.
         fully_shard(model, reshard_after_forward=False, **options)
         model.to_empty(device=self.device)
         with _InitialiseShards():
@@ -114,19 +114,19 @@ class FSDP(DDP):
         norm = super().gradient_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
-    def in_step(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
+    def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         try:
-            yield from batches  # forward passes gather parameters: all processes must make the same number of them
+            yield from batches  # forward passes gather parameters, so all processes must do the same number of them
         finally:
             for module in model.modules():
                 if isinstance(module, FSDPModule):
-                    module.reshard()  # the root would otherwise wait gathered for a backward pass
+                    module.reshard()  # otherwise the root stays gathered for a backward pass
 
 
 class _InitialiseShards(TorchDispatchMode):
-    """Within it, an operation that fills a sharded tensor fills the whole one on the CPU first, and keeps this shard.
+    """A context in which an operation that fills a sharded tensor fills a whole one on the CPU, and keeps this shard.
 
-    The random numbers are thus those of an unsharded model, while no more than one whole parameter is ever in memory.
+    The random numbers are therefore those of an unsharded model, while at most one whole parameter is in memory.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -143,7 +143,7 @@ class _InitialiseShards(TorchDispatchMode):
 def set_shard(target: Tensor, whole: Tensor) -> None:
     """Copy a whole tensor, or this process's shard of it, into ``target``."""
     if isinstance(target, DTensor):
-        # Without a source rank nothing is sent: every process has the whole tensor, and takes its shard.
+        # Without a source rank nothing is sent: every process has the whole tensor and takes its own shard.
         shards = distribute_tensor(whole.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
         target.to_local().copy_(shards.to_local())
     else:

@@ -1,4 +1,4 @@
-"""Where a run reports: a progress bar or lines on the console, ``log.txt``, ``log.jsonl`` and Weights & Biases."""
+"""The reports of a run: a progress bar or lines on the console, ``log.txt``, ``log.jsonl`` and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fourm.train.evaluate import Results
 from fourm.train.metrics import IntervalMeans
-from fourm.train.nonfinite import without_not_finite
+from fourm.train.nonfinite import replace_non_finite
 from fourm.train.options import Commands, RunOptions, saved_options
 from fourm.utils.errors import SanitizingFormatter, UserError
 from fourm.utils.files import atomic_path
@@ -26,45 +26,47 @@ from fourm.utils.options import option
 from fourm.utils.urls import redact
 
 log = logging.getLogger("fourm")
-FILES = LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"  # with which another machine continues the record
+LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"
+JOURNAL_FILES = (LOG, WANDB_ID)
+"""The files from which another machine continues the journal."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LogOptions(RunOptions, Commands):
     """Log"""
 
-    log_interval: int = option("optimizer steps between two log lines", 10, at_least=1)
-    print_all: bool = option("let every rank print", False)
-    show_user_warnings: bool = option("show Python warnings of the UserWarning kind", False)
+    log_interval: int = option("optimizer steps between two lines of the log", 10, at_least=1)
+    print_all: bool = option("print the messages of all ranks", False)
+    show_user_warnings: bool = option("show Python warnings of the category UserWarning", False)
     log_wandb: bool = option("log to Weights & Biases", False)
-    wandb_project: str | None = option("project name", None)
-    wandb_entity: str | None = option("user or team", None)
-    wandb_run_name: str = option("'auto' = run_name", "auto")
+    wandb_project: str | None = option("Weights & Biases project", None)
+    wandb_entity: str | None = option("Weights & Biases user or team", None)
+    wandb_run_name: str = option("name of the Weights & Biases run; 'auto' = run_name", "auto")
 
 
 class _Console(logging.Handler):
-    """Lines that do not break the progress bar."""
+    """Prints lines to the console without breaking the progress bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         if getattr(record, "in_bar", False):
             return
-        with contextlib.suppress(OSError):  # a terminal that was closed is no reason to end
+        with contextlib.suppress(OSError):  # the run goes on even if its terminal is closed
             tqdm.write(self.format(record), file=sys.stdout)
             sys.stdout.flush()
 
 
 class _LogFile(logging.FileHandler):
-    """``log.txt``, which ends with a warning if it cannot be written any more."""
+    """Writes ``log.txt``, and stops with a warning when it cannot be written any more."""
 
     def handleError(self, record: logging.LogRecord) -> None:
         log.removeHandler(self)
-        log.warning("%s: %s; it goes on without", self.baseFilename, sys.exc_info()[1])
+        log.warning("%s: %s; the run goes on without this log", self.baseFilename, sys.exc_info()[1])
 
 
 @contextlib.contextmanager
-def logging_of(options: LogOptions, main: bool) -> Iterator[None]:
-    """Within it the main process writes to the console and to ``log.txt``; others only warnings, unless ``print_all``."""
-    before = log.level, log.propagate
+def run_logging(options: LogOptions, main: bool) -> Iterator[None]:
+    """Log to the console and, in the main process, to ``log.txt``; others log warnings or, with ``print_all``, all."""
+    previous_level, previous_propagate = log.level, log.propagate
     log.propagate = False
     log.setLevel(logging.INFO if main or options.print_all else logging.WARNING)
     handlers: list[logging.Handler] = [_Console()]
@@ -77,28 +79,31 @@ def logging_of(options: LogOptions, main: bool) -> Iterator[None]:
     try:
         yield
     finally:
-        log.propagate = before[1]
-        log.setLevel(before[0])
+        log.propagate = previous_propagate
+        log.setLevel(previous_level)
         for handler in handlers:
             log.removeHandler(handler)
             handler.close()
 
 
 class Journal:
-    """The record of a run; only the main process has one that writes.
+    """Records the results of a run; only the journal of the main process writes.
 
     ``log.jsonl`` holds an object per line: ``step``, ``epoch``, and the means of a logging interval or, under ``eval``,
     the results of an evaluation per data set.
 
     Args:
-        step: at which the run goes on. Later lines, of an interrupted run that got further, are dropped.
-        total_steps: of the whole run.
+        step: The step from which the run continues. Later lines, of an interrupted run that got further, are dropped.
+        total_steps: The number of steps of the whole run.
+
+    Attributes:
+        evaluated: Whether the journal already has the evaluation after ``step``.
     """
 
     def __init__(self, options: LogOptions, step: int, total_steps: int, main: bool):
         self._main, self._total = main and not options.dry_run, total_steps
         self._path = Path(options.output_dir) / ("eval.jsonl" if options.eval else LOG)
-        lines, damaged = _lines(self._path)
+        lines, damaged = read_lines(self._path)
         kept = [line for line in lines if options.eval or line["step"] <= step]
         self.evaluated = any("eval" in line for line in kept if line["step"] == step)
         self._wandb = None
@@ -111,7 +116,7 @@ class Journal:
             aside = self._path.with_name(f"{self._path.name}.damaged")
             with aside.open("ab") as file:
                 file.writelines(line + b"\n" for line in damaged)
-            log.warning("%s: %d lines are damaged; moved to %s", self._path, len(damaged), aside.name)
+            log.warning("%s: %d lines are damaged; they were moved to %s", self._path, len(damaged), aside.name)
         self._file = self._path.open("a")
         if options.log_wandb:
             self._wandb = _wandb_run(options)
@@ -122,9 +127,9 @@ class Journal:
         """Report the means of a logging interval.
 
         Args:
-            step: The optimizer step that ends it.
-            rates: ``lr`` and ``weight_decay`` of this step.
-            eta: Seconds to the end of the run.
+            step: The last optimizer step of the interval.
+            rates: The ``lr`` and ``weight_decay`` of this step.
+            eta: The expected time to the end of the run, in seconds.
         """
         if not self._main:
             return
@@ -140,40 +145,47 @@ class Journal:
             self._bar.update(step - self._bar.n)
             self._bar.set_postfix_str(facts)
         log.info("step %d/%d, %s, ETA %s", step, self._total, facts, duration(eta), extra=in_bar)
-        for what, found in (
-            ("steps skipped for their loss or gradient norm", means.skipped_steps),
+        for problem, figures in (
+            ("steps skipped because of their loss or gradient norm", means.skipped_steps),
             ("the loss was not finite (share of the targets)", means.not_finite),
             ("bad samples", means.bad_samples),
         ):
-            if found:
-                log.warning("step %d: %s: %s", step, what, found)
+            if figures:
+                log.warning("step %d: %s: %s", step, problem, figures)
         if means.missing:
             log.info("step %d: missing values: %s", step, _percent(means.missing), extra=in_bar)
 
     def evaluation(self, step: int, epoch: int, results: dict[str, dict[str, Results]]) -> None:
-        """Report what an evaluation found, {data set: {kind: results}}: one line, all of it or nothing."""
+        """Report the results of all evaluations in one line.
+
+        Args:
+            results: {data set: {kind: results}}
+        """
         if not self._main:
             return
-        lines = {name: {kind: found.line() for kind, found in kinds.items()} for name, kinds in results.items()}
+        lines = {name: {kind: result.line() for kind, result in kinds.items()} for name, kinds in results.items()}
         self._write({"step": step, "epoch": epoch, "eval": lines})
-        for name, kind, found in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
-            parts = ", ".join(f"{part} {loss:.3f}" for part, loss in found.losses.items())
-            log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, found.loss, parts)
-            if not math.isfinite(found.loss):
-                log.warning("eval %s: the loss is not finite", name)
-            if found.bad_samples:
-                log.warning("eval %s: bad samples: %s", name, found.bad_samples)
-            if found.missing:
-                log.info("eval %s: missing values: %s", name, _percent(found.missing))
+        for name, kinds in results.items():
+            for kind, result in kinds.items():
+                losses = ", ".join(f"{part} {loss:.3f}" for part, loss in result.losses.items())
+                log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result.loss, losses)
+                if not math.isfinite(result.loss):
+                    log.warning("eval %s: the loss is not finite", name)
+                if result.bad_samples:
+                    log.warning("eval %s: bad samples: %s", name, result.bad_samples)
+                if result.missing:
+                    log.info("eval %s: missing values: %s", name, _percent(result.missing))
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
             self._file.write(_json(line) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{self._path}: {error.strerror or error}; make room there and start again") from error
+            raise UserError(
+                f"{self._path}: {error.strerror or error}; make room on the disk and start the run again"
+            ) from error
         if self._wandb is not None:
-            self._wandb.log(dict(_flat(line)), step=line["step"])
+            self._wandb.log(dict(_flatten(line)), step=line["step"])
 
     def close(self) -> None:
         if self._bar is not None:
@@ -189,21 +201,28 @@ def _percent(shares: dict[str, float]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """``1:02:03``"""
+    """Format a time as ``1:02:03``."""
     minutes, seconds = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02d}:{seconds:02d}"
 
 
 def _json(line: dict[str, Any]) -> str:
-    """An object of JSON, which has no numbers that are not finite: null stands there, and ``null`` names the places."""
-    line, places = without_not_finite(line)
-    return json.dumps(line | ({"null": places} if places else {}), allow_nan=False)
+    """Format a line as JSON, with null for numbers that are not finite and their paths under the key ``null``."""
+    line, paths = replace_non_finite(line)
+    if paths:
+        line["null"] = paths
+    return json.dumps(line, allow_nan=False)
 
 
-def _lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
-    """The lines of an earlier process, and those that are no lines of a log, as when it was killed within the last one."""
+def read_lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
+    """Read a ``.jsonl`` journal.
+
+    Returns:
+        The lines, and those that are damaged, such as one that a killed process did not complete.
+    """
     lines, damaged, seen = [], [], set()
-    for text in path.read_bytes().split(b"\n") if path.exists() else ():
+    content = path.read_bytes() if path.exists() else b""
+    for text in content.split(b"\n"):
         try:
             line = json.loads(text)
             if type(line["step"]) is not int or (text in seen and path.name == LOG):
@@ -211,35 +230,36 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], list[bytes]]:
             lines.append(line)
             seen.add(text)
         except (ValueError, TypeError, KeyError, RecursionError):
-            damaged += [text] if text.strip() else []
+            if text.strip():
+                damaged.append(text)
     return lines, damaged
 
 
-def _flat(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Nested numbers under names joined by slashes, as Weights & Biases groups them."""
+def _flatten(line: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return nested numbers under names joined by slashes, as Weights & Biases groups them."""
     numbers: list[tuple[str, float]] = []
     for key, value in line.items():
         if isinstance(value, dict):
-            numbers += _flat(value, f"{prefix}{key}/")
+            numbers += _flatten(value, f"{prefix}{key}/")
         elif isinstance(value, (int, float)):
             numbers.append((prefix + key, value))
     return numbers
 
 
 def _wandb_run(options: LogOptions) -> Any:
-    """A Weights & Biases run that a resumed process takes up again."""
+    """Start a Weights & Biases run, or continue that of the run folder."""
     import wandb
 
-    identity = Path(options.output_dir) / WANDB_ID
-    name = identity.read_bytes().strip() if identity.exists() else b""
-    if not re.fullmatch(rb"[\w-]{1,128}", name):
-        if name:
-            log.warning("%s holds no name of a run; Weights & Biases gets a new one", identity)
-        name = uuid.uuid4().hex.encode()
-        with atomic_path(identity) as path:
-            path.write_bytes(name)
+    id_file = Path(options.output_dir) / WANDB_ID
+    run_id = id_file.read_bytes().strip() if id_file.exists() else b""
+    if not re.fullmatch(rb"[\w-]{1,128}", run_id):
+        if run_id:
+            log.warning("%s holds no valid run id; starting a new Weights & Biases run", id_file)
+        run_id = uuid.uuid4().hex.encode()
+        with atomic_path(id_file) as path:
+            path.write_bytes(run_id)
     return wandb.init(
-        project=options.wandb_project, entity=options.wandb_entity, name=options.wandb_run_name, id=name.decode(),
+        project=options.wandb_project, entity=options.wandb_entity, name=options.wandb_run_name, id=run_id.decode(),
         resume="allow", dir=options.output_dir, config=saved_options(options),
-        settings=wandb.Settings(x_disable_meta=redact(sys.argv) != sys.argv),  # it would keep the command line
+        settings=wandb.Settings(x_disable_meta=redact(sys.argv) != sys.argv),  # they hold the command line
     )  # fmt: skip

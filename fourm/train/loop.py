@@ -1,4 +1,4 @@
-"""The training loop: one for all tasks, strategies, devices and precisions."""
+"""A training step: the same one for all tasks, strategies, devices and precisions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from fourm.train.config import RunConfig
 from fourm.train.device import autocast, peak_tflops
 from fourm.train.ema import EMA
 from fourm.train.metrics import Interval
-from fourm.train.nonfinite import LostSteps
+from fourm.train.nonfinite import NonFiniteStreak
 from fourm.train.optimizer import GradientStep, set_hyperparameters
 from fourm.train.parallel import Strategy
 from fourm.train.schedules import Schedule
@@ -23,11 +23,11 @@ from fourm.utils.seeds import generator
 
 @dataclasses.dataclass
 class Trainer:
-    """All that an optimizer step needs, and changes.
+    """Everything that an optimizer step needs and changes.
 
     Attributes:
-        step: Optimizer steps that are done.
-        positions: The newest ``position`` of each of this rank's streams of data, see :meth:`Task.train_batches`.
+        step: The number of optimizer steps that are done.
+        positions: The newest ``position`` of each of this rank's data streams, see :meth:`Task.train_batches`.
     """
 
     config: RunConfig
@@ -45,12 +45,12 @@ class Trainer:
         buffers = task.changing_buffers(self.model)
         self.ema = EMA(self.model, config.model_ema_decay, buffers) if config.model_ema else None
         self.interval = Interval(task.losses, device, peak_tflops(config, device))
-        self.lost = LostSteps(task.losses, config.max_skipped_steps, device)
+        self.non_finite_streak = NonFiniteStreak(task.losses, config.max_skipped_steps, device)
         self._wrapped: nn.Module | None = None
         self._frozen: bool | None = None
 
     def train_step(self, batches: list[Any]) -> None:
-        """Forward, backward, clip, step, count.
+        """Do one optimizer step: forward and backward pass of every micro-batch, clipping, update, and statistics.
 
         Args:
             batches: The micro-batches of this rank for one optimizer step.
@@ -58,11 +58,11 @@ class Trainer:
         config, task, parallel, phase = self.config, self.task, self.parallel, self.interval.phase
         first = self.step * config.accum_iter
         set_hyperparameters(self.optimizer, self.schedule.lr(first), self.schedule.weight_decay(first))
-        wrapped = self._model_of_phase(self.schedule.frozen(first))
+        wrapped = self._wrapped_model(self.schedule.frozen(first))
         statistics: dict[str, Tensor] = {}
-        not_finite = []
+        non_finite = []
         for index, batch in enumerate(batches):
-            seed_of_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
+            seed_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
             with phase("select_and_copy"):
                 inputs = task.prepare(self.model, batch, parallel.device)
             last = index == len(batches) - 1
@@ -70,11 +70,11 @@ class Trainer:
                 with phase("forward"), autocast(config, parallel.device):
                     losses = task.loss(wrapped, inputs)
                 with phase("backward"):
-                    # 0 · loss is 0; or NaN, and with it the gradients, so that all processes skip the step.
+                    # 0 · loss is 0, or NaN if the loss is not finite: the gradients are then NaN, and all processes skip.
                     scale = self.gradient_step.scale / len(batches) + 0 * losses.total.detach()
                     (losses.total * scale).backward()
             statistics = {name: statistics.get(name, 0) + value.detach() for name, value in losses.statistics.items()}
-            not_finite.append(self.interval.add_batch(losses, inputs, batch.position))
+            non_finite.append(self.interval.add_batch(losses, inputs, batch.position))
             self.positions[batch.position["stream"]] = batch.position
         with phase("optimizer"):
             norm, skipped = self.gradient_step(list(self.model.parameters()))
@@ -83,16 +83,16 @@ class Trainer:
                 self.ema.update(self.step + 1)
         self.interval.add_step(norm, skipped)
         self.step += 1
-        self.lost.add(self.step, self.gradient_step.failed(norm), torch.stack(not_finite).amax(0))
+        self.non_finite_streak.add(self.step, self.gradient_step.failed(norm), torch.stack(non_finite).amax(0))
 
-    def _model_of_phase(self, frozen: bool) -> nn.Module:
-        """The wrapped model; wrapped anew when the frozen phase begins or ends."""
+    def _wrapped_model(self, frozen: bool) -> nn.Module:
+        """Return the wrapped model, which is wrapped anew when the frozen phase begins or ends."""
         if self._wrapped is None or frozen != self._frozen:
             self.task.set_trainable(self.model, frozen)
             self._wrapped, self._frozen = self.parallel.wrap(self.model), frozen
         return self._wrapped
 
 
-def seed_of_batch(seed: int, batch: int) -> None:
-    """Seed what the model draws (order of modalities, stochastic depth) by the global number of the micro-batch."""
+def seed_batch(seed: int, batch: int) -> None:
+    """Seed the model's random draws (order of modalities, stochastic depth) by the global number of the micro-batch."""
     torch.manual_seed(int(generator(seed, "model", batch).integers(2**63)))

@@ -1,4 +1,4 @@
-"""Sums over a logging interval. They stay on the device: a step never waits for it, only a line of the log does."""
+"""Statistics of a logging interval, which stay on the device: only a line of the log waits for it, never a step."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from fourm.train.task import Inputs, Losses
 
 @dataclass
 class Counts:
-    """What the host counts.
+    """Counts that the host keeps.
 
     Attributes:
-        flops: Operations of the model.
-        targets: Loss → what it is a mean over; of 4M a modality's target tokens.
-        seconds: Phase of a step → its time.
-        bad: Data set and reason → samples that could not be used.
-        without, all_samples: Modality → samples without it, and all samples, of the data sets where samples may lack one.
+        flops: The number of operations of the model.
+        targets: The number of targets of each loss; in 4M the target tokens of a modality.
+        seconds: The time of each phase of a step.
+        bad: The number of samples that could not be used, by data set and reason.
+        without, all_samples: The number of samples without a modality, and of all samples, by modality, in the data
+            sets whose samples may lack one.
     """
 
     batches: int = 0
@@ -52,7 +53,7 @@ class Counts:
                 setattr(self, item.name, own + more)
 
     def add_batch(self, inputs: Inputs, position: Mapping[str, Any]) -> None:
-        """Count a batch; ``position`` as of :class:`fourm.data.unified_datasets.Batch`."""
+        """Count a batch, with its ``position`` as in :class:`fourm.data.unified_datasets.Batch`."""
         self.batches += 1
         self.samples += inputs.samples
         self.tokens += inputs.tokens
@@ -65,23 +66,24 @@ class Counts:
 
     @property
     def missing(self) -> dict[str, float]:
-        """Modality → share of samples without it."""
+        """The share of samples without a modality, by modality."""
         return {name: self.without[name] / self.all_samples[name] for name in sorted(self.all_samples)}
 
     def state(self) -> dict[str, Any]:
-        """For JSON."""
+        """Return the counts for JSON."""
         return {name: dict(value) if isinstance(value, Counter) else value for name, value in vars(self).items()}
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Counts:
-        """Counts as :meth:`state` gives them, or in the flat form of earlier versions."""
+        """Restore counts from :meth:`state`, or from the flat form of earlier versions."""
         counts = cls()
         if "targets" in state:
             for name, value in state.items():
                 setattr(counts, name, Counter(value) if isinstance(value, Mapping) else value)
             return counts
         counters = {
-            "targets": counts.targets, "seconds": counts.seconds, "without": counts.without, "samples": counts.all_samples,
+            "targets": counts.targets, "seconds": counts.seconds,
+            "without": counts.without, "samples": counts.all_samples,
         }  # fmt: skip
         for key, value in state.items():
             name, _, rest = key.partition(" ")
@@ -97,16 +99,16 @@ class IntervalMeans:
     """The means of a logging interval over all processes.
 
     Attributes:
-        losses: Loss → its mean over its targets; of 4M the modalities' cross-entropies.
-        not_finite: Loss → the share of its targets where it was not finite, unless that is 0.
-        samples_per_second, tokens_per_second: Of all processes.
+        losses: The mean of each loss over its targets; in 4M the cross-entropy of each modality.
+        not_finite: The share of the targets of a loss where it was not finite, for losses where this is not 0.
+        samples_per_second, tokens_per_second: The throughput of all processes.
         tflops: 10¹² operations of the model per second and process.
-        mfu: Their share of what the device can do; None if that is not known.
-        data_wait: Share of the time spent waiting for data.
-        seconds: Phase of a step → its time, as a mean over processes.
-        peak_memory: Bytes, of the process with the most.
-        bad_samples: By data set and reason.
-        missing: Modality → the share of samples without it, of the data sets where samples may lack something.
+        mfu: The share of the device's peak that ``tflops`` is; None if the peak is not known.
+        data_wait: The share of the time spent waiting for data.
+        seconds: The time of each phase of a step, as a mean over processes.
+        peak_memory: Bytes, of the process that uses the most.
+        bad_samples: The number of samples that could not be used, by data set and reason.
+        missing: The share of samples without a modality, by modality, in the data sets whose samples may lack one.
     """
 
     loss: float
@@ -125,7 +127,7 @@ class IntervalMeans:
     missing: dict[str, float]
 
     def line(self) -> dict[str, Any]:
-        """For ``log.jsonl``: without ``mfu`` and ``not_finite`` where there is none."""
+        """Return the means for ``log.jsonl``, without ``mfu`` and ``not_finite`` if there are none."""
         values = dataclasses.asdict(self)
         return {
             name: value
@@ -135,19 +137,19 @@ class IntervalMeans:
 
 
 class Interval:
-    """What happened since the last line of the log, in this process.
+    """Statistics of this process since the last line of the log.
 
     Args:
-        losses: Names of the losses that a batch has beside the total one.
-        peak_tflops: 10¹² operations per second that the device can do; None if that is not known.
+        losses: Names of the losses that a batch has in addition to the total loss.
+        peak_tflops: 10¹² operations per second that the device can do; None if this is not known.
     """
 
     def __init__(self, losses: Sequence[str], device: torch.device, peak_tflops: float | None = None):
         self._device, self._peak_tflops = device, peak_tflops
         self._losses = list(losses)
-        # loss, gradient norm, skipped steps, each of the losses
+        # Total loss, gradient norm, skipped steps, and each of the losses.
         self._sums = torch.zeros(3 + len(self._losses), dtype=torch.float64, device=device)
-        # Per loss, the batches (targets) where it was not finite.
+        # The number of batches where the total loss, and of targets where each of the losses was not finite.
         self._left_out = torch.zeros(1 + len(self._losses), dtype=torch.float64, device=device)
         self._counts = Counts()
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
@@ -157,13 +159,14 @@ class Interval:
         """Count a micro-batch.
 
         Args:
-            position: As of :class:`fourm.data.unified_datasets.Batch`.
+            position: As in :class:`fourm.data.unified_datasets.Batch`.
 
         Returns:
-            (losses,) 1 where a loss was not finite, otherwise 0; the means leave such a one out.
+            (losses,) 1 where a loss was not finite, otherwise 0. Such losses are left out of the means.
         """
         values = torch.stack([losses.total, *(losses.means[name] for name in self._losses)]).detach()
-        finite, weights = values.isfinite(), [1, *(inputs.targets.get(name, 0) for name in self._losses)]
+        finite = values.isfinite()
+        weights = [1, *(inputs.targets.get(name, 0) for name in self._losses)]
         not_finite = (~finite).float()
         sums = _weighted(torch.where(finite, values, 0), weights)
         self._sums[0] += sums[0]
@@ -173,16 +176,16 @@ class Interval:
         return not_finite[1:]
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
-        """Count an optimizer step; the norm of a skipped one does not enter the mean."""
+        """Count an optimizer step; the norm of a skipped step is left out of the mean."""
         self._sums[1] += torch.where(skipped > 0, 0, norm)
         self._sums[2] += skipped
         self._counts.steps += 1
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time within under ``name``, and show it so in a profile.
+        """Add the time of the block to the phase ``name``, which a profile shows too.
 
-        On a GPU it is the time between two marks in its queue, which is read when it is logged.
+        On a GPU it is the time between two events in its queue, which are read when the time is logged.
         """
         if self._device.type != "cuda":
             with self.host_phase(name):
@@ -197,32 +200,33 @@ class Interval:
 
     @contextlib.contextmanager
     def host_phase(self, name: str, paused: bool = False) -> Iterator[None]:
-        """The same for what the host does alone.
+        """Do the same for work of the host alone.
 
         Args:
-            paused: it takes no time of the interval, whose samples per second are those of training.
+            paused: Whether to exclude the time from the interval, whose samples per second are those of training.
         """
         if paused and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # what was queued before belongs to the training
+            torch.cuda.synchronize(self._device)  # the work that is already queued belongs to the training
         start = time.perf_counter()
         with record_function(name):
             yield
         seconds = time.perf_counter() - start
         self._counts.seconds[name] += seconds  # type: ignore[assignment]
-        self._start += seconds * paused
+        if paused:
+            self._start += seconds
 
     def _read_events(self) -> None:
-        """Add the times between the events; waits for the last of them."""
+        """Add the times between the events, after waiting for the last of them."""
         for name, begin, end in self._events:
             end.synchronize()
             self._counts.seconds[name] += begin.elapsed_time(end) / 1000  # type: ignore[assignment]
         self._events.clear()
 
     def means(self, parallel: Processes) -> IntervalMeans:
-        """The means over all processes; begins a new interval."""
+        """Return the means over all processes, and start a new interval."""
         self._read_events()
-        size = len(self._losses)
-        sums, left_out, total, memory = [0.0] * (3 + size), [0.0] * (1 + size), Counts(), 0
+        sums, left_out = [0.0] * len(self._sums), [0.0] * len(self._left_out)
+        total, memory = Counts(), 0
         own = self._sums.tolist(), self._left_out.tolist(), self._counts, peak_memory(self._device)
         for other_sums, other_left_out, counts, peak in parallel.gather(own):
             sums = [value + other for value, other in zip(sums, other_sums, strict=True)]
@@ -259,7 +263,7 @@ class Interval:
         )
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint within the interval: a resumed run logs the same means."""
+        """Return the state for a checkpoint, with which a resumed run logs the same means."""
         self._read_events()
         seconds = time.perf_counter() - self._start
         return {
@@ -269,19 +273,19 @@ class Interval:
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
-        if "left_out" in state:  # which earlier versions did not write
+        if "left_out" in state:  # earlier versions did not write it
             self._left_out.copy_(torch.tensor(state["left_out"], dtype=torch.float64))
         self._counts = Counts.from_state(state["counts"])
-        if "bad" in state:  # where earlier versions wrote it
+        if "bad" in state:  # earlier versions wrote it here
             self._counts.bad = Counter(state["bad"])
         self._start = time.perf_counter() - state["seconds"]
 
 
 def _weighted(values: Tensor, weights: Sequence[float]) -> Tensor:
-    """The product, in one kernel whose weights need no copy to the device."""
+    """Multiply values by weights in one kernel, without copying the weights to the device."""
     return torch.stack(torch._foreach_mul(values.unbind(), [float(weight) for weight in weights]))
 
 
 def _mean(total: float, count: float) -> float:
-    """NaN of nothing."""
+    """Return the mean, or NaN if ``count`` is 0."""
     return total / count if count else math.nan

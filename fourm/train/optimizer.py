@@ -1,4 +1,4 @@
-"""The optimizer: its two parameter groups, and a step that clips, unscales or skips without waiting for the device."""
+"""The optimizer: its parameter groups, and a step that clips, unscales or skips without waiting for the device."""
 
 from __future__ import annotations
 
@@ -25,13 +25,15 @@ class OptimizerOptions(DeviceOptions):
     opt_eps: float = option("AdamW epsilon", 1e-8, at_least=1e-30, at_most=1.0, fixed=True)
     opt_betas: tuple[float, float] = option("AdamW betas", (0.9, 0.95), at_least=0, below=1, fixed=True)
     momentum: float = option("SGD momentum", 0.9, at_least=0, below=1, fixed=True)
-    clip_grad: float | None = option("clip the global gradient norm to this", None, above=0, fixed=True)
-    skip_grad: float | None = option("skip steps whose gradient norm is larger than this", None, above=0, fixed=True)
-    skip_nan_grad: bool = option("published; steps whose loss or gradient norm is not finite are always skipped", False)
-    max_skipped_steps: int = option(
-        "stop after so many steps in a row whose loss or gradient norm was not finite", 10, at_least=1
+    clip_grad: float | None = option(
+        "maximum of the global gradient norm, to which gradients are clipped", None, above=0, fixed=True
     )
-    compute_grad_norm: bool = option("published; the gradient norm is always logged", True)
+    skip_grad: float | None = option("skip steps whose gradient norm exceeds this", None, above=0, fixed=True)
+    skip_nan_grad: bool = option("no effect: steps whose loss or gradient norm is not finite are always skipped", False)
+    max_skipped_steps: int = option(
+        "stop after this many steps in a row whose loss or gradient norm was not finite", 10, at_least=1
+    )
+    compute_grad_norm: bool = option("no effect: the gradient norm is always logged", True)
 
     def check(self) -> None:
         if len(self.opt_betas) != 2:
@@ -39,18 +41,21 @@ class OptimizerOptions(DeviceOptions):
 
 
 def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
-    """Weight decay on everything but vectors (norms, biases). Frozen parameters are included: a phase may thaw them."""
+    """Build the optimizer, with weight decay on everything except vectors (norms, biases).
+
+    Frozen parameters are included, because they are trained in a later phase.
+    """
     groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
     for parameter in model.parameters():
         groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
-    described = [
+    parameter_groups = [
         {"params": parameters, "name": name, "weight_decay_scale": float(name == "decay")}
         for name, parameters in groups.items()
         if parameters
     ]
     if options.opt == "adamw":
-        return torch.optim.AdamW(described, lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
-    optimizer = torch.optim.SGD(described, lr=0.0, momentum=options.momentum, fused=True)
+        return torch.optim.AdamW(parameter_groups, lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
+    optimizer = torch.optim.SGD(parameter_groups, lr=0.0, momentum=options.momentum, fused=True)
     if options.momentum:
         # SGD would leave the buffers uninitialised if its first step were skipped.
         for parameter in model.parameters():
@@ -59,22 +64,22 @@ def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
-    """Set this step's learning rate and weight decay."""
+    """Set the learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 
 class GradientStep:
-    """An optimizer step that may clip the gradients, and skips if they are not finite.
+    """An optimizer step that clips the gradients if asked to, and is skipped if they are not finite.
 
-    Whether to skip is decided on the device: the fused optimizers read ``found_inf`` (1 = leave everything as it is) and
-    ``grad_scale`` (a divisor of the gradients), as they do for ``torch.amp.GradScaler``. Clipping is part of that divisor
-    and costs no pass over the gradients. All processes have the same norm, hence they skip alike.
+    Whether to skip is decided on the device: the fused optimizers read ``found_inf`` (1 leaves everything as it is) and
+    ``grad_scale`` (a divisor of the gradients), as they do for ``torch.amp.GradScaler``. Clipping is part of that
+    divisor and costs no pass over the gradients. All processes skip the same steps, because they have the same norm.
 
     Attributes:
-        scale: what losses are multiplied by before the backward pass; 1 unless the precision is float16. It doubles after
-            2000 steps in a row without an overflow and is halved by one.
+        scale: The factor of the losses in the backward pass; 1 unless the precision is float16. It doubles after 2000
+            steps in a row without an overflow, and an overflow halves it.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, options: OptimizerOptions, parallel: Strategy):
@@ -85,10 +90,10 @@ class GradientStep:
         self._good = torch.zeros_like(self.scale)
 
     def __call__(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Step and forget the gradients.
+        """Do the step and free the gradients.
 
         Returns:
-            The norm of the unscaled gradients, and 1 if the step was skipped, else 0.
+            The norm of the unscaled gradients, and 1 if the step was skipped, otherwise 0.
         """
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         norm = self._parallel.gradient_norm(gradients) / self.scale
@@ -108,9 +113,12 @@ class GradientStep:
         return norm, skip
 
     def failed(self, norm: Tensor) -> Tensor:
-        """1 if the last step was lost, for its ``norm`` was not finite, else 0; overflows that the loss scale mends are none."""
-        lost = ~norm.isfinite()
-        return (lost & (self.scale < 1) if self._half else lost).float()
+        """Return 1 if the last step, with gradient norm ``norm``, failed because the norm was not finite, otherwise 0.
+
+        Overflows in float16 do not count as long as a smaller loss scale can prevent them.
+        """
+        failed = ~norm.isfinite()
+        return (failed & (self.scale < 1) if self._half else failed).float()
 
     def _adapt_scale(self, finite: Tensor) -> None:
         self._good = torch.where(finite, self._good + 1, 0)

@@ -1,6 +1,6 @@
-"""How several processes train one model: all that differs between one process, DDP and FSDP (:mod:`fourm.train.fsdp`).
+"""How several processes train one model: what differs between one process, DDP and FSDP (:mod:`fourm.train.fsdp`).
 
-The model knows nothing of this, and the training loop only what :class:`Strategy` offers.
+The model knows nothing about this, and the training loop uses only the methods of :class:`Strategy`.
 """
 
 from __future__ import annotations
@@ -33,23 +33,23 @@ T = TypeVar("T")
 
 _SYNC_BUFFERS = "forward_sync_buffers"
 if _SYNC_BUFFERS not in inspect.signature(DistributedDataParallel).parameters:
-    _SYNC_BUFFERS = "broadcast_buffers"  # its name before torch 2.13, which warns of the old one
+    _SYNC_BUFFERS = "broadcast_buffers"  # the name before torch 2.13, where it is deprecated
 
 
 @dataclass(frozen=True, kw_only=True)
 class ProcessOptions(DeviceOptions):
     """Processes"""
 
-    dist_url: str = option("rendezvous of the process group", "env://")
+    dist_url: str = option("rendezvous URL of the process group", "env://")
     process_timeout: float = option(
-        "stop after waiting so many minutes for another process in a collective operation", 30.0, above=0, at_most=1e5
+        "longest wait for other processes in a collective operation, in minutes", 30.0, above=0, at_most=1e5
     )
-    find_unused_params: bool = option("DDP's search for unused parameters; none are unused", False)
-    rlimit: int = option("open files that a process may have", 4096, at_least=0, at_most=2**31)
+    find_unused_params: bool = option("let DDP search for unused parameters; there are none", False)
+    rlimit: int = option("maximum number of open files of a process", 4096, at_least=0, at_most=2**31)
 
 
 class Processes:
-    """The processes of a run, of which torchrun tells each its rank; without torchrun there is one.
+    """The process group of a run. torchrun gives each process its rank; without torchrun there is one process.
 
     Attributes:
         rank, world_size: The number of this process, from 0, and the number of processes.
@@ -65,9 +65,9 @@ class Processes:
             torch.cuda.set_device(self.device)
         self.distributed = self.world_size > 1
         if self.distributed:
-            # Decisions of the host travel through gloo: they must not wait for the GPUs.
+            # Decisions of the host are exchanged through gloo, because they must not wait for the GPUs.
             backend = "cpu:gloo,cuda:nccl" if self.device.type == "cuda" else "gloo"
-            _check_meeting_point(options.dist_url)
+            _check_rendezvous(options.dist_url)
             try:
                 dist.init_process_group(
                     backend, options.dist_url, rank=self.rank, world_size=self.world_size, timeout=self.timeout
@@ -75,8 +75,8 @@ class Processes:
             except (ValueError, RuntimeError, OSError) as error:
                 reason = " ".join(str(error).split())[:200]
                 raise UserError(
-                    f"the {self.world_size} processes did not meet at 'dist_url' {redact_url(options.dist_url)}: {reason}; start them "
-                    "with torchrun, and leave dist_url out"
+                    f"the {self.world_size} processes could not meet at 'dist_url' {redact_url(options.dist_url)}: "
+                    f"{reason}; start them with torchrun and leave dist_url out"
                 ) from error
 
     @property
@@ -84,7 +84,7 @@ class Processes:
         return self.rank == 0
 
     def any(self, *flags: bool) -> list[bool]:
-        """Which of ``flags`` is set in any process: all of them decide alike, without waiting for a GPU."""
+        """Return in all processes whether any of them has set each of the flags, without waiting for a GPU."""
         if not self.distributed:
             return list(flags)
         votes = torch.tensor(flags, dtype=torch.uint8)
@@ -92,7 +92,11 @@ class Processes:
         return votes.bool().tolist()
 
     def gather(self, value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-        """``value`` of every process, by rank; ``group`` is of all processes, but not disturbed by what others gather."""
+        """Return the ``value`` of every process, by rank.
+
+        Args:
+            group: A group of all processes, from :meth:`new_group`; None for the default one.
+        """
         if not self.distributed:
             return [value]
         values = [None] * self.world_size
@@ -100,24 +104,29 @@ class Processes:
         return values
 
     def together(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> list[T]:
-        """What ``function`` returns in every process; a :class:`UserError` or ``OSError`` of any is raised in all.
+        """Call ``function`` in every process, and return its results by rank.
 
-        It may last longer than :attr:`timeout` in one of them, unless they use a ``group`` of their own: meanwhile the
-        processes go on telling each other that they are there.
+        In the default group the function must make no collective operation, and may last longer than :attr:`timeout`.
+
+        Args:
+            group: As in :meth:`gather`.
+
+        Raises:
+            UserError: In all processes, if the function raised a :class:`UserError` or an ``OSError`` in any of them.
         """
-        value, error = None, None
+        value, message = None, None
         try:
-            value = self._while_others_wait(function) if self.distributed and group is None else function()
-        except (UserError, OSError) as found:
-            error = str(found)
-        results = self.gather((value, error), group)
-        for _, error in results:
-            if error is not None:
-                raise UserError(error)
+            value = self._run_with_heartbeat(function) if self.distributed and group is None else function()
+        except (UserError, OSError) as error:
+            message = str(error)
+        results = self.gather((value, message), group)
+        for _, message in results:
+            if message is not None:
+                raise UserError(message)
         return [value for value, _ in results]
 
-    def _while_others_wait(self, function: Callable[[], T]) -> T:
-        """Run ``function``, which makes no collective operation, in a thread, until it has ended in all processes."""
+    def _run_with_heartbeat(self, function: Callable[[], T]) -> T:
+        """Run ``function`` in a thread while the processes exchange a heartbeat, until it has ended in all of them."""
         results: list[T] = []
         errors: list[BaseException] = []
 
@@ -139,24 +148,24 @@ class Processes:
         return results[0]
 
     def from_main(self, function: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
-        """What ``function`` returns in the main process; its errors are raised in all, as by :meth:`together`."""
+        """Call ``function`` in the main process and return its result in all, with errors as in :meth:`together`."""
         return self.together(lambda: function() if self.is_main else None, group)[0]  # type: ignore[return-value]
 
     def new_group(self) -> Any:
-        """A further group of all processes, for the host's messages of a thread; None if there is one process."""
+        """Return another group of all processes, for the messages of a thread; None if there is only one process."""
         return dist.new_group(backend="gloo", timeout=self.timeout) if self.distributed else None
 
     def sum(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums of tensors over all processes, without waiting for the device; in place."""
+        """Sum tensors over all processes in place, without waiting for the device, and return them."""
         if self.distributed:
             for tensor in tensors.values():
                 dist.all_reduce(tensor)
         return tensors
 
-    def is_loss_of_contact(self, error: Exception) -> bool:
-        """Whether a collective has failed, as it does when one of the processes dies.
+    def is_peer_failure(self, error: Exception) -> bool:
+        """Whether ``error`` is a failed collective operation, as when another process has died.
 
-        Every step votes through gloo (:meth:`any`), whose connections break at once, so that nobody waits for long.
+        The processes vote through gloo (:meth:`any`) in every step; its connections break as soon as a process dies.
         """
         return self.distributed and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
@@ -166,51 +175,59 @@ class Processes:
 
 
 class Strategy(Processes, ABC):
-    """A way to train one model in all processes."""
+    """A way for all processes to train one model."""
 
     @abstractmethod
-    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
-        """Give a model that was built on the meta device its memory on :attr:`device`, and its initial values.
+    def materialise(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
+        """Allocate a model that was built on the meta device on :attr:`device`, and initialise it.
 
-        The values come from torch's global generator on the CPU, so that they are the same for all strategies and devices.
+        The values come from torch's global generator on the CPU, so that they are the same for all strategies and
+        devices.
 
         Args:
-            parts: Modules of the model, each of which is used as a whole, so that its parameters may be sharded together.
-            name: For messages: what the configuration calls the model.
+            parts: Modules of the model, each of which is used as a whole, so that its parameters may be sharded
+                together.
+            name: The name of the model in messages.
 
         Raises:
-            UserError: this machine cannot hold its parameters.
+            UserError: This machine cannot hold the parameters.
         """
 
     @abstractmethod
     def wrap(self, model: nn.Module) -> nn.Module:
-        """What the training loop calls. To be called anew when other parameters are to be trained."""
+        """Return the module that the training loop calls. Call this again when other parameters are to be trained."""
 
     @abstractmethod
     def accumulate(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
-        """Within it a backward pass only adds to this process's gradients; the next one outside averages them all."""
+        """Return a context in which backward passes only add to the gradients of this process.
+
+        The next backward pass outside it averages the gradients over all processes.
+        """
 
     @abstractmethod
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The global 2-norm, alike in all processes, without waiting for the device."""
+        """Return the global 2-norm, the same in all processes, without waiting for the device."""
 
     @abstractmethod
-    def in_step(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
-        """``batches``, for forward passes without training. None = the others still need this process to take part.
+    def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
+        """Yield the batches for which this process must do a forward pass.
 
         Args:
-            batches: the same number in all processes, with None where only others have some left.
+            batches: The same number in all processes, with None where only others have batches left.
+
+        Yields:
+            A batch, or None where the other processes need a forward pass of this one although it has no batch left.
         """
 
 
 class DDP(Strategy):
-    """Every process holds the whole model and trains it on its own samples; gradients are averaged."""
+    """Distributed data parallelism: every process holds the whole model and trains it on its own samples."""
 
     def __init__(self, options: ProcessOptions):
         super().__init__(options)
         self._find_unused = options.find_unused_params
 
-    def place(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
+    def materialise(self, model: nn.Module, parts: Sequence[nn.Module], name: str = "the model") -> None:
         check_memory(name, sum(parameter.numel() for parameter in model.parameters()), "choose a smaller one")
         model.to_empty(device="cpu").init_weights()  # type: ignore[operator]
         model.to(self.device)
@@ -230,14 +247,14 @@ class DDP(Strategy):
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
 
-    def in_step(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
+    def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
 
 
-def _check_meeting_point(url: str) -> None:
-    """Raise a :class:`UserError` for one at which processes would wait for each other for ever."""
+def _check_rendezvous(url: str) -> None:
+    """Raise a :class:`UserError` for a rendezvous URL at which the processes would wait for each other for ever."""
     if url.startswith("tcp:"):
         check_url(url, ("tcp",))
     path = url.removeprefix("file://")
     if path != url and not Path(path.partition("?")[0]).parent.is_dir():
-        raise UserError(f"'dist_url' {redact_url(url)}: there is no such folder")
+        raise UserError(f"'dist_url' {redact_url(url)}: the folder does not exist")

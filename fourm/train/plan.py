@@ -1,8 +1,8 @@
-"""``--plan``: what a run needs on a given number of GPUs, worked out without data, weights or a GPU.
+"""``--plan``: memory and time that a run needs on a given number of GPUs, computed without data, weights or a GPU.
 
-The model is built on the meta device; what a step of it takes is the task's to say (:meth:`Task.step_cost`). Bytes per GPU,
-with P parameters (a tied one once) of which B in the largest block and E outside of the blocks, W GPUs that share the model
-(``fsdp_shard_size``, or all), and c = 2 bytes in 16 bits, otherwise 4:
+The model is built on the meta device, and the task tells the cost of a step (:meth:`Task.step_cost`). Bytes per GPU,
+for P parameters (tied ones counted once), of which B are in the largest block and E outside of the blocks, W GPUs that
+share a copy of the model (``fsdp_shard_size``, or all), and c = 2 bytes in 16 bits, otherwise 4:
 
 =============  =====================================  ==========================  ====================
 strategy       parameters                             gradients                   optimizer (AdamW)
@@ -12,10 +12,10 @@ FSDP, ZeRO-2   4 P/W + c P                            4 P/W + (4 + c) B         
 FSDP, ZeRO-3   4 P/W + c (E + 2 B)                    4 P/W + (4 + c) B           8 P/W
 =============  =====================================  ==========================  ====================
 
-(DDP's c: autocast's copies. FSDP gathers in c bytes: with ZeRO-3 what is outside of the blocks, a block and the next one; a
-block's gradients wait to be reduced; with ``accum_iter`` the whole gradient waits, in the bytes of ``fsdp_reduce_dtype``.) A
-moving average of the weights adds 4 P to the parameters, under FSDP 4 P/W. Not in it: what the allocator cannot use,
-communication buffers, CUDA itself.
+Under DDP, c counts the copies that autocast makes. FSDP gathers parameters in c bytes; with ZeRO-3 these are the ones
+outside of the blocks, a block and the next one. The gradients of a block wait to be reduced; with ``accum_iter`` the
+whole gradient waits, in the bytes of ``fsdp_reduce_dtype``. A moving average of the weights adds 4 P to the parameters,
+under FSDP 4 P/W. Fragmentation of the allocator, communication buffers and CUDA itself are not included.
 """
 
 from __future__ import annotations
@@ -38,11 +38,13 @@ class Plan:
     """The figures of a run.
 
     Attributes:
-        parameters: As of :meth:`Task.count_parameters`.
-        samples, tokens: Of an optimizer step.
-        flops: Of a step on one GPU.
-        seconds_per_step, days: At ``plan_mfu``.
-        memory: {strategy: {part: bytes on each GPU}}.
+        parameters: The numbers of parameters of :meth:`Task.count_parameters`.
+        samples, tokens: The numbers per optimizer step.
+        steps, total_tokens: The numbers of the whole run.
+        flops: The operations of a step on one GPU.
+        total_flops: The operations of the whole run on all GPUs.
+        seconds_per_step, days: The times at ``plan_mfu``.
+        memory: {strategy: {part: bytes on each GPU}}
     """
 
     parameters: dict[str, int]
@@ -58,18 +60,18 @@ class Plan:
 
 
 def plan_run(task: Task, model: nn.Module) -> Plan:
-    """The figures of a run on ``plan_world_size`` GPUs of the type ``plan_gpu``.
+    """Compute the figures of a run on ``plan_world_size`` GPUs of the type ``plan_gpu``.
 
     Args:
-        model: May be on the meta device.
+        model: The model, which may be on the meta device.
 
     Raises:
-        UserError: an unknown GPU, or settings that do not fit together.
+        UserError: The GPU is unknown, or settings do not fit together.
     """
     config: RunConfig = task.config
     if config.plan_gpu not in GPUS:
         near = did_you_mean(config.plan_gpu, GPUS)
-        raise UserError(f"'plan_gpu': unknown '{config.plan_gpu}'{near}; there are {', '.join(GPUS)}")
+        raise UserError(f"'plan_gpu': unknown '{config.plan_gpu}'{near}; the known GPUs are {', '.join(GPUS)}")
     world_size = config.plan_world_size
     steps = run_length(config, world_size).total_batches // config.accum_iter
     cost = task.step_cost(model)
@@ -94,18 +96,20 @@ def plan_run(task: Task, model: nn.Module) -> Plan:
 
 
 def state_bytes(task: Task, model: nn.Module, strategy: str, world_size: int) -> dict[str, float]:
-    """Bytes of parameters, gradients and optimizer on each GPU; see the table above."""
+    """Return the bytes of parameters, gradients and optimizer on each GPU; see the table above."""
     config: RunConfig = task.config
     half = config.autocast_dtype != "float32"
     counts = task.count_parameters(model)
-    total, outside = sum(counts.values()), list(counts.values())[-1]
+    total = sum(counts.values())
     moments = {"adamw": 2, "sgd": int(config.momentum > 0)}[config.opt]
-    c, average = 2 if half else 4, 4 * total * config.model_ema
+    c = 2 if half else 4
+    average = 4 * total if config.model_ema else 0
     if strategy == "DDP":
         weights = {id(part.weight): part.weight.numel() for part in model.modules() if isinstance(part, nn.Linear)}
         copies = c * sum(weights.values()) if half else 0
         return {"parameters": 4 * total + copies + average, "gradients": 4 * total, "optimizer": 4 * moments * total}
     block = max((sum(p.numel() for p in block.parameters()) for block in task.blocks(model)), default=0)
+    outside = list(counts.values())[-1]
     gathered = total if strategy == "FSDP, ZeRO-2" else min(outside + 2 * block, total)
     sharers = config.fsdp_shard_size or world_size
     if world_size % sharers:
@@ -119,22 +123,22 @@ def state_bytes(task: Task, model: nn.Module, strategy: str, world_size: int) ->
     }
 
 
-def describe(task: Task, plan: Plan) -> str:
-    """The plan for people to read."""
+def format_plan(task: Task, plan: Plan) -> str:
+    """Format the plan as a text."""
     config: RunConfig = task.config
     gpu, world_size = GPUS[config.plan_gpu], config.plan_world_size
     recompute = "recomputed" if config.use_act_checkpoint else "kept"
-    groups = ", ".join(f"{_si(count)} parameters of the {name}" for name, count in plan.parameters.items())
-    tokens = f", {_si(plan.tokens)} tokens" if plan.tokens else ""
-    total_tokens = f" {_si(plan.total_tokens)} tokens," if plan.tokens else ""
+    groups = ", ".join(f"{_with_si_prefix(count)} parameters of the {name}" for name, count in plan.parameters.items())
+    tokens = f", {_with_si_prefix(plan.tokens)} tokens" if plan.tokens else ""
+    total_tokens = f" {_with_si_prefix(plan.total_tokens)} tokens," if plan.tokens else ""
     rows = [
         ("run", f"{config.run_name} on {world_size} x {config.plan_gpu}, {config.dtype}"),
         ("model", groups),
         ("step", f"{plan.samples:,} samples ({world_size} x batch_size {config.batch_size} x accum_iter "
-                 f"{config.accum_iter}){tokens}, {_si(plan.flops)}FLOP on each GPU"),
-        ("length", f"{plan.steps:,} steps,{total_tokens} {_si(plan.total_flops)}FLOP"),
-        ("time", f"{plan.days:.3g} days at {config.plan_mfu:.0%} of {gpu.tflops:g} TFLOP/s: {plan.seconds_per_step:.3g} s a "
-                 f"step, {plan.samples / plan.seconds_per_step:,.0f} samples/s" if plan.flops else "not known"),
+                 f"{config.accum_iter}){tokens}, {_with_si_prefix(plan.flops)}FLOP on each GPU"),
+        ("length", f"{plan.steps:,} steps,{total_tokens} {_with_si_prefix(plan.total_flops)}FLOP"),
+        ("time", f"{plan.days:.3g} days at {config.plan_mfu:.0%} of {gpu.tflops:g} TFLOP/s: {plan.seconds_per_step:.3g} s "
+                 f"a step, {plan.samples / plan.seconds_per_step:,.0f} samples/s" if plan.flops else "not known"),
     ]  # fmt: skip
     lines = [f"{name:<13}{text}" for name, text in rows]
     lines += ["", f"{'GB on a GPU':<13}" + "".join(f"{name:>16}" for name in STRATEGIES)]
@@ -148,8 +152,8 @@ def describe(task: Task, plan: Plan) -> str:
     return "\n".join(lines)
 
 
-def _si(value: float) -> str:
-    """``2.8 G``"""
+def _with_si_prefix(value: float) -> str:
+    """Format a number with an SI prefix, as in ``2.8 G``."""
     for power, prefix in ((24, "Y"), (21, "Z"), (18, "E"), (15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
         if value >= 10**power:
             return f"{value / 10**power:.3g} {prefix}"

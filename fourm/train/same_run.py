@@ -1,4 +1,4 @@
-"""Whether a checkpoint is continued as it was begun: what of the configuration, data and vocabulary is different now."""
+"""Checks that a run continues with the configuration, data and vocabulary with which its checkpoint was made."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fourm.train.config import RunConfig
+from fourm.train.device import SHORT_DTYPES
 from fourm.train.options import saved_options
 from fourm.utils.errors import UserError
 from fourm.utils.urls import redact
@@ -20,13 +21,13 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], identity: Mappin
     """Raise a :class:`UserError` that lists what has changed since a checkpoint, unless ``allow_changes`` is set.
 
     Args:
-        saved: the state of the checkpoint; one of an earlier version says nothing of data and vocabulary.
-        identity: :meth:`Task.identity` now.
+        saved: The state of the checkpoint; those of earlier versions have no data and vocabulary.
+        identity: The current result of :meth:`Task.identity`.
+        where: The checkpoint.
     """
     if config.allow_changes:
         return
-    before, now = saved["config"], json.loads(json.dumps(_of_config(saved_options(config))))
-    before = _of_config(before)
+    before, now = _normalised(saved["config"]), json.loads(json.dumps(_normalised(saved_options(config))))
     fixed = [item.name for item in dataclasses.fields(config) if item.metadata.get("fixed")]
     changes = _differences({key: before.get(key, _ABSENT) for key in fixed}, now)
     for part, facts in identity.items():
@@ -35,42 +36,45 @@ def check_same_run(config: RunConfig, saved: Mapping[str, Any], identity: Mappin
     if changes:
         more = f"; and {len(changes) - 12} more" if len(changes) > 12 else ""
         raise UserError(
-            f"checkpoint {where} is of a run with another configuration (then → now): {'; '.join(changes[:12])}{more}. Take "
-            "these back; or choose another output_dir, with 'finetune' for its weights; or set --allow_changes to go on so"
+            f"checkpoint {where} is of a run with another configuration (then → now): "
+            f"{'; '.join(changes[:12])}{more}. Undo these changes; or choose another output_dir, with 'finetune' for "
+            "the weights; or set --allow_changes to continue with them"
         )
 
 
-def check_same_meaning(config: RunConfig, saved: Mapping[str, Any], identity: Mapping[str, Any], where: Path) -> None:
-    """The same for an evaluation, whose data may be different ones: of all else that weights mean nothing without."""
+def check_same_vocabulary(
+    config: RunConfig, saved: Mapping[str, Any], identity: Mapping[str, Any], where: Path
+) -> None:
+    """Do the same for an evaluation, which may have other options and data, but not another vocabulary."""
     if config.allow_changes:
         return
     for part, facts in identity.items():
-        known = saved.get("identity", {}).get(part)
-        if part != "data" and known and known != facts:
+        saved_facts = saved.get("identity", {}).get(part)
+        if part != "data" and saved_facts and saved_facts != facts:
             raise UserError(
-                f"checkpoint {where} was trained with another {', '.join(facts)} than this configuration names; take the one it "
-                "was trained with"
+                f"checkpoint {where} was trained with another {', '.join(facts)} than this configuration names; use "
+                "the one it was trained with"
             )
 
 
-def _of_config(values: Mapping[str, Any]) -> dict[str, Any]:
-    short = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    found = dict(values) | {"dtype": short.get(str(values.get("dtype")), values.get("dtype"))}
-    if not found.get("model_ema"):
-        found.pop("model_ema_decay", None)
-    return found
+def _normalised(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration without abbreviations, and without options that have no effect."""
+    normalised = dict(values) | {"dtype": SHORT_DTYPES.get(str(values.get("dtype")), values.get("dtype"))}
+    if not normalised.get("model_ema"):
+        normalised.pop("model_ema_decay", None)
+    return normalised
 
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What is another; keys that did not exist then are passed over."""
-    found = []
+    """Describe what has changed, without options that only one version has. Keys of options have no spaces."""
+    differences = []
     for key in [*before, *(key for key in now if key not in before and ": " in key)]:
         old, new = before.get(key, _ABSENT), now.get(key, _ABSENT)
-        if old is not _ABSENT and new is _ABSENT and " " not in key:
-            continue  # of a configuration
-        if old != new and not (old is _ABSENT and " " not in key):
-            found += _difference(key, old, new)
-    return found
+        if _ABSENT in (old, new) and " " not in key:
+            continue
+        if old != new:
+            differences += _difference(key, old, new)
+    return differences
 
 
 def _difference(key: str, old: Any, new: Any) -> list[str]:

@@ -1,7 +1,7 @@
-"""The length of a run and of its phases; learning rate and weight decay as functions of the micro-batch.
+"""The length of a run and its phases, and the learning rate and weight decay at each micro-batch.
 
-Quantities "in batches" count micro-batches of one rank, as the learning rate schedule does (paper section 2.3 and appendix
-on training details give their values in tokens).
+Quantities "in batches" count micro-batches of one rank, as the learning rate schedule does (paper section 2.3 and the
+appendix on training details give their values in tokens).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from fourm.utils.options import option
 class LengthOptions(Commands):
     """Batches and length"""
 
-    # -1 means "not set", as in the published YAML files.
+    # As in the published YAML files, -1 means "not set".
 
     batch_size: int = option("samples per rank and micro-batch", 128, at_least=1, at_most=10**6)
     accum_iter: int = option("micro-batches per optimizer step", 1, at_least=1, at_most=10**6)
@@ -27,19 +27,17 @@ class LengthOptions(Commands):
     total_tokens: float = option(
         "billions of input + target tokens; or set epochs", -1.0, at_least=0, unset=-1, at_most=1e9
     )
-    epoch_size: int = option("samples that make an epoch", 10_000_000, at_least=1, at_most=10**15, fixed=True)
+    epoch_size: int = option("samples per epoch", 10_000_000, at_least=1, at_most=10**15, fixed=True)
 
     @property
     def tokens_per_sample(self) -> int:
-        """Input and target tokens of a sample; 0 for a task that does not count tokens."""
+        """Number of input and target tokens of a sample; 0 for a task that does not count tokens."""
         return 0
 
     def check(self) -> None:
         if (self.epochs >= 0) == (self.total_tokens >= 0) and not self.eval:
-            both = self.epochs >= 0
-            raise UserError(
-                f"set either 'epochs' or 'total_tokens'{', not both: leave one at -1' if both else ' (neither is set)'}"
-            )
+            problem = ", not both: leave one at -1" if self.epochs >= 0 else " (neither is set)"
+            raise UserError(f"set either 'epochs' or 'total_tokens'{problem}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,18 +49,18 @@ class ScheduleOptions(LengthOptions):
     frozen_model_blr: float = option(
         "learning rate per 256 samples of the frozen phase (default: blr)", -1.0, at_least=0, unset=-1, fixed=True
     )
-    weight_decay: float = option("on everything but norms and biases", 0.05, at_least=0, fixed=True)
+    weight_decay: float = option("weight decay of everything except norms and biases", 0.05, at_least=0, fixed=True)
     weight_decay_end: float | None = option(
-        "cosine from weight_decay to this (default: constant)", None, at_least=0, fixed=True
+        "final weight decay of a cosine schedule (default: constant weight decay)", None, at_least=0, fixed=True
     )
     scheduler: str = option("cosine, or inverse_sqrt-T with T in batches", "cosine", fixed=True)
     warmup_epochs: int = option(
-        "linear warm-up; at most one of the three", -1, at_least=0, unset=-1, at_most=10**9, fixed=True
+        "linear warm-up; set at most one of the three", -1, at_least=0, unset=-1, at_most=10**9, fixed=True
     )
     warmup_steps: int = option("warm-up in batches", -1, at_least=0, unset=-1, at_most=10**15, fixed=True)
     warmup_tokens: float = option("warm-up in billions of tokens", -1.0, at_least=0, unset=-1, at_most=1e9, fixed=True)
     cooldown_epochs: int = option(
-        "linear cool-down of inverse_sqrt; at most one of the three",
+        "linear cool-down of inverse_sqrt; set at most one of the three",
         -1,
         at_least=0,
         unset=-1,
@@ -74,7 +72,7 @@ class ScheduleOptions(LengthOptions):
         "cool-down in billions of tokens", -1.0, at_least=0, unset=-1, at_most=1e9, fixed=True
     )
     frozen_model_epochs: int = option(
-        "first train only the embeddings for so many epochs", 0, at_least=0, unset=-1, at_most=10**9, fixed=True
+        "first train only the embeddings for this many epochs", 0, at_least=0, unset=-1, at_most=10**9, fixed=True
     )
     frozen_model_tokens: float = option(
         "the same in billions of tokens", 0.0, at_least=0, unset=-1, at_most=1e9, fixed=True
@@ -95,7 +93,7 @@ def _lengths(phase: str) -> list[str]:
 
 
 def inverse_sqrt_timescale(scheduler: str) -> float | None:
-    """T of ``inverse_sqrt-T``; None for ``cosine``."""
+    """Return T of ``inverse_sqrt-T``, or None for ``cosine``."""
     if scheduler == "cosine":
         return None
     name, _, timescale = scheduler.partition("-")
@@ -113,7 +111,7 @@ def inverse_sqrt_timescale(scheduler: str) -> float | None:
 
 @dataclass(frozen=True)
 class RunLength:
-    """How long a run and its phases are, in micro-batches of one rank unless said otherwise."""
+    """The length of a run and its phases, in micro-batches of one rank unless the name says otherwise."""
 
     epochs: int
     batches_per_epoch: int
@@ -124,23 +122,29 @@ class RunLength:
 
 
 def run_length(options: ScheduleOptions, world_size: int) -> RunLength:
-    """Tokens and epochs → micro-batches (training arithmetic of the published runs).
+    """Convert tokens and epochs to micro-batches, with the arithmetic of the published runs.
 
-    An epoch ends with a whole optimizer step: its micro-batches are rounded down to a multiple of ``accum_iter``.
+    An epoch ends with a whole optimizer step: its number of micro-batches is rounded down to a multiple of
+    ``accum_iter``.
+
+    Raises:
+        UserError: The run is too short or too long, or counts tokens although its task does not.
     """
     samples = options.batch_size * world_size
     per_epoch = options.epoch_size // (samples * options.accum_iter) * options.accum_iter
     if per_epoch == 0 and options.eval:
-        per_epoch = 1  # nothing is trained
+        per_epoch = 1  # an evaluation needs no epochs
     if per_epoch == 0:
         raise UserError(
-            f"'epoch_size' {options.epoch_size} is smaller than one optimizer step of batch_size {options.batch_size} x "
-            f"accum_iter {options.accum_iter} x {world_size} processes; lower batch_size or raise epoch_size"
+            f"'epoch_size' {options.epoch_size} is smaller than one optimizer step of batch_size {options.batch_size} "
+            f"x accum_iter {options.accum_iter} x {world_size} processes; lower batch_size or raise epoch_size"
         )
 
     def tokens_per_sample() -> int:
         if not options.tokens_per_sample:
-            raise UserError("this training does not count tokens: set its length and phases in epochs or steps")
+            raise UserError(
+                "this task does not count tokens; set the length of the run and its phases in epochs or steps"
+            )
         return options.tokens_per_sample
 
     def epochs_of(billions: float) -> int:
@@ -180,10 +184,10 @@ def _cosine(start: float, end: float, done: float) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """What the optimizer uses at a micro-batch of the run.
+    """Learning rate and weight decay at each micro-batch of the run.
 
-    First the frozen phase at a constant rate, then linear warm-up from 0, then cosine to ``min_lr``, or
-    ``peak_lr / sqrt((t + T) / T)`` followed by a linear cool-down to ``min_lr``.
+    The learning rate is constant in the frozen phase, and then rises linearly from 0 in the warm-up. After this it
+    follows a cosine to ``min_lr``, or ``peak_lr / sqrt((t + T) / T)`` and a linear cool-down to ``min_lr``.
     """
 
     length: RunLength
@@ -195,7 +199,7 @@ class Schedule:
     weight_decay_end: float
 
     def frozen(self, batch: int) -> bool:
-        """Whether only the embeddings train."""
+        """Whether only the embeddings are trained."""
         return batch < self.length.frozen_batches
 
     def lr(self, batch: int) -> float:
@@ -220,7 +224,7 @@ class Schedule:
 
 
 def build_schedule(options: ScheduleOptions, length: RunLength, world_size: int) -> Schedule:
-    """Rates scale with the global batch: lr = blr · batch_size · accum_iter · world_size / 256."""
+    """Scale the learning rates with the global batch size: lr = blr · batch_size · accum_iter · world_size / 256."""
     scale = options.batch_size * options.accum_iter * world_size / 256
     frozen_blr = options.frozen_model_blr if options.frozen_model_blr >= 0 else options.blr
     return Schedule(

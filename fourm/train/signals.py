@@ -1,4 +1,4 @@
-"""Being asked to stop: the run ends after the step at hand, with a checkpoint."""
+"""Signals that ask a run to stop: it finishes the current step, saves a checkpoint and ends."""
 
 from __future__ import annotations
 
@@ -11,29 +11,30 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class Interrupted(BaseException):
-    """What :meth:`StopSignals.interrupting` was entered for is not waited for any longer."""
+    """Raised inside :meth:`StopSignals.interrupting` to end the wait there."""
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGINT (Ctrl-C) are noted instead of obeyed.
+    """A context in which SIGTERM and SIGINT (Ctrl-C) are recorded instead of ending the process.
 
-    A second Ctrl-C is obeyed at once. A second SIGTERM is not: schedulers and torchrun may both send one.
+    A second Ctrl-C ends the process at once. A second SIGTERM does not, because schedulers and torchrun may each send
+    one.
 
     Attributes:
-        received: number of the signal, or None.
+        received: The number of the signal that was received, or None.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before: dict[int, object] = {}
+        self._previous_handlers: dict[int, object] = {}
         self._interrupting = False
 
     def __enter__(self) -> StopSignals:
-        handlers = dict.fromkeys(STOP_SIGNALS, self._note) | {signal.SIGALRM: self._interrupt}
-        self._before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+        handlers = dict.fromkeys(STOP_SIGNALS, self._record) | {signal.SIGALRM: self._interrupt}
+        self._previous_handlers = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         return self
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received == number == signal.SIGINT:
             self._restore()
             raise KeyboardInterrupt
@@ -47,7 +48,7 @@ class StopSignals:
 
     @contextlib.contextmanager
     def interrupting(self, seconds: float) -> Iterator[None]:
-        """Within it a signal, or that many ``seconds``, raise :class:`Interrupted`, whatever this process waits for."""
+        """Raise :class:`Interrupted` within the block when a signal arrives or ``seconds`` have passed."""
         try:
             signal.setitimer(signal.ITIMER_REAL, seconds)
             self._interrupting = self.received is None
@@ -62,5 +63,5 @@ class StopSignals:
         self._restore()
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, handler)  # type: ignore[arg-type]

@@ -1,8 +1,8 @@
-"""What a training run asks of a task: the model, the batches, the loss, the evaluations. All else belongs to the run.
+"""The interface of a task: its model, batches, loss and evaluations. Everything else belongs to the run.
 
-To train something new, write a subclass of :class:`Task` with a configuration that inherits from
+To train something new, write a subclass of :class:`Task`, a configuration that inherits from
 :class:`fourm.train.config.RunConfig`, and an entry script with ``run_cli(lambda: main(MyTask, DDP))``
-(:func:`fourm.train.run.main`). :mod:`fourm.train.tasks.pretrain` is the training of 4M.
+(:func:`fourm.train.run.main`). :mod:`fourm.train.tasks.pretrain` trains 4M.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ Config = TypeVar("Config", bound=Options)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on its device, and what the host knows of it.
+    """A batch on its device, with its statistics on the host.
 
     Attributes:
-        values: What :meth:`Task.loss` reads.
-        targets: Loss → the number of targets that it is a mean over.
-        tokens: For tokens per second; 0 where there are none.
-        flops: Operations of the model's forward and backward pass; 0 if they are not known.
+        values: The inputs of :meth:`Task.loss`.
+        targets: The number of targets of each loss, by the name of the loss.
+        samples: The number of samples.
+        tokens: The number of tokens, for the throughput; 0 if the task has none.
+        flops: The number of operations of the model in the forward and backward pass; 0 if it is not known.
     """
 
     values: Any
@@ -43,13 +44,13 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Losses:
-    """What a forward pass results in.
+    """The result of a forward pass.
 
     Attributes:
-        total: What is minimised, a mean over the micro-batch.
-        means: Loss → its mean over its targets.
-        statistics: Tensors whose sums over the micro-batches and processes of a step :meth:`Task.update` gets. All
-            micro-batches have the same ones.
+        total: The scalar to minimise, a mean over the micro-batch.
+        means: The mean of each loss over its targets, by the name of the loss.
+        statistics: Tensors whose sums over the micro-batches and processes of a step are passed to :meth:`Task.update`.
+            All micro-batches have the same names and shapes.
     """
 
     total: Tensor
@@ -62,10 +63,12 @@ class Evaluation:
     """One way to evaluate one data set.
 
     Attributes:
-        kind: Tells ways to evaluate the same data set apart.
+        dataset: The name of the data set.
+        kind: A name that distinguishes several evaluations of the same data set.
         loader: The batches of this process.
-        prepare: As :meth:`Task.prepare`, with a generator that every pass seeds alike. A batch that is None stands for an
-            empty one: a forward pass in which this process takes part only because the others need it.
+        prepare: A function like :meth:`Task.prepare`, with a generator that is seeded in the same way for each
+            evaluation. A batch that is None stands for an empty one, in a forward pass that only the other processes
+            need.
     """
 
     dataset: str
@@ -76,11 +79,11 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class StepCost:
-    """What a micro-batch takes on one device, from the shapes alone.
+    """The cost of a micro-batch on one device, derived from the shapes.
 
     Attributes:
-        flops: Operations of forward and backward pass.
-        activations: Bytes that are kept for the backward pass.
+        flops: The number of operations of the forward and backward pass.
+        activations: The bytes that are kept for the backward pass.
     """
 
     flops: float
@@ -88,13 +91,13 @@ class StepCost:
 
 
 class Task(ABC, Generic[Config]):
-    """Something that can be trained. An object belongs to one process of one run.
+    """Something that can be trained. Each process of a run has its own object.
 
     Attributes:
-        name: Of the task, in checkpoints.
-        config_class: Its options.
-        format: How its models are built from what a checkpoint holds.
-        losses: Names of the losses, as in :attr:`Losses.means`.
+        name: The name of the task in checkpoints.
+        config_class: The class of its configuration.
+        format: How its models are built from a checkpoint.
+        losses: The names of the losses, as in :attr:`Losses.means`.
     """
 
     name: ClassVar[str]
@@ -114,42 +117,45 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """The model, on the meta device.
+        """Build the model on the meta device.
 
-        Its ``init_weights`` gives all parameters and buffers their initial values, drawn from torch's global generator. Its
-        ``config``, a dictionary for JSON, is what :attr:`format` builds it from.
+        The method ``init_weights`` of the model must initialise all parameters and buffers with torch's global
+        generator. Its attribute ``config`` must be a dictionary for JSON, from which :attr:`format` builds the model
+        again.
         """
 
     @property
     def model_name(self) -> str:
-        """For messages: what the configuration calls the model."""
+        """The name of the model in messages."""
         return "the model"
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """The repeated parts of the model, which ``torch.compile`` compiles one by one."""
+        """Return the repeated blocks of the model, which ``torch.compile`` compiles one by one."""
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
-        """Modules whose parameters FSDP shards and gathers together, each used as a whole."""
+        """Return the modules whose parameters FSDP shards and gathers together; each must be used as a whole."""
         return self.blocks(model)
 
     def changing_buffers(self, model: nn.Module) -> list[str]:
-        """Names of the buffers that :meth:`update` changes."""
+        """Return the names of the buffers that :meth:`update` changes."""
         return []
 
     def set_trainable(self, model: nn.Module, frozen: bool) -> None:
-        """Say which parameters are trained, in the ``frozen`` phase at the beginning of a run or after it."""
+        """Choose the parameters to train, in the ``frozen`` phase at the beginning of a run or after it."""
         if frozen:
-            raise UserError(f"the task {self.name} has no frozen phase: leave frozen_model_epochs and _tokens out")
+            raise UserError(
+                f"the task {self.name} has no frozen phase; remove frozen_model_epochs and frozen_model_tokens"
+            )
 
     def count_parameters(self, model: nn.Module) -> dict[str, int]:
-        """Group → its parameters. The last group is what is gathered for a whole step under FSDP with ZeRO-3."""
+        """Return the number of parameters by group. FSDP with ZeRO-3 keeps the last group gathered for a whole step."""
         total = sum(parameter.numel() for parameter in model.parameters())
         in_blocks = sum(parameter.numel() for block in self.blocks(model) for parameter in block.parameters())
         return {"blocks": in_blocks, "rest": total - in_blocks}
 
     def describe(self) -> None:
-        """Log what is trained on what."""
+        """Log the model and the data."""
 
     # A step
 
@@ -158,48 +164,50 @@ class Task(ABC, Generic[Config]):
         self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
         pin_memory: bool,
     ) -> BatchLoader:  # fmt: skip
-        """The endless training batches of one rank, from micro-batch ``start_batch`` on.
+        """Return the endless training batches of one rank.
 
-        Each has a ``position``: a dictionary for JSON with ``stream``, ``epoch`` and ``draws``, where its stream of the data
-        stands after it (:mod:`fourm.data.unified_datasets`), and with ``skipped`` and ``missing``, see
-        :class:`fourm.train.metrics.Counts`.
+        Each batch has a ``position``, a dictionary for JSON: ``stream``, ``epoch`` and ``draws`` are the position of
+        its data stream after the batch (:mod:`fourm.data.unified_datasets`); ``skipped`` and ``missing`` are described
+        in :class:`fourm.train.metrics.Counts`.
 
         Args:
-            draws: Stream → draws that were made in the epoch of ``start_batch``; None at the beginning of an epoch.
+            start_batch: The number of the first micro-batch in the run.
+            draws: The number of draws made in the epoch of ``start_batch``, by stream; None at the beginning of an
+                epoch.
         """
 
     @abstractmethod
     def prepare(self, model: nn.Module, batch: Any, device: torch.device) -> Inputs:
-        """A batch on its way to the device; nothing here, nor in :meth:`loss`, may wait for the device."""
+        """Copy a batch to the device. Neither this nor :meth:`loss` may wait for the device."""
 
     @abstractmethod
     def loss(self, model: nn.Module, inputs: Inputs) -> Losses:
-        """Forward pass. ``model`` may be wrapped: it can only be called."""
+        """Do the forward pass. ``model`` may be wrapped, so that it can only be called."""
 
     def update(self, model: nn.Module, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Change buffers, in place, by what a step has summed up. Called after the optimizer.
+        """Update buffers in place with the statistics of a step, after the optimizer.
 
         Args:
-            statistics: Sums of :attr:`Losses.statistics` over the micro-batches and processes of the step.
-            skipped: 1 if the step is skipped, so that nothing must change, otherwise 0; on the device.
+            statistics: The sums of :attr:`Losses.statistics` over the micro-batches and processes of the step.
+            skipped: 1 on the device if the step is skipped and nothing must change, otherwise 0.
         """
 
-    # Around it
+    # Everything around the steps
 
     def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
-        """What is to be evaluated, by rank ``rank`` of ``world_size``."""
+        """Return the evaluations, with the share of the batches that rank ``rank`` of ``world_size`` evaluates."""
         return []
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """The loss of an evaluation, from the sums of those losses that had targets: the mean of their means."""
+        """Compute the loss of an evaluation from the sums of the losses that had targets: the mean of their means."""
         return sum(sums[name] / targets[name] for name in targets) / len(targets)
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        """Facts for JSON that must not change when a run resumes; what is under ``data`` may when a model is evaluated."""
+        """Return facts for JSON that must not change when a run resumes; an evaluation may have other ``data``."""
         return {"data": {}}
 
     def step_cost(self, model: nn.Module) -> StepCost:
-        """For ``--plan``; works without data."""
+        """Return the cost of a micro-batch for ``--plan``, without data."""
         return StepCost(0.0, 0.0)
 
 
@@ -207,13 +215,14 @@ _TASKS: dict[str, type[Task]] = {}
 
 
 def task_named(name: str) -> type[Task]:
-    """The task that has this name, of those that are imported.
+    """Return the imported task with this name.
 
     Raises:
-        UserError: there is none.
+        UserError: There is no such task.
     """
     if name not in _TASKS:
         raise UserError(
-            f"unknown task '{name}'{did_you_mean(name, _TASKS)}; if a module of your own defines it, name it with --plugin"
+            f"unknown task '{name}'{did_you_mean(name, _TASKS)}; if a module of yours defines it, import it with "
+            "--plugin"
         )
     return _TASKS[name]

@@ -1,4 +1,4 @@
-"""A second task for the loop: an autoencoder of image files, with a running mean of the pixels as a changing buffer."""
+"""A second task: an autoencoder of image files, with a running mean of the pixels as a changing buffer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A plugin whose transform never returns, once as many samples have been made as the environment says."""
+"""A plugin whose transform hangs after the number of samples in the environment variable FOURM_TEST_HANGS."""
 
 import itertools
 import os

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from tests.train.toy_run import losses, run_here, write_run
+from tests.train.toy_run import losses, run_in_process, write_run
 
 
 @pytest.mark.slow
@@ -16,12 +16,12 @@ def test_a_compiled_run_has_the_losses_of_an_eager_one_and_compiles_once(tmp_pat
         )
         for name in ("eager", "compiled")
     ]
-    run_here(configs[0])
+    run_in_process(configs[0])
     torch._dynamo.reset()
     counters.clear()
-    run_here(configs[1], "--compile")
+    run_in_process(configs[1], "--compile")
     assert counters["stats"]["unique_graphs"] == 2, "batches differ in which tokens they have, not in how many"
     assert not counters["graph_break"]
-    expected, found = (losses(tmp_path / name / "out") for name in ("eager", "compiled"))
-    assert list(found) == list(range(1, 13))
-    assert list(found.values()) == pytest.approx(list(expected.values()), rel=1e-4)
+    expected, actual = (losses(tmp_path / name / "out") for name in ("eager", "compiled"))
+    assert list(actual) == list(range(1, 13))
+    assert list(actual.values()) == pytest.approx(list(expected.values()), rel=1e-4)

@@ -1,4 +1,4 @@
-"""Pictures travel in 8 bits; what the model gets of them is what the loader's own normalisation gives."""
+"""Images are copied to the device in 8 bits, and normalised there exactly as the loader would do it."""
 
 import dataclasses
 import platform
@@ -14,7 +14,7 @@ from fourm.data.unified_datasets import build_eval_loader, build_train_loader
 from fourm.train.config import parse_args
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
-from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalised, to_device
+from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise, to_device
 from tests.train.toy_run import ROOT, write_run
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def test_every_level_of_every_channel_is_normalised_to_the_same_bits(transform):
     pixels = raw.postprocess(picture)
     assert pixels.dtype == raw.empty((16, 16)).dtype == np.uint8 and pixels.flags.c_contiguous
     expected = torch.from_numpy(transform.postprocess(picture))
-    assert torch.equal(normalised(torch.from_numpy(pixels)[None], *raw.scaling)[0], expected)
+    assert torch.equal(normalise(torch.from_numpy(pixels)[None], *raw.scaling)[0], expected)
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_training_and_evaluation_send_pictures_in_8_bits(toy_run):
 
 
 def test_a_sample_without_the_picture_changes_nothing_for_the_others(toy_run):
-    """In a mixture, zeros stand for what a data set lacks; they must not turn the batch's bytes into numbers."""
+    """A mixture fills in zeros for what a data set lacks; they must not turn the bytes of the batch into floats."""
     dataset = toy_run.task.data.train["toys"]
     text_only = dataclasses.replace(
         dataset, name="text", in_domains=("caption",), out_domains=("caption",), data_path=dataset.data_path,

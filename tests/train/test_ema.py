@@ -22,7 +22,7 @@ def test_it_takes_the_place_of_the_weights_for_a_while():
     weights = model.weight.clone()
     ema = EMA(model, 0.9)
     ema.average["weight"] += 1
-    with ema.in_place():
+    with ema.applied():
         torch.testing.assert_close(model.weight, weights + 1)
     torch.testing.assert_close(model.weight, weights)
     torch.testing.assert_close(ema.average["weight"], weights + 1)

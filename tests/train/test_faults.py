@@ -1,4 +1,4 @@
-"""What can happen to a run of weeks, to runs of seconds: kills, preemption, lost processes, damaged files, full disks."""
+"""Faults of a run of weeks, in runs of seconds: kills, preemption, lost processes, damaged files, full disks."""
 
 import itertools
 import os
@@ -33,7 +33,7 @@ KILLS = 10
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """20 steps of two processes under FSDP, with the checkpoint of every step."""
+    """The run folder of 20 steps of two processes under FSDP, with a checkpoint of every step."""
     config = write_run(tmp_path_factory.mktemp("whole") / "toys", **OPTIONS, save_every_minutes=1e-9, keep_last=0)
     run_ranks(config)
     return config.parent / "out"
@@ -50,9 +50,9 @@ def test_killed_again_and_again(tmp_path):
         ranks = start_ranks(killed, "--save_every_minutes", 1e-9)
         wait_for_step(killed, newest_step(killed.parent / "out") + 1, ranks)
         if kill_number % 2:
-            wait_for_a_save(killed, ranks)  # to end amid it
+            wait_for_a_save(killed, ranks)  # so that it is killed during the save
         else:
-            time.sleep(0.15 * kill_number / KILLS)  # of the time from one step to the next, other parts each time
+            time.sleep(0.15 * kill_number / KILLS)  # another part of a step each time
         kill(ranks)
         within_a_save += any((killed.parent / "out" / "checkpoints").glob(".tmp-*"))
     assert within_a_save and newest_step(killed.parent / "out") < 60
@@ -67,7 +67,7 @@ def test_preemption_saves_and_exits_with_143(undisturbed, tmp_path):
     config = write_run(tmp_path / "toys", **OPTIONS)
     ranks = start_ranks(config, "--save_every_minutes", 1e-9)
     wait_for_step(config, 3, ranks)
-    os.kill(ranks[1].pid, signal.SIGTERM)  # one hears of it, all stop
+    os.kill(ranks[1].pid, signal.SIGTERM)  # one process receives it, and all stop
     assert wait_for(ranks) == [128 + signal.SIGTERM] * 2
     run_ranks(config)
     assert losses(config.parent / "out") == losses(undisturbed)
@@ -103,7 +103,7 @@ def test_torchrun_starts_a_run_again_by_itself(undisturbed, tmp_path):
 
 
 def _rank_of(launcher: int, rank: int) -> int:
-    """The process that torchrun has given this rank."""
+    """Return the id of the process that torchrun has given this rank."""
     for child in map(int, Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()):
         if f"RANK={rank}" in Path(f"/proc/{child}/environ").read_text().split("\0"):
             return child
@@ -123,13 +123,13 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(undisturbed, t
     (config.parent / "out" / "log.txt").unlink()
     run_ranks(config)
     log = (config.parent / "out" / "log.txt").read_text()
-    assert re.search(f"step-00000020 is damaged: {shard.name} .*; passed over", log)
+    assert re.search(f"step-00000020 is damaged: {shard.name} .*; trying the checkpoint before it", log)
     assert "resumed from" in log and "step-00000019" in log
     assert losses(config.parent / "out") == losses(undisturbed)
 
 
 @pytest.mark.dist
-def test_without_an_intact_checkpoint_nothing_begins_anew(undisturbed, tmp_path):
+def test_without_an_intact_checkpoint_no_new_run_starts(undisturbed, tmp_path):
     config = write_run(tmp_path / "toys", **OPTIONS)
     for step in (19, 20):
         name = f"checkpoints/step-{step:08d}"
@@ -173,8 +173,8 @@ def _from_step_5(undisturbed, tmp_path, **options) -> Path:
 def test_a_checkpoint_fits_every_strategy_and_number_of_processes(undisturbed, tmp_path, strategy, processes, options):
     config = _from_step_5(undisturbed, tmp_path, **options)
     run_ranks(config, strategy=strategy, processes=processes)
-    found = losses(config.parent / "out")
-    assert list(found) == list(range(1, 21)) and found == pytest.approx(losses(undisturbed), rel=1e-5)
+    actual = losses(config.parent / "out")
+    assert list(actual) == list(range(1, 21)) and actual == pytest.approx(losses(undisturbed), rel=1e-5)
     assert "data begin anew" not in (config.parent / "out" / "log.txt").read_text()
     back = write_run(tmp_path / "back", **OPTIONS)
     checkpoints = config.parent / "out" / "checkpoints"
@@ -190,8 +190,8 @@ def test_another_layout_says_what_of_the_data_is_kept(undisturbed, tmp_path):
     log = (config.parent / "out" / "log.txt").read_text()
     assert "made with {'num_streams': 2, 'batch_size': 4}" in log
     assert "this epoch's data begin anew: some of its samples come twice, and others not at all" in log
-    found = losses(config.parent / "out")
-    assert list(found) == list(range(1, 21)) and dict(itertools.islice(found.items(), 5)) == {
+    actual = losses(config.parent / "out")
+    assert list(actual) == list(range(1, 21)) and dict(itertools.islice(actual.items(), 5)) == {
         step: loss for step, loss in losses(undisturbed).items() if step <= 5
     }
     assert all("grad_norm" in line for line in log_lines(config.parent / "out"))

@@ -1,4 +1,4 @@
-"""What each process holds of a sharded model."""
+"""The shards of a model that each process holds."""
 
 import os
 
@@ -24,7 +24,7 @@ def _check_shards(rank: int, meeting_point: str) -> None:
     torch.manual_seed(3)
     expected.to_empty(device="cpu").init_weights()
     torch.manual_seed(3)
-    strategy.place(model, [*model.encoder_embeddings.text.children(), *model.encoder, *model.decoder])
+    strategy.materialise(model, [*model.encoder_embeddings.text.children(), *model.encoder, *model.decoder])
     parameters, wanted = dict(model.named_parameters()), dict(expected.named_parameters())
     assert parameters.keys() == wanted.keys(), "ties are kept"
     for name, parameter in parameters.items():

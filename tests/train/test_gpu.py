@@ -17,7 +17,7 @@ from fourm.train.parallel import DDP
 from fourm.train.run import main
 from fourm.train.tasks.pretrain import Pretrain
 from tests.models.toy_models import SWIGLU, toy_batch, toy_model
-from tests.train.toy_run import kill, log_lines, losses, run_here, start_ranks, wait_for_step, write_run
+from tests.train.toy_run import kill, log_lines, losses, run_in_process, start_ranks, wait_for_step, write_run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -28,21 +28,21 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 ], ids=" ".join)  # fmt: skip
 def test_a_run_trains_evaluates_and_saves(tmp_path, options):
     config = write_run(tmp_path / "toys")
-    run_here(config, "--device", "cuda", *options)
+    run_in_process(config, "--device", "cuda", *options)
     assert all(map(math.isfinite, losses(tmp_path / "toys" / "out").values()))
     assert any("eval" in line for line in log_lines(tmp_path / "toys" / "out"))
 
 
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_not_stopped(tmp_path):
     whole, halves = write_run(tmp_path / "whole"), write_run(tmp_path / "halves")
-    run_here(whole, "--device", "cuda")
+    run_in_process(whole, "--device", "cuda")
     ranks = start_ranks(halves, "--device", "cuda", strategy=DDP, processes=1)
     wait_for_step(halves, 12, ranks)
     kill(ranks)
-    run_here(halves, "--device", "cuda")
-    found, expected = losses(tmp_path / "halves" / "out"), losses(tmp_path / "whole" / "out")
-    assert found.keys() == expected.keys()
-    assert all(math.isclose(found[step], expected[step], rel_tol=1e-4) for step in expected)
+    run_in_process(halves, "--device", "cuda")
+    actual, expected = losses(tmp_path / "halves" / "out"), losses(tmp_path / "whole" / "out")
+    assert actual.keys() == expected.keys()
+    assert all(math.isclose(actual[step], expected[step], rel_tol=1e-4) for step in expected)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16, torch.float16], ids=str)
@@ -88,7 +88,7 @@ class OneProcess(FSDP):
 
 def test_sharded_training_has_the_losses_of_a_plain_run(tmp_path):
     plain, sharded = write_run(tmp_path / "plain"), write_run(tmp_path / "sharded")
-    run_here(plain, "--device", "cuda")
+    run_in_process(plain, "--device", "cuda")
     assert main(Pretrain, OneProcess, ["--config", str(sharded), "--device", "cuda"]) == 0
-    found, expected = losses(tmp_path / "sharded" / "out"), losses(tmp_path / "plain" / "out")
-    assert all(math.isclose(found[step], expected[step], rel_tol=1e-3) for step in expected)
+    actual, expected = losses(tmp_path / "sharded" / "out"), losses(tmp_path / "plain" / "out")
+    assert all(math.isclose(actual[step], expected[step], rel_tol=1e-3) for step in expected)

@@ -1,4 +1,4 @@
-"""A step asks nothing of the device: what its work depends on is decided on the host before (token_selection)."""
+"""A step never waits for the device: the host decides beforehand which tokens are used (token_selection)."""
 
 import sys
 
@@ -27,30 +27,30 @@ def within(name: str) -> bool:
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations whose result, or its shape, a GPU would be waited for; the selection of tokens runs on the host."""
+    """Collects the operations that would wait for a GPU, except those of the selection of tokens, which run on the host."""
 
     def __init__(self):
         super().__init__()
-        self.found: list[str] = []
+        self.names: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.overloadpacket.__name__
         by_mask = name in BY_MASK and any(t is not None and t.dtype == torch.bool for t in args[1])
         if (name in WAITS or by_mask) and not within("select_tokens"):
-            self.found.append(name)
+            self.names.append(name)
         return func(*args, **(kwargs or {}))
 
 
 class Masks(TorchFunctionMode):
-    """Collects the masks that attention is given."""
+    """Collects the attention masks."""
 
     def __init__(self):
         super().__init__()
-        self.found: list[Tensor] = []
+        self.masks: list[Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         if func is torch.nn.functional.scaled_dot_product_attention:
-            self.found.append(kwargs["attn_mask"])
+            self.masks.append(kwargs["attn_mask"])
         return func(*args, **(kwargs or {}))
 
 
@@ -72,11 +72,11 @@ def test_nothing_of_a_step_waits_for_the_device(trainer_and_batches, loss_type):
     object.__setattr__(trainer.config, "loss_type", loss_type)
     with Waits() as waits:
         trainer.train_step(batches)
-    assert waits.found == []
-    with Waits() as waits:  # it does see what it is to see
+    assert waits.names == []
+    with Waits() as waits:  # it does notice operations that wait
         mask = torch.tensor([True, False])
         assert (mask.float()[mask].sum() > 0).item()
-    assert waits.found == ["index", "_local_scalar_dense"]
+    assert waits.names == ["index", "_local_scalar_dense"]
 
 
 def test_masks_are_made_once_a_step_and_never_for_each_head(trainer_and_batches):
@@ -84,9 +84,9 @@ def test_masks_are_made_once_a_step_and_never_for_each_head(trainer_and_batches)
     with Masks() as masks:
         trainer.train_step(batches[:1])
     # 2 encoder blocks, 3 decoder blocks of self- and cross-attention
-    assert [tuple(mask.shape) for mask in masks.found] == [(4, 1, 1, 16)] * 2 + [(4, 1, 12, 12), (4, 1, 1, 16)] * 3
-    assert all(mask.is_floating_point() for mask in masks.found), "a bool mask is converted in every block"
-    assert len({mask.data_ptr() for mask in masks.found[2:]}) == 2, "all decoder blocks share theirs"
+    assert [tuple(mask.shape) for mask in masks.masks] == [(4, 1, 1, 16)] * 2 + [(4, 1, 12, 12), (4, 1, 1, 16)] * 3
+    assert all(mask.is_floating_point() for mask in masks.masks), "a bool mask is converted in every block"
+    assert len({mask.data_ptr() for mask in masks.masks[2:]}) == 2, "all decoder blocks share theirs"
 
 
 def test_logits_are_computed_for_targets_only(trainer_and_batches):

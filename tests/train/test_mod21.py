@@ -9,7 +9,7 @@ import yaml
 
 from fourm.data.modality_info import MODALITY_INFO
 from tests.data.dataset_files import crop_settings, jpeg, npy, write_tar
-from tests.train.toy_run import log_lines, run_here
+from tests.train.toy_run import log_lines, run_in_process
 
 DATA = "cfgs/default/4m/data/cc12m+coyo+c4/main/mix_mod21_all2allmix_rgb2all_capT5bias_C4.yaml"
 MAIN = "cfgs/default/4m/models/main/4m-b_mod21_500b.yaml"
@@ -107,12 +107,12 @@ def test_the_published_configuration_runs(tmp_path):
         "--num_target_tokens",
         "64",
     ]
-    output = run_here(tmp_path / "main.yaml", "--dry_run", *small)
+    output = run_in_process(tmp_path / "main.yaml", "--dry_run", *small)
     assert "dry run: one step" in output and "data set c4" in output
     short = (
         "--total_tokens -1 --epochs 1 --epoch_size 200 --warmup_tokens -1 --log_interval 1 --fixed_eval_batch_size 4"
     )
-    run_here(tmp_path / "main.yaml", *small, *short.split())
+    run_in_process(tmp_path / "main.yaml", *small, *short.split())
     lines = log_lines(tmp_path / "out")
     (evaluation,) = [line["eval"]["cc12m"] for line in lines if "eval" in line]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 51)] and set(evaluation) == {

@@ -1,4 +1,4 @@
-"""Two machines, played by two torchrun agents on one."""
+"""Two nodes, simulated by two torchrun agents on one machine."""
 
 import os
 import socket
@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from tests.train.toy_run import ROOT, log_lines, run_here, write_run
+from tests.train.toy_run import ROOT, log_lines, run_in_process, write_run
 
 OPTIONS = {
     "epoch_size": 80, "epochs": 1, "warmup_epochs": 0, "eval_freq": 0, "batch_size": 2,
@@ -25,7 +25,7 @@ def _free_port() -> int:
 @pytest.mark.dist
 def test_two_nodes_of_two_processes_train_as_one_process(tmp_path):
     alone = write_run(tmp_path / "alone", **OPTIONS | {"accum_iter": 4, "num_workers": 4})
-    run_here(alone)
+    run_in_process(alone)
     config = write_run(tmp_path / "nodes", **OPTIONS)
     agent = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fourm.train.config import parse_args
-from fourm.train.nonfinite import LostSteps, without_not_finite
+from fourm.train.nonfinite import NonFiniteStreak, replace_non_finite
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import UserError
-from tests.train.toy_run import losses, run_here, write_run
+from tests.train.toy_run import losses, run_in_process, write_run
 
 OPTIONS = {"num_workers": 0, "warmup_epochs": 0, "eval_freq": 0, "epoch_size": 16, "save_ckpt_freq": 1}
 
@@ -21,7 +21,7 @@ OPTIONS = {"num_workers": 0, "warmup_epochs": 0, "eval_freq": 0, "epoch_size": 1
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     config = write_run(tmp_path_factory.mktemp("finite") / "toys", **OPTIONS)
-    run_here(config)
+    run_in_process(config)
     return config
 
 
@@ -45,26 +45,26 @@ def test_a_step_with_a_loss_that_is_not_finite_changes_nothing_and_is_counted(tm
     trainer.train_step([next(batches)])
     line = trainer.interval.means(run.parallel)
     assert line.skipped_steps == 1 and line.loss > 0 and all(0 < share < 1 for share in line.not_finite.values())
-    assert trainer.lost.read() is None
+    assert trainer.non_finite_streak.read() is None
 
 
 def test_too_many_steps_in_a_row_are_remembered_with_their_modalities():
-    lost = LostSteps(["caption", "det"], 2, torch.device("cpu"))
+    streak = NonFiniteStreak(["caption", "det"], 2, torch.device("cpu"))
     caption, nothing = torch.tensor([1.0, 0.0]), torch.zeros(2)
     for step, bad, where in [(1, 1, caption), (2, 0, nothing), (3, 1, nothing)]:
-        lost.add(step, torch.tensor(float(bad)), where)
-        assert lost.read() is None
-    lost.add(4, torch.tensor(1.0), caption)
-    assert lost.read() == (3, 4, ["caption"])
-    lost.add(5, torch.tensor(0.0), nothing)
-    assert lost.read() == (3, 4, ["caption"])
+        streak.add(step, torch.tensor(float(bad)), where)
+        assert streak.read() is None
+    streak.add(4, torch.tensor(1.0), caption)
+    assert streak.read() == (3, 4, ["caption"])
+    streak.add(5, torch.tensor(0.0), nothing)
+    assert streak.read() == (3, 4, ["caption"])
 
 
 def test_a_run_that_diverges_ends_and_keeps_its_checkpoints(finished, tmp_path):
     out = _copy(finished, tmp_path)
     before = sorted(path.name for path in (out / "checkpoints").iterdir())
     with pytest.raises(UserError, match=r"in steps \d+ to \d+ \(3 in a row.*last good checkpoint is .*step-00000008"):
-        run_here(finished, "--output_dir", out, "--epochs", 9, "--blr", "1e30", "--clip_grad", "1e30", "--max_skipped_steps", 3,
+        run_in_process(finished, "--output_dir", out, "--epochs", 9, "--blr", "1e30", "--clip_grad", "1e30", "--max_skipped_steps", 3,
                  "--allow_changes", "--save_ckpt_freq", 0)  # fmt: skip
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
     for line in (out / "log.jsonl").read_text().splitlines():
@@ -90,12 +90,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_taken(finished, tmp_p
     weights[name].view(-1)[0] = float("nan")
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(UserError, match=f"{name} holds values that are not finite"):
-        run_here(finished, "--output_dir", tmp_path / "new", "--finetune", tmp_path / "nan.safetensors")
+        run_in_process(finished, "--output_dir", tmp_path / "new", "--finetune", tmp_path / "nan.safetensors")
 
 
 def test_a_number_that_is_not_finite_is_null_in_json():
     line = {"step": 1, "losses": {"a": float("nan"), "b": 1.0}, "loss": float("-inf")}
-    assert without_not_finite(line) == (
+    assert replace_non_finite(line) == (
         {"step": 1, "losses": {"a": None, "b": 1.0}, "loss": None},
         ["losses/a", "loss"],
     )
@@ -107,7 +107,7 @@ def test_damaged_lines_of_the_log_are_kept_aside(finished, tmp_path):
     (out / "log.jsonl").write_bytes(
         b"\n".join([*lines[:2], b"\xff\x00", b'{"loss": 1}', b"[]", lines[1], *lines[2:], b'{"st'])
     )
-    output = run_here(finished, "--output_dir", out, "--epochs", 3)
+    output = run_in_process(finished, "--output_dir", out, "--epochs", 3)
     assert output.count("5 lines are damaged") == 1 and list(losses(out)) == list(range(1, 13))
     assert len((out / "log.jsonl.damaged").read_bytes().splitlines()) == 5
 
@@ -116,12 +116,12 @@ def test_another_configuration_needs_a_switch(finished, tmp_path):
     out = _copy(finished, tmp_path)
     changes = ["--output_dir", out, "--epochs", 3, "--seed", 7, "--opt", "sgd"]
     with pytest.raises(UserError, match="seed 0 → 7; opt adamw → sgd.*--allow_changes"):
-        run_here(finished, *changes)
-    assert "finished" in run_here(finished, *changes, "--allow_changes")
+        run_in_process(finished, *changes)
+    assert "finished" in run_in_process(finished, *changes, "--allow_changes")
     data = tmp_path / "data.yaml"
     data.write_text((finished.parent / "data.yaml").read_text().replace("input_alphas: 0.5", "input_alphas: 0.1"))
     with pytest.raises(UserError, match="data set toys: .*alphas"):
-        run_here(finished, "--output_dir", out, "--epochs", 3, "--data_config", data, "--seed", 7, "--opt", "sgd")
+        run_in_process(finished, "--output_dir", out, "--epochs", 3, "--data_config", data, "--seed", 7, "--opt", "sgd")
 
 
 def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(finished, tmp_path):
@@ -134,7 +134,7 @@ def test_a_checkpoint_of_an_earlier_version_is_gone_on_with(finished, tmp_path):
     (checkpoint / "state.json").write_text(json.dumps(state))
     sums = json.loads((checkpoint / CHECKSUMS).read_text()) | {"state.json": checksum(checkpoint / "state.json")}
     (checkpoint / CHECKSUMS).write_text(json.dumps(sums))
-    assert "finished" in run_here(finished, "--output_dir", out, "--epochs", 3)
+    assert "finished" in run_in_process(finished, "--output_dir", out, "--epochs", 3)
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(finished, tmp_path):
@@ -144,9 +144,9 @@ def test_a_finished_run_without_checkpoints_is_not_begun_anew(finished, tmp_path
         with pytest.raises(
             UserError, match=f"holds {left} of an earlier run whose checkpoints were removed.*output_dir"
         ):
-            run_here(finished, "--output_dir", out)
+            run_in_process(finished, "--output_dir", out)
         if left == "the model":
-            assert "eval toys" in run_here(
+            assert "eval toys" in run_in_process(
                 finished, "--output_dir", out, "--eval", "--batch_size", 3, "--epoch_size", 1
             )
             (out / "model.safetensors").unlink()

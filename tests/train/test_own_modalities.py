@@ -1,4 +1,4 @@
-"""Modalities of one's own: what docs/modalities.md says is done as it says, from files to a model, and on to another one."""
+"""Modalities of one's own work as docs/modalities.md says, from files to a model and to a second one."""
 
 import json
 import logging
@@ -23,7 +23,7 @@ from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
 from fourm.utils.plugin import load_plugin
 from tests.data.dataset_files import npy, write_tar
-from tests.train.toy_run import ROOT, log_lines, run_here, write_run
+from tests.train.toy_run import ROOT, log_lines, run_in_process, write_run
 
 PAGE = (ROOT / "docs" / "modalities.md").read_text()
 CODE = {code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", PAGE, re.M | re.S)}
@@ -56,7 +56,7 @@ def test_the_page_declares_modalities_that_train_and_come_back(tmp_path, monkeyp
     (tmp_path / "my_data.yaml").write_text(CODE["my_data.yaml"])
     config = main_config(tmp_path, epoch_size=160, epochs=1, blr=0.3, warmup_epochs=0, eval_freq=0)
     monkeypatch.chdir(tmp_path)
-    run_here(config)
+    run_in_process(config)
     lines = [line for line in log_lines(tmp_path / "out") if "loss" in line]
     assert set().union(*(line["losses"] for line in lines)) == {"audio", "temperature"}
     model = FM.from_pretrained("out")
@@ -107,10 +107,10 @@ from fourm.generation.plotting import as_image
 decoded = decode({"wind": pixels}, model.modality_info)[0]["wind"]
 print(type(model.encoder_embeddings["wind"]).__name__, decoded.kind, as_image(decoded).shape)
 """
-    for code, found in ((script, ["WindEmbedding wind (32, 32, 3)"]), (script.replace("load_plugin(", "str("), [])):
+    for code, expected in ((script, ["WindEmbedding wind (32, 32, 3)"]), (script.replace("load_plugin(", "str("), [])):
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=_path(), capture_output=True, text=True)
-        assert done.stdout.splitlines()[1:] == found
-        assert found or "no encoder embedding 'WindEmbedding'" in done.stderr and "'plugin' must name" in done.stderr
+        assert done.stdout.splitlines()[1:] == expected
+        assert expected or "no encoder embedding 'WindEmbedding'" in done.stderr and "'plugin' must name" in done.stderr
 
 
 def _path():

@@ -1,4 +1,4 @@
-"""Modalities and transforms that a program adds to the tables, as forks do, from the data to a model that is loaded again."""
+"""Modalities and transforms that a program adds to the tables, as forks do, from the data to the loaded model."""
 
 import functools
 
@@ -13,7 +13,7 @@ from fourm.models.decoder_embeddings import ImageTokenDecoderEmbedding, Sequence
 from fourm.models.encoder_embeddings import ImageTokenEncoderEmbedding, SequenceEncoderEmbedding
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import npy, write_tar
-from tests.train.toy_run import run_here, write_run
+from tests.train.toy_run import run_in_process, write_run
 
 SEQUENCE = {"vocab_size": 40, "max_length": 6, "padding_idx": 0}
 GRID = {"type": "img", "vocab_size": 16, "input_size": 32, "patch_size": 16, "min_tokens": 0, "max_tokens": None, "id": 7,
@@ -62,7 +62,7 @@ def test_dicts_and_transforms_in_the_tables_train_and_come_back(tmp_path, monkey
         for name, entry in ENTRIES.items():
             added.setitem(MODALITY_INFO, name, entry)
         added.setitem(MODALITY_TRANSFORMS, "words", WordsTransform())
-        run_here(config)
+        run_in_process(config)
         inside = FM.from_pretrained(main["output_dir"])
     outside = FM.from_pretrained(main["output_dir"])  # without the program that added them
     for model in (inside, outside):

@@ -12,7 +12,7 @@ from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import UserError
 from tests.models.toy_models import toy_model
-from tests.train.toy_run import ROOT, run_here, write_run
+from tests.train.toy_run import ROOT, run_in_process, write_run
 
 PUBLISHED = sorted((ROOT / "cfgs/default/4m/models").rglob("*.yaml"))
 TRUNK = {"4m-b": 198e6, "4m-l": 705e6, "4m-xl": 2.8e9}  # parameters, as published
@@ -44,15 +44,15 @@ def test_states_take_what_they_take_in_a_run(tmp_path):
     config = parse_args(PretrainConfig, ["--config", str(path), "--plan_world_size", "1"])
     plan, _ = planned(path, plan_world_size=1)
     run = Run(Pretrain(config), DDP(config))
-    found = {}
+    actual = {}
     parameters = list(run.trainer.model.parameters())
     optimizer = run.trainer.optimizer
-    optimizer.register_step_pre_hook(lambda *_: found.update(gradients=sum(p.grad.nbytes for p in parameters)))
+    optimizer.register_step_pre_hook(lambda *_: actual.update(gradients=sum(p.grad.nbytes for p in parameters)))
     run.trainer.train_step([next(run._batches())])
-    found["parameters"] = sum(p.nbytes for p in parameters)
-    found["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
+    actual["parameters"] = sum(p.nbytes for p in parameters)
+    actual["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     expected = plan.memory["DDP"]
-    assert found == {part: expected[part] for part in found}
+    assert actual == {part: expected[part] for part in actual}
     assert plan.steps == run.total_steps and plan.samples == 4
 
 
@@ -60,8 +60,8 @@ def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(tmp_p
     config = write_run(tmp_path / "toys", num_workers=0)
     large = ["--model_kwargs", "{dim: 32768, num_heads: 64, encoder_depth: 60, decoder_depth: 1}"]
     with pytest.raises(UserError, match="'model' .* with its 'model_kwargs': about .* parameters take .* GB, but this"):
-        run_here(config, *large)
-    assert "fits 80 GB" in run_here(config, *large, "--plan")
+        run_in_process(config, *large)
+    assert "fits 80 GB" in run_in_process(config, *large, "--plan")
 
 
 def test_shards_shrink_with_the_number_of_gpus(monkeypatch):
@@ -79,13 +79,13 @@ def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
     config = write_run(tmp_path / "toys")
     for path in (tmp_path / "toys" / "train").rglob("*.tar"):
         path.unlink()
-    output = run_here(config, "--plan", "--plan_gpu", "A100", "--plan_world_size", "4", "--dtype", "bf16")
+    output = run_in_process(config, "--plan", "--plan_gpu", "A100", "--plan_world_size", "4", "--dtype", "bf16")
     for fact in ("on 4 x A100, bf16", "16 samples (4 x batch_size 4 x accum_iter 1)", "6 steps", "days at 40%",
                  "FSDP, ZeRO-3", "fits 80 GB"):  # fmt: skip
         assert fact in output, output
     assert not (tmp_path / "toys" / "out").exists()
     with pytest.raises(UserError, match="'plan_gpu': unknown 'H10'.*H100"):
-        run_here(config, "--plan", "--plan_gpu", "H10")
+        run_in_process(config, "--plan", "--plan_gpu", "H10")
     with pytest.raises(UserError, match="plan_mfu"):
         parse_args(PretrainConfig, ["--config", str(config), "--plan_mfu", "40"])
 

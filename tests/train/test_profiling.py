@@ -1,4 +1,4 @@
-"""What a run tells about its speed: times per phase, memory, FLOPs, and a trace."""
+"""The reports of a run on its speed: times per phase, memory, FLOPs, and a trace."""
 
 import json
 
@@ -11,7 +11,7 @@ from fourm.train.device import GPUS, peak_tflops
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
-from tests.train.toy_run import log_lines, run_here, write_run
+from tests.train.toy_run import log_lines, run_in_process, write_run
 
 PHASES = ("data_wait", "select_and_copy", "forward", "backward", "optimizer")
 
@@ -21,7 +21,7 @@ def measured(tmp_path_factory):
     """The lines of a run's log, its output and its folder."""
     folder = tmp_path_factory.mktemp("measured") / "toys"
     config = write_run(folder, accum_iter=2, log_interval=2, keep_last=1)
-    output = run_here(config, "--profile", "--peak_tflops", "0.5")
+    output = run_in_process(config, "--profile", "--peak_tflops", "0.5")
     return [line for line in log_lines(folder / "out") if "loss" in line], output, folder / "out"
 
 
@@ -71,7 +71,7 @@ def test_the_profile_is_a_chrome_trace_with_our_phases(measured):
     events = json.loads((out / "profile" / "trace.json").read_text())["traceEvents"]
     names = [event.get("name") for event in events if event.get("cat") == "user_annotation"]
     for phase in PHASES:
-        count = names.count(phase)  # data are waited for as often as it takes
+        count = names.count(phase)  # waiting for a batch may take several attempts
         assert count >= 3 if phase == "data_wait" else count == (3 if phase == "optimizer" else 6), phase
     assert any(event.get("name") == "aten::scaled_dot_product_attention" for event in events)
     assert "profile of 3 steps" in output

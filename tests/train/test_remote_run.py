@@ -1,4 +1,4 @@
-"""A run whose shards are in an S3 store, whose checkpoints go there, and which another machine continues from there."""
+"""A run that reads its shards from an S3 store, copies its checkpoints there, and continues on another machine."""
 
 import re
 import shutil
@@ -16,7 +16,17 @@ from fourm.utils.errors import UserError
 from fourm.utils.model_store import copy_checkpoint
 from fourm.utils.s3 import S3Store
 from tests.data.object_store import BUCKET, ObjectStore, client, faulty
-from tests.train.toy_run import kill, log_lines, losses, newest_step, run, run_here, run_ranks, start_ranks, write_run
+from tests.train.toy_run import (
+    kill,
+    log_lines,
+    losses,
+    newest_step,
+    run,
+    run_in_process,
+    run_ranks,
+    start_ranks,
+    write_run,
+)
 
 KEYS = {"AWS_ACCESS_KEY_ID": "toy-key", "AWS_SECRET_ACCESS_KEY": "toy-secret"}
 RUNS = f"s3://{BUCKET}/runs"
@@ -32,7 +42,7 @@ def environment(monkeypatch, tmp_path):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """20 steps of two processes under FSDP; evaluated after 10 and 20."""
+    """The run folder of 20 steps of two processes under FSDP, with evaluations after 10 and 20."""
     config = write_run(tmp_path_factory.mktemp("whole") / "toys", **OPTIONS)
     run_ranks(config)
     return config.parent / "out"
@@ -49,7 +59,7 @@ def store(undisturbed):
 
 
 def facts(folder) -> list[dict]:
-    """The log without the times."""
+    """Return the lines of the log without the times."""
     kept = ("step", "epoch", "loss", "losses", "grad_norm", "lr", "targets", "skipped_steps", "bad_samples", "eval")
     return [{key: line[key] for key in kept if key in line} for line in log_lines(folder)]
 
@@ -75,7 +85,7 @@ def complete(store, run_name: str) -> list[str]:
 @pytest.mark.slow
 def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(store, tmp_path):
     config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0)
-    run_here(config)
+    run_in_process(config)
     data = tmp_path / "toys" / "data.yaml"
     content = yaml.safe_load(data.read_text())
     toys = content["train"]["datasets"]["toys"]
@@ -83,7 +93,7 @@ def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(sto
     data.write_text(yaml.safe_dump(content))
     again = tmp_path / "again"
     remote = ["--output_dir", again, "--run_name", "name", "--s3_endpoint", store.endpoint, "--s3_save_dir", RUNS + "/"]
-    run_here(config, *remote, "--data_cache_dir", tmp_path / "cache")
+    run_in_process(config, *remote, "--data_cache_dir", tmp_path / "cache")
     assert losses(again) == losses(tmp_path / "toys" / "out")
     expected = ["config.yaml", "config.json", "model.safetensors", "log.jsonl"]
     expected += [path.relative_to(again).as_posix() for path in again.glob("checkpoints/step-*/*")]
@@ -91,13 +101,38 @@ def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(sto
     full = lambda method, path, _: "403 AccessDenied" if method == "PUT" and "checkpoints" in path else None  # noqa: E731
     with faulty(store, full) as proxy:
         remote[1], remote[3], remote[5] = tmp_path / "third", "third", proxy.endpoint
-        output = run_here(config, *remote)
+        output = run_in_process(config, *remote)
     assert "the copy of step-00000012 in the store, or the removal of old ones, is not complete" in output
     assert losses(tmp_path / "third") == losses(again) and not complete(store, "third")
 
 
+def test_a_slow_store_holds_up_no_checkpoint_and_none_is_removed_while_it_is_copied(store, tmp_path):
+    config = write_run(
+        tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=0, save_every_minutes=1e-9, keep_last=1,
+        run_name="slow", s3_save_dir=RUNS,
+    )  # fmt: skip
+    out = config.parent / "out"
+    first = out / "checkpoints" / "step-00000001"
+    waits = []
+
+    def wait_for_later_checkpoints(method, path, _):
+        if method == "PUT" and first.name in path and not waits:
+            files = sorted(path.name for path in first.iterdir())
+            deadline = time.monotonic() + 30
+            while newest_step(out) < 4 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            waits.append((newest_step(out) >= 4, sorted(path.name for path in first.iterdir()) == files))
+
+    with faulty(store, wait_for_later_checkpoints) as proxy:
+        run_in_process(config, "--s3_endpoint", proxy.endpoint)
+        assert waits and all(wait == (True, True) for wait in waits)
+        assert any(method == "PUT" and first.name in path for method, path in proxy.counts), "the first one is copied"
+    assert complete(store, "slow") == ["step-00000012"]
+    assert not first.exists(), "it is removed once it has been copied"
+
+
 @pytest.mark.dist
-def test_another_machine_goes_on_where_the_first_was_lost(undisturbed, store, tmp_path):
+def test_another_machine_continues_where_the_first_was_lost(undisturbed, store, tmp_path):
     options = OPTIONS | {"run_name": "lost", "s3_save_dir": RUNS, "s3_endpoint": store.endpoint}
     config = write_run(tmp_path / "toys", **options)
     out = config.parent / "out"
@@ -122,9 +157,9 @@ def test_another_machine_goes_on_where_the_first_was_lost(undisturbed, store, tm
     bucket, last = S3Store(store.endpoint), "checkpoints/step-00000020"
     bucket.remove(f"{RUNS}/lost/{last}/checksums.json")
     run_ranks(config, **KEYS)
-    assert (out / "log.txt").read_text().count("fetched ") == 1, "what is here is newer"
+    assert (out / "log.txt").read_text().count("fetched ") == 1, "the local checkpoint is newer"
     assert complete(store, "lost")[-1] == "step-00000020", "a copy that was cut off is made again"
-    (out / last).rename(out / "gone")  # an older one is here
+    (out / last).rename(out / "gone")  # the local one is older
     run_ranks(config, **KEYS)
     assert (out / "log.txt").read_text().count("fetched ") == 2
     assert_same_end(out, undisturbed)
@@ -133,28 +168,28 @@ def test_another_machine_goes_on_where_the_first_was_lost(undisturbed, store, tm
 
 
 @pytest.mark.dist
-def test_what_was_cut_off_or_is_damaged_is_not_taken(undisturbed, store, tmp_path):
-    here, there = undisturbed / "checkpoints", f"{RUNS}/cut"
-    copy_checkpoint(here / "step-00000010", there, S3Store(store.endpoint), keep_last=0)
-    S3Store(store.endpoint).upload(undisturbed / "log.jsonl", f"{there}/log.jsonl")
-    shutil.copytree(here / "step-00000010", tmp_path / "step-00000015")
+def test_a_checkpoint_that_is_incomplete_or_damaged_is_not_used(undisturbed, store, tmp_path):
+    checkpoints, copy_url = undisturbed / "checkpoints", f"{RUNS}/cut"
+    copy_checkpoint(checkpoints / "step-00000010", copy_url, S3Store(store.endpoint), keep_last=0)
+    S3Store(store.endpoint).upload(undisturbed / "log.jsonl", f"{copy_url}/log.jsonl")
+    shutil.copytree(checkpoints / "step-00000010", tmp_path / "step-00000015")
     next((tmp_path / "step-00000015").glob("shard-*")).write_bytes(b"")
-    copy_checkpoint(tmp_path / "step-00000015", there, S3Store(store.endpoint), keep_last=0)
+    copy_checkpoint(tmp_path / "step-00000015", copy_url, S3Store(store.endpoint), keep_last=0)
     cut = lambda method, path, _: "403 AccessDenied" if method == "PUT" and path.endswith("20/state.json") else None  # noqa: E731
     with faulty(store, cut) as proxy, pytest.raises(UserError, match="access denied"):
-        copy_checkpoint(here / "step-00000020", there, S3Store(proxy.endpoint), keep_last=0)
+        copy_checkpoint(checkpoints / "step-00000020", copy_url, S3Store(proxy.endpoint), keep_last=0)
     assert any(name.startswith("checkpoints/step-00000020/shard") for name in stored(store, "cut"))
     config = write_run(tmp_path / "toys", **OPTIONS, run_name="cut", s3_save_dir=RUNS, s3_endpoint=store.endpoint)
-    S3Store(store.endpoint).upload(config, f"{there}/config.yaml")
+    S3Store(store.endpoint).upload(config, f"{copy_url}/config.yaml")
     another = parse_args(PretrainConfig, ["--config", str(config), "--output_dir", str(tmp_path / "another")])
     with pytest.raises(
         UserError, match=f"runs/cut is the copy of the run in {config.parent}/out: choose another run_name"
     ):
-        RunCopy(another, keep_last=0).fetch([f"{there}/checkpoints/step-00000010"])
+        RunCopy(another, keep_last=0).fetch([f"{copy_url}/checkpoints/step-00000010"])
     assert not (tmp_path / "another").exists()
     run_ranks(config, **KEYS)
     log = (config.parent / "out" / "log.txt").read_text()
-    assert re.search(r"step-00000015/shard\S* has 0 bytes, not \d+; passed over", log)
+    assert re.search(r"step-00000015/shard\S* has 0 bytes, not \d+; trying the checkpoint before it", log)
     assert "resumed from" in log and "checkpoints/step-00000010" in log
     assert_same_end(config.parent / "out", undisturbed)
 
@@ -173,7 +208,7 @@ def test_resume_and_finetune_name_what_is_in_a_store(undisturbed, store, tmp_pat
     assert facts(config.parent / "out") == expected
     evaluated = {}
     for name, weights in (("local", undisturbed / "checkpoints" / "step-00000020"), ("remote", f"{RUNS}/whole")):
-        run_here(config, "--finetune", weights, "--eval", "--no_model_ema", "--output_dir", tmp_path / name)
+        run_in_process(config, "--finetune", weights, "--eval", "--no_model_ema", "--output_dir", tmp_path / name)
         evaluated[name] = [
             line["eval"] for line in map(yaml.safe_load, (tmp_path / name / "eval.jsonl").read_text().splitlines())
         ]
@@ -191,11 +226,11 @@ def test_resume_and_finetune_name_what_is_in_a_store(undisturbed, store, tmp_pat
         ),
     ],
 )
-def test_what_is_not_there_is_one_sentence(store, tmp_path, key, place, message):
+def test_a_missing_place_in_the_store_is_one_sentence(store, tmp_path, key, place, message):
     config = write_run(tmp_path / "toys", **OPTIONS, s3_endpoint=store.endpoint)
     with pytest.raises(UserError, match=message):
-        run_here(config, f"--{key}", place)
-    assert not list((tmp_path / "toys" / "out").glob("checkpoints/*")), "found out before the training"
+        run_in_process(config, f"--{key}", place)
+    assert not list((tmp_path / "toys" / "out").glob("checkpoints/*")), "the error comes before the training"
 
 
 def test_without_credentials_it_ends_with_one_sentence_and_status_2(store, tmp_path):

@@ -1,4 +1,4 @@
-"""An interrupted run and an uninterrupted one end alike, to the last bit."""
+"""An interrupted run ends with exactly the same weights and losses as an uninterrupted one."""
 
 import contextlib
 import json
@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file
 
 from fourm.utils.errors import UserError
-from tests.train.toy_run import log_lines, losses, run, run_here, start, write_run
+from tests.train.toy_run import log_lines, losses, run, run_in_process, start, write_run
 
 OPTIONS = {"accum_iter": 2, "epoch_size": 96, "num_workers": 2, "log_interval": 3, "save_every_minutes": 1e-9}
 
 
 def _interrupt(config: Path, at: int, number: int) -> str:
-    """Send a signal as soon as there is a checkpoint of step ``at``: a few steps later, in the middle of an epoch."""
+    """Send a signal as soon as there is a checkpoint of step ``at``, so that it arrives in the middle of an epoch."""
     process = start(config)
     out = config.parent / "out"
     deadline = time.monotonic() + 120
@@ -37,15 +37,15 @@ def _interrupt(config: Path, at: int, number: int) -> str:
 
 
 def _descendants(pid: int) -> list[int]:
-    """The process, its children, and theirs."""
+    """Return the ids of the process and all of its descendants."""
     parents = {}
     for status in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    found = [pid]
-    for parent in found:
-        found += [child for child, its_parent in parents.items() if its_parent == parent]
-    return found
+    pids = [pid]
+    for parent in pids:
+        pids += [child for child, its_parent in parents.items() if its_parent == parent]
+    return pids
 
 
 def _assert_same(one: Path, other: Path) -> None:
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, config.parent / "out")
     weights = next((config.parent / "out" / "checkpoints" / "step-00000024").glob("shard-*-00001-of-*"))
     weights.write_bytes(weights.read_bytes()[:-100])
-    output = run_here(config, "--save_every_minutes", "0")
+    output = run_in_process(config, "--save_every_minutes", "0")
     assert f"step-00000024 is damaged: {weights.name} has" in output and "step-00000012" in output
     _assert_same(config.parent / "out", uninterrupted)
 
@@ -101,27 +101,27 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
     shutil.copytree(uninterrupted, out)
     lines = [json.dumps(line) + "\n" for line in log_lines(out)]
     (out / "log.jsonl").write_text("".join(lines[:-1]) + lines[-1][:40])  # killed while it wrote
-    run_here(config, "--save_every_minutes", "0")
+    run_in_process(config, "--save_every_minutes", "0")
     _assert_same(out, uninterrupted)
 
 
 def test_resume_names_a_checkpoint(uninterrupted, tmp_path):
     config = write_run(tmp_path / "named", **OPTIONS)
-    run_here(config, "--resume", uninterrupted / "checkpoints" / "step-00000012", "--save_every_minutes", "0")
-    found, expected = losses(config.parent / "out"), losses(uninterrupted)
-    assert found == {step: loss for step, loss in expected.items() if step > 12}
-    assert "step-00000024" in run_here(config, "--resume", uninterrupted / "checkpoints" / "step-00000012")
+    run_in_process(config, "--resume", uninterrupted / "checkpoints" / "step-00000012", "--save_every_minutes", "0")
+    actual, expected = losses(config.parent / "out"), losses(uninterrupted)
+    assert actual == {step: loss for step, loss in expected.items() if step > 12}
+    assert "step-00000024" in run_in_process(config, "--resume", uninterrupted / "checkpoints" / "step-00000012")
     with pytest.raises(UserError, match="'resume': nowhere is no checkpoint"):
-        run_here(config, "--resume", "nowhere", "--output_dir", tmp_path / "other")
+        run_in_process(config, "--resume", "nowhere", "--output_dir", tmp_path / "other")
 
 
 def test_another_number_of_workers_goes_on_with_a_warning(uninterrupted, tmp_path):
     config = write_run(tmp_path / "workers", **OPTIONS | {"num_workers": 0})
     shutil.copytree(uninterrupted, config.parent / "out")
     shutil.rmtree(config.parent / "out" / "checkpoints" / "step-00000024")
-    output = run_here(config, "--save_every_minutes", "0")
+    output = run_in_process(config, "--save_every_minutes", "0")
     assert "made with {'num_streams': 2, 'batch_size': 4}, now" in output
-    assert "the epochs to come draw their samples in another order" in output
+    assert "the coming epochs draw their samples in another order" in output
     assert set(losses(config.parent / "out")) == set(losses(uninterrupted))
 
 
@@ -129,6 +129,6 @@ def test_another_global_batch_or_model_is_refused(uninterrupted, tmp_path):
     config = write_run(tmp_path / "other", **OPTIONS)
     shutil.copytree(uninterrupted, config.parent / "out")
     with pytest.raises(UserError, match="made with 8 samples per optimizer step, not 16"):
-        run_here(config, "--batch_size", "8")
+        run_in_process(config, "--batch_size", "8")
     with pytest.raises(UserError, match="does not fit this configuration"):
-        run_here(config, "--model_kwargs", "{dim: 16, encoder_depth: 1, decoder_depth: 1, num_heads: 2}")
+        run_in_process(config, "--model_kwargs", "{dim: 16, encoder_depth: 1, decoder_depth: 1, num_heads: 2}")

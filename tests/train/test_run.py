@@ -23,7 +23,7 @@ from fourm.train.config import load_config, parse_args
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.checkpoints import read_weights
 from fourm.utils.errors import UserError
-from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_here, start, write_run
+from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_in_process, start, write_run
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +81,7 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
     process = subprocess.Popen(command(config), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=writer)
     os.close(writer)
     shown = b""
-    with contextlib.suppress(OSError):  # what reading gives when the other end is closed
+    with contextlib.suppress(OSError):  # raised by reading when the other end is closed
         while part := os.read(reader, 10_000):
             shown += part
     assert process.wait(timeout=60) == 0
@@ -93,13 +93,13 @@ def test_a_terminal_gets_a_progress_bar(tmp_path):
 def test_a_finished_run_has_nothing_to_do(finished):
     config, out, _ = finished
     before = (out / "log.jsonl").read_text()
-    assert "resumed from" in run_here(config)
+    assert "resumed from" in run_in_process(config)
     assert (out / "log.jsonl").read_text() == before
 
 
 def test_eval_alone_repeats_the_last_evaluation(finished):
     config, out, _ = finished
-    run_here(config, "--eval", "--fixed_eval_batch_size", "3", "--num_workers", "0")
+    run_in_process(config, "--eval", "--fixed_eval_batch_size", "3", "--num_workers", "0")
     (again,) = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     last = [line for line in log_lines(out) if "eval" in line][-1]
     for kind in ("train", "fixed"):
@@ -110,7 +110,7 @@ def test_eval_alone_repeats_the_last_evaluation(finished):
 
 def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
     config = write_run(tmp_path / "toys", accum_iter=2)
-    output = run_here(config, "--dry_run")
+    output = run_in_process(config, "--dry_run")
     for fact in (
         "inputs caption, det, rgb@32, tok_rgb@32 of 16-16 tokens", "parameters of the trunk", "of the embeddings",
         "2 epochs of 6 steps = 12 steps of 8 samples", "lr up to 0.00313", "dry run: one step, loss",
@@ -127,7 +127,7 @@ def test_bad_input_is_one_line_and_status_2(tmp_path):
     content["train"]["datasets"]["toys"]["data_path"] = str(tmp_path / "[rgb]" / "shard-{0..3}.tar")
     (tmp_path / "toys" / "data.yaml").write_text(yaml.safe_dump(content))
     with pytest.raises(UserError, match="no folder for modality caption"):
-        run_here(config)
+        run_in_process(config)
 
 
 def test_a_token_beyond_its_vocabulary_names_file_and_value(tmp_path):
@@ -146,8 +146,8 @@ def test_weights_and_biases_offline(tmp_path):
     output = run(config, *options, WANDB_MODE="offline", WANDB_SILENT="true")
     out = tmp_path / "toys" / "out"
     assert list((out / "wandb").glob("offline-run-*/*.wandb"))
-    # Nobody finds the password afterwards, and the run goes on all the same.
-    output += run_here(config, "--s3_data_endpoint", url, "--epochs", 2)
+    # The password is written nowhere, and the run can still be resumed.
+    output += run_in_process(config, "--s3_data_endpoint", url, "--epochs", 2)
     with contextlib.redirect_stdout(io.StringIO()) as printed, pytest.raises(SystemExit):
         parse_args(PretrainConfig, ["--config", str(config), "--s3_data_endpoint", url, "--print_config"])
     assert "s3_data_endpoint: https://host:9000/\n" in printed.getvalue()
@@ -167,18 +167,18 @@ def test_finetune_starts_from_given_weights(finished, tmp_path, source):
     elif source == "pth":
         torch.save({"model": weights, "epoch": 3}, path)
     config = write_run(tmp_path / "toys")
-    output = run_here(config, "--finetune", path, "--eval", "--no_auto_resume", "--num_workers", "0")
+    output = run_in_process(config, "--finetune", path, "--eval", "--no_auto_resume", "--num_workers", "0")
     assert f"finetune: {len(weights)} of {len(weights)} tensors" in output
-    found = json.loads((tmp_path / "toys" / "out" / "eval.jsonl").read_text())["eval"]["toys"]
+    actual = json.loads((tmp_path / "toys" / "out" / "eval.jsonl").read_text())["eval"]["toys"]
     expected = [line for line in log_lines(out) if "eval" in line][-1]["eval"]["toys"]
-    assert found["fixed"]["loss"] == pytest.approx(expected["fixed"]["loss"], rel=1e-6)
+    assert actual["fixed"]["loss"] == pytest.approx(expected["fixed"]["loss"], rel=1e-6)
 
 
 def test_finetune_to_more_modalities_says_what_is_new(finished, tmp_path):
     _, out, _ = finished
     weights = {k: v for k, v in load_file(out / "model.safetensors").items() if ".det." not in k}
     save_file(weights | {"decoder_embeddings.depth.mod_emb": torch.zeros(1)}, tmp_path / "w.safetensors")
-    output = run_here(write_run(tmp_path / "toys"), "--finetune", tmp_path / "w.safetensors", "--dry_run")
+    output = run_in_process(write_run(tmp_path / "toys"), "--finetune", tmp_path / "w.safetensors", "--dry_run")
     assert "new in the model: decoder_embeddings.det, encoder_embeddings.det" in output
     assert "not in the model: decoder_embeddings.depth" in output
 
@@ -188,12 +188,12 @@ def test_the_frozen_phase_trains_only_embeddings(tmp_path):
         tmp_path / "toys", frozen_model_epochs=1, frozen_embedding_domain="tok_rgb@32", warmup_epochs=0, weight_decay=0.0,
         save_ckpt_freq=1, keep_last=0,
     )  # fmt: skip
-    run_here(config)
+    run_in_process(config)
     saved = sorted((tmp_path / "toys" / "out" / "checkpoints").iterdir())
     frozen, thawed = (dict(read_weights(path, FORMAT)[1]) for path in saved)
     changed = {name for name in frozen if not torch.equal(frozen[name], thawed[name])}
     assert any(name.startswith("encoder.0") for name in changed) and "mask_token" in changed
-    run_here(write_run(tmp_path / "fresh", epochs=1, warmup_epochs=0, blr=0.0, weight_decay=0.0))
+    run_in_process(write_run(tmp_path / "fresh", epochs=1, warmup_epochs=0, blr=0.0, weight_decay=0.0))
     initial = load_file(tmp_path / "fresh" / "out" / "model.safetensors")
     moved = {name.split(".")[1] for name in initial if not torch.equal(initial[name], frozen[name])}
     assert moved == {"caption", "det", "rgb@32"}, "the trunk and tok_rgb@32 stay as they were initialised"
@@ -201,11 +201,11 @@ def test_the_frozen_phase_trains_only_embeddings(tmp_path):
 
 def test_steps_that_explode_are_skipped(tmp_path):
     config = write_run(tmp_path / "toys", skip_grad=1e-6, epochs=1, warmup_epochs=0, weight_decay=0.0, clip_grad=None)
-    output = run_here(config)
+    output = run_in_process(config)
     assert "steps skipped" in output
     lines = [line for line in log_lines(tmp_path / "toys" / "out") if "loss" in line]
     assert all(line["skipped_steps"] == 1 and line["grad_norm"] == 0 for line in lines)
-    run_here(write_run(tmp_path / "still", blr=0.0, epochs=1, warmup_epochs=0, weight_decay=0.0))
+    run_in_process(write_run(tmp_path / "still", blr=0.0, epochs=1, warmup_epochs=0, weight_decay=0.0))
     one, other = (load_file(tmp_path / name / "out" / "model.safetensors") for name in ("toys", "still"))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
@@ -213,21 +213,21 @@ def test_steps_that_explode_are_skipped(tmp_path):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_reduced_precision_stays_near_float32(finished, tmp_path, dtype):
     config = write_run(tmp_path / "toys", dtype=dtype)
-    run_here(config)
-    found, expected = losses(tmp_path / "toys" / "out"), losses(finished[1])
-    assert all(math.isclose(found[step], expected[step], rel_tol=0.02) for step in range(1, 13))
+    run_in_process(config)
+    actual, expected = losses(tmp_path / "toys" / "out"), losses(finished[1])
+    assert all(math.isclose(actual[step], expected[step], rel_tol=0.02) for step in range(1, 13))
 
 
 def test_recomputed_activations_give_the_same_losses(finished, tmp_path):
     config = write_run(tmp_path / "toys", use_act_checkpoint=True)
-    run_here(config)
+    run_in_process(config)
     assert losses(tmp_path / "toys" / "out") == pytest.approx(losses(finished[1]), rel=1e-6)
 
 
 def test_a_new_run_does_not_mix_with_an_old_one(finished, tmp_path):
     config, out, _ = finished
     with pytest.raises(UserError, match="step-00000024 of an earlier run"):
-        run_here(config, "--no_auto_resume")
+        run_in_process(config, "--no_auto_resume")
 
 
 def test_two_runs_never_share_a_folder(tmp_path):
@@ -236,7 +236,7 @@ def test_two_runs_never_share_a_folder(tmp_path):
     while not (tmp_path / "toys" / "out" / "log.jsonl").exists():
         assert process.poll() is None
     with pytest.raises(UserError, match="out is in use by another process"):
-        run_here(config)
+        run_in_process(config)
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM, output + errors
@@ -245,19 +245,19 @@ def test_two_runs_never_share_a_folder(tmp_path):
 def test_eval_needs_weights_and_data(tmp_path):
     config = write_run(tmp_path / "toys")
     with pytest.raises(UserError, match="no weights to evaluate"):
-        run_here(config, "--eval")
+        run_in_process(config, "--eval")
     content = yaml.safe_load((tmp_path / "toys" / "data.yaml").read_text())
     content["val"]["datasets"]["toys"] |= {"in_domains": "caption-rgb@32-det-tok_rgb@32", "out_domains": "rgb@32"}
     (tmp_path / "toys" / "data.yaml").write_text(yaml.safe_dump(content | {"val": {"datasets": {}}}))
     with pytest.raises(UserError, match="nothing to evaluate"):
-        run_here(config, "--eval")
+        run_in_process(config, "--eval")
 
 
 def test_bad_samples_show_in_the_log(tmp_path):
     config = write_run(tmp_path / "toys", max_bad_fraction=0.5, epochs=1, warmup_epochs=0)
     for path in sorted((tmp_path / "toys" / "val" / "tok_rgb").rglob("*.npy"))[:2]:
         path.write_bytes(b"no array")
-    output = run_here(config)
+    output = run_in_process(config)
     (line,) = [line for line in log_lines(tmp_path / "toys" / "out") if "eval" in line]
     assert line["eval"]["toys"]["fixed"]["bad_samples"] == {"toys: corrupt member": 2}
     assert line["eval"]["toys"]["fixed"]["samples"] == 8 and "bad samples" in output
@@ -272,7 +272,7 @@ def test_an_evaluation_tells_what_its_samples_lack(tmp_path):
     for folder, count in (("caption", 3), ("det", 1)):
         for path in sorted((tmp_path / "toys" / "val" / folder).rglob("*.json"))[:count]:
             path.unlink()
-    output = run_here(config)
+    output = run_in_process(config)
     (line,) = [line for line in log_lines(tmp_path / "toys" / "out") if "eval" in line]
     for result in line["eval"]["toys"].values():
         assert result["samples"] == 10
@@ -286,5 +286,5 @@ def test_an_evaluation_tells_what_its_samples_lack(tmp_path):
 def test_a_gpu_trains_as_the_cpu_does(finished, tmp_path):
     config = write_run(tmp_path / "toys")
     run(config, "--device", "cuda")
-    found, expected = losses(tmp_path / "toys" / "out"), losses(finished[1])
-    assert all(math.isclose(found[step], expected[step], rel_tol=1e-3) for step in range(1, 13))
+    actual, expected = losses(tmp_path / "toys" / "out"), losses(finished[1])
+    assert all(math.isclose(actual[step], expected[step], rel_tol=1e-3) for step in range(1, 13))

@@ -1,4 +1,4 @@
-"""What of the data may change when a run goes on: where they lie, but not what they are."""
+"""When a run continues, its data may have moved, but must not have changed."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The loop trains whatever a task says, under every strategy: here an autoencoder (``autoencoder.py``)."""
+"""The loop trains any task under every strategy, such as an autoencoder (``autoencoder.py``)."""
 
 import json
 import shutil
@@ -14,7 +14,7 @@ from fourm.train.export import main as export
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
 from tests.train.autoencoder import Autoencoder, AutoencoderTask
-from tests.train.toy_run import kill, log_lines, losses, run_here, run_ranks, start_ranks, wait_for_step
+from tests.train.toy_run import kill, log_lines, losses, run_in_process, run_ranks, start_ranks, wait_for_step
 
 KEYS = {
     "epoch_size": 40, "epochs": 2, "batch_size": 2, "blr": 0.5, "warmup_epochs": 0, "dtype": "float32", "device": "cpu",
@@ -43,9 +43,9 @@ def write(folder, images, **keys):
 
 @pytest.fixture(scope="module")
 def alone(images, tmp_path_factory):
-    """A run of one process with accumulation, of which two processes do half of each step."""
+    """The configuration of a run of one process that accumulates what two processes would do."""
     config = write(tmp_path_factory.mktemp("alone"), images, accum_iter=2)
-    run_here(config, task=AutoencoderTask)
+    run_in_process(config, task=AutoencoderTask)
     return config
 
 
@@ -55,8 +55,8 @@ def evaluations(out):
 
 def test_it_learns_and_its_buffer_changes_by_the_sums_of_whole_steps(alone, images):
     out = alone.parent / "out"
-    found = losses(out)
-    assert len(found) == 20 and found[20] < 0.5 * found[1]
+    actual = losses(out)
+    assert len(actual) == 20 and actual[20] < 0.5 * actual[1]
     weights = load_file(out / "model.safetensors")
     pixels = [np.asarray(Image.open(path)).reshape(-1) / 255 for path in (images / "train").glob("*.png")]
     expected = np.mean(pixels, axis=0) * (1 - 0.9**20)
@@ -72,8 +72,8 @@ def test_it_learns_and_its_buffer_changes_by_the_sums_of_whole_steps(alone, imag
 def test_two_processes_train_it_as_one(alone, images, tmp_path, strategy):
     config = write(tmp_path, images)
     run_ranks(config, strategy=strategy, task=AutoencoderTask)
-    found, expected = losses(tmp_path / "out"), losses(alone.parent / "out")
-    assert found == pytest.approx(expected, rel=1e-5)
+    actual, expected = losses(tmp_path / "out"), losses(alone.parent / "out")
+    assert actual == pytest.approx(expected, rel=1e-5)
     weights, wanted = (load_file(folder / "out" / "model.safetensors") for folder in (tmp_path, alone.parent))
     assert weights.keys() == wanted.keys()
     for name, tensor in weights.items():
@@ -89,7 +89,7 @@ def test_killed_it_resumes_with_the_same_losses_and_buffer(alone, images, tmp_pa
     ranks = start_ranks(config, strategy=DDP, processes=1, task=AutoencoderTask)
     wait_for_step(config, 7, ranks)
     kill(ranks)
-    assert "resumed from" in run_here(config, task=AutoencoderTask)
+    assert "resumed from" in run_in_process(config, task=AutoencoderTask)
     assert losses(tmp_path / "out") == losses(alone.parent / "out")
     for folder in (".", "ema"):
         weights, wanted = (
@@ -100,14 +100,16 @@ def test_killed_it_resumes_with_the_same_losses_and_buffer(alone, images, tmp_pa
 
 def test_it_is_evaluated_exported_planned_and_tried_out(alone, images, tmp_path):
     out = alone.parent / "out"
-    evaluated = run_here(alone, "--eval", task=AutoencoderTask)
+    evaluated = run_in_process(alone, "--eval", task=AutoencoderTask)
     assert f"loss {evaluations(out)[-1]['all']['loss']:.4f}" in evaluated
     export([str(out), str(tmp_path / "exported")])
     model = Autoencoder(json.loads((tmp_path / "exported" / "config.json").read_text()))
     model.load_state_dict(load_file(tmp_path / "exported" / "model.safetensors"))
     assert torch.equal(model.mean, load_file(out / "model.safetensors")["mean"])
-    plan = run_here(alone, "--plan", "--plan_world_size", "2", task=AutoencoderTask)
+    plan = run_in_process(alone, "--plan", "--plan_world_size", "2", task=AutoencoderTask)
     assert "8 samples (2 x batch_size 2 x accum_iter 2)" in plan and "parameters of the blocks" in plan
     assert "tokens" not in plan
     shutil.rmtree(tmp_path / "new", ignore_errors=True)
-    assert "dry run: one step" in run_here(alone, "--dry_run", "--output_dir", tmp_path / "new", task=AutoencoderTask)
+    assert "dry run: one step" in run_in_process(
+        alone, "--dry_run", "--output_dir", tmp_path / "new", task=AutoencoderTask
+    )

@@ -1,4 +1,4 @@
-"""A training run of seconds: its data, configuration and processes."""
+"""Training runs of a few seconds: their data, configuration and processes."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DOMAINS = {"in_domains": "caption-det-rgb@32-tok_rgb@32", "out_domains": "captio
 
 
 def write_run(folder: Path, **overrides) -> Path:
-    """Data set, vocabulary and configuration below ``folder``; returns the configuration's path."""
+    """Write a data set, vocabulary and configuration below ``folder``, and return the path of the configuration."""
     folder.mkdir(parents=True, exist_ok=True)
     text_tokenizer().save(str(folder / "words.json"))
     options = {
@@ -89,19 +89,19 @@ def run(
     script: str = "run_training_4m.py",
     **environment: str,
 ) -> str:
-    """Run to the end; returns what it printed."""
+    """Run to the end, and return what it printed."""
     process = start(config, *args, processes=processes, script=script, **environment)
     try:
         output, errors = process.communicate(timeout=240)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # it and all that it started, which would run on beside other tests
+        os.killpg(process.pid, signal.SIGKILL)  # with its children, which would slow other tests down
         raise
     assert process.returncode == status, output + errors
     return output + errors
 
 
-def run_here(config: Path, *args: object, task: type[Task] = Pretrain) -> str:
-    """The same within this process, which saves some seconds; returns what it logged."""
+def run_in_process(config: Path, *args: object, task: type[Task] = Pretrain) -> str:
+    """Run within this process, which saves some seconds, and return what it logged."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output):
         assert main(task, DDP, ["--config", str(config), *map(str, args)]) == 0
@@ -116,7 +116,7 @@ def start_ranks(
     config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, task: type[Task] = Pretrain,
     **environment: str,
 ) -> list[ForkServerProcess]:  # fmt: skip
-    """Processes that train together, forked off one that has imported everything: starting them takes no time."""
+    """Start processes that train together, forked from one that has imported everything, which saves time."""
     meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
     argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
     ranks = [
@@ -131,14 +131,14 @@ def start_ranks(
 def _be_rank(
     argv: list[str], task: type[Task], strategy: type[Strategy], rank: int, processes: int, environment: dict[str, str]
 ) -> None:
-    multiprocessing.set_start_method("fork", force=True)  # of loaders; a child of a fork server would use one too
+    multiprocessing.set_start_method("fork", force=True)  # loaders would otherwise use a fork server too
     os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
-    os.setpgid(0, 0)  # to be killed with its loaders
+    os.setpgid(0, 0)  # so that it can be killed with its loaders
     run_cli(lambda: main(task, strategy, argv))
 
 
 def kill(ranks: list[ForkServerProcess]) -> None:
-    """SIGKILL for the processes and their loaders."""
+    """Kill the processes and their loaders with SIGKILL."""
     for rank in ranks:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(rank.pid, signal.SIGKILL)
@@ -147,12 +147,12 @@ def kill(ranks: list[ForkServerProcess]) -> None:
 
 
 def wait_for_step(config: Path, step: int, ranks: list[ForkServerProcess]) -> None:
-    """Return when there is a checkpoint of ``step`` or a later one."""
+    """Wait for a checkpoint of ``step`` or a later one."""
     _wait_until(lambda: newest_step(config.parent / "out") >= step, ranks)
 
 
 def wait_for_a_save(config: Path, ranks: list[ForkServerProcess]) -> None:
-    """Return within the time that a checkpoint takes to be written."""
+    """Return while a checkpoint is being written."""
     _wait_until(lambda: any((config.parent / "out" / "checkpoints").glob(".tmp-*")), ranks)
 
 
@@ -176,19 +176,19 @@ def run_ranks(
     task: type[Task] = Pretrain,
     **environment: str,
 ) -> None:
-    """Train to the end; what the main process logged is in ``log.txt``."""
+    """Train to the end; the log of the main process is in ``log.txt``."""
     ranks = start_ranks(config, *args, strategy=strategy, processes=processes, task=task, **environment)
     assert wait_for(ranks) == [status] * processes
 
 
 def wait_for(ranks: list[ForkServerProcess], seconds: float = 240) -> list[int | None]:
-    """Exit statuses of the processes; None of one that does not end in time, which is killed."""
+    """Return the exit statuses of the processes, with None for those that do not end in time and are killed."""
     deadline = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(0.0, deadline - time.monotonic()))
-    found = [rank.exitcode for rank in ranks]
+    statuses = [rank.exitcode for rank in ranks]
     kill([rank for rank in ranks if rank.is_alive()])
-    return found
+    return statuses
 
 
 def log_lines(folder: Path) -> list[dict]:
@@ -196,5 +196,5 @@ def log_lines(folder: Path) -> list[dict]:
 
 
 def losses(folder: Path) -> dict[int, float]:
-    """Step → training loss."""
+    """Return the training losses by step."""
     return {line["step"]: line["loss"] for line in log_lines(folder) if "loss" in line}

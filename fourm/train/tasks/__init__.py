@@ -1,1 +1,1 @@
-"""What can be trained: one task a file."""
+"""The tasks that can be trained, one per module."""

@@ -30,7 +30,7 @@ from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.urls import redact_url
 
 log = logging.getLogger("fourm")
-_DRAWS = 400  # of budgets, for the mean batch
+_BUDGET_DRAWS = 400  # for the mean token budgets
 Budgets = dict[str, float]
 
 
@@ -38,7 +38,7 @@ Budgets = dict[str, float]
 class ModelOptions(Options):
     """4M model and loss"""
 
-    model: str = option("name of a model size and variant", "fm_tiny_6e_6d_swiglu_nobias", fixed=True)
+    model: str = option("name of the model size and variant", "fm_tiny_6e_6d_swiglu_nobias", fixed=True)
     model_kwargs: dict = option("FourM arguments that override the named model, e.g. {dim: 192}", {}, fixed=True)
     patch_size: int = option(
         "patch size in pixels where a modality declares none", 16, at_least=1, at_most=10_000, fixed=True
@@ -47,13 +47,15 @@ class ModelOptions(Options):
         "input size in pixels where a modality declares none", 224, at_least=1, at_most=100_000, fixed=True
     )
     num_register_tokens: int = option("register tokens of the encoder", 0, at_least=0, at_most=100_000, fixed=True)
-    loss_type: Literal["mod", "token"] = option("average over modalities, or over tokens", "mod", fixed=True)
+    loss_type: Literal["mod", "token"] = option("average the loss over modalities, or over tokens", "mod", fixed=True)
     frozen_embedding_domain: str | None = option(
-        "in the frozen phase, freeze the embeddings of these domains too, joined by '-'", None, fixed=True
+        "domains, joined by '-', whose embeddings are also frozen in the frozen phase", None, fixed=True
     )
-    fixed_eval: bool = option("evaluate with fixed budgets too", True)
-    fixed_eval_input_tokens: int = option("input budget of the fixed evaluation", 128, at_least=1, at_most=10**6)
-    fixed_eval_target_tokens: int = option("target budget of the fixed evaluation", 128, at_least=1, at_most=10**6)
+    fixed_eval: bool = option("also evaluate with fixed token budgets", True)
+    fixed_eval_input_tokens: int = option("input token budget of the fixed evaluation", 128, at_least=1, at_most=10**6)
+    fixed_eval_target_tokens: int = option(
+        "target token budget of the fixed evaluation", 128, at_least=1, at_most=10**6
+    )
     fixed_eval_batch_size: int = option("batch size of the fixed evaluation", 32, at_least=1, at_most=10**6)
 
 
@@ -67,15 +69,15 @@ class PretrainConfig(DataOptions, ModelOptions, RunConfig):
 
 
 class Pretrain(Task[PretrainConfig]):
-    """4M: reads any subset of the modalities and predicts the others.
+    """Trains 4M to predict any modalities from any others.
 
     Args:
-        config: The data configuration that it names is read; no data are.
+        config: The configuration; the data configuration that it names is read, but no data.
 
     Attributes:
         data: The data sets.
         losses: The modalities that are predicted.
-        slots: Numbers of tokens in the encoder and in the decoder.
+        slots: The numbers of tokens in the encoder and in the decoder.
     """
 
     name = "pretrain"
@@ -105,8 +107,9 @@ class Pretrain(Task[PretrainConfig]):
         }
         for key in ("domains_in", "domains_out", "modalities"):
             if key in config.model_kwargs:
-                raise UserError(f"'model_kwargs': '{key}' follows from the data configuration; leave it out")
-        # What a model must know of its modalities beside the built-in table: the data YAML's block, and what a program added.
+                raise UserError(f"'model_kwargs': '{key}' follows from the data configuration; remove it")
+        # The modalities that are not in the built-in table: those of the data YAML, and those that a program has
+        # declared.
         own = own_declarations(self.data.modalities)
         declared = {name: own.get(name, {}) | dict(fields or {}) for name, fields in self.data.declarations.items()}
         with torch.device("meta"):
@@ -122,16 +125,18 @@ class Pretrain(Task[PretrainConfig]):
         return f"'model' {self.config.model}" + (" with its 'model_kwargs'" if self.config.model_kwargs else "")
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [*model.encoder, *model.decoder]  # type: ignore[misc]
+        assert isinstance(model, FM)
+        return [*model.encoder, *model.decoder]
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
-        # The decoder's vocabularies are also output matrices, and the modality vectors are those of the encoder: the root
-        # of the model keeps what two modules share.
-        vocabularies = [part for embedding in model.encoder_embeddings.values() for part in embedding.children()]  # type: ignore[operator, union-attr]
-        return [*vocabularies, *self.blocks(model)]
+        # The embeddings of the decoder are not parts: their vocabularies are also output matrices, and they share the
+        # modality vectors of the encoder. The root of the model keeps what two modules share.
+        assert isinstance(model, FM)
+        embeddings = [part for embedding in model.encoder_embeddings.values() for part in embedding.children()]
+        return [*embeddings, *self.blocks(model)]
 
     def set_trainable(self, model: nn.Module, frozen: bool) -> None:
-        """Train everything or, in the ``frozen`` phase, only the embeddings, less those of ``frozen_embedding_domain``."""
+        """Train everything or, in the ``frozen`` phase, the embeddings except those of ``frozen_embedding_domain``."""
         assert isinstance(model, FM)
         model.unfreeze_all()
         if frozen and self.config.frozen_embedding_domain:
@@ -163,13 +168,13 @@ class Pretrain(Task[PretrainConfig]):
         )  # fmt: skip
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
-        return self._select_tokens(model, batch, device, self.slots, None)
+        return self._select_and_copy(model, batch, device, self.slots, None)
 
-    def _select_tokens(
+    def _select_and_copy(
         self, model: nn.Module, batch: Batch, device: torch.device, slots: tuple[int, int],
         generator: torch.Generator | None,
     ) -> Inputs:  # fmt: skip
-        """Which tokens the model uses is decided on the host, so that the device need not be waited for."""
+        """Select the tokens that the model uses on the host, so that nothing waits for the device."""
         assert isinstance(model, FM)
         selection = model.select_tokens(batch.mod_dict, *slots, generator)
         inputs, targets = selection.encoder.counts, selection.decoder.counts
@@ -192,28 +197,29 @@ class Pretrain(Task[PretrainConfig]):
         return Losses(*model(mod_dict, *slots, self.config.loss_type, selection=selection))
 
     def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
-        """Each validation set with the training's token budgets and with fixed ones.
+        """Return the evaluations of each validation set, with the token budgets of the training and with fixed ones.
 
         Raises:
-            UserError: a validation set that cannot be read, or has modalities that the model lacks.
+            UserError: A validation set cannot be read, or has modalities that the model does not have.
         """
         config, data = self.config, self.data
         evaluations = []
         for name, dataset in data.val.items():
-            lacking = {*dataset.in_domains} - {*data.in_domains} | {*dataset.out_domains} - {*data.out_domains}
-            if lacking:
+            unknown = {*dataset.in_domains} - {*data.in_domains} | {*dataset.out_domains} - {*data.out_domains}
+            if unknown:
                 raise UserError(
-                    f"{data.path}: validation set {name}: no training set has {', '.join(sorted(lacking))} in that role"
+                    f"{data.path}: validation set {name}: no training set has {', '.join(sorted(unknown))} in that role"
                 )
             fixed = (config.fixed_eval_input_tokens,) * 2, (config.fixed_eval_target_tokens,) * 2
             kinds = {"train": (dataset.input_tokens_range, dataset.target_tokens_range, config.batch_size)}
-            if config.fixed_eval and dataset.masking != "transfer":  # where nothing is drawn that could be fixed
+            if config.fixed_eval and dataset.masking != "transfer":  # which draws no token budgets
                 if leaves_targets(replace(dataset, input_tokens_range=fixed[0], target_tokens_range=fixed[1])):
                     kinds["fixed"] = (*fixed, config.fixed_eval_batch_size)
                 elif is_main:
                     log.warning(
-                        "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d take all of its "
-                        "tokens and leave nothing to predict; lower it, or set --no_fixed_eval", name, fixed[0][0],
+                        "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d takes all "
+                        "of its "
+                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval", name, fixed[0][0],
                     )  # fmt: skip
             for kind, (inputs, targets, batch_size) in kinds.items():
                 loader = build_eval_loader(
@@ -221,17 +227,19 @@ class Pretrain(Task[PretrainConfig]):
                     world_size=world_size, seed=config.seed, input_tokens_range=inputs, target_tokens_range=targets,
                     raw_pixels=True,
                 )  # fmt: skip
-                evaluations.append(Evaluation(name, kind, loader, partial(self._prepared, (inputs[1], targets[1]))))
+                evaluations.append(
+                    Evaluation(name, kind, loader, partial(self._prepare_evaluation, (inputs[1], targets[1])))
+                )
         return evaluations
 
-    def _prepared(
+    def _prepare_evaluation(
         self, slots: tuple[int, int], model: nn.Module, batch: Batch | None, device: torch.device,
         generator: torch.Generator,
     ) -> Inputs:  # fmt: skip
-        return self._select_tokens(model, batch or _NOTHING, device, slots, generator)
+        return self._select_and_copy(model, batch or _EMPTY_BATCH, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """As in training: a mean over the modalities that have targets or, for ``loss_type`` token, over the tokens."""
+        """Average as in training: over the modalities with targets or, for ``loss_type`` token, over the tokens."""
         if self.config.loss_type == "mod":
             return super().evaluation_loss(sums, targets)
         return sum(sums.values()) / sum(targets.values())
@@ -240,7 +248,7 @@ class Pretrain(Task[PretrainConfig]):
         return identity_of(self.data, self.text_tokenizer)
 
     def step_cost(self, model: nn.Module) -> StepCost:
-        """Of a batch with the mean budgets."""
+        """Return the cost of a batch with the mean token budgets."""
         assert isinstance(model, FM)
         config = self.config
         inputs, targets = self.mean_budgets()
@@ -251,15 +259,15 @@ class Pretrain(Task[PretrainConfig]):
         )
 
     def mean_budgets(self) -> tuple[Budgets, Budgets]:
-        """Input and target tokens per modality in an average batch; texts shorter than their budget are not considered."""
+        """Return the mean input and target tokens per modality in a batch, if no text is shorter than its budget."""
         data = self.data
         totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         weight_of_all = sum(data.weights.values())
         rng = np.random.default_rng(0)
         for name, dataset in data.train.items():
             masking = build_masking(dataset, self.text_tokenizer)
-            share = self.config.batch_size * data.weights[name] / weight_of_all / _DRAWS
-            for _ in range(_DRAWS):
+            share = self.config.batch_size * data.weights[name] / weight_of_all / _BUDGET_DRAWS
+            for _ in range(_BUDGET_DRAWS):
                 budgets = masking.draw_budgets(rng)
                 for total, drawn in zip(totals, (budgets.input, budgets.target), strict=True):
                     for modality, count in drawn.items():
@@ -271,31 +279,31 @@ class Pretrain(Task[PretrainConfig]):
         )
 
 
-# A batch of one sample without any tokens.
+# A batch of one sample without tokens.
 _NO_MASK = torch.zeros(1, 0, dtype=torch.bool)
 _NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attention_mask": _NO_MASK.long()}
-_NOTHING = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
+_EMPTY_BATCH = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
 
 
 def to_device(
     batch: Batch, selection: TokenSelection, device: torch.device
 ) -> tuple[dict[str, dict[str, Tensor]], TokenSelection]:
-    """Values and selected tokens of a batch on ``device``, from page-locked memory without waiting.
+    """Copy the values and selected tokens of a batch to ``device``, without waiting if they are in page-locked memory.
 
-    The masks stay behind: the selection says all that the model needs of them. Pictures travel in 8 bits and are normalised
-    there.
+    The masks are not copied, because the selection has all that the model needs of them. Images are copied in 8 bits and
+    normalised on the device.
     """
     values = {}
     for name, entry in batch.mod_dict.items():
         tensor = entry["tensor"].to(device, non_blocking=True)
         if tensor.dtype == torch.uint8:
-            tensor = normalised(tensor, *batch.scaling[name])
+            tensor = normalise(tensor, *batch.scaling[name])
         values[name] = {"tensor": tensor}
     return values, selection.to(device, non_blocking=True)
 
 
-def normalised(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
-    """(B, C, H, W) of 8 bits → float32, bit for bit as the loader would have done it."""
-    # Numbers, not tensors, for scale and bias: these would have to be copied to the device first.
+def normalise(pixels: Tensor, scale: Sequence[float], bias: Sequence[float]) -> Tensor:
+    """Convert (B, C, H, W) in 8 bits to float32, with exactly the bits that the loader would have computed."""
+    # Scale and bias are numbers, because tensors would have to be copied to the device first.
     channels = zip(pixels.unbind(1), scale, bias, strict=True)
     return torch.stack([channel.float() * s + b for channel, s, b in channels], dim=1)

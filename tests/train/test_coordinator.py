@@ -1,4 +1,4 @@
-"""A run that waits for data hears signals, and does not wait for ever."""
+"""A run that waits for data reacts to signals, and does not wait for ever."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ OPTIONS = {"warmup_epochs": 0, "eval_freq": 0, "plugin": "tests.train.hanging"}
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("processes", "workers"), [(1, 0), (2, 1)])
-def test_sigterm_is_heard_while_a_transform_hangs(tmp_path, processes, workers):
+def test_sigterm_stops_a_run_while_a_transform_hangs(tmp_path, processes, workers):
     config = write_run(tmp_path / "toys", **OPTIONS, num_workers=workers)
     ranks = start_ranks(config, strategy=DDP, processes=processes, FOURM_TEST_HANGS="14")  # in the fourth batch
     log = config.parent / "out" / "log.txt"
@@ -34,7 +34,7 @@ def test_sigterm_is_heard_while_a_transform_hangs(tmp_path, processes, workers):
 
 @pytest.mark.dist
 @pytest.mark.parametrize("workers", [0, 1])
-def test_waiting_has_an_end(tmp_path, workers):
+def test_waiting_for_data_has_a_time_limit(tmp_path, workers):
     config = write_run(tmp_path / "toys", **OPTIONS, num_workers=workers, data_timeout=0.03)
     ranks = start_ranks(config, strategy=DDP, processes=1, FOURM_TEST_HANGS="6")
     assert wait_for(ranks, 60) == [2]
@@ -56,7 +56,7 @@ class _Fails(IterableDataset):
 @pytest.mark.parametrize(
     ("batches", "message"), [(_Dies(), "ended by SIGKILL.*memory"), (_Fails(), "a.tar: Input/output error")]
 )
-def test_what_becomes_of_workers_is_said_in_a_sentence(batches, message):
+def test_the_failure_of_a_worker_is_reported_in_a_sentence(batches, message):
     iterator = iter(BatchLoader(batches, 1))
     with pytest.raises(UserError, match=message):
         list(iterator)
