@@ -247,8 +247,8 @@ def test_a_folder_of_one_split_or_of_none_is_read_whole(tmp_path):
         ("{tmp}/mixed", "found both text files and tables; choose one of them"),
         ("{tmp}/one:validation", "there are no files of validation; the splits are: train"),
         ("s3://me:secret@bucket/a.json?sig=secret", "s3://bucket/a.json: records are read only from local files"),
-        ("a/b/c/d", "a data set of the hub is named NAMESPACE/NAME"),
-        ("name with spaces/x", "a data set of the hub is named NAMESPACE/NAME"),
+        ("a/b/c/d", "data sets on the hub are named NAMESPACE/NAME"),
+        ("name with spaces/x", "data sets on the hub are named NAMESPACE/NAME"),
     ],
 )
 def test_what_cannot_be_on_the_hub_is_not_asked_for_there(tmp_path, data_path, message, monkeypatch):
