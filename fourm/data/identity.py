@@ -23,13 +23,14 @@ def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, An
     """What of the data and the vocabulary is compared, for JSON: name → value. The folder of the data may be another."""
     facts: dict[str, Any] = {f"weight of data set {name}": weight for name, weight in data.weights.items()}
     for name, dataset in data.train.items():
-        for key, value in _of_data_set(dataset).items():
+        for key, value in facts_of_data_set(dataset).items():
             facts[f"data set {name}: {key}"] = value
     digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
     return {"data": without_secrets(facts), "vocabulary": {"text vocabulary": digest}}
 
 
-def _of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
+def facts_of_data_set(dataset: DatasetConfig) -> dict[str, Any]:
+    """What of a data set is compared, for JSON."""
     facts = {
         field.name: _plain(getattr(dataset, field.name))
         for field in dataclasses.fields(dataset) if field.name not in _FREE_OF_DATA

@@ -55,11 +55,13 @@ class Batch:
             since the stream's previous batch, by data set and reason, and ``missing``: modality → the number of samples
             without it and of all samples, of the data sets where samples may lack something.
         scaling: scale and bias per channel of the modalities whose pictures are still in 8 bits; see ``raw_pixels``.
+        number: of the micro-batch among those of its rank in the whole run.
     """
 
     mod_dict: dict[str, dict[str, Tensor]]
     position: dict[str, Any]
     scaling: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    number: int = 0
 
     def pin_memory(self) -> Batch:
         """Called by the ``DataLoader``."""
@@ -260,7 +262,7 @@ class TrainBatches(IterableDataset):
                 samples = streams[stream]
                 rows = [next(samples) for _ in range(self.batch_size)]
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _reported(ledgers)
-                yield Batch(_collated(rows, self.modalities), position, scaling)
+                yield Batch(_collated(rows, self.modalities), position, scaling, k)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0

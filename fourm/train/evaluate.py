@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourm.train.device import DeviceOptions, autocast
 from fourm.train.metrics import Counts
 from fourm.train.options import RunOptions
 from fourm.train.parallel import Strategy
-from fourm.train.task import Evaluation, Task
+from fourm.train.task import Evaluation, Task, add
 from fourm.train.waiting import Waiting
 from fourm.utils.errors import DataError
 from fourm.utils.options import option
@@ -24,6 +24,7 @@ class EvaluationOptions(RunOptions, DeviceOptions):
     """Evaluation"""
 
     eval_freq: int = option("evaluate every so many epochs; 0 = never", 1, at_least=0)
+    step_eval: bool = option("eval_freq counts optimizer steps instead of epochs", False)
     dist_eval: bool = option("split the validation sets over the ranks", True)
 
 
@@ -37,6 +38,7 @@ class Results:
         targets: All of them; of 4M tokens.
         bad_samples: By data set and reason.
         missing: Modality → the share of samples without it, if samples may lack something.
+        metrics: As :meth:`Task.evaluation_metrics` makes them.
     """
 
     loss: float
@@ -45,13 +47,14 @@ class Results:
     samples: int
     bad_samples: dict[str, int]
     missing: dict[str, float]
+    metrics: dict[str, float]
 
     def line(self) -> dict[str, Any]:
         """For ``log.jsonl``, where the losses of an evaluation are called ``per_modality`` and the targets ``tokens``."""
         return {
             "loss": self.loss, "per_modality": self.losses, "tokens": self.targets, "samples": self.samples,
             "bad_samples": self.bad_samples, "missing": self.missing,
-        }  # fmt: skip
+        } | ({"metrics": self.metrics} if self.metrics else {})  # fmt: skip
 
 
 @torch.no_grad()
@@ -74,25 +77,27 @@ def evaluate(
     was_training = model.training
     model.eval()
     generator = torch.Generator().manual_seed(options.seed)
-    sums, counts = Counter[str](), Counts()
+    sums, counts, statistics = Counter[str](), Counts(), dict[str, Tensor]()
     try:
         for batch in parallel.in_step(waiting.all_of(evaluation.loader), model):
             inputs = evaluation.prepare(model, batch, parallel.device, generator)
             with autocast(options, parallel.device):
-                means = task.loss(model, inputs).means
+                losses = task.loss(model, inputs)
             if batch is None:
                 continue
+            means, statistics = losses.means, add(statistics, losses.statistics)
             values = torch.stack([mean.double() for mean in means.values()]).tolist()
             sums.update({name: value * inputs.targets.get(name, 0) for name, value in zip(means, values, strict=True)})  # type: ignore[misc]
             counts.add_batch(inputs, batch.position)
     finally:
         model.train(was_training)
     if options.dist_eval:
-        shares = parallel.gather((sums, counts))
-        sums, counts = Counter(), Counts()
-        for other_sums, other_counts in shares:
+        shares = parallel.gather((sums, counts, {name: value.cpu() for name, value in statistics.items()}))
+        sums, counts, statistics = Counter(), Counts(), {}
+        for other_sums, other_counts, other_statistics in shares:
             sums.update(other_sums)
             counts.add(other_counts)
+            statistics = add(statistics, other_statistics)
     targets = {name: count for name, count in counts.targets.items() if count}
     if not targets:
         raise DataError(
@@ -106,4 +111,5 @@ def evaluate(
         samples=counts.samples,
         bad_samples=dict(counts.bad),
         missing=counts.missing,
+        metrics=task.evaluation_metrics(statistics),
     )

@@ -49,7 +49,7 @@ class Losses:
         total: What is minimised, a mean over the micro-batch.
         means: Loss → its mean over its targets.
         statistics: Tensors whose sums over the micro-batches and processes of a step :meth:`Task.update` gets. All
-            micro-batches have the same ones.
+            micro-batches have the same ones. Those of an evaluation are for :meth:`Task.evaluation_metrics`.
     """
 
     total: Tensor
@@ -85,6 +85,11 @@ class StepCost:
 
     flops: float
     activations: float
+
+
+def add(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``sums`` with ``more`` of the same names added; empty ones are sums of nothing."""
+    return {name: sums[name] + value if sums else value for name, value in more.items()} or dict(sums)
 
 
 class Task(ABC, Generic[Config]):
@@ -151,6 +156,14 @@ class Task(ABC, Generic[Config]):
     def describe(self) -> None:
         """Log what is trained on what."""
 
+    def select_weights(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of the ``weights`` that ``finetune`` names, by the names of the model, those that the model starts from.
+
+        Args:
+            own: The model's own.
+        """
+        return weights
+
     # A step
 
     @abstractmethod
@@ -193,6 +206,10 @@ class Task(ABC, Generic[Config]):
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
         """The loss of an evaluation, from the sums of those losses that had targets: the mean of their means."""
         return sum(sums[name] / targets[name] for name in targets) / len(targets)
+
+    def evaluation_metrics(self, statistics: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures that are no means over samples, from the sums of :attr:`Losses.statistics` over an evaluation."""
+        return {}
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Facts for JSON that must not change when a run resumes; what is under ``data`` may when a model is evaluated."""
