@@ -7,6 +7,6 @@ if __name__ == "__main__":
     end_at_once()  # what follows takes seconds
     from fourm.train.parallel import DDP
     from fourm.train.run import main
-    from fourm.train.tasks.tokenizer import DiVAETraining
+    from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
 
     run_cli(lambda: main(DiVAETraining, DDP))

@@ -7,6 +7,6 @@ if __name__ == "__main__":
     end_at_once()  # what follows takes seconds
     from fourm.train.parallel import DDP
     from fourm.train.run import main
-    from fourm.train.tasks.tokenizer import VQControlNetTraining
+    from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
 
     run_cli(lambda: main(VQControlNetTraining, DDP))

@@ -106,7 +106,7 @@ def train_divae() -> int:
     """As ``run_training_divae.py``."""
     from fourm.train.parallel import DDP
     from fourm.train.run import main
-    from fourm.train.tasks.tokenizer import DiVAETraining
+    from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
 
     return main(DiVAETraining, DDP)
 
@@ -115,7 +115,7 @@ def train_vqcontrolnet() -> int:
     """As ``run_training_vqcontrolnet.py``."""
     from fourm.train.parallel import DDP
     from fourm.train.run import main
-    from fourm.train.tasks.tokenizer import VQControlNetTraining
+    from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
 
     return main(VQControlNetTraining, DDP)
 

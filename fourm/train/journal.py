@@ -157,7 +157,7 @@ class Journal:
         lines = {name: {kind: found.line() for kind, found in kinds.items()} for name, kinds in results.items()}
         self._write({"step": step, "epoch": epoch, "eval": lines})
         for name, kind, found in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
-            parts = ", ".join(f"{part} {loss:.3f}" for part, loss in found.losses.items())
+            parts = ", ".join(f"{part} {value:.3f}" for part, value in {**found.losses, **found.metrics}.items())
             log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, found.loss, parts)
             if not math.isfinite(found.loss):
                 log.warning("eval %s: the loss is not finite", name)

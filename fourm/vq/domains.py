@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from fourm.utils.errors import UserError, did_you_mean
 
@@ -18,6 +18,7 @@ class Domain:
         labels: Classes of a class map; 0 is "none".
         transform: Key of ``MODALITY_TRANSFORMS``; None: the domain's name.
         network: Of timm, which makes the features from pictures in colour; None: they are read from files.
+        options: Fields of the transform that differ from its defaults.
     """
 
     channels: int
@@ -25,6 +26,7 @@ class Domain:
     labels: int | None = None
     transform: str | None = None
     network: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
 
     @property
     def is_picture(self) -> bool:
@@ -41,7 +43,7 @@ DOMAINS = {
     "depth": Domain(1),
     "canny_edge": Domain(1),
     "sam_edge": Domain(1, transform="canny_edge"),
-    "semseg_coco": Domain(64, "classes", labels=134),
+    "semseg_coco": Domain(64, "classes", labels=134, options={"zero_is_none": True}),
     "semseg": Domain(64, "classes"),
     "sam_mask": Domain(1, "mask", transform="instance_mask"),
     "CLIP-B16": Domain(512, "map", network=_CLIP_B),

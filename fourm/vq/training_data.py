@@ -141,11 +141,16 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
             name, channels, transform = "rgb", 3, "rgb"
         else:
             name, channels, transform = self.domain, self.channels, self.domain_info.transform
-        standardised = {"imagenet_default_mean_and_std": self.imagenet_default_mean_and_std or bool(self.network)}
         return Modality(
             name, "img", input_size=size, patch_size=1, num_channels=channels, transform=transform,
-            transform_options=standardised if name == "rgb" else {},
+            transform_options=self.transform_options(),
         )  # fmt: skip
+
+    def transform_options(self) -> dict[str, Any]:
+        """Options of the transform of what is read."""
+        if self.domain == "rgb" or self.network:
+            return {"imagenet_default_mean_and_std": self.imagenet_default_mean_and_std or bool(self.network)}
+        return self.domain_info.options
 
 
 def _holds_shards(path: str, modality: Modality) -> bool:
@@ -157,7 +162,7 @@ class TokenizerSamples(SampleDataset):
     """Samples of one modality: a row is ``{modality: {"tensor": (C, H, W), "seed": ()}}``, class maps are (H, W).
 
     Attributes:
-        labels: Of class maps, whose ids are counted from 1 here: 0, and 255 in the file, are "none".
+        labels: Number of classes of class maps.
     """
 
     masking: Any = None  # the whole of a sample is used
@@ -168,10 +173,8 @@ class TokenizerSamples(SampleDataset):
         with errors_name_the_file(sample):
             (name, value), *_ = self.transform(raw, rng).items()
             value = value if value.dtype.kind != "b" else value.astype(np.float32)
-            if self.labels is not None:
-                value = np.where(value == 255, 0, value + 1)
-                if value.min() < 0 or value.max() >= self.labels:
-                    raise DataError(f"class {value.max() - 1} is not one of the {self.labels - 1} beside 'none'", name)
+            if self.labels is not None and not 0 <= value.min() <= value.max() < self.labels:
+                raise DataError(f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name)
         return {name: {"tensor": value, "seed": rng.integers(2**62)}}
 
 

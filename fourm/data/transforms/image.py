@@ -331,7 +331,13 @@ class DepthTransform(ImageTransform):
 
 @dataclass(frozen=True)
 class SemsegTransform(ImageTransform):
-    """Class ids: int64 (H, W). Of a picture with a palette they are the places in it."""
+    """Class ids: int64 (H, W). Of a picture with a palette they are the places in it.
+
+    Attributes:
+        zero_is_none: Count the classes from 1; 0 is "none", which 255 is in the file.
+    """
+
+    zero_is_none: bool = False
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -347,7 +353,8 @@ class SemsegTransform(ImageTransform):
 
     def postprocess(self, value: Picture) -> Any:
         """An array; of a PIL image a tensor."""
-        return self._like(value, self.as_array(self.pixels(value)).astype(np.int64))
+        ids = self.as_array(self.pixels(value)).astype(np.int64)
+        return self._like(value, np.where(ids == 255, 0, ids + 1) if self.zero_is_none else ids)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ class QuantizerOptions(Options):
     codebook_size: int = option("codes", 8192, at_least=2, at_most=2**24, fixed=True)
     num_codebooks: int = option("codes for each place (memcodes)", 1, at_least=1, at_most=1024, fixed=True)
     latent_dim: int = option("width of a code", 32, at_least=1, at_most=2**16, fixed=True)
+    levels: list[int] = option("fsq: levels of each number of a code, in place of codebook_size and latent_dim", [], fixed=True)
     norm_codes: bool = option("compare latents and codes by their direction", True, fixed=True)
     norm_latents: bool = option("normalise latents before they are quantized", False, fixed=True)
     quantizer_ema_decay: float = option(
@@ -57,19 +58,12 @@ class QuantizerOptions(Options):
     commitment_weight: float = option("weight of the latents' distance from their codes", 1.0, at_least=0, fixed=True)
     kmeans_init: bool = option("find the first codes by k-means in the first batch", False, fixed=True)
 
-    def check(self) -> None:
-        if self.kmeans_init:
-            raise UserError(
-                "'kmeans_init': the first batch would have to be seen by all processes before the first step; leave it out: the "
-                "first steps replace dead codes by latents"
-            )
-
     def quantizer_arguments(self) -> dict[str, Any]:
         """Those of the model's constructor."""
         return {
             "quant_type": self.quantizer_type, "codebook_size": self.codebook_size, "num_codebooks": self.num_codebooks,
-            "latent_dim": self.latent_dim, "norm_codes": self.norm_codes, "norm_latents": self.norm_latents,
-            "sync_codebook": False, "ema_decay": self.quantizer_ema_decay,
+            "latent_dim": self.latent_dim, "levels": self.levels, "norm_codes": self.norm_codes, "norm_latents": self.norm_latents,
+            "sync_codebook": False, "kmeans_init": self.kmeans_init, "ema_decay": self.quantizer_ema_decay,
             "code_replacement_policy": self.code_replacement_policy, "commitment_weight": self.commitment_weight,
         }  # fmt: skip
 
@@ -97,6 +91,7 @@ class DecoderOptions(Options):
 class ConditionOptions(Options):
     """Conditioning of a diffusion model"""
 
+    num_train_timesteps: int = option("noise levels", 1000, at_least=1, at_most=10**6, fixed=True)
     cls_free_guidance_dropout: float = option(
         "share of the samples whose tokens are hidden in training", 0.0, at_least=0, at_most=1, fixed=True
     )
@@ -115,7 +110,6 @@ class ConditionOptions(Options):
 class DiffusionOptions(ConditionOptions):
     """Diffusion decoder"""
 
-    num_train_timesteps: int = option("noise levels", 1000, at_least=1, at_most=10**6, fixed=True)
     beta_schedule: str = option(
         "noise schedule: linear, scaled_linear, squaredcos_cap_v2 or shifted_cosine:SHIFT", "linear", fixed=True
     )
