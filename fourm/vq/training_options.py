@@ -117,7 +117,7 @@ class DiffusionOptions(ConditionOptions):
         "what the decoder predicts: the picture, the noise or the velocity", "sample", fixed=True
     )
     zero_terminal_snr: bool = option("let nothing of the picture be left at the last noise level", True, fixed=True)
-    conditioning: Literal["concat", "xattn"] = option("how a U-ViT sees the tokens", "concat", fixed=True)
+    conditioning: Literal["concat"] = option("how a U-ViT sees the tokens", "concat", fixed=True)
     dec_transformer_dropout: float = option("dropout in a U-ViT", 0.2, at_least=0, below=1, fixed=True)
     thresholding: bool | None = option(
         "clamp predicted pictures to [-1, 1] while sampling (default: if the domain's values lie there)", None
