@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fourm.models.fm_utils import Attention, BlockOptions, LayerNorm, Mlp, init_weights
 from fourm.models.modality_embedding import sincos_table
-from fourm.utils.errors import UserError
 from fourm.vq.diffusion import diffusers
 from fourm.vq.unet import check_sides, embed_timesteps, set_to_zero
 
@@ -93,7 +92,6 @@ class UViT(nn.Module):
         )
         self.conv_norm_out = nn.GroupNorm(32, high)
         self.conv_out = nn.ConvTranspose2d(high, channels, PATCH, stride=PATCH)
-        self.register_load_state_dict_pre_hook(_name_twice)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -186,25 +184,6 @@ class Block(nn.Module):
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
 
 
-def uvit(name: str, channels: int, cond_channels: int, conditioning: str = "concat", dropout: float = 0.2) -> UViT:
-    """
-    Args:
-        name: Of a size.
-        conditioning: "concat", the only one that a published configuration uses.
-        dropout: Probability, in the transformer.
-
-    Raises:
-        UserError: the conditioning is another one.
-    """
-    if conditioning != "concat":
-        raise UserError(f"conditioning '{conditioning}' is not implemented: use 'concat'")
+def uvit(name: str, channels: int, cond_channels: int, dropout: float = 0.2) -> UViT:
+    """The U-ViT of a size in :data:`SIZES`."""
     return UViT(channels, cond_channels, SIZES[name], dropout)
-
-
-def _name_twice(module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    """One convolution has two names in diffusers; files of safetensors have it under one of them."""
-    for kind in ("weight", "bias"):
-        names = [f"{prefix}downsample_mid.{name}.{kind}" for name in ("conv", "Conv2d_0")]
-        for missing, present in (names, names[::-1]):
-            if missing not in state_dict and present in state_dict:
-                state_dict[missing] = state_dict[present]
