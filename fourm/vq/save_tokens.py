@@ -75,13 +75,13 @@ def save_tokens(options: SaveTokensOptions) -> int:
             ``max_bad_fraction``, or a value that breaks the modality's contract.
     """
     tokenizer = load_tokenizer(options.tokenizer, choose_device(options.device))
-    config = tokenizer.config
-    modality = options.modality or config.modality
-    size = options.input_size or config.input_size
-    if size % config.patch_size:
-        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {config.patch_size}")
+    info = tokenizer.info
+    modality = options.modality or info.modality
+    size = options.input_size or info.input_size
+    if size % info.patch_size:
+        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
     output = options.output_modality or f"tok_{modality}@{size}"
-    transform = tokenizer_transform(config.modality, config.transform_options)
+    transform = tokenizer_transform(info.modality, info.transform_options)
     ledger = BadSampleLedger(modality, options.max_bad_fraction)
     folders = {PIXELS: modality} | ({MAIN: options.main_modality} if options.main_modality else {})
     images = open_images(options.data_root, folders, options.shards, ledger)
