@@ -122,7 +122,8 @@ class Task(ABC, Generic[Config]):
         """The model, on the meta device.
 
         Its ``init_weights`` gives all parameters and buffers their initial values, drawn from torch's global generator. Its
-        ``config``, a dictionary for JSON, is what :attr:`format` builds it from.
+        ``config``, a dictionary for JSON, is what :attr:`format` builds it from. If evaluations call other methods of it than
+        ``forward``, its ``forward_methods`` names them.
         """
 
     @property

@@ -97,6 +97,11 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
         """The network of timm that makes the features; empty if they, or pixels, are read from files."""
         return "" if self.feature_network == "none" else self.feature_network or self.domain_info.network or ""
 
+    @property
+    def are_cropped(self) -> bool:
+        """Whether what is read are whole pictures, of which random crops at random sizes are used."""
+        return bool(self.network) or self.domain_info.kind in ("picture", "classes")
+
     def sizes(self) -> list[int]:
         """The sides in pixels of what is trained on, in ascending order; of features those of the pictures.
 
@@ -131,18 +136,19 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
             path = f"{path}/[{modality.path}]/*.tar"
         return DatasetConfig(
             name=self.domain, in_domains=(modality.name,), out_domains=(), modalities={modality.name: modality},
-            data_path=path, use_wds=use_wds, main_augment_domain=modality.name, hflip=self.hflip,
+            data_path=path, use_wds=use_wds, main_augment_domain=modality.name if self.are_cropped else None, hflip=self.hflip,
             crop_scale=(self.min_crop_scale, 1.0), crop_ratio=RATIO, sampling_weights=None, input_tokens_range=(0, 0),
             target_tokens_range=(0, 0), remote=self.remote(),
         )  # fmt: skip
 
     def _modality(self, size: int) -> Modality:
+        """Its name is that of the transform, because the files of a domain need not be read as those of a modality are."""
+        info = self.domain_info
+        name, folder, channels = info.transform or self.domain, self.domain, self.channels
         if self.network:
-            name, channels, transform = "rgb", 3, "rgb"
-        else:
-            name, channels, transform = self.domain, self.channels, self.domain_info.transform
+            name, folder, channels = "rgb", "rgb", 3
         return Modality(
-            name, "img", input_size=size, patch_size=1, num_channels=channels, transform=transform,
+            name, "img", input_size=size, patch_size=1, num_channels=channels, path=folder,
             transform_options=self.transform_options(),
         )  # fmt: skip
 

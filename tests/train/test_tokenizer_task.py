@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from fourm.train.export import main as export
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
+from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
 from fourm.train.tasks.tokenizer import VQVAETraining
 from fourm.utils.errors import UserError
 from fourm.vq import load_tokenizer
@@ -146,6 +147,51 @@ def test_a_second_stage_starts_from_the_first_at_a_larger_size(alone, pictures, 
         if name.startswith(("encoder.", "quant")):
             assert torch.equal(tensor, first[name]), name
     assert not torch.equal(frozen["decoder.out_proj.weight"], first["decoder.out_proj.weight"])
+
+
+DIVAE = {
+    "decoder_type": "unet_patched/Wi_32", "input_size_min": 32, "batch_size": 2, "num_eval_timesteps": 2, "epochs": 1,
+    "blr": 0.05, "num_eval_metrics_samples": 3, "epoch_size": 24,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def divae(pictures, tmp_path_factory):
+    config = write_config(tmp_path_factory.mktemp("divae"), pictures, **DIVAE, accum_iter=2, num_streams=2)
+    run_here(config, task=DiVAETraining)
+    return config.parent / "out"
+
+
+def test_a_divae_learns_and_its_folder_decodes(divae):
+    found = losses(divae)
+    assert len(found) == 6 and found[6] < 0.9 * found[1]
+    (results,) = evaluations(divae)
+    assert results["32px"]["samples"] == 3 and results["32px"]["per_modality"].keys() == {"reconstruction", "l1", "mse", "psnr"}
+    tokenizer = load_tokenizer(divae)
+    decoded = tokenizer.decode_tokens(torch.zeros(1, 4, 4, dtype=torch.int64), timesteps=2, seed=0)
+    assert decoded.shape == (1, 3, 32, 32) and decoded.abs().max() <= 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_two_processes_train_a_divae_as_one(divae, pictures, tmp_path, strategy):
+    run_ranks(write_config(tmp_path, pictures, **DIVAE), strategy=strategy, task=DiVAETraining)
+    out = tmp_path / "out"
+    assert losses(out) == pytest.approx(losses(divae), rel=1e-2)
+    one, two = (evaluations(place)[0] for place in (divae, out))
+    for kind in ("32px", "32px_ema"):
+        assert two[kind]["per_modality"] == pytest.approx(one[kind]["per_modality"], rel=2e-2)
+
+
+@pytest.mark.dist
+def test_a_divae_that_was_killed_resumes_with_the_same_losses(divae, pictures, tmp_path):
+    keys = DIVAE | {"accum_iter": 2, "num_streams": 2, "save_every_minutes": 1e-9, "keep_last": 1}
+    config = write_config(tmp_path, pictures, **keys)
+    ranks = start_ranks(config, strategy=DDP, processes=1, task=DiVAETraining)
+    wait_for_step(config, 2, ranks)
+    kill(ranks)
+    assert "resumed from" in run_here(config, task=DiVAETraining)
+    assert losses(tmp_path / "out") == losses(divae)
 
 
 @pytest.mark.parametrize(

@@ -121,7 +121,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
 
     def build_model(self) -> VQ:
         with torch.device("meta"):
-            return self.model_class(**self.model_arguments())
+            model = self.model_class(**self.model_arguments())
+        model.forward_methods = ["autoencode"]  # type: ignore[assignment]
+        return model
 
     def model_arguments(self) -> dict[str, Any]:
         """Arguments of the model's constructor."""
@@ -190,7 +192,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
     def _loaded_size(self, training: bool) -> int:
         """Side in pixels of the pictures that are read, or of a grid of features."""
         config, info = self.config, self.config.domain_info
-        if not info.is_picture and not config.network:
+        if info.kind == "mask":
+            return config.mask_size
+        if not config.are_cropped:
             return 1 if info.kind == "vector" else config.input_size_max // config.patch_size
         return max(config.sizes()[-1], 0 if training else self._evaluated_sizes()[-1])
 
@@ -222,7 +226,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         images = entry["tensor"].to(device, non_blocking=True)
         if images.dtype == torch.uint8:
             images = normalised(images, *batch.scaling[name])
-        if (config.domain_info.is_picture or config.network) and images.shape[-1] != size:
+        if config.are_cropped and images.shape[-1] != size:
             images = resized(images, size)
         if config.network:
             images = self._feature_network(device)(images)
@@ -283,8 +287,6 @@ class TokenizerTraining(Task[Config], Generic[Config]):
 
     def _evaluated_sizes(self) -> list[int]:
         sizes = self.config.sizes()
-        if self.config.domain_info.kind == "mask":
-            return sizes
         return sorted({sizes[0], sizes[-1], self.config.input_size_eval or sizes[0]})
 
     def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
@@ -297,8 +299,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             world_size=world_size, seed=config.seed,
         )  # fmt: skip
         loader = BatchLoader(batches, config.num_workers)
-        resizable = config.domain_info.is_picture or config.network
-        sizes = self._evaluated_sizes() if resizable else [self._sizes[-1]]
+        sizes = self._evaluated_sizes() if config.are_cropped else [self._sizes[-1]]
         return [Evaluation(config.domain, f"{size}px", loader, partial(self._prepared, size)) for size in sizes]
 
     def _prepared(
