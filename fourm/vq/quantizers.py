@@ -78,7 +78,7 @@ class Quantizer(nn.Module, ABC):
     def embed(self, ids: Tensor) -> Tensor:
         """Ids (B, h, w), or (B, G, h, w) → (B, L, h, w), as :attr:`Quantized.latents` in evaluation mode."""
 
-    def update(self, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:  # noqa: B027
+    def update(self, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:
         """Change the codebook, in place.
 
         Args:

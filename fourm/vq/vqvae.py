@@ -26,7 +26,7 @@ from fourm.models.hub import HubModel
 from fourm.models.modality_embedding import image_grid
 from fourm.utils.checkpoints import WEIGHTS
 from fourm.utils.errors import DataError, UserError
-from fourm.vq.mlp import BottleneckMLP, mlp_size
+from fourm.vq.mlp import BottleneckMLP, MLPSize, mlp_size
 from fourm.vq.options import VQOptions, VQVAEOptions, read_options
 from fourm.vq.quantizers import FSQ, WHOLE, LucidQuantizer, MemcodesQuantizer, Part, Quantized, Quantizer
 from fourm.vq.tokenizer import ImageTokenizer, TokenizerConfig
@@ -241,12 +241,12 @@ class VQ(ImageTokenizer, HubModel):
             _, found["n_channels"], _, patch = shapes["encoder.proj.weight"]
             found["patch_proj"] = patch > 1
             side = patch if patch > 1 else int(config.get("patch_size") or VQOptions.patch_size)
-            found |= {"patch_size": side, "image_size_enc": positions[2] * side}
+            found |= {"patch_size": side} | _image_size_of_file("enc", config, positions[2] * side)
             found["post_mlp"] = "encoder.norm_mlp.weight" in shapes
             found |= _vit_of_file("enc", config, shapes)
         elif linear := shapes.get("encoder.linear_in.weight"):
             found["n_channels"] = linear[1]
-            found["enc_type"] = _mlp_of_file("encoder", shapes)
+            found["enc_type"] = _mlp_of_file("enc", config, shapes)
         if labels := shapes.get("cls_emb.weight"):
             found["n_labels"] = labels[0]
         if codes := shapes.get("quantize._codebook.embed"):
@@ -260,8 +260,6 @@ class VQ(ImageTokenizer, HubModel):
                 "latent_dim": books * width,
                 "num_codebooks": books,
             }
-        if not config.get("image_size") and "image_size_enc" in found:
-            found["image_size"] = found["image_size_enc"]
         return found
 
     @classmethod
@@ -325,10 +323,11 @@ class VQVAE(VQ):
         found = super().config_of_file(config, shapes)
         if positions := shapes.get("decoder.pos_emb"):
             patch = int(config.get("patch_size_dec") or found.get("patch_size") or VQOptions.patch_size)
-            found |= {"image_size_dec": positions[2] * patch, "out_conv": "decoder.out_conv.0.gamma" in shapes}
+            found |= _image_size_of_file("dec", {**config, **found}, positions[2] * patch)
+            found["out_conv"] = "decoder.out_conv.0.gamma" in shapes
             found |= _vit_of_file("dec", config, shapes)
         elif "decoder.linear_in.weight" in shapes:
-            found["dec_type"] = _mlp_of_file("decoder", shapes)
+            found["dec_type"] = _mlp_of_file("dec", config, shapes)
         return found
 
 
@@ -360,10 +359,24 @@ def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[s
     return {f"{side}_type": f"{name}_{side}" for name, size in SIZES.items() if (size.dim, size.depth) == (dim, depth)}
 
 
-def _mlp_of_file(root: str, shapes: Shapes) -> str:
+def _image_size_of_file(side: str, config: Mapping[str, Any], pixels: int) -> dict[str, int]:
+    """The size of images that the positions of an encoder (``enc``) or decoder (``dec``) are made for, unless the configured
+    one is right; where no size is configured, it is that of the images, too."""
+    if not config.get("image_size"):
+        return {"image_size": pixels, f"image_size_{side}": pixels}
+    configured = config.get(f"image_size_{side}") or config["image_size"]
+    return {} if configured == pixels else {f"image_size_{side}": pixels}
+
+
+def _mlp_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> str:
+    """The size of an encoder (``enc``) or decoder (``dec``)."""
+    root, configured = f"{side}oder", config.get(f"{side}_type")
     width = shapes[f"{root}.linear_in.weight"][0]
     hidden = shapes.get(f"{root}.blocks.0.block.0.weight", (width, width))[0]
-    return f"BottleneckMLP/B_{_count(f'{root}.blocks.', shapes)}-Wi_{width}-E_{hidden // width}"
+    size = MLPSize(_count(f"{root}.blocks.", shapes), width, hidden // width)
+    if isinstance(configured, str) and "MLP" in configured and mlp_size(configured) == size:
+        return configured
+    return f"BottleneckMLP/B_{size.depth}-Wi_{size.dim}-E_{size.expansion}"
 
 
 def _count(prefix: str, shapes: Shapes) -> int:

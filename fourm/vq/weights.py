@@ -10,7 +10,7 @@ import argparse
 import contextlib
 import pickle
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,12 @@ def load_model(cls: Any, file: WeightsFile, config: Mapping[str, Any], device: s
     Raises:
         UserError: a tensor is missing, has another shape, or values that are not finite.
     """
-    config = {key: value for key, value in config.items() if key != "ckpt_path"}
-    model: Any = layout(config | cls.config_of_file(config, file.shapes), cls.model_format(), file.path)
+
+    def build(config: dict[str, Any]) -> Any:
+        return cls(config | cls.config_of_file(config, file.shapes))
+
+    known = {key: value for key, value in config.items() if key != "ckpt_path"}
+    model: Any = layout(known, replace(cls.model_format(), build=build), file.path)
     weights = {}
     for name, tensor in model.state_dict().items():
         found = file.shapes.get(name)
