@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 from PIL import Image
 
@@ -103,7 +102,9 @@ def test_it_has_the_published_figures(name):
         assert config.num_codebooks == 8
     script = f"run_training_{name.split('/')[0]}.py"
     assert f"{script} --config cfgs/default/tokenization/{name}.yaml" in (FOLDER / f"{name}.yaml").read_text()
-    length = run_length(load_config(type(config), f"cfgs/default/tokenization/{name}.yaml", {"epoch_size": 10_000_000}), 8)
+    length = run_length(
+        load_config(type(config), f"cfgs/default/tokenization/{name}.yaml", {"epoch_size": 10_000_000}), 8
+    )
     build_schedule(config, length, 8)
 
 
@@ -116,7 +117,15 @@ def test_its_model_is_the_published_one(name):
     model = task.build_model()
     assert all(tensor.is_meta or tensor_name.endswith("levels") for tensor_name, tensor in model.state_dict().items())
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    published = {"UNet": 288e6, "UViT": 219e6, "semseg": 220e6, "CLIP-B16": 182e6, "sam": 183e6, "global": 116e6, "poses": 107e6}
+    published = {
+        "UNet": 288e6,
+        "UViT": 219e6,
+        "semseg": 220e6,
+        "CLIP-B16": 182e6,
+        "sam": 183e6,
+        "global": 116e6,
+        "poses": 107e6,
+    }
     expected = next((count for part, count in published.items() if part in name), None)
     if expected and "global" not in name:
         assert parameters == pytest.approx(expected, rel=0.03)
@@ -134,7 +143,11 @@ def write_domain(folder, domain, reads):
             if reads == "depth":
                 Image.fromarray(rng.integers(1, 2**16, (40, 40)).astype(np.uint16)).save(place / f"{index}.png")
             elif reads in ("canny_edge", "semseg_coco"):
-                image = image.convert("L") if reads == "canny_edge" else Image.fromarray(rng.choice([0, 132, 255], (40, 40)).astype(np.uint8))
+                image = (
+                    image.convert("L")
+                    if reads == "canny_edge"
+                    else Image.fromarray(rng.choice([0, 132, 255], (40, 40)).astype(np.uint8))
+                )
                 image.save(place / f"{index}.png")
             elif reads == "sam_mask":
                 outline = [[0, 0], [30, 5], [20, 30]]
@@ -142,7 +155,10 @@ def write_domain(folder, domain, reads):
             elif reads in ("rgb", "normal"):
                 image.save(place / f"{index}.png")
             else:
-                shape = {"human_poses": (23, 3, 3)}.get(reads) or (SHAPES[reads.removesuffix("-global")][0], *([1, 1] if "global" in reads else [2, 2]))
+                shape = {"human_poses": (23, 3, 3)}.get(reads) or (
+                    SHAPES[reads.removesuffix("-global")][0],
+                    *([1, 1] if "global" in reads else [2, 2]),
+                )
                 np.save(place / f"{index}.npy", rng.standard_normal(shape).astype(np.float32))
     return folder
 
@@ -157,7 +173,12 @@ def test_it_trains_at_toy_size(name, tmp_path):
         "num_eval_timesteps": 2, "warmup_epochs": 0, "warmup_steps": -1, "percept_loss_weight": 0.0,
     }  # fmt: skip
     patch = config.patch_size
-    keys |= {"input_size_min": 2 * patch, "input_size_max": 2 * patch, "mask_size": 2 * patch, "input_size_eval": 2 * patch}
+    keys |= {
+        "input_size_min": 2 * patch,
+        "input_size_max": 2 * patch,
+        "mask_size": 2 * patch,
+        "input_size_eval": 2 * patch,
+    }
     if "MLP" in config.encoder_type:
         keys |= {"encoder_type": "BottleneckMLP/B_1-Wi_32", "decoder_type": "BottleneckMLP/B_1-Wi_32", "latent_dim": 32}
     else:
@@ -167,7 +188,7 @@ def test_it_trains_at_toy_size(name, tmp_path):
     if config.domain_info.kind in ("map", "vector") and domain != "human_poses":
         keys["feature_network"] = "none"
     write_domain(tmp_path, domain, domain)
-    known = {item for item in vars(config)}
+    known = set(vars(config))
     content = yaml.safe_load((FOLDER / f"{name}.yaml").read_text())
     main = tmp_path / "main.yaml"
     main.write_text(yaml.safe_dump(content | {key: value for key, value in keys.items() if key in known}))

@@ -39,6 +39,7 @@ class Results:
         bad_samples: By data set and reason.
         missing: Modality → the share of samples without it, if samples may lack something.
         metrics: As :meth:`Task.evaluation_metrics` makes them.
+        pictures: Some of those of this process, (3, h, w) each.
     """
 
     loss: float
@@ -48,6 +49,7 @@ class Results:
     bad_samples: dict[str, int]
     missing: dict[str, float]
     metrics: dict[str, float]
+    pictures: list[Tensor]
 
     def line(self) -> dict[str, Any]:
         """For ``log.jsonl``, where the losses of an evaluation are called ``per_modality`` and the targets ``tokens``."""
@@ -78,14 +80,17 @@ def evaluate(
     model.eval()
     generator = torch.Generator().manual_seed(options.seed)
     sums, counts, statistics = Counter[str](), Counts(), dict[str, Tensor]()
+    pictures: list[Tensor] = []
     try:
         for batch in parallel.in_step(waiting.all_of(evaluation.loader), model):
             inputs = evaluation.prepare(model, batch, parallel.device, generator)
             with autocast(options, parallel.device):
-                losses = task.loss(model, inputs)
+                found = task.loss(model, inputs)
             if batch is None:
                 continue
-            means, statistics = losses.means, add(statistics, losses.statistics)
+            means, statistics = found.means, add(statistics, found.statistics)
+            if found.pictures is not None:
+                pictures += found.pictures[: task.num_pictures - len(pictures)].cpu().unbind()
             values = torch.stack([mean.double() for mean in means.values()]).tolist()
             sums.update({name: value * inputs.targets.get(name, 0) for name, value in zip(means, values, strict=True)})  # type: ignore[misc]
             counts.add_batch(inputs, batch.position)
@@ -112,4 +117,5 @@ def evaluate(
         bad_samples=dict(counts.bad),
         missing=counts.missing,
         metrics=task.evaluation_metrics(statistics),
+        pictures=pictures,
     )

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from fourm.train.evaluate import Results
@@ -158,13 +159,27 @@ class Journal:
         self._write({"step": step, "epoch": epoch, "eval": lines})
         for name, kind, found in ((name, *item) for name, kinds in results.items() for item in kinds.items()):
             parts = ", ".join(f"{part} {value:.3f}" for part, value in {**found.losses, **found.metrics}.items())
-            log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, found.loss, parts)
+            log.info("eval %s (%s) at step %d: loss %.4f; %s", name, kind, step, found.loss, parts)
+            if found.pictures:
+                self._write_pictures(step, f"{name}-{kind}", found.pictures)
             if not math.isfinite(found.loss):
                 log.warning("eval %s: the loss is not finite", name)
             if found.bad_samples:
                 log.warning("eval %s: bad samples: %s", name, found.bad_samples)
             if found.missing:
                 log.info("eval %s: missing values: %s", name, _percent(found.missing))
+
+    def _write_pictures(self, step: int, name: str, pictures: list[Tensor]) -> None:
+        """One below the other, into ``pictures`` in the run folder."""
+        from torchvision.utils import save_image  # which takes long to import
+
+        path = self._path.parent / "pictures" / f"step-{step:08d}-{name}.png"
+        with atomic_path(path) as temporary:
+            save_image(pictures, temporary, nrow=max(1, round(len(pictures) ** 0.5 / 2)), format="png")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({f"pictures/{name}": wandb.Image(str(path))}, step=step)
 
     def _write(self, line: dict[str, Any]) -> None:
         try:

@@ -50,11 +50,13 @@ class Losses:
         means: Loss → its mean over its targets.
         statistics: Tensors whose sums over the micro-batches and processes of a step :meth:`Task.update` gets. All
             micro-batches have the same ones. Those of an evaluation are for :meth:`Task.evaluation_metrics`.
+        pictures: Of an evaluation, to be looked at: (B, 3, h, w) in [0, 1].
     """
 
     total: Tensor
     means: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    pictures: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -100,12 +102,14 @@ class Task(ABC, Generic[Config]):
         config_class: Its options.
         format: How its models are built from what a checkpoint holds.
         losses: Names of the losses, as in :attr:`Losses.means`.
+        num_pictures: How many of the pictures of an evaluation are kept.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[Any]]
     format: ClassVar[ModelFormat]
     losses: Sequence[str]
+    num_pictures: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)

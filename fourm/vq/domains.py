@@ -63,7 +63,5 @@ def domain_named(name: str) -> Domain:
         UserError: There is no such domain.
     """
     if name not in DOMAINS:
-        raise UserError(
-            f"'domain': unknown '{name}'{did_you_mean(name, DOMAINS)}; there are {', '.join(DOMAINS)}"
-        )
+        raise UserError(f"'domain': unknown '{name}'{did_you_mean(name, DOMAINS)}; there are {', '.join(DOMAINS)}")
     return DOMAINS[name]

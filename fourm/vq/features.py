@@ -50,7 +50,9 @@ class FeatureNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """(B, 3, H, W) → (B, D, h, w), or (B, D, 1, 1) of the whole picture."""
-        height, width = (side // patch for side, patch in zip(x.shape[2:], self.network.patch_embed.patch_size, strict=True))
+        height, width = (
+            side // patch for side, patch in zip(x.shape[2:], self.network.patch_embed.patch_size, strict=True)
+        )
         tokens = self.network.head(self.network.fc_norm(self.network.forward_features(x)))  # (B, prefix + h w, D)
         if self._single:
             return nn.functional.normalize(tokens[:, 0].float(), dim=-1)[:, :, None, None]

@@ -119,8 +119,9 @@ class PerceptualLoss(nn.Module):
                 f"'percept_layers': {options.percept_model} has {len(network.blocks)} blocks, the last is "
                 f"blocks.{len(network.blocks) - 1}"
             )
-        name = options.dtype_percept
-        self._dtype = getattr(torch, {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}.get(name, name))
+        precision = options.dtype_percept
+        long = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+        self._dtype = getattr(torch, long.get(precision, precision))
         self._size = network.pretrained_cfg["input_size"][-1]
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1))
@@ -148,4 +149,3 @@ class PerceptualLoss(nn.Module):
             x, indices=self._blocks, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
         )
         return [torch.cat([prefix, tokens], dim=1) for tokens, prefix in outputs]
-

@@ -180,7 +180,9 @@ class TokenizerSamples(SampleDataset):
             (name, value), *_ = self.transform(raw, rng).items()
             value = value if value.dtype.kind != "b" else value.astype(np.float32)
             if self.labels is not None and not 0 <= value.min() <= value.max() < self.labels:
-                raise DataError(f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name)
+                raise DataError(
+                    f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name
+                )
         return {name: {"tensor": value, "seed": rng.integers(2**62)}}
 
 

@@ -41,12 +41,12 @@ class QuantizerOptions(Options):
     codebook_size: int = option("codes", 8192, at_least=2, at_most=2**24, fixed=True)
     num_codebooks: int = option("codes for each place (memcodes)", 1, at_least=1, at_most=1024, fixed=True)
     latent_dim: int = option("width of a code", 32, at_least=1, at_most=2**16, fixed=True)
-    levels: list[int] = option("fsq: levels of each number of a code, in place of codebook_size and latent_dim", [], fixed=True)
+    levels: list[int] = option(
+        "fsq: levels of each number of a code, in place of codebook_size and latent_dim", [], fixed=True
+    )
     norm_codes: bool = option("compare latents and codes by their direction", True, fixed=True)
     norm_latents: bool = option("normalise latents before they are quantized", False, fixed=True)
-    quantizer_ema_decay: float = option(
-        "share of a code that each step keeps", 0.8, at_least=0, at_most=1, fixed=True
-    )
+    quantizer_ema_decay: float = option("share of a code that each step keeps", 0.8, at_least=0, at_most=1, fixed=True)
     coef_ema_dead_code: float = option(
         "a code is dead when it is used so many times less than if all were used alike; 0 = never", 4.0, at_least=0,
         fixed=True,
@@ -146,9 +146,7 @@ class DiffusionOptions(ConditionOptions):
 class ControlNetOptions(ConditionOptions):
     """Stable Diffusion with a ControlNet"""
 
-    sd_path: str = option(
-        "Stable Diffusion 1.5: a folder or a hub id", "runwayml/stable-diffusion-v1-5", fixed=True
-    )
+    sd_path: str = option("Stable Diffusion 1.5: a folder or a hub id", "runwayml/stable-diffusion-v1-5", fixed=True)
     input_size_sd: int | None = option(
         "side in pixels of its pictures (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
     )

@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from fourm.tools.pack import main as pack
 from fourm.train.export import main as export
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
@@ -141,7 +143,10 @@ def test_a_second_stage_starts_from_the_first_at_a_larger_size(alone, pictures, 
     assert all(torch.equal(first[name], second[name]) for name in kept)
     with pytest.raises(UserError, match="'input_size_enc' 32: set it"):
         run_here(write_config(tmp_path / "b", pictures, **keys, freeze_enc=True), task=VQVAETraining)
-    run_here(write_config(tmp_path / "c", pictures, **keys | {"blr": 0.1}, freeze_enc=True, input_size_enc=32), task=VQVAETraining)
+    run_here(
+        write_config(tmp_path / "c", pictures, **keys | {"blr": 0.1}, freeze_enc=True, input_size_enc=32),
+        task=VQVAETraining,
+    )
     frozen = load_file(tmp_path / "c" / "out" / "model.safetensors")
     for name, tensor in frozen.items():
         if name.startswith(("encoder.", "quant")):
@@ -166,7 +171,12 @@ def test_a_divae_learns_and_its_folder_decodes(divae):
     found = losses(divae)
     assert len(found) == 6 and found[6] < 0.9 * found[1]
     (results,) = evaluations(divae)
-    assert results["32px"]["samples"] == 3 and results["32px"]["per_modality"].keys() == {"reconstruction", "l1", "mse", "psnr"}
+    assert results["32px"]["samples"] == 3 and results["32px"]["per_modality"].keys() == {
+        "reconstruction",
+        "l1",
+        "mse",
+        "psnr",
+    }
     tokenizer = load_tokenizer(divae)
     decoded = tokenizer.decode_tokens(torch.zeros(1, 4, 4, dtype=torch.int64), timesteps=2, seed=0)
     assert decoded.shape == (1, 3, 32, 32) and decoded.abs().max() <= 1
@@ -211,3 +221,53 @@ def test_a_divae_that_was_killed_resumes_with_the_same_losses(divae, pictures, t
 def test_what_cannot_work_is_one_sentence(pictures, tmp_path, keys, message):
     with pytest.raises(UserError, match=message):
         run_here(write_config(tmp_path, pictures, **keys), "--dry_run", task=VQVAETraining)
+
+
+def test_every_evaluation_leaves_a_picture_of_originals_and_reconstructions(alone):
+    found = sorted(path.name for path in (alone / "pictures").iterdir())
+    kinds = ("16px", "16px_ema", "32px", "32px_ema")
+    assert found == sorted(f"step-{step:08d}-rgb-{kind}.png" for step in (10, 20) for kind in kinds)
+    with Image.open(alone / "pictures" / "step-00000020-rgb-32px.png") as picture:
+        assert picture.width > picture.height / 4 and np.ptp(np.asarray(picture)) > 100
+
+
+def test_features_of_a_network_are_made_on_the_fly(pictures, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit")
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    keys = {
+        "domain": "CLIP-B16", "feature_network": "test_vit", "feature_weights": f"{tmp_path}/vit.safetensors", "patch_size": 16,
+        "n_channels": network.num_classes, "loss_fn": "smooth_l1", "epochs": 1, "codebook_size": 16,
+    }  # fmt: skip
+    run_here(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
+    results = log_lines(tmp_path / "out")[-1]["eval"]["CLIP-B16"]["32px"]
+    assert results["samples"] == 6 and results["per_modality"].keys() == {"reconstruction", "l1", "mse"}
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.tokenize(torch.zeros(1, network.num_classes, 2, 2)).shape == (1, 2, 2)
+
+
+def test_a_perceptual_loss_is_part_of_the_total(pictures, tmp_path):
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    keys = {
+        "percept_loss_weight": 0.5, "percept_model": "test_vit", "percept_weights": f"{tmp_path}/vit.safetensors",
+        "percept_layers": "blocks.1-blocks.3", "dtype_percept": "fp32", "epoch_size": 8, "epochs": 1,
+    }  # fmt: skip
+    run_here(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
+    first, *_ = log_lines(tmp_path / "out")
+    assert first["losses"].keys() == {"reconstruction", "codebook", "perceptual"} and first["losses"]["perceptual"] > 0
+    assert first["loss"] == pytest.approx(sum(first["losses"].values()), rel=1e-4)
+
+
+def test_shards_are_trained_on_as_folders_are(pictures, tmp_path):
+    pack(["shards", str(pictures / "train"), str(tmp_path / "train"), "--shard_size", "5"])
+    for path in (f"{tmp_path}/train", f"{tmp_path}/train/[rgb]/shard-{{00000..00003}}.tar"):
+        keys = {"data_path": path, "use_wds": True, "num_workers": 2}
+        config = write_config(tmp_path / "a", pictures, **keys)
+        assert "dry run: one step" in run_here(config, "--dry_run", task=VQVAETraining)
+    with pytest.raises(UserError, match="'epoch_size' is not set"):
+        run_here(write_config(tmp_path / "b", pictures, **keys, epoch_size=-1), "--dry_run", task=VQVAETraining)
+
+
+def test_an_epoch_of_a_folder_is_its_number_of_pictures(pictures, tmp_path):
+    logged = run_here(write_config(tmp_path, pictures, epoch_size=-1), "--dry_run", task=VQVAETraining)
+    assert "2 epochs of 5 steps" in logged

@@ -47,7 +47,9 @@ class DiVAETraining(TokenizerTraining[DiVAEConfig]):
             prediction, kind = noise_of_velocity(schedule, prediction.float(), noised, steps), "epsilon"
         return (prediction, target_of(kind, schedule, values.images, noise, steps)), *others
 
-    def _reconstruction(self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _reconstruction(
+        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         assert values.seeds is not None
         options = {"timesteps": self.config.num_eval_timesteps, "seed": values.seeds.tolist(), "verbose": False}
         return model.autoencode(values.images, **options).float(), values.images  # type: ignore[operator]
@@ -75,7 +77,9 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
         prediction, *others = model(values.images, noised, steps, part=values.part, **options)
         return (prediction, noise), *others
 
-    def _reconstruction(self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _reconstruction(
+        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         config = self.config
         decoded = model.autoencode(  # type: ignore[operator]
             values.images, timesteps=config.num_eval_timesteps, guidance_scale=config.guidance_scale,

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -36,6 +35,9 @@ from fourm.utils.urls import shown
 from fourm.vq.features import FeatureNetwork, timm_network
 from fourm.vq.losses import LOSSES, LossOptions, PerceptualLoss, PerceptualOptions
 from fourm.vq.metrics import code_counts, codebook_metrics, metrics_of, region_counts, region_metrics, sample_metrics
+from fourm.vq.pictures import side_by_side
+from fourm.vq.quantizers import Part
+from fourm.vq.training_data import ImageDataOptions, open_samples
 from fourm.vq.training_options import (
     DecoderOptions,
     EncoderOptions,
@@ -43,8 +45,6 @@ from fourm.vq.training_options import (
     QuantizerOptions,
     TokenizerEvaluationOptions,
 )
-from fourm.vq.quantizers import Part
-from fourm.vq.training_data import ImageDataOptions, open_samples
 from fourm.vq.vqvae import VQ, VQVAE
 
 log = logging.getLogger("fourm")
@@ -106,7 +106,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         super().__init__(dataclasses.replace(config, **changed))
         self.losses = ["reconstruction", "codebook"]
         self._sizes = config.sizes()
+        self.num_pictures = config.num_logged_images or 0
         self._features: FeatureNetwork | None = None
+        self._costs: dict[int, tuple[float, float]] = {}
         self._rank, self._world_size = 0, 1
 
     def _samples_of_an_epoch(self) -> int:
@@ -114,7 +116,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         if config.eval:
             return 1
         if self._train is None or config.use_wds:
-            raise UserError("'epoch_size' is not set: how many samples make an epoch? Only those of folders are counted")
+            raise UserError(
+                "'epoch_size' is not set: how many samples make an epoch? Only those of folders are counted"
+            )
         return len(self._train.source.all(BadSampleLedger(config.domain, config.max_bad_fraction)))
 
     # The model
@@ -149,16 +153,21 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         return samples * places / config.codebook_size / config.coef_ema_dead_code
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        return [block for part in (model.encoder, getattr(model, "decoder", None)) for block in _repeated(part)]
+        assert isinstance(model, VQ)
+        return [block for part in (model.encoder, model.decoder) for block in _repeated(part)]
 
     def changing_buffers(self, model: nn.Module) -> list[str]:
         if self.config.freeze_enc:
             return []
-        return [name for name, _ in model.named_buffers() if name.endswith(("_codebook.cluster_size", "_codebook.embed"))]
+        return [
+            name for name, _ in model.named_buffers() if name.endswith(("_codebook.cluster_size", "_codebook.embed"))
+        ]
 
     def describe(self) -> None:
         config = self.config
-        log.info("%s of %s, sides of %s pixels", config.domain, shown(config.data_path), ", ".join(map(str, self._sizes)))
+        log.info(
+            "%s of %s, sides of %s pixels", config.domain, shown(config.data_path), ", ".join(map(str, self._sizes))
+        )
         log.info("%s: %d codes of width %d", config.quantizer_type, config.codebook_size, config.latent_dim)
 
     def select_weights(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
@@ -249,10 +258,11 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             return self._evaluated(model, values)
         compared, code_loss, statistics = self._forward(model, values, return_statistics=True)
         means = self._losses_of(compared, code_loss)
-        return Losses(sum(means.values()), means, statistics)
+        return Losses(torch.stack([*means.values()]).sum(), means, statistics)
 
     def _evaluated(self, model: nn.Module, values: Values) -> Losses:
         """With the metrics of a reconstruction."""
+        assert isinstance(model, VQ)
         with kept_outputs(model.quantize) as outputs:
             compared, code_loss, *_ = self._forward(model, values)
             prediction, target = self._reconstruction(model, values, compared)
@@ -263,7 +273,8 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         if classes:
             statistics |= region_counts(prediction, target, classes)
         metrics = sample_metrics(self._metrics(), prediction, target)
-        return Losses(sum(means.values()), means | metrics, statistics)
+        pictures = side_by_side(self.config.domain_info, target, prediction) if self.num_pictures else None
+        return Losses(torch.stack([*means.values()]).sum(), means | metrics, statistics, pictures)
 
     @abstractmethod
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
@@ -275,13 +286,16 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         reconstruction = LOSSES[self.config.loss_fn](prediction.float(), target)
         return {"reconstruction": reconstruction, "codebook": self.config.codebook_weight * code_loss.sum()}
 
-    def _reconstruction(self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _reconstruction(
+        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
         """The reconstruction of an evaluation, float32, and its target."""
         return compared[0].float(), compared[1]
 
     def update(self, model: nn.Module, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:
-        if not self.config.freeze_enc and statistics:
-            model.quantize.update(statistics, skipped)  # type: ignore[operator, union-attr]
+        assert isinstance(model, VQ)
+        if statistics:  # a frozen quantizer has none
+            model.quantize.update(statistics, skipped)
 
     # Around it
 
@@ -344,9 +358,10 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         flops, activations = self._cost_of_sample(self._sizes[-1])
         return StepCost(self.config.batch_size * flops, self.config.batch_size * activations)
 
-    @functools.cache  # noqa: B019: a task lasts as long as its process
     def _cost_of_sample(self, size: int) -> tuple[float, float]:
         """Operations of forward and backward pass, and bytes that the latter needs, of one sample: counted, not computed."""
+        if size in self._costs:
+            return self._costs[size]
         saved: dict[int, torch.UntypedStorage] = {}  # which stay there, so that no other gets the same id
 
         def keep(tensor: Tensor) -> Tensor:
@@ -359,7 +374,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
             with FlopCounterMode(display=False) as counter, hooks:
                 self._forward(model, Values(self._zeros(size), Part(), None))
-        return 3.0 * counter.get_total_flops(), float(sum(storage.nbytes() for storage in saved.values()))
+        activations = sum(storage.nbytes() for storage in saved.values())
+        self._costs[size] = 3.0 * counter.get_total_flops(), float(activations)
+        return self._costs[size]
 
     def _zeros(self, size: int) -> Tensor:
         """One sample of what the encoder gets, made of pictures of this size."""
@@ -423,7 +440,7 @@ def kept_outputs(module: nn.Module) -> Iterator[list[Any]]:
         handle.remove()
 
 
-def _repeated(part: nn.Module | None) -> Iterator[nn.Module]:
+def _repeated(part: Any) -> Iterator[nn.Module]:
     """The blocks of an encoder or decoder."""
     for name in ("blocks", "input_blocks", "middle_block", "output_blocks"):
         yield from getattr(part, name, ())
