@@ -101,8 +101,8 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         changed: dict[str, Any] = {}
         if config.epoch_size < 0:
             changed["epoch_size"] = self._samples_of_an_epoch()
-        if not config.eval and (start := config.full_ckpt or config.encoder_ckpt):
-            changed["finetune"] = start
+        if not (config.finetune or config.eval):
+            changed["finetune"] = config.full_ckpt or config.encoder_ckpt
         super().__init__(dataclasses.replace(config, **changed))
         self.losses = ["reconstruction", "codebook"]
         self._sizes = config.sizes()
