@@ -133,7 +133,7 @@ def reconstructed(sample: RawSample, sampler: Sampler) -> DecodedScene:
     """The pictures of a scene after they have been tokens, and what a network sees in them as tokens tell it."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     sources = {
-        name: sampler.tokenizers[kind_of(m)].config.modality for name, m in sampler.targets.items() if m.type == "img"
+        name: sampler.tokenizers[kind_of(m)].info.modality for name, m in sampler.targets.items() if m.type == "img"
     }
     batch = make_batch(
         [{name: values[kind] for name, kind in sources.items()}], sampler.inputs, sampler.tokenizers, None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -17,14 +17,27 @@ from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path, save_tensors
 from fourm.utils.finite import check_finite
 
-MARKS = frozenset({"domains_in", "encoder_depth"})
-"""Keys by which the ``config.json`` of a 4M model is known."""
-
 
 class HubModel(PyTorchModelHubMixin):
-    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model with a ``config``."""
+    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model that is made of a ``config``.
 
+    Attributes:
+        title, marks: as in :class:`ModelFormat`.
+    """
+
+    title: ClassVar[str]
+    marks: ClassVar[frozenset[str]]
     config: dict[str, Any]
+
+    @classmethod
+    def model_format(cls) -> ModelFormat:
+        """How these models lie on disk."""
+        return ModelFormat(cls.title, cls, cls.marks, cls.published)  # type: ignore[arg-type]
+
+    @staticmethod
+    def published(config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration as it stands beside the weights."""
+        return dict(config)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """What of a file's weights the model wants; the rest of the loading is strict."""
@@ -36,8 +49,7 @@ class HubModel(PyTorchModelHubMixin):
         Raises:
             UserError: another kind of model is in the folder, or it cannot be written to; nothing is changed.
         """
-        own = ModelFormat("4M model", type(self), MARKS)  # type: ignore[arg-type]
-        check_export(Path(save_directory), own)  # the base class begins by removing config.json
+        check_export(Path(save_directory), self.model_format())  # the base class begins by removing config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -48,7 +60,7 @@ class HubModel(PyTorchModelHubMixin):
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
-        write_config(save_directory, published_config(self.config))
+        write_config(save_directory, type(self).published(self.config))
         with atomic_path(save_directory / WEIGHTS) as path:
             save_tensors(tensors, path, metadata={"format": "pt"})
 
@@ -79,9 +91,16 @@ class HubModel(PyTorchModelHubMixin):
         return _load(model, weights, Path(model_file).name)
 
 
-def published_config(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration beside published weights, which stand under each of their names whether tied or not."""
-    return {key: value for key, value in config.items() if key != "share_embedding"}
+class Hub4M(HubModel):
+    """A 4M model."""
+
+    title = "4M model"
+    marks = frozenset({"domains_in", "encoder_depth"})
+
+    @staticmethod
+    def published(config: dict[str, Any]) -> dict[str, Any]:
+        """The configuration beside published weights, which stand under each of their names whether tied or not."""
+        return {key: value for key, value in config.items() if key != "share_embedding"}
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

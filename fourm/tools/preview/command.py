@@ -78,7 +78,7 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
     found = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
     if not found:
         raise UserError(f"tokenizers {folder}: there is no tokenizer in its folders")
-    return {tokenizer.config.modality: tokenizer for tokenizer in found}
+    return {tokenizer.info.modality: tokenizer for tokenizer in found}
 
 
 def _check_output(path: Path) -> None:
