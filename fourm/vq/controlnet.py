@@ -71,7 +71,7 @@ class StableDiffusion:
         found = {}
         for name, cls in {"unet": diffusers().UNet2DConditionModel, "vae": diffusers().AutoencoderKL}.items():
             if weights:
-                found[name] = self._read(cls.from_pretrained, name, use_safetensors=True)
+                found[name] = self._read(cls.from_pretrained, name, use_safetensors=True, low_cpu_mem_usage=False)
             else:
                 found[name] = cls.from_config(self._read(cls.load_config, name))
         model, config, _ = self._text_classes
@@ -206,9 +206,7 @@ class VQControlNet(DiffusionVQ):
         parts = self.stable_diffusion.models(weights=True)
         for name, part in {"unet": decoder.unet, "text_encoder": decoder.text_encoder, "vae": self.vae}.items():
             part.load_state_dict(parts[name].state_dict())
-        decoder.controlnet.load_state_dict(
-            _controlnet(parts["unet"], self.latent_dim, self.pretrained_cn).state_dict()
-        )
+        decoder.controlnet.load_state_dict(_controlnet(parts["unet"], self.latent_dim, self.pretrained_cn).state_dict())
         decoder.empty_str_encoding.copy_(decoder.encode_text([""]))
 
     def _frozen_parts(self) -> list[nn.Module]:
@@ -225,7 +223,7 @@ class VQControlNet(DiffusionVQ):
         """The scheduler of diffusers that noises latents in training: Stable Diffusion's own."""
         return self.stable_diffusion.scheduler()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_clean: Tensor,
         input_noised: Tensor,
@@ -256,7 +254,7 @@ class VQControlNet(DiffusionVQ):
         return outputs(self.decoder(input_noised, timesteps, found.latents, cond_mask, text), found, return_statistics)
 
     @torch.no_grad()
-    def decode_quant(
+    def decode_quant(  # type: ignore[override]
         self,
         quant: Tensor,
         timesteps: int | None = None,

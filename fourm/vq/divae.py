@@ -16,14 +16,23 @@ from torch import Tensor, nn
 
 from fourm.utils.options import option
 from fourm.vq.diffusion import (
-    DECODING_STEPS, Generators, NoiseSchedule, conditioning_mask, generators, sample, set_steps,
-)  # fmt: skip
+    DECODING_STEPS,
+    Generators,
+    NoiseSchedule,
+    conditioning_mask,
+    generators,
+    sample,
+    set_steps,
+)
 from fourm.vq.options import VQOptions
 from fourm.vq.quantizers import WHOLE, Part
 from fourm.vq.unet import PatchedUNet, unet_width
-from fourm.vq.uvit import SIZES, uvit
+from fourm.vq.uvit import SIZES, UViT, uvit_size
 from fourm.vq.vqvae import VQ, outputs
 from fourm.vq.weights import Shapes
+
+_TWINS = ("decoder.downsample_mid.conv.", "decoder.downsample_mid.Conv2d_0.")
+"""Beginnings of the two names that one convolution of a U-ViT has in diffusers; files of safetensors may have either alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,13 +51,13 @@ class DiffusionOptions(VQOptions):
 class DiVAEOptions(DiffusionOptions):
     """Encoder, quantizer, decoder and noise"""
 
-    dec_type: str = option("unet_patched, unet_patched/Wi_64 or uvit_{b,l,h}_p4_f16", "unet_patched")
+    dec_type: str = option(
+        "unet_patched, unet_patched/Wi_64, uvit_{b,l,h}_p4_f16 or uvit_p4_f16/B_3-Wi_192-H_6", "unet_patched"
+    )
     image_size_dec: int | None = option("ignored: the size of images follows that of their tokens", None, at_least=1)
     num_train_timesteps: int = option("time steps of the noise schedule", 1000, at_least=2, at_most=2**16)
     scheduler: str = option("how images are sampled: ddim or ddpm", "ddim")
-    beta_schedule: str = option(
-        "linear, scaled_linear, squaredcos_cap_v2, or shifted_cosine:0.5", "squaredcos_cap_v2"
-    )
+    beta_schedule: str = option("linear, scaled_linear, squaredcos_cap_v2, or shifted_cosine:0.5", "squaredcos_cap_v2")
     prediction_type: str = option("what the decoder predicts: sample, epsilon or v_prediction", "v_prediction")
     clip_sample: bool = option("sampling keeps what it takes for the image in [-1, 1]", False)
     thresholding: bool = option("the same", True)
@@ -111,9 +120,8 @@ class DiVAE(DiffusionVQ):
         self.noise_schedule = options.noise_schedule()
         channels, latents = options.n_labels or options.n_channels, options.latent_dim
         self.decoder_channels = channels
-        if options.dec_type in SIZES:
-            dropout = options.dec_transformer_dropout
-            self.decoder = uvit(options.dec_type, channels, latents, dropout)
+        if options.dec_type.startswith("uvit_"):
+            self.decoder = UViT(channels, latents, uvit_size(options.dec_type), options.dec_transformer_dropout)
         else:
             self.decoder = PatchedUNet(channels, latents, unet_width(options.dec_type))
 
@@ -130,7 +138,7 @@ class DiVAE(DiffusionVQ):
         """
         return self.noise_schedule.scheduler()
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         input_clean: Tensor,
         input_noised: Tensor,
@@ -158,7 +166,7 @@ class DiVAE(DiffusionVQ):
         return outputs(self.decoder(input_noised, timesteps, found.latents, cond_mask), found, return_statistics)
 
     @torch.no_grad()
-    def decode_quant(
+    def decode_quant(  # type: ignore[override]
         self,
         quant: Tensor,
         timesteps: int | None = None,
@@ -211,13 +219,22 @@ class DiVAE(DiffusionVQ):
             )
 
     @classmethod
+    def names_in_file(cls, name: str) -> tuple[str, ...]:
+        for one, other in (_TWINS, _TWINS[::-1]):
+            if name.startswith(one):
+                return name, other + name.removeprefix(one)
+        return (name,)
+
+    @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         found = super().config_of_file(config, shapes)
         if conv := shapes.get("decoder.input_blocks.0.0.weight"):
             width = conv[0]
             found["dec_type"] = "unet_patched" if width == 256 else f"unet_patched/Wi_{width}"
         elif table := shapes.get("decoder.mid_block.mid_pos_emb"):
-            found |= {"dec_type": name for name, size in SIZES.items() if size.dim == table[1]}
+            configured = str(config.get("dec_type"))
+            if not configured.startswith("uvit_") or uvit_size(configured).dim != table[1]:
+                found["dec_type"] = next((name for name, size in SIZES.items() if size.dim == table[1]), configured)
         return found
 
 

@@ -9,7 +9,6 @@ latent, D features of the transformer, F features of the lowest convolutions, T 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,8 +18,10 @@ from torch import Tensor, nn
 
 from fourm.models.fm_utils import Attention, BlockOptions, LayerNorm, Mlp, init_weights
 from fourm.models.modality_embedding import sincos_table
+from fourm.utils.errors import UserError, did_you_mean
 from fourm.vq.diffusion import diffusers
 from fourm.vq.unet import check_sides, embed_timesteps, set_to_zero
+from fourm.vq.vit import ViTSize, vit_size
 
 WIDTHS = (128, 256)
 """Features of the convolutions at 1/4 and 1/8 of the side."""
@@ -31,20 +32,27 @@ TABLE_SIDE = 32
 MASK_STD = 0.02
 
 
-@dataclass(frozen=True)
-class Size:
-    """Of the transformer."""
-
-    dim: int
-    depth: int
-    num_heads: int
-
-
 SIZES = {
-    "uvit_b_p4_f16": Size(768, 12, 12),
-    "uvit_l_p4_f16": Size(1024, 24, 16),
-    "uvit_h_p4_f16": Size(1280, 32, 16),
+    "uvit_b_p4_f16": ViTSize(768, 12, 12),
+    "uvit_l_p4_f16": ViTSize(1024, 24, 16),
+    "uvit_h_p4_f16": ViTSize(1280, 32, 16),
 }
+"""Of the transformer."""
+_OWN_SIZE = "uvit_p4_f16"
+
+
+def uvit_size(name: str) -> ViTSize:
+    """The transformer that a name stands for: one of :data:`SIZES`, or of one's own: ``uvit_p4_f16/B_3-Wi_192-H_6`` has 3
+    blocks of width 192 with 6 heads.
+
+    Raises:
+        UserError: it is none.
+    """
+    if name.startswith(_OWN_SIZE):
+        return vit_size("vit" + name.removeprefix(_OWN_SIZE))
+    if name not in SIZES:
+        raise UserError(f"unknown U-ViT '{name}'{did_you_mean(name, SIZES)}; there are {', '.join(SIZES)}")
+    return SIZES[name]
 
 
 class UViT(nn.Module):
@@ -62,7 +70,7 @@ class UViT(nn.Module):
     multiple = PATCH * 2 ** len(WIDTHS)
     """Height and width of pictures, in pixels, are multiples of this."""
 
-    def __init__(self, channels: int, cond_channels: int, size: Size, dropout: float = 0.0):
+    def __init__(self, channels: int, cond_channels: int, size: ViTSize, dropout: float = 0.0):
         super().__init__()
         diffusers()
         from diffusers.models.downsampling import Downsample2D
@@ -127,7 +135,7 @@ class Transformer(nn.Module):
 
     mid_pos_emb: Tensor
 
-    def __init__(self, channels: int, cond_channels: int, time_channels: int, size: Size, dropout: float):
+    def __init__(self, channels: int, cond_channels: int, time_channels: int, size: ViTSize, dropout: float):
         super().__init__()
         self.register_buffer("mid_pos_emb", torch.empty(1, size.dim, TABLE_SIDE, TABLE_SIDE))
         self.mask_token = nn.Parameter(torch.empty(size.dim))
@@ -182,8 +190,3 @@ class Block(nn.Module):
         gate1, gate2 = self.adaLN_gate(time)[:, None].chunk(2, dim=-1)
         x = x + gate1 * self.dropout(self.attn(self.norm1(x) * (1 + scale1) + shift1))
         return x + gate2 * self.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2))
-
-
-def uvit(name: str, channels: int, cond_channels: int, dropout: float = 0.2) -> UViT:
-    """The U-ViT of a size in :data:`SIZES`."""
-    return UViT(channels, cond_channels, SIZES[name], dropout)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from diffusers.models.embeddings import Timesteps
 
 from fourm.utils.errors import UserError
 from fourm.vq.unet import AttentionBlock, GroupNorm, PatchedUNet, embed_timesteps, unet_width
@@ -78,9 +79,8 @@ def test_half_precision_stays_near(unet, inputs):
 
 
 def test_time_steps_are_embedded_as_diffusers_does():
-    embeddings = pytest.importorskip("diffusers.models.embeddings")
     steps = torch.tensor([0, 1, 500, 999])
-    assert torch.allclose(embed_timesteps(steps, 256), embeddings.Timesteps(256, True, 0)(steps), atol=1e-6)
+    assert torch.allclose(embed_timesteps(steps, 256), Timesteps(256, True, 0)(steps), atol=1e-6)
 
 
 @torch.no_grad()

@@ -1,14 +1,12 @@
-"""The U-ViT: the published layers and size, what its latents do, and the convolution that has two names."""
+"""The U-ViT: the published layers and size, and what its latents do."""
 
 import pytest
 import torch
 from torch import nn
 
 from fourm.utils.errors import UserError
-
-pytest.importorskip("diffusers")
-
-from fourm.vq.uvit import SIZES, Size, UViT, uvit
+from fourm.vq.uvit import SIZES, UViT, uvit_size
+from fourm.vq.vit import ViTSize
 
 C, L = 3, 8
 
@@ -17,7 +15,7 @@ C, L = 3, 8
 def model() -> UViT:
     """With the smallest of transformers, and weights that are not those of the start."""
     torch.manual_seed(0)
-    model = UViT(C, L, Size(32, 2, 2), dropout=0.2).eval()
+    model = UViT(C, L, ViTSize(32, 2, 2), dropout=0.2).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.02 * torch.randn_like(parameter))
@@ -32,7 +30,7 @@ def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def test_the_published_size_has_the_published_keys():
     with torch.device("meta"):
-        model = uvit("uvit_b_p4_f16", 3, 32)
+        model = UViT(3, 32, uvit_size("uvit_b_p4_f16"))
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert len(shapes) == 334
     table = shapes["mid_block.mid_pos_emb"]
@@ -44,13 +42,16 @@ def test_the_published_size_has_the_published_keys():
     assert shapes["mid_block.mid_block.11.adaLN_gate.weight"] == (2 * 768, 512)
 
 
-def test_there_are_three_sizes():
-    assert [size.depth for size in SIZES.values()] == [12, 24, 32]
+def test_names_give_sizes():
+    assert [uvit_size(name).depth for name in SIZES] == [12, 24, 32]
+    assert uvit_size("uvit_p4_f16/B_3-Wi_192-H_6") == ViTSize(192, 3, 6)
+    with pytest.raises(UserError, match=r"unknown U-ViT 'uvit_b_p4_f8' \(did you mean 'uvit_b_p4_f16'\?\)"):
+        uvit_size("uvit_b_p4_f8")
 
 
 def test_blocks_begin_as_the_identity(inputs):
     torch.manual_seed(0)
-    model = UViT(C, L, Size(32, 2, 2)).eval()
+    model = UViT(C, L, ViTSize(32, 2, 2)).eval()
     y, time = torch.randn(2, 12, 32), torch.randn(2, 512)
     assert torch.equal(model.mid_block.mid_block[0](y, time), y)
     x, time = torch.randn(2, 128, 4, 4), torch.randn(2, 512)
@@ -103,18 +104,6 @@ def test_the_middle_follows_its_formulas(model):
     assert torch.allclose(middle(x, time, cond, None), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("dropped", ["conv", "Conv2d_0"])
-def test_a_file_has_the_convolution_in_the_middle_under_either_name(model, dropped):
-    weights = {name: w for name, w in model.state_dict().items() if f"downsample_mid.{dropped}." not in name}
-    assert len(weights) == len(model.state_dict()) - 2
-    torch.manual_seed(1)
-    other = nn.ModuleDict({"decoder": UViT(C, L, Size(32, 2, 2))})
-    other.load_state_dict({f"decoder.{name}": w for name, w in weights.items()})
-    assert torch.equal(other["decoder"].downsample_mid.conv.weight, model.downsample_mid.conv.weight)
-
-
-def test_what_it_refuses(model, inputs):
+def test_sides_that_layers_do_not_divide_are_refused(model, inputs):
     with pytest.raises(UserError, match="multiples of 16 pixels, not 40x64"):
         model(torch.zeros(2, C, 40, 64), inputs[1], inputs[2])
-    with pytest.raises(UserError, match="conditioning 'xattn' is not implemented: use 'concat'"):
-        uvit("uvit_b_p4_f16", C, L, conditioning="xattn")
