@@ -32,6 +32,9 @@ COMMANDS = {
     "train": Command("fourm.cli:train", "train a 4M model, with one process or DistributedDataParallel"),
     "train-fsdp": Command("fourm.cli:train_fsdp", "train a 4M model with fully sharded data parallelism"),
     "plan": Command("fourm.cli:plan", "estimate memory, steps and days of a training run, without data or a GPU"),
+    "train-vqvae": Command("fourm.cli:train_vqvae", "train a tokenizer: a VQ-VAE"),
+    "train-divae": Command("fourm.cli:train_divae", "train a tokenizer that decodes by diffusion"),
+    "train-vqcontrolnet": Command("fourm.cli:train_vqcontrolnet", "train Stable Diffusion to decode a tokenizer"),
     "export": Command("fourm.train.export:main", "write the model of a checkpoint for FM.from_pretrained"),
     "generate": Command("fourm.generation.script:main", "generate any modalities from any others"),
     "fit-codebook": Command("fourm.vq.fit_codebook:main", "fit a codebook to the images of a data set"),
@@ -90,6 +93,33 @@ def train_fsdp() -> int:
     from fourm.train.tasks.pretrain import Pretrain
 
     return main(Pretrain, FSDP)
+
+
+def train_vqvae() -> int:
+    """As ``run_training_vqvae.py``."""
+    from fourm.train.parallel import DDP
+    from fourm.train.run import main
+    from fourm.train.tasks.tokenizer import VQVAETraining
+
+    return main(VQVAETraining, DDP)
+
+
+def train_divae() -> int:
+    """As ``run_training_divae.py``."""
+    from fourm.train.parallel import DDP
+    from fourm.train.run import main
+    from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
+
+    return main(DiVAETraining, DDP)
+
+
+def train_vqcontrolnet() -> int:
+    """As ``run_training_vqcontrolnet.py``."""
+    from fourm.train.parallel import DDP
+    from fourm.train.run import main
+    from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
+
+    return main(VQControlNetTraining, DDP)
 
 
 def plan() -> int:

@@ -5,6 +5,7 @@ Each :class:`Entry` is a valid input and its reader; add a line to the table for
 
 from __future__ import annotations
 
+import argparse
 import copy
 import functools
 import io
@@ -22,6 +23,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import load_data_config
@@ -46,6 +48,8 @@ from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.text_tokenizer import load_text_tokenizer
 from fourm.utils.transfer import check_url
 from fourm.utils.urls import redact_url
+from fourm.vq import load_tokenizer
+from fourm.vq.vqvae import VQVAE
 from tests.data.dataset_files import jpeg, npy, text_tokenizer
 
 EXAMPLES = 25
@@ -235,6 +239,19 @@ def read_model(path: Path) -> None:
         FM(json.loads(path.read_bytes()))
 
 
+def read_tokenizer(path: Path) -> None:
+    """``config.json`` beside whole weights, or weights with their configuration inside."""
+    if path.name == "config.json":
+        (path.parent / "model.safetensors").write_bytes(TOKENIZER_WEIGHTS)
+    load_tokenizer(path.parent if path.name == "config.json" else path)
+
+
+def pth() -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"model": VQVAE(TOKENIZER).state_dict(), "args": argparse.Namespace(**TOKENIZER)}, buffer)
+    return buffer.getvalue()
+
+
 def read_schedule(path: Path) -> None:
     targets = ["tok_rgb@224", "caption"]
     chained_schedule(["det"], targets, MODALITY_INFO, load_yaml(path))
@@ -285,6 +302,11 @@ MODEL = {
     "domains_in": ["rgb@224", "caption", "mine"], "domains_out": ["caption", "mine"], "image_size": 224, "patch_size": 16, "norm_bias": False,
     "modalities": {"mine": {"type": "seq_token", "vocab_size": 64, "vocab_offset": 8, "max_tokens": 4, "embedding_options": {"max_length": 4}}},
 }  # fmt: skip
+TOKENIZER = {
+    "enc_type": "vit/B_1-Wi_8-H_1", "dec_type": "vit/B_1-Wi_8-H_2", "image_size": 8, "patch_size": 4, "codebook_size": 6, "n_labels": None,
+    "latent_dim": 4, "post_mlp": True, "quant_type": "lucid", "n_channels": 3, "transform_options": {"a": 1}, "ema_decay": 0.99,
+}  # fmt: skip
+TOKENIZER_WEIGHTS = save(VQVAE(TOKENIZER).state_dict(), {name: str(value) for name, value in TOKENIZER.items()})
 SETTINGS = {
     "temps": [1.0, 0.3], "cfg_scales": {"caption": 2.0}, "decoding_steps": 4, "tokens_per_target": "196-10", "temp_schedules": "onex:0.5:0.5-constant",
     "token_decoding_schedules": "cosine", "autoregression_schemes": "roar-autoregressive", "cfg_schedules": "constant",
@@ -317,6 +339,10 @@ ENTRIES = {
     "state": Entry(STATE, "state.json", lambda path: read_state(path.parent), json.dumps),
     "state, bytes": Entry(json.dumps(STATE).encode(), "state.json", lambda path: read_state(path.parent)),
     "model": Entry(MODEL, "config.json", read_model, json.dumps),
+    "tokenizer": Entry(TOKENIZER, "config.json", read_tokenizer, json.dumps),
+    "tokenizer, bytes": Entry(json.dumps(TOKENIZER).encode(), "config.json", read_tokenizer),
+    "tokenizer, weights": Entry(TOKENIZER_WEIGHTS, "t.safetensors", read_tokenizer),
+    "tokenizer, pth": Entry(pth(), "t.pth", read_tokenizer),
     "model, bytes": Entry(json.dumps(MODEL).encode(), "config.json", lambda path: FM.from_pretrained(str(path.parent))),
     "schedule": Entry(SETTINGS, "settings.yaml", read_schedule, dump_yaml),
     "generation YAML": Entry(GENERATION, "generation.yaml", lambda path: parse(["--config", str(path)]), dump_yaml),

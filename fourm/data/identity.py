@@ -24,13 +24,14 @@ def identity_of(data: DataConfig, text_tokenizer: Any) -> dict[str, dict[str, An
     """Return the compared properties of the data and the vocabulary as JSON values; the data may be moved."""
     facts: dict[str, Any] = {f"weight of data set {name}": weight for name, weight in data.weights.items()}
     for name, dataset in data.train.items():
-        for key, value in _dataset_facts(dataset).items():
+        for key, value in dataset_facts(dataset).items():
             facts[f"data set {name}: {key}"] = value
     digest = hashlib.sha256(json.dumps(sorted(text_tokenizer.get_vocab().items())).encode()).hexdigest()[:16]
     return {"data": redact(facts), "vocabulary": {"text vocabulary": digest}}
 
 
-def _dataset_facts(dataset: DatasetConfig) -> dict[str, Any]:
+def dataset_facts(dataset: DatasetConfig) -> dict[str, Any]:
+    """Return the compared properties of a data set as JSON values."""
     facts = {
         field.name: _plain(getattr(dataset, field.name))
         for field in dataclasses.fields(dataset) if field.name not in _NOT_COMPARED

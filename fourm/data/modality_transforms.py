@@ -24,7 +24,12 @@ from fourm.data.transforms.image import (
     RGBTransform,
     SemsegTransform,
 )
-from fourm.data.transforms.instances import HumanPoseTransform, SAMInstanceTransform
+from fourm.data.transforms.instances import (
+    BodyPoseTransform,
+    HumanPoseTransform,
+    InstanceMaskTransform,
+    SAMInstanceTransform,
+)
 from fourm.data.transforms.sequence import (
     CaptionTransform,
     ColorPaletteTransform,
@@ -63,7 +68,9 @@ MODALITY_TRANSFORMS: dict[str, AbstractTransform] = {
     "metadata": MetadataTransform(),
     "color_palette": ColorPaletteTransform(),
     "human_poses": HumanPoseTransform(),
+    "body_pose": BodyPoseTransform(),
     "sam_instance": SAMInstanceTransform(),
+    "instance_mask": InstanceMaskTransform(),
     "t5_caption": CaptionEmbTransform(),
     "features": GridTransform(),
     **{kind: GridTransform() for kind in _FEATURES},

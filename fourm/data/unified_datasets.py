@@ -55,11 +55,13 @@ class Batch:
             samples since the stream's previous batch by data set and reason. ``missing`` maps each modality to the
             number of samples without it and of all samples, for data sets whose samples may lack modalities.
         scaling: Scale and bias per channel of the modalities whose images are still in 8 bits; see ``raw_pixels``.
+        number: The number of the micro-batch among those of its rank in the whole run.
     """
 
     mod_dict: dict[str, dict[str, Tensor]]
     position: dict[str, Any]
     scaling: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+    number: int = 0
 
     def pin_memory(self) -> Batch:
         """Copy the tensors to page-locked memory; the ``DataLoader`` calls this."""
@@ -273,7 +275,7 @@ class TrainBatches(IterableDataset):
                 samples = streams[stream]
                 rows = [next(samples) for _ in range(self.batch_size)]
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _collect_reports(ledgers)
-                yield Batch(_collate(rows, self.modalities), position, scaling)
+                yield Batch(_collate(rows, self.modalities), position, scaling, k)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0

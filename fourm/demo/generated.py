@@ -132,7 +132,7 @@ def reconstruct(sample: RawSample, sampler: Sampler) -> DecodedScene:
     """Tokenize and decode the pictures of a scene, and the features that a network computes from them."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     sources = {
-        name: sampler.tokenizers[kind_of(m)].config.modality for name, m in sampler.targets.items() if m.type == "img"
+        name: sampler.tokenizers[kind_of(m)].info.modality for name, m in sampler.targets.items() if m.type == "img"
     }
     batch = make_batch(
         [{name: values[kind] for name, kind in sources.items()}], sampler.inputs, sampler.tokenizers, None

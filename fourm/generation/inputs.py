@@ -175,7 +175,7 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     tokenizer = tokenizers.get(kind_of(modality))
     if tokenizer is None:
         raise UserError(f"a picture needs the tokenizer of {kind_of(modality)}; pass it in tokenizers, or pass ids")
-    transform = tokenizer_transform(tokenizer.config.modality, tokenizer.config.transform_options)
+    transform = tokenizer_transform(tokenizer.info.modality, tokenizer.info.transform_options)
     pixels = read_pixels(value, transform, modality.input_size)
     pixels = pixels if pixels.ndim == 3 else pixels[None]
     return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()

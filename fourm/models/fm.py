@@ -22,7 +22,7 @@ from fourm.data.modality_info import Modality, resolve_modalities
 from fourm.models import decoder_embeddings, encoder_embeddings
 from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
-from fourm.models.hub import HubModel, trunk_options
+from fourm.models.hub import Hub4M, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Selection, TokenSelection, select_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
@@ -381,7 +381,7 @@ def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) ->
         check_memory("model config", parameters, "lower 'dim' or the depths")
 
 
-class FM(FourM, HubModel):
+class FM(FourM, Hub4M):
     """A 4M model from a hub configuration, with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
     Args:

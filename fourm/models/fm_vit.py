@@ -15,7 +15,7 @@ from fourm.data.modality_info import resolve_modalities
 from fourm.models.encoder import Encoder, drop_path_rates
 from fourm.models.fm import CONFIG_KEYS, build_embedding, check_config
 from fourm.models.fm_utils import BlockOptions, LayerNorm
-from fourm.models.hub import HubModel, trunk_options
+from fourm.models.hub import Hub4M, trunk_options
 from fourm.models.modality_embedding import ModalityEmbedding
 from fourm.models.token_selection import Selection
 from fourm.utils.errors import UserError
@@ -72,7 +72,7 @@ class FourMViT(Encoder):
 _VIT_KEYS = {*inspect.signature(FourMViT.__init__).parameters} & {*CONFIG_KEYS} | {"norm_bias"}
 
 
-class FMViT(FourMViT, HubModel):
+class FMViT(FourMViT, Hub4M):
     """A ViT from a hub configuration. It loads complete 4M checkpoints and drops the weights that it does not have.
 
     Args:

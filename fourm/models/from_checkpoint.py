@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from fourm.models.fm import FM
-from fourm.models.hub import MARKS, published_config
-from fourm.utils.checkpoints import ModelFormat, layout, read_weights
+from fourm.utils.checkpoints import layout, read_weights
 
-FORMAT = ModelFormat("4M model", FM, MARKS, published_config)
+FORMAT = FM.model_format()
 
 
 def load_model(checkpoint: Path, ema: bool = False) -> FM:
@@ -22,7 +21,7 @@ def load_model(checkpoint: Path, ema: bool = False) -> FM:
         UserError: See :func:`read_weights`.
     """
     config, weights = read_weights(checkpoint, FORMAT, ema)
-    model = layout(published_config(config), FORMAT, checkpoint)
+    model = layout(FORMAT.published(config), FORMAT, checkpoint)
     assert isinstance(model, FM)
     tensors = model.to_empty(device="cpu").state_dict()
     for name, tensor in weights:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin
@@ -17,14 +17,27 @@ from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path, save_tensors
 from fourm.utils.finite import check_finite
 
-MARKS = frozenset({"domains_in", "encoder_depth"})
-"""Keys by which the ``config.json`` of a 4M model is recognised."""
-
 
 class HubModel(PyTorchModelHubMixin):
-    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model that has a ``config``."""
+    """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model that is built from a ``config``.
 
+    Attributes:
+        title, marks: As in :class:`ModelFormat`.
+    """
+
+    title: ClassVar[str]
+    marks: ClassVar[frozenset[str]]
     config: dict[str, Any]
+
+    @classmethod
+    def model_format(cls) -> ModelFormat:
+        """Return how these models are stored on disk."""
+        return ModelFormat(cls.title, cls, cls.marks, cls.published)  # type: ignore[arg-type]
+
+    @staticmethod
+    def published(config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration to publish with the weights."""
+        return dict(config)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the weights to load from those of a file; loading them is strict."""
@@ -36,8 +49,7 @@ class HubModel(PyTorchModelHubMixin):
         Raises:
             UserError: If the folder contains another kind of model or cannot be written to; nothing is changed then.
         """
-        model_format = ModelFormat("4M model", type(self), MARKS)  # type: ignore[arg-type]
-        check_export(Path(save_directory), model_format)  # before the base class removes config.json
+        check_export(Path(save_directory), self.model_format())  # before the base class removes config.json
         return super().save_pretrained(save_directory, **options)
 
     def _save_pretrained(self, save_directory: Path) -> None:
@@ -48,7 +60,7 @@ class HubModel(PyTorchModelHubMixin):
         for name, tensor in self.state_dict().items():
             tensors[name] = tensor.clone() if tensor.data_ptr() in written else tensor.contiguous()
             written.add(tensor.data_ptr())
-        write_config(save_directory, published_config(self.config))
+        write_config(save_directory, type(self).published(self.config))
         with atomic_path(save_directory / WEIGHTS) as path:
             save_tensors(tensors, path, metadata={"format": "pt"})
 
@@ -80,9 +92,16 @@ class HubModel(PyTorchModelHubMixin):
         return _load(model, weights, Path(model_file).name)
 
 
-def published_config(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
-    return {key: value for key, value in config.items() if key != "share_embedding"}
+class Hub4M(HubModel):
+    """A 4M model."""
+
+    title = "4M model"
+    marks = frozenset({"domains_in", "encoder_depth"})
+
+    @staticmethod
+    def published(config: dict[str, Any]) -> dict[str, Any]:
+        """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
+        return {key: value for key, value in config.items() if key != "share_embedding"}
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fourm.train.coordinator import Coordinator
 from fourm.train.device import DeviceOptions, autocast
 from fourm.train.metrics import Counts
 from fourm.train.options import RunOptions
 from fourm.train.parallel import Strategy
-from fourm.train.task import Evaluation, Task
+from fourm.train.task import Evaluation, Task, add
 from fourm.utils.errors import DataError
 from fourm.utils.options import option
 
@@ -24,6 +24,7 @@ class EvaluationOptions(RunOptions, DeviceOptions):
     """Evaluation"""
 
     eval_freq: int = option("epochs between two evaluations; 0 = never evaluate", 1, at_least=0)
+    step_eval: bool = option("eval_freq counts optimizer steps instead of epochs", False)
     dist_eval: bool = option("split the validation sets over the ranks", True)
 
 
@@ -37,6 +38,8 @@ class Results:
         targets: The number of all targets; in 4M tokens.
         bad_samples: The number of samples that could not be used, by data set and reason.
         missing: The share of samples without a modality, by modality, where samples may lack one.
+        metrics: What :meth:`Task.evaluation_metrics` computes.
+        pictures: Some pictures of this process, (3, h, w) each.
     """
 
     loss: float
@@ -45,13 +48,15 @@ class Results:
     samples: int
     bad_samples: dict[str, int]
     missing: dict[str, float]
+    metrics: dict[str, float]
+    pictures: list[Tensor]
 
     def line(self) -> dict[str, Any]:
         """Return the results for ``log.jsonl``, which calls the losses ``per_modality`` and the targets ``tokens``."""
         return {
             "loss": self.loss, "per_modality": self.losses, "tokens": self.targets, "samples": self.samples,
             "bad_samples": self.bad_samples, "missing": self.missing,
-        }  # fmt: skip
+        } | ({"metrics": self.metrics} if self.metrics else {})  # fmt: skip
 
 
 @torch.no_grad()
@@ -75,14 +80,18 @@ def evaluate(
     model.eval()
     generator = torch.Generator().manual_seed(options.seed)
     sums: dict[str, float] = defaultdict(float)
-    counts = Counts()
+    counts, statistics = Counts(), dict[str, Tensor]()
+    pictures: list[Tensor] = []
     try:
         for batch in parallel.evaluation_batches(coordinator.iterate(evaluation.loader), model):
             inputs = evaluation.prepare(model, batch, parallel.device, generator)
             with autocast(options, parallel.device):
-                means = task.loss(model, inputs).means
+                result = task.loss(model, inputs)
             if batch is None:
                 continue
+            means, statistics = result.means, add(statistics, result.statistics)
+            if result.pictures is not None:
+                pictures += result.pictures[: task.num_pictures - len(pictures)].cpu().unbind()
             values = torch.stack([mean.double() for mean in means.values()]).tolist()
             for name, value in zip(means, values, strict=True):
                 sums[name] += value * inputs.targets.get(name, 0)
@@ -90,9 +99,10 @@ def evaluate(
     finally:
         model.train(was_training)
     if options.dist_eval:
-        shares = parallel.gather((sums, counts))
-        sums, counts = defaultdict(float), Counts()
-        for rank_sums, rank_counts in shares:
+        shares = parallel.gather((sums, counts, {name: value.cpu() for name, value in statistics.items()}))
+        sums, counts, statistics = defaultdict(float), Counts(), {}
+        for rank_sums, rank_counts, rank_statistics in shares:
+            statistics = add(statistics, rank_statistics)
             for name, value in rank_sums.items():
                 sums[name] += value
             counts.add(rank_counts)
@@ -110,4 +120,6 @@ def evaluate(
         samples=counts.samples,
         bad_samples=dict(counts.bad),
         missing=counts.missing,
+        metrics=task.evaluation_metrics(statistics),
+        pictures=pictures,
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from fourm.train.checkpoint import read_task_name
 from fourm.train.task import task_named
+from fourm.train.tasks import diffusion_tokenizer, tokenizer  # noqa: F401 (their tasks are found by name)
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.checkpoints import export_model, newest_checkpoint
 from fourm.utils.errors import run_cli

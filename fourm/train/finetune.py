@@ -6,6 +6,7 @@ import argparse
 import logging
 import pickle
 import struct
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -64,13 +65,20 @@ def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
     return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
 
 
-def load_weights(model: nn.Module, source: str, model_format: ModelFormat) -> None:
+def load_weights(
+    model: nn.Module, source: str, model_format: ModelFormat,
+    select: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights, own: weights,
+) -> None:  # fmt: skip
     """Load the tensors that ``model`` and the weights have in common, and log the others.
+
+    Args:
+        select: See :meth:`fourm.train.task.Task.select_weights`.
 
     Raises:
         UserError: A tensor has another shape or values that are not finite, or there is none in common.
     """
-    weights, own = read_weights(source, model_format), model.state_dict()
+    own = model.state_dict()
+    weights = select(read_weights(source, model_format), own)
     common = {name: tensor for name, tensor in weights.items() if name in own}
     for name, tensor in common.items():
         if tensor.shape != own[name].shape:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -92,6 +92,8 @@ class FSDP(DDP):
             fully_shard(part, reshard_after_forward=self._reshard, **options)
         # The parameters of the root are needed from the start of the forward pass to the end of the backward pass.
         fully_shard(model, reshard_after_forward=False, **options)
+        for method in getattr(model, "forward_methods", ()):
+            register_fsdp_forward_method(model, method)
         model.to_empty(device=self.device)
         with _InitialiseShards():
             model.init_weights()  # type: ignore[operator]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from fourm.train.evaluate import Results
@@ -167,14 +168,30 @@ class Journal:
         self._write({"step": step, "epoch": epoch, "eval": lines})
         for name, kinds in results.items():
             for kind, result in kinds.items():
-                losses = ", ".join(f"{part} {loss:.3f}" for part, loss in result.losses.items())
-                log.info("eval %s (%s budgets) at step %d: loss %.4f; %s", name, kind, step, result.loss, losses)
+                figures = ", ".join(
+                    f"{part} {value:.3f}" for part, value in {**result.losses, **result.metrics}.items()
+                )
+                log.info("eval %s (%s) at step %d: loss %.4f; %s", name, kind, step, result.loss, figures)
+                if result.pictures:
+                    self._write_pictures(step, f"{name}-{kind}", result.pictures)
                 if not math.isfinite(result.loss):
                     log.warning("eval %s: the loss is not finite", name)
                 if result.bad_samples:
                     log.warning("eval %s: bad samples: %s", name, result.bad_samples)
                 if result.missing:
                     log.info("eval %s: missing values: %s", name, _percent(result.missing))
+
+    def _write_pictures(self, step: int, name: str, pictures: list[Tensor]) -> None:
+        """One below the other, into ``pictures`` in the run folder."""
+        from torchvision.utils import save_image  # which takes long to import
+
+        path = self._path.parent / "pictures" / f"step-{step:08d}-{name}.png"
+        with atomic_path(path) as temporary:
+            save_image(pictures, temporary, nrow=max(1, round(len(pictures) ** 0.5 / 2)), format="png")
+        if self._wandb is not None:
+            import wandb
+
+            self._wandb.log({f"pictures/{name}": wandb.Image(str(path))}, step=step)
 
     def _write(self, line: dict[str, Any]) -> None:
         try:

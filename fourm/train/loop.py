@@ -17,7 +17,7 @@ from fourm.train.nonfinite import NonFiniteStreak
 from fourm.train.optimizer import GradientStep, set_hyperparameters
 from fourm.train.parallel import Strategy
 from fourm.train.schedules import Schedule
-from fourm.train.task import Task
+from fourm.train.task import Task, add
 from fourm.utils.seeds import generator
 
 
@@ -73,7 +73,7 @@ class Trainer:
                     # 0 · loss is 0, or NaN if the loss is not finite: the gradients are then NaN, and all processes skip.
                     scale = self.gradient_step.scale / len(batches) + 0 * losses.total.detach()
                     (losses.total * scale).backward()
-            statistics = {name: statistics.get(name, 0) + value.detach() for name, value in losses.statistics.items()}
+            statistics = add(statistics, {name: value.detach() for name, value in losses.statistics.items()})
             non_finite.append(self.interval.add_batch(losses, inputs, batch.position))
             self.positions[batch.position["stream"]] = batch.position
         with phase("optimizer"):

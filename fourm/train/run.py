@@ -144,7 +144,9 @@ class Run:
         torch.manual_seed(config.seed)
         parallel.materialise(model, task.parts(model), task.model_name)
         if weights:
-            load_weights(model, fetch_if_remote(weights, find_model, config, parallel), task.format)
+            load_weights(
+                model, fetch_if_remote(weights, find_model, config, parallel), task.format, task.select_weights
+            )
         schedule = build_schedule(config, self.length, parallel.world_size)
         step = config.start_epoch * self.steps_per_epoch
         return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule, step)
@@ -301,8 +303,11 @@ class Run:
         return bool(every_epochs) and epochs > 0 and not rest and not epochs % every_epochs
 
     def _evaluation_is_due(self) -> bool:
-        last = self.trainer.step == self.total_steps and self.config.eval_freq > 0
-        return bool(self.evaluations) and (last or self._is_due(self.config.eval_freq))
+        frequency, step = self.config.eval_freq, self.trainer.step
+        if not self.evaluations or not frequency:
+            return False
+        between = step % frequency == 0 and step > 0 if self.config.step_eval else self._is_due(frequency)
+        return between or step == self.total_steps
 
     def _checkpoint_is_due(self) -> bool:
         return self.trainer.step == self.total_steps or self._is_due(self.config.save_ckpt_freq)

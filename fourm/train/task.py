@@ -50,12 +50,15 @@ class Losses:
         total: The scalar to minimise, a mean over the micro-batch.
         means: The mean of each loss over its targets, by the name of the loss.
         statistics: Tensors whose sums over the micro-batches and processes of a step are passed to :meth:`Task.update`.
-            All micro-batches have the same names and shapes.
+            All micro-batches have the same names and shapes. Those of an evaluation are for
+            :meth:`Task.evaluation_metrics`.
+        pictures: Pictures of an evaluation to look at, (B, 3, h, w) in [0, 1].
     """
 
     total: Tensor
     means: Mapping[str, Tensor]
     statistics: Mapping[str, Tensor] = field(default_factory=dict)
+    pictures: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,11 @@ class StepCost:
     activations: float
 
 
+def add(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``sums`` with ``more`` of the same names added; empty ones are sums of nothing."""
+    return {name: sums[name] + value if sums else value for name, value in more.items()} or dict(sums)
+
+
 class Task(ABC, Generic[Config]):
     """Something that can be trained. Each process of a run has its own object.
 
@@ -98,12 +106,14 @@ class Task(ABC, Generic[Config]):
         config_class: The class of its configuration.
         format: How its models are built from a checkpoint.
         losses: The names of the losses, as in :attr:`Losses.means`.
+        num_pictures: The number of pictures that are kept of an evaluation.
     """
 
     name: ClassVar[str]
     config_class: ClassVar[type[Any]]
     format: ClassVar[ModelFormat]
     losses: Sequence[str]
+    num_pictures: int = 0
 
     def __init_subclass__(cls, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -121,7 +131,7 @@ class Task(ABC, Generic[Config]):
 
         The method ``init_weights`` of the model must initialise all parameters and buffers with torch's global
         generator. Its attribute ``config`` must be a dictionary for JSON, from which :attr:`format` builds the model
-        again.
+        again. If evaluations call other methods of the model than ``forward``, its ``forward_methods`` must name them.
         """
 
     @property
@@ -156,6 +166,14 @@ class Task(ABC, Generic[Config]):
 
     def describe(self) -> None:
         """Log the model and the data."""
+
+    def select_weights(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Of the ``weights`` that ``finetune`` names, by the names of the model, those that the model starts from.
+
+        Args:
+            own: The model's own.
+        """
+        return weights
 
     # A step
 
@@ -201,6 +219,10 @@ class Task(ABC, Generic[Config]):
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
         """Compute the loss of an evaluation from the sums of the losses that had targets: the mean of their means."""
         return sum(sums[name] / targets[name] for name in targets) / len(targets)
+
+    def evaluation_metrics(self, statistics: Mapping[str, Tensor]) -> dict[str, float]:
+        """Figures that are no means over samples, from the sums of :attr:`Losses.statistics` over an evaluation."""
+        return {}
 
     def identity(self) -> dict[str, dict[str, Any]]:
         """Return facts for JSON that must not change when a run resumes; an evaluation may have other ``data``."""

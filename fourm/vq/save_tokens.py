@@ -25,8 +25,8 @@ from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
 from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
-from fourm.vq.registry import load_tokenizer
-from fourm.vq.tokenizer import CONFIG, WEIGHTS, ImageTokenizer
+from fourm.vq.registry import find_weights, load_tokenizer
+from fourm.vq.tokenizer import CONFIG, ImageTokenizer
 
 RECORD = ".made_with.json"
 
@@ -35,7 +35,7 @@ RECORD = ".made_with.json"
 class SaveTokensOptions:
     """What to tokenize, and how."""
 
-    tokenizer: AnyPath = option("folder of the tokenizer")
+    tokenizer: AnyPath = option("the tokenizer: its folder, a .safetensors file, or an id on the Hugging Face hub")
     data_root: AnyPath = option(
         "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
     )
@@ -75,13 +75,15 @@ def save_tokens(options: SaveTokensOptions) -> int:
             ``max_bad_fraction``, or a value that breaks the modality's contract.
     """
     tokenizer = load_tokenizer(options.tokenizer, choose_device(options.device))
-    config = tokenizer.config
-    modality = options.modality or config.modality
-    size = options.input_size or config.input_size
-    if size % config.patch_size:
-        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {config.patch_size}")
+    info = tokenizer.info
+    modality = options.modality or info.modality
+    if not modality:
+        raise UserError(f"{options.tokenizer} does not tell whose images it is for: name their 'modality'")
+    size = options.input_size or info.input_size
+    if size % info.patch_size:
+        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
     output = options.output_modality or f"tok_{modality}@{size}"
-    transform = tokenizer_transform(config.modality, config.transform_options)
+    transform = tokenizer_transform(info.modality or modality, info.transform_options)
     ledger = BadSampleLedger(modality, options.max_bad_fraction)
     folders = {PIXELS: modality} | ({MAIN: options.main_modality} if options.main_modality else {})
     images = open_images(options.data_root, folders, options.shards, ledger)
@@ -90,7 +92,7 @@ def save_tokens(options: SaveTokensOptions) -> int:
         "modality": modality,
         "input_size": size,
         "num_crops": options.num_crops,
-        "tokenizer": _digest(Path(options.tokenizer)),
+        "tokenizer": _digest(find_weights(options.tokenizer)),
     }
     overwritten = parts if options.overwrite else []
     _check_record(images.root / output, made_with, [p for p in images.tokenized(output) if p not in overwritten])
@@ -124,7 +126,7 @@ def _tokenized(batches: Iterable[CropBatch], tokenizer: ImageTokenizer, bar: tqd
             ids = tokenizer.tokenize(pixels)
         except DataError as error:
             raise DataError(f"one of the keys '{batch.keys[0]}' to '{batch.keys[-1]}': {error}") from error
-        tokens = rearrange(ids, "(n k) h w -> n k (h w)", n=len(batch.keys)).cpu().numpy()
+        tokens = rearrange(ids, "(n k) ... -> n k (...)", n=len(batch.keys)).cpu().numpy()
         if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
             raise DataError(
                 f"the tokenizer gave ids {tokens.min()} to {tokens.max()} for a vocabulary of {tokenizer.vocab_size}"
@@ -138,9 +140,14 @@ def token_dtype(vocab_size: int) -> np.dtype:
     return np.dtype(np.int16 if vocab_size <= 2**15 else np.int32)
 
 
-def _digest(tokenizer: Path) -> str:
+def _digest(weights: Path) -> str:
     """What two tokenizers share only if they give the same tokens."""
-    return hashlib.sha256(b"".join((tokenizer / name).read_bytes() for name in (CONFIG, WEIGHTS))).hexdigest()[:16]
+    config = weights.with_name(CONFIG)
+    digest = hashlib.sha256(config.read_bytes() if config.exists() else b"")
+    with weights.open("rb") as file:
+        while part := file.read(2**22):
+            digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:

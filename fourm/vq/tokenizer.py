@@ -11,7 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import rearrange
@@ -65,34 +65,35 @@ class ImageTokenizer(nn.Module, ABC):
     state dict; ``fourm.vq.registry`` lists it.
 
     Values go in, and come out, as the modality's transform gives them (``fourm.vq.crops.tokenizer_transform``).
+
+    Attributes:
+        config: what it is built from.
+        info: what all tokenizers have in common.
+        input_patch: side of the part of the input that becomes a token; 1 if the input is a map of features.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
 
+    info: TokenizerConfig
+
     def __init__(self, config: TokenizerConfig):
         super().__init__()
-        self.config = config
-
-    @property
-    def vocab_size(self) -> int:
-        return self.config.vocab_size
-
-    @property
-    def patch_size(self) -> int:
-        return self.config.patch_size
-
-    @property
-    def num_channels(self) -> int:
-        return self.config.num_channels
+        self.config: Any = config
+        self.info = config
+        self.vocab_size, self.patch_size, self.num_channels = config.vocab_size, config.patch_size, config.num_channels
+        self.input_patch = config.patch_size
 
     @abstractmethod
     def tokenize(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size)."""
+        """(B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size); (B, G, h, w) if G codebooks describe each place."""
 
     @abstractmethod
-    def decode_tokens(self, ids: Tensor) -> Tensor:
-        """Ids (B, h, w) → (B, C, H, W) float; from tokens of features (B, D, h, w)."""
+    def decode_tokens(self, ids: Tensor, /) -> Tensor:
+        """Ids (B, h, w) → (B, C, H, W) float; from tokens of features (B, D, h, w).
+
+        Maps of classes may come out as one channel of ids, or as a channel of logits for each class.
+        """
 
     def to_patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""
@@ -104,10 +105,10 @@ class ImageTokenizer(nn.Module, ABC):
         Raises:
             DataError: images with other channels, or of a size that patches do not fill.
         """
-        p = self.patch_size
+        p = self.input_patch
         if x.ndim != 4 or x.shape[1] != self.num_channels or x.shape[2] % p or x.shape[3] % p:
             raise DataError(
-                f"the {self.config.modality} tokenizer takes images of shape (B, {self.num_channels}, H, W) with H and W "
+                f"the {self.info.modality} tokenizer takes images of shape (B, {self.num_channels}, H, W) with H and W "
                 f"multiples of {p}, not {tuple(x.shape)}"
             )
 

@@ -339,7 +339,13 @@ class DepthTransform(ImageTransform):
 
 @dataclass(frozen=True)
 class SemsegTransform(ImageTransform):
-    """Class ids: int64 (H, W). In a picture with a palette, they are the palette indices."""
+    """Class ids: int64 (H, W). In a picture with a palette, they are the palette indices.
+
+    Attributes:
+        zero_is_none: Count the classes from 1, and let 0 stand for "none", which is 255 in the file.
+    """
+
+    zero_is_none: bool = False
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -355,7 +361,8 @@ class SemsegTransform(ImageTransform):
 
     def postprocess(self, value: Picture) -> Any:
         """An array; of a PIL image a tensor."""
-        return self._as_input_type(value, self.as_array(self.pixels(value)).astype(np.int64))
+        ids = self.as_array(self.pixels(value)).astype(np.int64)
+        return self._as_input_type(value, np.where(ids == 255, 0, ids + 1) if self.zero_is_none else ids)
 
 
 @dataclass(frozen=True)

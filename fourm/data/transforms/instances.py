@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from fourm.data.object_arrays import ObjectArray
 from fourm.data.transforms.base import AbstractTransform
@@ -115,9 +116,69 @@ class HumanPoseTransform(AbstractTransform):
         return " ".join(value)
 
 
-_MAX_OVERHANG = (
-    5  # crop sides by which a polygon may extend beyond its crop, because the smallest crops have such large images
-)
+@dataclass(frozen=True)
+class BodyPoseTransform(AbstractTransform):
+    """The rotations of the 23 joints of one random person: float32 (207, 1, 1); zeros where there is nobody.
+
+    A file holds an array of 207 numbers, (23, 3, 3) or flat, for each person, or of one person.
+    """
+
+    def preprocess(self, value: Any) -> np.ndarray:
+        people = np.asarray(value)
+        if people.dtype.kind not in "iuf" or people.size % 207:
+            raise DataError(f"expected rotations of 23 joints, 207 numbers, not {people.dtype} {people.shape}")
+        if not np.isfinite(people).all():
+            raise UnreadableValue("it holds values that are not finite")
+        return people.astype(np.float32).reshape(-1, 207, 1, 1)
+
+    def choose(self, value: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+        return value[generator.integers(len(value))] if len(value) else np.zeros((207, 1, 1), np.float32)
+
+    def is_missing(self, value: Any) -> bool:
+        """Only null is missing: an empty list says that there is nobody."""
+        return value is None
+
+
+@dataclass(frozen=True)
+class InstanceMaskTransform(AbstractTransform):
+    """One random instance, drawn into its bounding box: float32 (1, size, size), 1 inside and 0 outside.
+
+    A file holds a list of outlines: ``[[x, y], ...]``, or ``{"points": [[x, y], ...]}``.
+
+    Attributes:
+        size: Side of the mask in pixels.
+    """
+
+    size: int = 64
+
+    def preprocess(self, value: Any) -> list[np.ndarray]:
+        """Return the outlines whose box is not empty."""
+        if not isinstance(value, (list, tuple)):
+            raise DataError(f"expected a list of outlines, not {value!r:.80}")
+        outlines = [np.asarray(item["points"] if isinstance(item, Mapping) else item, np.float32) for item in value]
+        for outline in outlines:
+            if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
+                raise DataError(f"expected an outline of shape (3 or more, 2), not {outline.shape}")
+        kept = [outline for outline in outlines if (np.ptp(outline, axis=0) > 0).all() and np.isfinite(outline).all()]
+        if not kept:
+            raise UnreadableValue("it has no instance with a box that is not empty")
+        return kept
+
+    def choose(self, value: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
+        return value[generator.integers(len(value))]
+
+    def postprocess(self, value: np.ndarray) -> np.ndarray:
+        corner, extent = value.min(axis=0), np.ptp(value, axis=0)
+        mask = Image.new("L", (self.size, self.size))
+        ImageDraw.Draw(mask).polygon([(x, y) for x, y in ((value - corner) / extent * self.size).tolist()], fill=1)
+        return np.asarray(mask, np.float32)[None]
+
+    def bind(self, modality: Mapping[str, Any]) -> InstanceMaskTransform:
+        return replace(self, size=modality["input_size"])
+
+
+# Crop sides by which a polygon may extend beyond its crop, because the smallest crops have such large images.
+_MAX_OVERHANG = 5
 
 
 @dataclass(frozen=True)

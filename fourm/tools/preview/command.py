@@ -78,7 +78,7 @@ def _load_tokenizers(folder: str | None) -> Tokenizers:
     tokenizers = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
     if not tokenizers:
         raise UserError(f"tokenizers {folder}: none of its subfolders contains a tokenizer")
-    return {tokenizer.config.modality: tokenizer for tokenizer in tokenizers}
+    return {tokenizer.info.modality: tokenizer for tokenizer in tokenizers}
 
 
 def _check_output(path: Path) -> None:

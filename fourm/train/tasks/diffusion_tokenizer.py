@@ -1,0 +1,125 @@
+"""Training of tokenizers that decode by diffusion: DiVAEs, and ControlNets that let Stable Diffusion decode tokens.
+
+Shapes: B samples, C channels, H x W pixels, T noise levels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fourm.train.tasks.tokenizer import TokenizerConfig, TokenizerTraining, Values, resized
+from fourm.vq.controlnet import VQControlNet
+from fourm.vq.divae import DiVAE
+from fourm.vq.training_options import ControlNetOptions, DecoderOptions, DiffusionOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiVAEConfig(DecoderOptions, DiffusionOptions, TokenizerConfig):
+    """All keys of ``run_training_divae.py``"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQControlNetConfig(ControlNetOptions, TokenizerConfig):
+    """All keys of ``run_training_vqcontrolnet.py``"""
+
+
+class DiVAETraining(TokenizerTraining[DiVAEConfig]):
+    """Train a DiVAE: an encoder, a quantizer and a diffusion model that decodes."""
+
+    name, config_class, model_class, format = "divae", DiVAEConfig, DiVAE, DiVAE.model_format()
+
+    def model_arguments(self) -> dict[str, Any]:
+        config = self.config
+        return super().model_arguments() | config.diffusion_arguments(self._bounded) | {
+            "dec_type": config.decoder_type, "image_size_dec": config.input_size_dec,
+        }  # fmt: skip
+
+    def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
+        schedule = getattr(model, "module", model).noise_scheduler
+        noised, noise, steps = noise_at_random(schedule, values.images, values.seeds)
+        prediction, *others = model(values.images, noised, steps, part=values.part, **options)
+        kind = self.config.prediction_type
+        if kind == "v_prediction-epsilon_loss":
+            prediction, kind = noise_of_velocity(schedule, prediction.float(), noised, steps), "epsilon"
+        return (prediction, target_of(kind, schedule, values.images, noise, steps)), *others
+
+    def _reconstruction(
+        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        assert values.seeds is not None
+        options = {"timesteps": self.config.num_eval_timesteps, "seed": values.seeds.tolist(), "verbose": False}
+        return model.autoencode(values.images, **options).float(), values.images  # type: ignore[operator]
+
+
+class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
+    """Train a ControlNet, by which Stable Diffusion decodes the tokens of a frozen tokenizer."""
+
+    name, config_class, model_class, format = (
+        "vqcontrolnet", VQControlNetConfig, VQControlNet, VQControlNet.model_format(),
+    )  # fmt: skip
+
+    def model_arguments(self) -> dict[str, Any]:
+        config = self.config
+        return super().model_arguments() | config.condition_arguments() | {
+            "sd_path": config.sd_path, "image_size_sd": config.input_size_sd, "pretrained_cn": config.pretrained_cn,
+            "enable_xformer": config.use_xformer,
+        }  # fmt: skip
+
+    def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
+        plain: Any = getattr(model, "module", model)
+        with torch.no_grad():
+            clean = plain.vae_encode(resized(values.images, plain.image_size_sd))
+        noised, noise, steps = noise_at_random(plain.noise_scheduler, clean, values.seeds)
+        prediction, *others = model(values.images, noised, steps, part=values.part, **options)
+        return (prediction, noise), *others
+
+    def _reconstruction(
+        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        config = self.config
+        decoded = model.autoencode(  # type: ignore[operator]
+            values.images, timesteps=config.num_eval_timesteps, guidance_scale=config.guidance_scale,
+            cond_scale=config.cond_scale, vae_decode=True, verbose=False,
+        )  # fmt: skip
+        return resized(decoded.float(), values.images.shape[-1]), values.images
+
+
+def noise_at_random(schedule: Any, clean: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Noise for each sample at a random level.
+
+    Args:
+        schedule: Of diffusers.
+        clean: (B, C, H, W).
+        seeds: (B,), one for each sample, so that an evaluation is the same in whatever batches; None: the noise comes from
+            torch's global generator.
+
+    Returns:
+        What is noised and the noise, (B, C, H, W) float32 each, and the levels (B,).
+    """
+    levels = schedule.config.num_train_timesteps
+    if seeds is None:
+        noise = torch.randn_like(clean, dtype=torch.float32)
+        steps = torch.randint(levels, (len(clean),), device=clean.device)
+    else:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds.tolist()]
+        noise = torch.stack([torch.randn(clean.shape[1:], generator=generator) for generator in generators])
+        steps = torch.stack([torch.randint(levels, (), generator=generator) for generator in generators])
+        noise, steps = noise.to(clean.device), steps.to(clean.device)
+    return schedule.add_noise(clean.float(), noise, steps), noise, steps
+
+
+def target_of(kind: str, schedule: Any, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+    """What a network of this ``prediction_type`` should predict, (B, C, H, W)."""
+    if kind == "v_prediction":
+        return schedule.get_velocity(clean.float(), noise, steps)
+    return noise if kind == "epsilon" else clean
+
+
+def noise_of_velocity(schedule: Any, velocity: Tensor, noised: Tensor, steps: Tensor) -> Tensor:
+    """The noise that a predicted velocity implies, (B, C, H, W)."""
+    alphas = schedule.alphas_cumprod.to(velocity.device)[steps].view(-1, 1, 1, 1)
+    return alphas.sqrt() * velocity + (1 - alphas).sqrt() * noised

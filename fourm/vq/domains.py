@@ -1,0 +1,67 @@
+"""What can be tokenized: which files hold it, how many channels it has, and whether an encoder cuts it into patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from fourm.utils.errors import UserError, did_you_mean
+
+
+@dataclass(frozen=True)
+class Domain:
+    """
+    Attributes:
+        channels: Of the encoder's input; of class maps the width of the embedding of their classes.
+        kind: ``picture``: patches of pixels. ``classes``: the same of class ids. ``mask``: the same of one instance each, in
+            the range [0, 1]. ``map``: features of another network, one vector for each patch. ``vector``: a single one.
+        labels: Classes of a class map; 0 is "none".
+        transform: Key of ``MODALITY_TRANSFORMS``; None: the domain's name.
+        network: Of timm, which makes the features from pictures in colour; None: they are read from files.
+        options: Fields of the transform that differ from its defaults.
+    """
+
+    channels: int
+    kind: Literal["picture", "classes", "mask", "map", "vector"] = "picture"
+    labels: int | None = None
+    transform: str | None = None
+    network: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether the encoder cuts it into patches."""
+        return self.kind in ("picture", "classes", "mask")
+
+
+_CLIP_B, _CLIP_L = "vit_base_patch16_clip_224.openai", "vit_large_patch14_clip_224.openai"
+_DINO_B, _DINO_G = "vit_base_patch14_dinov2.lvd142m", "vit_giant_patch14_dinov2.lvd142m"
+
+DOMAINS = {
+    "rgb": Domain(3),
+    "normal": Domain(3),
+    "depth": Domain(1),
+    "canny_edge": Domain(1),
+    "sam_edge": Domain(1, transform="canny_edge"),
+    "semseg_coco": Domain(64, "classes", labels=134, options={"zero_is_none": True}),
+    "semseg": Domain(64, "classes"),
+    "sam_mask": Domain(1, "mask", transform="instance_mask"),
+    "CLIP-B16": Domain(512, "map", network=_CLIP_B),
+    "CLIP-L14": Domain(768, "map", network=_CLIP_L, transform="features"),
+    "DINOv2-B14": Domain(768, "map", network=_DINO_B),
+    "DINOv2-G14": Domain(1536, "map", network=_DINO_G, transform="features"),
+    "ImageBind-H14": Domain(1280, "map"),
+    "DINOv2-B14-global": Domain(768, "vector", network=_DINO_B),
+    "ImageBind-H14-global": Domain(1280, "vector"),
+    "human_poses": Domain(207, "vector", transform="body_pose"),
+}
+
+
+def domain_named(name: str) -> Domain:
+    """
+    Raises:
+        UserError: There is no such domain.
+    """
+    if name not in DOMAINS:
+        raise UserError(f"'domain': unknown '{name}'{did_you_mean(name, DOMAINS)}; there are {', '.join(DOMAINS)}")
+    return DOMAINS[name]

@@ -1,0 +1,91 @@
+"""The options of learned tokenizers: the published constructor arguments, which ``config.json`` holds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+from fourm.utils.config import convert_fields
+from fourm.utils.errors import UserError
+from fourm.utils.options import Options, option
+
+T = TypeVar("T", bound="VQOptions")
+_SIDE: Any = {"at_least": 1, "at_most": 2**16}
+_WIDTH: Any = {"at_least": 1, "at_most": 2**20}
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQOptions(Options):
+    """Encoder and quantizer"""
+
+    image_size: int = option("side of the images in pixels", 224, **_SIDE)
+    image_size_enc: int | None = option("side of the images that the encoder's positions are made for", None, **_SIDE)
+    n_channels: int = option("channels of the input; of the vectors of classes, if there are n_labels", 3, **_WIDTH)
+    n_labels: int | None = option("number of classes, of maps of classes", None, **_WIDTH)
+    enc_type: str = option("vit_{s,b,l}_enc, vit/B_3-Wi_192-H_6 or BottleneckMLP/B_6-Wi_1024", "vit_b_enc")
+    patch_proj: bool = option("the encoder makes patches of its input; otherwise each position is one", True)
+    post_mlp: bool = option("encoder and decoder end with an MLP", False)
+    patch_size: int = option("side of a patch in pixels", 16, **_SIDE)
+    quant_type: Literal["lucid", "memcodes", "fsq"] = option("quantizer, see fourm.vq.quantizers", "lucid")
+    codebook_size: int = option("codes", 16384, at_least=1, at_most=2**31)
+    num_codebooks: int = option("codebooks of memcodes", 1, at_least=1, at_most=2**10)
+    latent_dim: int = option("width of the latents", 32, **_WIDTH)
+    levels: list[int] = option("levels of fsq; codebook_size is their product, latent_dim their number", [])
+    norm_codes: bool = option("lucid: latents choose codes by direction", True)
+    norm_latents: bool = option("not supported", False)
+    sync_codebook: bool = option("ignored: a training run always sums over its processes", True)
+    ema_decay: float = option("lucid: share of the old codes in the new ones", 0.99, at_least=0, at_most=1)
+    threshold_ema_dead_code: float = option(
+        "lucid: codes that fewer latents of a step choose are replaced", 0.25, at_least=0
+    )
+    code_replacement_policy: str = option("lucid: they become latents of the step", "batch_random")
+    commitment_weight: float = option("lucid: weight of the loss that pulls latents to codes", 1.0, at_least=0)
+    kmeans_init: bool = option("not supported", False)
+    ckpt_path: str | None = option("weights to begin with", None)
+    ignore_keys: list[str] = option(
+        "beginnings of the names that are not loaded from ckpt_path",
+        ["decoder", "loss", "post_quant_conv", "post_quant_proj", "encoder.pos_emb"],
+    )
+    freeze_enc: bool = option("encoder and quantizer stay as they are", False)
+    undo_std: bool = option("the input is standardised as for ImageNet, and the encoder's is to be in [-1, 1]", False)
+    modality: str = option("what is tokenized, a key of MODALITY_TRANSFORMS", "")
+    transform_options: dict = option("fields of its transform that differ from the defaults for tokenizers", {})
+
+    def check(self) -> None:
+        used = {"norm_codes": True, "norm_latents": False, "kmeans_init": False, "num_codebooks": 1,
+                "code_replacement_policy": "batch_random"}  # fmt: skip
+        for name, value in used.items() if self.quant_type == "lucid" else ():
+            if getattr(self, name) != value:
+                raise UserError(
+                    f"tokenizer: '{name}' {getattr(self, name)} is not supported: no published tokenizer has it; leave it out"
+                )
+        if self.quant_type == "fsq":
+            object.__setattr__(self, "codebook_size", math.prod(self.levels))
+            object.__setattr__(self, "latent_dim", len(self.levels))
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQVAEOptions(VQOptions):
+    """Encoder, quantizer and decoder"""
+
+    dec_type: str = option("vit_{s,b,l}_dec, vit/B_3-Wi_192-H_6 or BottleneckMLP/B_6-Wi_1024", "vit_b_dec")
+    out_conv: bool = option("the decoder ends with convolutions", False)
+    image_size_dec: int | None = option("side of the images that the decoder's positions are made for", None, **_SIDE)
+    patch_size_dec: int | None = option("side of the decoder's patches", None, **_SIDE)
+
+
+def read_options(cls: type[T], given: Mapping[str, Any]) -> T:
+    """The options of a tokenizer. Unknown ones are ignored, as published files hold more than the models use.
+
+    Raises:
+        UserError: a value of the wrong type or out of its range.
+    """
+    hints = get_type_hints(cls)
+    known = {
+        item.name: given[item.name]
+        for item in fields(cls)
+        if item.name in given and (given[item.name] is not None or type(None) in get_args(hints[item.name]))
+    }
+    return cls(**convert_fields(cls, known, "tokenizer"))

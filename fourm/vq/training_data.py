@@ -1,0 +1,221 @@
+"""The data that tokenizers are trained on: one domain of a data set, cropped at random, and a seed for each sample.
+
+Reading, the order of the samples and their positions are those of :mod:`fourm.data.unified_datasets`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.data_config import DatasetConfig, build_sample_transform
+from fourm.data.layout import is_remote
+from fourm.data.modality_info import Modality
+from fourm.data.modality_transforms import transforms_for
+from fourm.data.options import RemoteDataOptions
+from fourm.data.presence import presence
+from fourm.data.raw_sample import RawSample
+from fourm.data.unified_datasets import SampleDataset, Source, name_file_in_errors, open_source
+from fourm.utils.errors import DataError, UserError
+from fourm.utils.options import option
+from fourm.utils.paths import AnyPath
+from fourm.utils.s3 import check_endpoint
+from fourm.vq.domains import Domain, domain_named
+from fourm.vq.features import FeatureOptions
+
+RATIO = (3 / 4, 4 / 3)  # width / height of random crops
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageDataOptions(RemoteDataOptions, FeatureOptions):
+    """Images"""
+
+    domain: str = option("what is tokenized: rgb, depth, semseg_coco, CLIP-B16, ...", "rgb", fixed=True)
+    data_path: AnyPath = option(
+        "training data: a folder with a folder of the domain's files in it, or, with use_wds, shards of them", ""
+    )
+    eval_data_path: AnyPath = option("validation data: a folder, or shards (default: no evaluation)", "")
+    use_wds: bool = option("data_path is shards: root/[rgb]/shard-{00000..00099}.tar, or a folder of them", False)
+    n_labels: int | None = option(
+        "classes of a class map, 'none' included (default: the domain's)", None, at_least=2, at_most=10**5, fixed=True
+    )
+    n_channels: int | None = option(
+        "channels of the features in files (default: the domain's)", None, at_least=1, at_most=10**5, fixed=True
+    )
+    input_size_min: int = option("smallest side of the pictures in pixels", 224, at_least=1, at_most=10_000, fixed=True)
+    input_size_max: int = option("largest side; what is read", 512, at_least=1, at_most=10_000, fixed=True)
+    resolution_step: int = option(
+        "each step trains on a random side: input_size_min plus a multiple of this", 32, at_least=1, fixed=True
+    )
+    input_size_eval: int | None = option(
+        "side at which to evaluate, beside the smallest and the largest", None, at_least=1, at_most=10_000
+    )
+    mask_size: int = option("side of the masks of instances", 64, at_least=1, at_most=10_000, fixed=True)
+    min_crop_scale: float = option(
+        "minimum share of a picture's area in a random crop", 0.2, above=0, at_most=1, fixed=True
+    )
+    hflip: float = option("share of the pictures that are mirrored", 0.5, at_least=0, at_most=1, fixed=True)
+    imagenet_default_mean_and_std: bool = option(
+        "standardise pictures in colour as ImageNet's are, not to [-1, 1]", False, fixed=True
+    )
+
+    def check(self) -> None:
+        self.sizes()
+        info = self.domain_info
+        if info.kind == "classes" and not self.labels:
+            raise UserError(f"'n_labels' is not set: how many classes does {self.domain} have, 'none' included?")
+        if self.feature_network not in ("", "none") and info.kind not in ("map", "vector"):
+            raise UserError(f"'feature_network' makes features, but the domain {self.domain} is not of features")
+        if is_remote(self.data_path) and not self.use_wds:
+            raise UserError("'data_path': files in folders must be local; set use_wds for shards in a store")
+        if any(path.startswith("s3://") for path in (self.data_path, self.eval_data_path)):
+            check_endpoint(self, "s3_data_endpoint", "s3_endpoint")
+
+    @property
+    def domain_info(self) -> Domain:
+        return domain_named(self.domain)
+
+    @property
+    def labels(self) -> int | None:
+        """Classes of a class map; None of what is no class map."""
+        info = self.domain_info
+        return (self.n_labels or info.labels) if info.kind == "classes" else None
+
+    @property
+    def channels(self) -> int:
+        """Channels of the encoder's input."""
+        return self.n_channels or self.domain_info.channels
+
+    @property
+    def network(self) -> str:
+        """The network of timm that makes the features; empty if they, or pixels, are read from files."""
+        return "" if self.feature_network == "none" else self.feature_network or self.domain_info.network or ""
+
+    @property
+    def are_cropped(self) -> bool:
+        """Whether what is read are whole pictures, of which random crops at random sizes are used."""
+        return bool(self.network) or self.domain_info.kind in ("picture", "classes")
+
+    def sizes(self) -> list[int]:
+        """The sides in pixels of what is trained on, in ascending order; of features those of the pictures.
+
+        Raises:
+            UserError: There are none.
+        """
+        if self.domain_info.kind == "mask":
+            return [self.mask_size]
+        sizes = list(range(self.input_size_min, self.input_size_max + 1, self.resolution_step))
+        if not sizes or sizes[-1] != self.input_size_max:
+            raise UserError(
+                f"'input_size_max' {self.input_size_max} must be input_size_min {self.input_size_min} plus a multiple of "
+                f"resolution_step {self.resolution_step}"
+            )
+        return sizes
+
+    def dataset(self, training: bool, size: int) -> DatasetConfig:
+        """The data set.
+
+        Args:
+            size: Side of the pictures in pixels, or of a grid of features.
+
+        Raises:
+            UserError: Its path is not set.
+        """
+        path = self.data_path if training else self.eval_data_path
+        if not path:
+            raise UserError(f"'{'data_path' if training else 'eval_data_path'}' is not set")
+        modality = self._modality(size)
+        use_wds = self.use_wds if training else path.endswith(".tar") or self.use_wds and _holds_shards(path, modality)
+        if use_wds and not path.endswith(".tar"):
+            path = f"{path}/[{modality.path}]/*.tar"
+        return DatasetConfig(
+            name=self.domain, in_domains=(modality.name,), out_domains=(), modalities={modality.name: modality},
+            data_path=path, use_wds=use_wds, main_augment_domain=modality.name if self.are_cropped else None, hflip=self.hflip,
+            crop_scale=(self.min_crop_scale, 1.0), crop_ratio=RATIO, sampling_weights=None, input_tokens_range=(0, 0),
+            target_tokens_range=(0, 0), remote=self.remote(),
+        )  # fmt: skip
+
+    def _modality(self, size: int) -> Modality:
+        """Its name is that of the transform, because the files of a domain need not be read as those of a modality are."""
+        info = self.domain_info
+        name, folder, channels = info.transform or self.domain, self.domain, self.channels
+        if self.network:
+            name, folder, channels = "rgb", "rgb", 3
+        return Modality(
+            name, "img", input_size=size, patch_size=1, num_channels=channels, path=folder,
+            transform_options=self.transform_options(),
+        )  # fmt: skip
+
+    def transform_options(self) -> dict[str, Any]:
+        """Options of the transform of what is read."""
+        if self.domain == "rgb" or self.network:
+            return {"imagenet_default_mean_and_std": self.imagenet_default_mean_and_std or bool(self.network)}
+        return self.domain_info.options
+
+
+def _holds_shards(path: str, modality: Modality) -> bool:
+    return any(Path(path, modality.path or modality.name).glob("*.tar"))
+
+
+@dataclass
+class TokenizerSamples(SampleDataset):
+    """Samples of one modality: a row is ``{modality: {"tensor": (C, H, W), "seed": ()}}``, class maps are (H, W).
+
+    Attributes:
+        labels: Number of classes of class maps.
+    """
+
+    masking: Any = None  # the whole of a sample is used
+    labels: int | None = None
+
+    def masked(self, sample: RawSample, rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
+        raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
+        with name_file_in_errors(sample):
+            (name, value), *_ = self.transform(raw, rng).items()
+            value = value if value.dtype.kind != "b" else value.astype(np.float32)
+            if self.labels is not None and not 0 <= value.min() <= value.max() < self.labels:
+                raise DataError(
+                    f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name
+                )
+        return {name: {"tensor": value, "seed": rng.integers(2**62)}}
+
+
+@dataclass(frozen=True)
+class FirstSamples:
+    """The first samples of a source, for evaluations."""
+
+    source: Source
+    number: int | None
+
+    def draw(self, key: tuple, stream: int, num_streams: int, ledger: BadSampleLedger) -> Iterator[RawSample]:
+        return self.source.draw(key, stream, num_streams, ledger)
+
+    def all(self, ledger: BadSampleLedger) -> Sequence[RawSample]:
+        return list(itertools.islice(self.source.all(ledger), self.number))
+
+
+def open_samples(
+    config: DatasetConfig, labels: int | None, training: bool, max_bad_fraction: float, first: int | None = None
+) -> TokenizerSamples:
+    """The samples of a data set.
+
+    Args:
+        labels: Of class maps, see :class:`TokenizerSamples`.
+        first: Use only so many; None: all.
+
+    Raises:
+        UserError: Its files are not there, or of a type that cannot be read.
+    """
+    source = open_source(config, BadSampleLedger(config.name, max_bad_fraction))
+    return TokenizerSamples(
+        config.name, FirstSamples(source, first), config.modalities,
+        build_sample_transform(config, training, raw_pixels=True), shuffle_buffer=config.wds_shuffle_buffer_tar,
+        max_bad_fraction=max_bad_fraction, labels=labels,
+        presence=presence("error", config.modalities, transforms_for(config.modalities), config.main_augment_domain),
+    )  # fmt: skip

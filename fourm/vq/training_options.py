@@ -1,0 +1,190 @@
+"""The options of learned tokenizers: encoder, quantizer and decoder, under their published names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from fourm.utils.errors import UserError
+from fourm.utils.options import Options, option
+from fourm.utils.paths import InputPath
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderOptions(Options):
+    """Encoder"""
+
+    encoder_type: str = option("vit_s_enc, vit_b_enc, vit_l_enc, or BottleneckMLP/B_6-Wi_1024", "vit_s_enc", fixed=True)
+    patch_size: int = option("side in pixels of what one token stands for", 16, at_least=1, at_most=10_000, fixed=True)
+    post_mlp: bool = option("end encoder and decoder with one more MLP", True, fixed=True)
+    input_size_enc: int | None = option(
+        "side in pixels that the encoder's table of positions is for (default: input_size_max)", None, at_least=1,
+        at_most=10_000, fixed=True,
+    )  # fmt: skip
+    undo_std: bool = option("turn pictures standardised as ImageNet's back to [-1, 1]", False, fixed=True)
+    freeze_enc: bool = option("train the decoder only", False, fixed=True)
+    full_ckpt: InputPath = option(
+        "start from this whole tokenizer: a run folder, .safetensors, .pth, s3:// URL, or a hub id", ""
+    )
+    encoder_ckpt: InputPath = option("the same, but only its encoder and quantizer", "")
+
+    def check(self) -> None:
+        if self.full_ckpt and self.encoder_ckpt:
+            raise UserError("set only one of full_ckpt and encoder_ckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantizerOptions(Options):
+    """Quantizer"""
+
+    quantizer_type: Literal["lucid", "memcodes", "fsq"] = option("kind of codebook", "lucid", fixed=True)
+    codebook_size: int = option("codes", 8192, at_least=2, at_most=2**24, fixed=True)
+    num_codebooks: int = option("codes for each place (memcodes)", 1, at_least=1, at_most=1024, fixed=True)
+    latent_dim: int = option("width of a code", 32, at_least=1, at_most=2**16, fixed=True)
+    levels: list[int] = option(
+        "fsq: levels of each number of a code, in place of codebook_size and latent_dim", [], fixed=True
+    )
+    norm_codes: bool = option("compare latents and codes by their direction", True, fixed=True)
+    norm_latents: bool = option("normalise latents before they are quantized", False, fixed=True)
+    quantizer_ema_decay: float = option("share of a code that each step keeps", 0.8, at_least=0, at_most=1, fixed=True)
+    coef_ema_dead_code: float = option(
+        "a code is dead when it is used so many times less than if all were used alike; 0 = never", 4.0, at_least=0,
+        fixed=True,
+    )  # fmt: skip
+    code_replacement_policy: Literal["batch_random", "linde_buzo_gray"] = option(
+        "a dead code becomes a random latent of the step, or a copy of a code that is used much", "batch_random",
+        fixed=True,
+    )  # fmt: skip
+    commitment_weight: float = option("weight of the latents' distance from their codes", 1.0, at_least=0, fixed=True)
+    kmeans_init: bool = option("find the first codes by k-means in the first batch", False, fixed=True)
+
+    def quantizer_arguments(self) -> dict[str, Any]:
+        """Those of the model's constructor."""
+        return {
+            "quant_type": self.quantizer_type, "codebook_size": self.codebook_size, "num_codebooks": self.num_codebooks,
+            "latent_dim": self.latent_dim, "levels": self.levels, "norm_codes": self.norm_codes, "norm_latents": self.norm_latents,
+            "sync_codebook": False, "kmeans_init": self.kmeans_init, "ema_decay": self.quantizer_ema_decay,
+            "code_replacement_policy": self.code_replacement_policy, "commitment_weight": self.commitment_weight,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions(Options):
+    """Decoder"""
+
+    decoder_type: str = option(
+        "vit_b_dec and the like, BottleneckMLP/B_6-Wi_1024; of a diffusion model unet_patched or uvit_b_p4_f16",
+        "vit_b_dec",
+        fixed=True,
+    )
+    out_conv: bool = option("let two convolutional blocks at full resolution follow", False, fixed=True)
+    input_size_dec: int | None = option(
+        "side in pixels that the decoder is for (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
+    )
+    patch_size_dec: int | None = option(
+        "side of its patches (default: patch_size); of unet_patched always 4", None, at_least=1, at_most=10_000,
+        fixed=True,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConditionOptions(Options):
+    """Conditioning of a diffusion model"""
+
+    num_train_timesteps: int = option("noise levels", 1000, at_least=1, at_most=10**6, fixed=True)
+    cls_free_guidance_dropout: float = option(
+        "share of the samples whose tokens are hidden in training", 0.0, at_least=0, at_most=1, fixed=True
+    )
+    masked_cfg: bool = option("hide only some of these samples' tokens", False, fixed=True)
+    masked_cfg_low: int = option("minimum number of tokens that are hidden then", 0, at_least=0, fixed=True)
+    masked_cfg_high: int | None = option("maximum number (default: all)", None, at_least=0, fixed=True)
+    num_eval_timesteps: int = option("denoising steps of evaluations", 50, at_least=1, at_most=1000)
+
+    def condition_arguments(self) -> dict[str, Any]:
+        """Those of the model's constructor."""
+        names = ("cls_free_guidance_dropout", "masked_cfg", "masked_cfg_low", "masked_cfg_high")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionOptions(ConditionOptions):
+    """Diffusion decoder"""
+
+    beta_schedule: str = option(
+        "noise schedule: linear, scaled_linear, squaredcos_cap_v2 or shifted_cosine:SHIFT", "linear", fixed=True
+    )
+    prediction_type: Literal["sample", "epsilon", "v_prediction", "v_prediction-epsilon_loss"] = option(
+        "what the decoder predicts: the picture, the noise or the velocity", "sample", fixed=True
+    )
+    zero_terminal_snr: bool = option("let nothing of the picture be left at the last noise level", True, fixed=True)
+    conditioning: Literal["concat"] = option("how a U-ViT sees the tokens", "concat", fixed=True)
+    dec_transformer_dropout: float = option("dropout in a U-ViT", 0.2, at_least=0, below=1, fixed=True)
+    thresholding: bool | None = option(
+        "clamp predicted pictures to [-1, 1] while sampling (default: if the domain's values lie there)", None
+    )
+    clip_sample: bool = option("the same, by another published name", False)
+    eval_noise_schedule: Literal["DDIMScheduler", "DDPMScheduler"] = option("sampler of evaluations", "DDIMScheduler")
+
+    def diffusion_arguments(self, bounded: bool) -> dict[str, Any]:
+        """Those of the model's constructor.
+
+        Args:
+            bounded: Whether values lie in [-1, 1].
+        """
+        names = (
+            "num_train_timesteps", "beta_schedule", "zero_terminal_snr", "conditioning", "dec_transformer_dropout",
+            "clip_sample",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names} | self.condition_arguments() | {
+            "prediction_type": self.prediction_type.removesuffix("-epsilon_loss"),
+            "thresholding": bounded if self.thresholding is None else self.thresholding,
+            "scheduler": "ddim" if self.eval_noise_schedule == "DDIMScheduler" else "ddpm",
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetOptions(ConditionOptions):
+    """Stable Diffusion with a ControlNet"""
+
+    sd_path: str = option("Stable Diffusion 1.5: a folder or a hub id", "runwayml/stable-diffusion-v1-5", fixed=True)
+    input_size_sd: int | None = option(
+        "side in pixels of its pictures (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
+    )
+    max_input_size: bool = option("read pictures at the larger of input_size_max and input_size_sd", False, fixed=True)
+    pretrained_cn: bool = option("start the ControlNet from the UNet's weights", False, fixed=True)
+    use_xformer: bool = option("published; attention always runs in memory-efficient kernels", False)
+    guidance_scale: float = option("classifier-free guidance of evaluations", 2.5, at_least=0)
+    cond_scale: float = option("weight of the ControlNet in evaluations", 1.0, at_least=0)
+    include_caption: bool = option("published; texts are not read", False)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerEvaluationOptions(Options):
+    """Evaluation of tokenizers"""
+
+    num_eval_metrics_samples: int | None = option("samples to evaluate on (default: all)", None, at_least=1)
+    batch_size_eval: int | None = option("samples per batch of an evaluation (default: batch_size)", None, at_least=1)
+    num_logged_images: int | None = option(
+        "originals and reconstructions in the picture of an evaluation; 0 or null = no picture", 16, at_least=0
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedOptions(Options):
+    """Published keys of tokenizers that change nothing"""
+
+    min_lr: float = option("the final learning rate is 256 min_blr / batch; only 0 is taken", 0.0, at_least=0)
+    warmup_lr: float = option("the warm-up begins at 0", 1e-6, at_least=0)
+    model_ema_update_freq: int = option("the moving average is updated in every step", 1, at_least=1)
+    epoch_eval: bool = option("step_eval decides", False)
+    eval_metrics_freq: int = option("every evaluation has the metrics", 0, at_least=0)
+    eval_image_log_freq: int = option("every evaluation has its picture", 0, at_least=0)
+    standardize_surface_normals: bool = option("normals are in [-1, 1]", False)
+
+    def check(self) -> None:
+        if self.min_lr:
+            raise UserError("'min_lr' is not scaled with the batch: set 'min_blr', the final rate per 256 samples")
+        if self.model_ema_update_freq != 1:
+            raise UserError("'model_ema_update_freq' can only be 1: a cheaper average is one with a larger decay")
+        if self.standardize_surface_normals:
+            raise UserError("'standardize_surface_normals': normals are always in [-1, 1]; leave it out")

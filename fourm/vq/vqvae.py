@@ -1,0 +1,396 @@
+"""Learned tokenizers (arXiv 2312.06647, section 2 and appendix): input → encoder → quantizer → ids, and back by a decoder.
+
+:class:`VQ` is the first half, which all share. :class:`VQVAE` decodes by a plain network; :class:`DiVAE` and :class:`VQControlNet`
+by diffusion. Arguments, methods and names of weights are those of the published tokenizers.
+
+Shapes: B images, C channels, H x W pixels, h x w tokens, L latent width, G codebooks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fourm.data.transforms.image import IMAGENET_MEAN, IMAGENET_STD
+from fourm.models.fm_utils import init_weights
+from fourm.models.hub import HubModel
+from fourm.models.modality_embedding import image_grid
+from fourm.utils.checkpoints import WEIGHTS
+from fourm.utils.errors import DataError, UserError
+from fourm.vq.mlp import BottleneckMLP, MLPSize, mlp_size
+from fourm.vq.options import VQOptions, VQVAEOptions, read_options
+from fourm.vq.quantizers import FSQ, WHOLE, LucidQuantizer, MemcodesQuantizer, Part, Quantized, Quantizer
+from fourm.vq.tokenizer import ImageTokenizer, TokenizerConfig
+from fourm.vq.vit import SIZES, ViTDecoder, ViTEncoder, vit_size
+from fourm.vq.weights import Shapes, download, load_model, open_weights
+
+_DIFFUSION = {"DiVAE": "fourm.vq.divae", "VQControlNet": "fourm.vq.controlnet"}
+_NOT_OF_THE_MODEL = ("ckpt_path", "ignore_keys")  # options that only say how it begins
+
+
+class VQ(ImageTokenizer, HubModel):
+    """Encoder and quantizer.
+
+    A subclass with a decoder names its ``options_class``, makes the decoder in :meth:`build_decoder`, and defines
+    :meth:`decode_quant` and ``forward``.
+
+    Args:
+        config: the options as a mapping, instead of ``arguments``. Unknown ones are ignored.
+        arguments: :class:`VQOptions`; each is an attribute, too.
+
+    Raises:
+        UserError: an option that is out of range, or options that do not go together.
+    """
+
+    title = "learned tokenizer"
+    marks = frozenset({"enc_type", "quant_type"})
+    options_class: ClassVar[type[VQOptions]] = VQOptions
+    quantize: Quantizer
+    freeze_enc: bool
+    undo_std: bool
+    n_labels: int | None
+    image_size: int
+
+    def __init__(self, config: Mapping[str, Any] | None = None, **arguments: Any):
+        options = read_options(self.options_class, arguments if config is None else config)
+        vectors = "MLP" in options.enc_type
+        super().__init__(
+            TokenizerConfig(
+                modality=options.modality,
+                vocab_size=options.codebook_size,
+                patch_size=options.image_size if vectors else options.patch_size,
+                num_channels=1 if options.n_labels else options.n_channels,
+                input_size=options.image_size,
+                transform_options=options.transform_options,
+            )
+        )
+        values = dataclasses.asdict(options)
+        self.config = {name: value for name, value in values.items() if name not in _NOT_OF_THE_MODEL}
+        for name, value in values.items():
+            setattr(self, name, value)
+        self.image_size_enc = options.image_size_enc or options.image_size
+        self.input_patch = options.patch_size if options.patch_proj and not vectors else 1
+        if options.n_labels:
+            self.cls_emb = nn.Embedding(options.n_labels, options.n_channels)
+        self.enc_dim, self.encoder = self._build_encoder(options)
+        self.quant_proj = nn.Conv2d(self.enc_dim, options.latent_dim, 1)
+        self.quantize = _build_quantizer(options)
+        self.build_decoder(options)
+        self.init_weights()
+        if options.ckpt_path:
+            self.init_from_ckpt(options.ckpt_path, options.ignore_keys)
+        if options.freeze_enc:
+            for part in self._encoding_parts():
+                part.requires_grad_(False)
+        self.train()
+
+    def _build_encoder(self, options: VQOptions) -> tuple[int, nn.Module]:
+        if "MLP" in options.enc_type:
+            size = mlp_size(options.enc_type)
+            return size.dim, BottleneckMLP(size, options.n_channels, size.dim)
+        vit = vit_size(options.enc_type)
+        grid = image_grid(self.image_size_enc, options.patch_size)
+        return vit.dim, ViTEncoder(vit, options.n_channels, grid, self.input_patch, options.post_mlp)
+
+    def build_decoder(self, options: Any) -> None:
+        """Make ``decoder`` and what belongs to it."""
+
+    def init_weights(self) -> None:
+        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        for part in self._encoding_parts():
+            init_weights(part, std=1.0)
+
+    def _encoding_parts(self) -> list[nn.Module]:
+        parts = [self.encoder, self.quant_proj, self.quantize]
+        return [self.cls_emb, *parts] if self.n_labels else parts
+
+    def train(self, mode: bool = True) -> VQ:
+        super().train(mode)
+        if self.freeze_enc:
+            for part in self._encoding_parts():
+                part.eval()
+        return self
+
+    # Encoding
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """What :meth:`encode` gets → what the encoder gets: colours in [-1, 1], classes as vectors.
+
+        Raises:
+            DataError: another shape than (B, C, H, W); maps of classes are (B, H, W) or (B, 1, H, W).
+        """
+        x = x[:, None] if self.n_labels and x.ndim == 3 else x
+        self.check_images(x)
+        if self.undo_std:
+            mean, std = (
+                torch.tensor(values).view(3, 1, 1).to(x.device, non_blocking=True) for values in (IMAGENET_MEAN, IMAGENET_STD)
+            )  # fmt: skip
+            x = 2 * (x * std + mean) - 1
+        return rearrange(self.cls_emb(x[:, 0].long()), "b h w c -> b c h w") if self.n_labels else x
+
+    def quantized(self, x: Tensor, part: Part = WHOLE) -> Quantized:
+        """(B, C, H, W) → latents, loss, ids and, in training, statistics; without a graph if the encoder is frozen.
+
+        Args:
+            part: which micro-batch of a training step this is.
+        """
+        with torch.no_grad() if self.freeze_enc else nullcontext():
+            return self.quantize(self.quant_proj(self.encoder(self.prepare_input(x))), part)
+
+    def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, C, H, W) → latents (B, L, h, w), loss (1,), ids (B, h, w) or (B, G, h, w)."""
+        found = self.quantized(x)
+        return found.latents, found.loss, found.ids
+
+    @torch.no_grad()
+    def tokenize(self, x: Tensor) -> Tensor:
+        """
+        Raises:
+            DataError: another shape, or a class that is not among the classes.
+        """
+        if self.n_labels and (x.min() < 0 or x.max() >= self.n_labels):
+            raise DataError(
+                f"class ids of {self.modality_name} must be below n_labels = {self.n_labels}, not {x.min():.0f} to {x.max():.0f}"
+            )
+        return self.quantized(x).ids
+
+    @property
+    def modality_name(self) -> str:
+        """For messages."""
+        return self.info.modality or "this tokenizer"
+
+    # Decoding
+
+    def tokens_to_embedding(self, tokens: Tensor) -> Tensor:
+        """Ids (B, h, w) or (B, G, h, w) → latents (B, L, h, w)."""
+        return self.quantize.embed(tokens)
+
+    def decode_quant(self, quant: Tensor, **options: Any) -> Tensor:
+        """Latents (B, L, h, w) → (B, C, H, W); of maps of classes, logits for each class."""
+        raise UserError("VQ is the encoder half of a tokenizer: load it as VQVAE, DiVAE or VQControlNet to decode")
+
+    def decode_tokens(self, tokens: Tensor, **options: Any) -> Tensor:
+        """Ids (B, h, w) or (B, G, h, w) → as :meth:`decode_quant`, which gets the options."""
+        return self.decode_quant(self.tokens_to_embedding(tokens), **options)
+
+    def autoencode(self, x: Tensor, **options: Any) -> Tensor:
+        """(B, C, H, W) → its reconstruction, as :meth:`decode_quant`, which gets the options."""
+        return self.decode_quant(self.encode(x)[0], **options)
+
+    def forward(self, x: Tensor, part: Part = WHOLE, return_statistics: bool = False) -> tuple[Any, ...]:
+        """(B, C, H, W) → latents, loss of the quantizer (1,), and its statistics if they are asked for."""
+        found = self.quantized(x, part)
+        return outputs(found.latents, found, return_statistics)
+
+    @property
+    def colorize(self) -> Tensor:
+        """(3, n_labels, 1, 1), a colour for each class; always the same."""
+        colours = torch.randn(3, self.n_labels or self.num_channels, 1, 1, generator=torch.Generator().manual_seed(0))
+        return colours.to(self.device)
+
+    def to_rgb(self, x: Tensor) -> Tensor:
+        """Scores of classes (B, n_labels, H, W) → (B, 3, H, W) in [0, 1], to be looked at."""
+        y = F.conv2d(x, self.colorize.to(x))
+        return (y - y.min()) / (y.max() - y.min()).clamp(min=1e-8)
+
+    # Files
+
+    def save(self, folder: str | Path) -> None:
+        """As :meth:`save_pretrained`."""
+        self.save_pretrained(folder)
+
+    def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
+        """Load what the model and a file of weights have in common.
+
+        Args:
+            ignore_keys: beginnings of names that are not loaded.
+
+        Raises:
+            UserError: the file cannot be read, a tensor has another shape, or there is nothing in common.
+        """
+        own, loaded = self.state_dict(), 0
+        with open_weights(Path(path)) as file:
+            for name, shape in file.shapes.items():
+                target = name
+                for old, new in (("post_quant_conv", "post_quant_proj"), ("quant_conv", "quant_proj")):
+                    if target.startswith(old):
+                        target = f"{new}.{target.rpartition('.')[2]}"
+                if target not in own or target.startswith(tuple(ignore_keys)):
+                    continue
+                if shape != tuple(own[target].shape):
+                    raise UserError(f"{path}: {name} has shape {shape}, the model's is {tuple(own[target].shape)}")
+                own[target].copy_(file.tensor(name))
+                loaded += 1
+        if not loaded:
+            raise UserError(f"{path} holds none of the model's weights")
+
+    @classmethod
+    def names_in_file(cls, name: str) -> tuple[str, ...]:
+        """The names that a weight of the model may have in a file, its own first."""
+        return (name,)
+
+    @classmethod
+    def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+        """The options that follow from the shapes of weights; those that do not are as in ``config``."""
+        found: dict[str, Any] = {}
+        if positions := shapes.get("encoder.pos_emb"):
+            _, found["n_channels"], _, patch = shapes["encoder.proj.weight"]
+            found["patch_proj"] = patch > 1
+            side = patch if patch > 1 else int(config.get("patch_size") or VQOptions.patch_size)
+            found |= {"patch_size": side} | _image_size_of_file("enc", config, positions[2] * side)
+            found["post_mlp"] = "encoder.norm_mlp.weight" in shapes
+            found |= _vit_of_file("enc", config, shapes)
+        elif linear := shapes.get("encoder.linear_in.weight"):
+            found["n_channels"] = linear[1]
+            found["enc_type"] = _mlp_of_file("enc", config, shapes)
+        if labels := shapes.get("cls_emb.weight"):
+            found["n_labels"] = labels[0]
+        if codes := shapes.get("quantize._codebook.embed"):
+            found |= {"quant_type": "lucid", "codebook_size": codes[0], "latent_dim": codes[1], "num_codebooks": 1}
+            found["norm_codes"] = "quantize._codebook.embed_avg" not in shapes
+        elif codes := shapes.get("quantize.codes"):
+            books, size, width = codes
+            found |= {
+                "quant_type": "memcodes",
+                "codebook_size": size,
+                "latent_dim": books * width,
+                "num_codebooks": books,
+            }
+        return found
+
+    @classmethod
+    def _from_pretrained(
+        cls, *, model_id: str, config: Mapping[str, Any] | None = None, map_location: str = "cpu", strict: bool = False,
+        revision: str | None = None, cache_dir: str | Path | None = None, force_download: bool = False,
+        local_files_only: bool = False, token: str | bool | None = None, **arguments: Any,
+    ) -> Any:  # fmt: skip
+        if (place := Path(model_id)).is_dir():
+            path = place / WEIGHTS
+        else:
+            path = download(
+                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
+                local_files_only=local_files_only, token=token,
+            )  # fmt: skip
+        with open_weights(path) as file:
+            return load_model(cls, file, dict(config or file.header) | arguments, map_location)
+
+
+class VQVAE(VQ):
+    """A tokenizer with a plain decoder; of maps of classes it decodes logits.
+
+    Args:
+        arguments: :class:`VQVAEOptions`.
+    """
+
+    options_class = VQVAEOptions
+    decoder: nn.Module
+
+    def build_decoder(self, options: VQVAEOptions) -> None:
+        channels = options.n_labels or options.n_channels
+        self.image_size_dec = options.image_size_dec or options.image_size
+        self.patch_size_dec = options.patch_size_dec or options.patch_size
+        if "MLP" in options.dec_type:
+            size = mlp_size(options.dec_type)
+            self.dec_dim, self.decoder = size.dim, BottleneckMLP(size, size.dim, channels)
+        else:
+            vit = vit_size(options.dec_type)
+            grid = image_grid(self.image_size_dec, self.patch_size_dec)
+            patch = self.patch_size_dec if options.patch_proj else 1
+            self.dec_dim = vit.dim
+            self.decoder = ViTDecoder(vit, channels, grid, patch, options.post_mlp, options.out_conv)
+        self.post_quant_proj = nn.Conv2d(options.latent_dim, self.dec_dim, 1)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        init_weights(self.decoder)
+        init_weights(self.post_quant_proj)
+
+    def decode_quant(self, quant: Tensor, **options: Any) -> Tensor:
+        """As of the base class; options of other decoders are ignored."""
+        return self.decoder(self.post_quant_proj(quant))
+
+    def forward(self, x: Tensor, part: Part = WHOLE, return_statistics: bool = False) -> tuple[Any, ...]:
+        """(B, C, H, W) → reconstruction, loss of the quantizer (1,), and its statistics if they are asked for."""
+        found = self.quantized(x, part)
+        return outputs(self.decode_quant(found.latents), found, return_statistics)
+
+    @classmethod
+    def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
+        found = super().config_of_file(config, shapes)
+        if positions := shapes.get("decoder.pos_emb"):
+            patch = int(config.get("patch_size_dec") or found.get("patch_size") or VQOptions.patch_size)
+            found |= _image_size_of_file("dec", {**config, **found}, positions[2] * patch)
+            found["out_conv"] = "decoder.out_conv.0.gamma" in shapes
+            found |= _vit_of_file("dec", config, shapes)
+        elif "decoder.linear_in.weight" in shapes:
+            found["dec_type"] = _mlp_of_file("dec", config, shapes)
+        return found
+
+
+def outputs(decoded: Tensor, found: Quantized, return_statistics: bool) -> tuple[Any, ...]:
+    """What ``forward`` returns: the published pair, or with the statistics a training task needs."""
+    return (decoded, found.loss, found.statistics) if return_statistics else (decoded, found.loss)
+
+
+def _build_quantizer(options: VQOptions) -> Quantizer:
+    if options.quant_type == "fsq":
+        return FSQ(options.levels)
+    if options.quant_type == "memcodes":
+        return MemcodesQuantizer(options.codebook_size, options.latent_dim, options.num_codebooks)
+    return LucidQuantizer(
+        options.codebook_size, options.latent_dim, options.ema_decay, options.commitment_weight,
+        options.threshold_ema_dead_code,
+    )  # fmt: skip
+
+
+def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:
+    """The size of an encoder (``enc``) or decoder (``dec``), unless the configured one is right."""
+    root = f"{side}oder"
+    dim, depth = shapes[f"{root}.pos_emb"][1], _count(f"{root}.blocks.", shapes)
+    configured = config.get(f"{side}_type")
+    if isinstance(configured, str) and "vit" in configured:
+        size = vit_size(configured)
+        if (size.dim, size.depth) == (dim, depth):
+            return {}
+    return {f"{side}_type": f"{name}_{side}" for name, size in SIZES.items() if (size.dim, size.depth) == (dim, depth)}
+
+
+def _image_size_of_file(side: str, config: Mapping[str, Any], pixels: int) -> dict[str, int]:
+    """The size of images that the positions of an encoder (``enc``) or decoder (``dec``) are made for, unless the configured
+    one is right; where no size is configured, it is that of the images, too."""
+    if not config.get("image_size"):
+        return {"image_size": pixels, f"image_size_{side}": pixels}
+    configured = config.get(f"image_size_{side}") or config["image_size"]
+    return {} if configured == pixels else {f"image_size_{side}": pixels}
+
+
+def _mlp_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> str:
+    """The size of an encoder (``enc``) or decoder (``dec``)."""
+    root, configured = f"{side}oder", config.get(f"{side}_type")
+    width = shapes[f"{root}.linear_in.weight"][0]
+    hidden = shapes.get(f"{root}.blocks.0.block.0.weight", (width, width))[0]
+    size = MLPSize(_count(f"{root}.blocks.", shapes), width, hidden // width)
+    if isinstance(configured, str) and "MLP" in configured and mlp_size(configured) == size:
+        return configured
+    return f"BottleneckMLP/B_{size.depth}-Wi_{size.dim}-E_{size.expansion}"
+
+
+def _count(prefix: str, shapes: Shapes) -> int:
+    """How many modules a list has."""
+    return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
+
+
+def __getattr__(name: str) -> Any:
+    """The tokenizers that decode by diffusion; their modules build on this one, so that they come when they are asked for."""
+    if name in _DIFFUSION:
+        return getattr(importlib.import_module(_DIFFUSION[name]), name)
+    raise AttributeError(f"module {__name__} has no attribute {name}")

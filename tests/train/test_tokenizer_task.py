@@ -1,0 +1,273 @@
+"""A tokenizer is trained by the loop of 4M, from pictures in a folder to a folder that tokenizes and decodes."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fourm.tools.pack import main as pack
+from fourm.train.export import main as export
+from fourm.train.fsdp import FSDP
+from fourm.train.parallel import DDP
+from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
+from fourm.train.tasks.tokenizer import VQVAETraining
+from fourm.utils.errors import UserError
+from fourm.vq import load_tokenizer
+from tests.train.tokenizer_data import write_config, write_pictures
+from tests.train.toy_run import kill, log_lines, losses, run_in_process, run_ranks, start_ranks, wait_for_step
+
+CODES = ("quantize._codebook.embed", "quantize._codebook.cluster_size")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"))
+
+
+@pytest.fixture(scope="module")
+def alone(pictures, tmp_path_factory):
+    """A run of one process with accumulation, of which two processes do half of each step."""
+    config = write_config(tmp_path_factory.mktemp("alone"), pictures, batch_size=2, accum_iter=2, num_streams=2)
+    run_in_process(config, task=VQVAETraining)
+    return config.parent / "out"
+
+
+def evaluations(out):
+    return [line["eval"]["rgb"] for line in log_lines(out) if "eval" in line]
+
+
+def test_it_learns_and_its_codes_come_to_be_used(alone):
+    found = losses(alone)
+    assert len(found) == 20 and found[20] < 0.5 * found[1]
+    first, last = evaluations(alone)
+    assert last.keys() == {"16px", "16px_ema", "32px", "32px_ema"}
+    for kind, results in last.items():
+        assert results["loss"] == pytest.approx(results["per_modality"]["mse"]) and results["samples"] == 6
+        assert results["per_modality"]["psnr"] > 10 and 0.2 < results["metrics"]["code_usage"] <= 1
+        assert results["loss"] < 1.1 * first[kind]["loss"] and 4 < results["metrics"]["perplexity"] <= 24
+    weights, average = load_file(alone / "model.safetensors"), load_file(alone / "ema" / "model.safetensors")
+    for name in CODES:
+        assert not torch.allclose(weights[name], average[name], rtol=1e-3)
+    lengths = weights[CODES[0]].norm(dim=1)
+    assert ((lengths > 0.3) & (lengths < 1.01)).all()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_two_processes_train_it_as_one(alone, pictures, tmp_path, strategy):
+    run_ranks(write_config(tmp_path, pictures, batch_size=2), strategy=strategy, task=VQVAETraining)
+    out = tmp_path / "out"
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-3)
+    weights, wanted = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
+    assert weights.keys() == wanted.keys()
+    for name in CODES:
+        torch.testing.assert_close(weights[name], wanted[name], rtol=1e-3, atol=1e-3)
+    for one, two in zip(evaluations(alone), evaluations(out), strict=True):
+        for kind, results in one.items():
+            assert two[kind]["per_modality"] == pytest.approx(results["per_modality"], rel=1e-2)
+            assert two[kind]["metrics"] == pytest.approx(results["metrics"], rel=1e-2)
+
+
+@pytest.mark.dist
+def test_killed_it_resumes_with_the_same_losses_and_codes(alone, pictures, tmp_path):
+    config = write_config(tmp_path, pictures, batch_size=2, accum_iter=2, num_streams=2, save_every_minutes=1e-9)
+    ranks = start_ranks(config, strategy=DDP, processes=1, task=VQVAETraining)
+    wait_for_step(config, 7, ranks)
+    kill(ranks)
+    assert "resumed from" in run_in_process(config, task=VQVAETraining)
+    assert losses(tmp_path / "out") == losses(alone)
+    for folder in (".", "ema"):
+        weights, wanted = (load_file(out / folder / "model.safetensors") for out in (tmp_path / "out", alone))
+        assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights.items())
+
+
+def test_its_folder_and_its_export_tokenize_and_decode(alone, pictures, tmp_path):
+    export([str(alone), str(tmp_path / "exported")])
+    tokenizer = load_tokenizer(alone)
+    paths = sorted((pictures / "val").rglob("*.png"))
+    images = np.stack([np.asarray(Image.open(path).resize((32, 32), Image.Resampling.BICUBIC)) for path in paths])
+    x = torch.from_numpy(images).permute(0, 3, 1, 2) / 127.5 - 1
+    ids = tokenizer.tokenize(x)
+    assert ids.shape == (6, 4, 4) and ids.max() < tokenizer.vocab_size == 24
+    with torch.no_grad():
+        decoded = tokenizer.decode_tokens(ids)
+        evaluated = evaluations(alone)[-1]["32px"]["per_modality"]["mse"]
+        assert (decoded - x).square().mean().item() == pytest.approx(evaluated, rel=0.05)
+        again = load_tokenizer(tmp_path / "exported")
+        assert torch.equal(again.tokenize(x), ids) and torch.equal(again.decode_tokens(ids), decoded)
+    stored = json.loads((alone / "config.json").read_text())
+    assert stored["modality"] == "rgb" and stored["transform_options"] == {"imagenet_default_mean_and_std": False}
+    assert tokenizer.tokenize(torch.zeros(1, 3, 48, 48)).shape == (1, 6, 6)
+
+
+def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
+    config = alone.parent / "main.yaml"
+    evaluated = run_in_process(config, "--eval", task=VQVAETraining)
+    results = evaluations(alone)[-1]
+    for size in ("16px", "32px"):
+        assert f"loss {results[size]['loss']:.4f}" in evaluated
+    assert f"perplexity {results['32px']['metrics']['perplexity']:.3f}" in evaluated
+    plan = run_in_process(config, "--plan", "--plan_world_size", "2", "--data_path", "''", task=VQVAETraining)
+    assert "8 samples (2 x batch_size 2 x accum_iter 2)" in plan and "parameters of the blocks" in plan
+    assert "dry run: one step" in run_in_process(config, "--dry_run", "--output_dir", tmp_path / "new", task=VQVAETraining)
+
+
+def test_steps_are_of_random_sizes_that_depend_on_the_seed_and_the_step_alone(pictures, tmp_path):
+    from fourm.train.config import load_config
+
+    config = load_config(VQVAETraining.config_class, write_config(tmp_path, pictures, accum_iter=2, batch_size=2))
+    sides = {}
+    for rank in (0, 1):
+        task = VQVAETraining(config)
+        with torch.device("cpu"):
+            batches = iter(task.train_batches(rank, 2, 10, 0, None, False))
+        for _ in range(16):
+            batch = next(batches)
+            values = task.prepare(None, batch, torch.device("cpu")).values
+            sides.setdefault(batch.number // 2, set()).add(values.images.shape[-1])
+            assert values.part.count == 4 and values.part.index == 2 * (batch.number % 2) + rank
+    assert all(len(found) == 1 for found in sides.values())
+    assert set.union(*sides.values()) == {16, 32}
+
+
+def test_a_second_stage_starts_from_the_first_at_a_larger_size(alone, pictures, tmp_path):
+    keys = {"full_ckpt": str(alone), "input_size_max": 48, "blr": 0.0, "quantizer_ema_decay": 1.0, "epochs": 1}
+    logged = run_in_process(write_config(tmp_path / "a", pictures, **keys, coef_ema_dead_code=0), task=VQVAETraining)
+    first, second = (load_file(out / "model.safetensors") for out in (alone, tmp_path / "a" / "out"))
+    assert "finetune: " in logged and second["encoder.pos_emb"].shape[-1] == 6
+    kept = [name for name in first if "pos_emb" not in name and "cluster_size" not in name]
+    assert all(torch.equal(first[name], second[name]) for name in kept)
+    with pytest.raises(UserError, match="'input_size_enc' 32: set it"):
+        run_in_process(write_config(tmp_path / "b", pictures, **keys, freeze_enc=True), task=VQVAETraining)
+    run_in_process(
+        write_config(tmp_path / "c", pictures, **keys | {"blr": 0.1}, freeze_enc=True, input_size_enc=32),
+        task=VQVAETraining,
+    )
+    frozen = load_file(tmp_path / "c" / "out" / "model.safetensors")
+    for name, tensor in frozen.items():
+        if name.startswith(("encoder.", "quant")):
+            assert torch.equal(tensor, first[name]), name
+    assert not torch.equal(frozen["decoder.out_proj.weight"], first["decoder.out_proj.weight"])
+
+
+DIVAE = {
+    "decoder_type": "unet_patched/Wi_32", "input_size_min": 32, "batch_size": 2, "num_eval_timesteps": 2, "epochs": 1,
+    "blr": 0.05, "num_eval_metrics_samples": 3, "epoch_size": 24,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def divae(pictures, tmp_path_factory):
+    config = write_config(tmp_path_factory.mktemp("divae"), pictures, **DIVAE, accum_iter=2, num_streams=2)
+    run_in_process(config, task=DiVAETraining)
+    return config.parent / "out"
+
+
+def test_a_divae_learns_and_its_folder_decodes(divae):
+    found = losses(divae)
+    assert len(found) == 6 and found[6] < 0.9 * found[1]
+    (results,) = evaluations(divae)
+    assert results["32px"]["samples"] == 3 and results["32px"]["per_modality"].keys() == {
+        "reconstruction",
+        "l1",
+        "mse",
+        "psnr",
+    }
+    tokenizer = load_tokenizer(divae)
+    decoded = tokenizer.decode_tokens(torch.zeros(1, 4, 4, dtype=torch.int64), timesteps=2, seed=0)
+    assert decoded.shape == (1, 3, 32, 32) and decoded.abs().max() <= 1
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_two_processes_train_a_divae_as_one(divae, pictures, tmp_path, strategy):
+    run_ranks(write_config(tmp_path, pictures, **DIVAE), strategy=strategy, task=DiVAETraining)
+    out = tmp_path / "out"
+    assert losses(out) == pytest.approx(losses(divae), rel=1e-2)
+    one, two = (evaluations(place)[0] for place in (divae, out))
+    for kind in ("32px", "32px_ema"):
+        assert two[kind]["per_modality"] == pytest.approx(one[kind]["per_modality"], rel=2e-2)
+
+
+@pytest.mark.dist
+def test_a_divae_that_was_killed_resumes_with_the_same_losses(divae, pictures, tmp_path):
+    keys = DIVAE | {"accum_iter": 2, "num_streams": 2, "save_every_minutes": 1e-9, "keep_last": 1}
+    config = write_config(tmp_path, pictures, **keys)
+    ranks = start_ranks(config, strategy=DDP, processes=1, task=DiVAETraining)
+    wait_for_step(config, 2, ranks)
+    kill(ranks)
+    assert "resumed from" in run_in_process(config, task=DiVAETraining)
+    assert losses(tmp_path / "out") == losses(divae)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"domain": "rbg"}, "'domain': unknown 'rbg' \\(did you mean 'rgb'\\?\\)"),
+        ({"codebok_size": 8}, "unknown key 'codebok_size' \\(did you mean 'codebook_size'\\?\\)"),
+        ({"input_size_max": 40}, "'input_size_max' 40 must be input_size_min 16 plus a multiple of resolution_step 16"),
+        ({"percept_loss_weight": 1.0}, "'percept_model' names no network"),
+        ({"min_lr": 1e-6}, "set 'min_blr'"),
+        ({"domain": "semseg"}, "'n_labels' is not set"),
+        ({"data_path": ""}, "'data_path' is not set"),
+        ({"loss_fn": "mes"}, "'loss_fn' must be one of .* \\(did you mean 'mse'\\?\\)"),
+        ({"encoder_type": "vit_x_enc"}, "unknown vision transformer 'vit_x_enc' \\(did you mean"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(pictures, tmp_path, keys, message):
+    with pytest.raises(UserError, match=message):
+        run_in_process(write_config(tmp_path, pictures, **keys), "--dry_run", task=VQVAETraining)
+
+
+def test_every_evaluation_leaves_a_picture_of_originals_and_reconstructions(alone):
+    found = sorted(path.name for path in (alone / "pictures").iterdir())
+    kinds = ("16px", "16px_ema", "32px", "32px_ema")
+    assert found == sorted(f"step-{step:08d}-rgb-{kind}.png" for step in (10, 20) for kind in kinds)
+    with Image.open(alone / "pictures" / "step-00000020-rgb-32px.png") as picture:
+        assert picture.width > picture.height / 4 and np.ptp(np.asarray(picture)) > 100
+
+
+def test_features_of_a_network_are_made_on_the_fly(pictures, tmp_path):
+    torch.manual_seed(0)
+    network = timm.create_model("test_vit")
+    save_file(network.state_dict(), tmp_path / "vit.safetensors")
+    keys = {
+        "domain": "CLIP-B16", "feature_network": "test_vit", "feature_weights": f"{tmp_path}/vit.safetensors", "patch_size": 16,
+        "n_channels": network.num_classes, "loss_fn": "smooth_l1", "epochs": 1, "codebook_size": 16,
+    }  # fmt: skip
+    run_in_process(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
+    results = log_lines(tmp_path / "out")[-1]["eval"]["CLIP-B16"]["32px"]
+    assert results["samples"] == 6 and results["per_modality"].keys() == {"reconstruction", "l1", "mse"}
+    tokenizer = load_tokenizer(tmp_path / "out")
+    assert tokenizer.tokenize(torch.zeros(1, network.num_classes, 2, 2)).shape == (1, 2, 2)
+
+
+def test_a_perceptual_loss_is_part_of_the_total(pictures, tmp_path):
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    keys = {
+        "percept_loss_weight": 0.5, "percept_model": "test_vit", "percept_weights": f"{tmp_path}/vit.safetensors",
+        "percept_layers": "blocks.1-blocks.3", "dtype_percept": "fp32", "epoch_size": 8, "epochs": 1,
+    }  # fmt: skip
+    run_in_process(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
+    first, *_ = log_lines(tmp_path / "out")
+    assert first["losses"].keys() == {"reconstruction", "codebook", "perceptual"} and first["losses"]["perceptual"] > 0
+    assert first["loss"] == pytest.approx(sum(first["losses"].values()), rel=1e-4)
+
+
+def test_shards_are_trained_on_as_folders_are(pictures, tmp_path):
+    pack(["shards", str(pictures / "train"), str(tmp_path / "train"), "--shard_size", "5"])
+    for path in (f"{tmp_path}/train", f"{tmp_path}/train/[rgb]/shard-{{00000..00003}}.tar"):
+        keys = {"data_path": path, "use_wds": True, "num_workers": 2}
+        config = write_config(tmp_path / "a", pictures, **keys)
+        assert "dry run: one step" in run_in_process(config, "--dry_run", task=VQVAETraining)
+    with pytest.raises(UserError, match="'epoch_size' is not set"):
+        run_in_process(write_config(tmp_path / "b", pictures, **keys, epoch_size=-1), "--dry_run", task=VQVAETraining)
+
+
+def test_an_epoch_of_a_folder_is_its_number_of_pictures(pictures, tmp_path):
+    logged = run_in_process(write_config(tmp_path, pictures, epoch_size=-1), "--dry_run", task=VQVAETraining)
+    assert "2 epochs of 5 steps" in logged
