@@ -234,6 +234,11 @@ class VQ(ImageTokenizer, HubModel):
             raise UserError(f"{path} holds none of the model's weights")
 
     @classmethod
+    def names_in_file(cls, name: str) -> tuple[str, ...]:
+        """The names that a weight of the model may have in a file, its own first."""
+        return (name,)
+
+    @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
         """The options that follow from the shapes of weights; those that do not are as in ``config``."""
         found: dict[str, Any] = {}

@@ -130,13 +130,14 @@ def load_model(cls: Any, file: WeightsFile, config: Mapping[str, Any], device: s
     model: Any = layout(known, replace(cls.model_format(), build=build), file.path)
     weights = {}
     for name, tensor in model.state_dict().items():
-        found = file.shapes.get(name)
+        source = next((other for other in model.names_in_file(name) if other in file.shapes), name)
+        found = file.shapes.get(source)
         if found != tuple(tensor.shape):
             what = f"no {name}" if found is None else f"{name} of shape {found}, not {tuple(tensor.shape)}"
             raise UserError(
                 f"{file.path}: these are not the weights of its {cls.__name__} configuration: there is {what}"
             )
-        weights[name] = file.tensor(name).to(device, tensor.dtype, copy=True)
+        weights[name] = file.tensor(source).to(device, tensor.dtype, copy=True)
         check_finite(name, weights[name], file.path)
     model.load_state_dict(weights, assign=True)
     return model.to(device).eval()
