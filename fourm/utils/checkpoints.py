@@ -23,15 +23,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.finite import check_finite
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 log = logging.getLogger("fourm")
 CONFIG, WEIGHTS, STATE, CHECKSUMS = "config.json", "model.safetensors", "state.json", "checksums.json"
@@ -266,12 +268,16 @@ def _canonical_names(model: nn.Module) -> Iterable[tuple[str, str]]:
     return [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors.items()]
 
 
-def _reader(checkpoint: Path) -> dcp.HuggingFaceStorageReader:
+def _reader(checkpoint: Path) -> HuggingFaceStorageReader:
+    import torch.distributed.checkpoint as dcp  # takes as long as torch to import, and tokenizers need none of it
+
     return dcp.HuggingFaceStorageReader(str(checkpoint))
 
 
 def _read_tensors(checkpoint: Path, sources: dict[str, str], metadata: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """Yield (name, tensor) in the order of ``sources``, which maps names to the names in the checkpoint."""
+    from torch.distributed.checkpoint import load
+
     end = 0
     batch_of = {}
     for name, source in sources.items():
@@ -285,7 +291,7 @@ def _read_tensors(checkpoint: Path, sources: dict[str, str], metadata: dict[str,
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # about running in a single process
-            dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
+            load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
         for name in names:
             check_finite(sources[name], tensors[sources[name]], checkpoint)
             yield name, tensors[sources[name]]
