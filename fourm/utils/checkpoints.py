@@ -21,15 +21,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from fourm.utils.errors import UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.finite import check_finite
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader
 
 log = logging.getLogger("fourm")
 CONFIG, WEIGHTS, STATE, CHECKSUMS = "config.json", "model.safetensors", "state.json", "checksums.json"
@@ -251,12 +253,16 @@ def _names(model: nn.Module) -> Iterable[tuple[str, str]]:
     return [(name, first.setdefault(id(tensor), name)) for name, tensor in tensors.items()]
 
 
-def _reader(checkpoint: Path) -> dcp.HuggingFaceStorageReader:
+def _reader(checkpoint: Path) -> HuggingFaceStorageReader:
+    import torch.distributed.checkpoint as dcp  # takes as long as torch to import, and tokenizers need none of it
+
     return dcp.HuggingFaceStorageReader(str(checkpoint))
 
 
 def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
     """(name, tensor) in the order of ``sources``, {name: name in the checkpoint}."""
+    from torch.distributed.checkpoint import load
+
     end, part = 0, {}
     for name, source in sources.items():
         end += known[source].size.numel() * known[source].properties.dtype.itemsize
@@ -269,7 +275,7 @@ def _read(checkpoint: Path, sources: dict[str, str], known: dict[str, Any]) -> I
         }
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that this is a single process
-            dcp.load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
+            load(tensors, storage_reader=_reader(checkpoint), no_dist=True)
         for name in names:
             check_finite(sources[name], tensors[sources[name]], checkpoint)
             yield name, tensors[sources[name]]

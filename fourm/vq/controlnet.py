@@ -80,7 +80,8 @@ class StableDiffusion:
         else:
             found["text_encoder"] = model(self._read(config.from_pretrained, "text_encoder"))
         for module in found["text_encoder"].modules():
-            module._buffers.pop("position_ids", None)  # it is in no file; encode_text makes it
+            if hasattr(module, "position_ids"):
+                del module.position_ids  # a buffer that is in no file; encode_text makes it
         return found
 
     def tokenizer(self) -> Any:

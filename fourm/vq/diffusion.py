@@ -10,6 +10,7 @@ Shapes: B images, C channels, H x W pixels, N_H x N_W tokens.
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -128,7 +129,7 @@ def set_steps(scheduler: Any, steps: int) -> None:
     if not 1 <= steps <= total:
         raise UserError(f"the number of decoding steps must be from 1 to {total}, not {steps}")
     scheduler.set_timesteps(steps)
-    if type(scheduler).__name__ == SCHEDULERS["ddim"] and scheduler.config.timestep_spacing == "trailing":
+    if isinstance(scheduler, diffusers().DDIMScheduler) and scheduler.config.timestep_spacing == "trailing":
         # A step of DDIM is a whole number wide. Where that does not divide T, diffusers would begin steps elsewhere than
         # the one before them ended.
         scheduler.timesteps = torch.arange(total, 0, -(total // steps)) - 1
@@ -176,16 +177,16 @@ def sample(
     Returns:
         ``shape``, float32.
     """
-    diffusers()
     from diffusers.utils.torch_utils import randn_tensor
 
     # Drawn on the CPU if there is no generator, too: torch.manual_seed then means the same on all devices.
     source = generator[0] if isinstance(generator, list) else generator
     x = randn_tensor(tuple(shape), generator, source.device if source else torch.device("cpu"), torch.float32)
-    x = x.to(device)
-    options = {} if type(scheduler).__name__ == "PNDMScheduler" else {"generator": generator}  # that draws no noise
+    x = x.to(device) * scheduler.init_noise_sigma
+    # Not all schedulers draw noise.
+    options = {"generator": generator} if "generator" in inspect.signature(scheduler.step).parameters else {}
     for step in tqdm(scheduler.timesteps, desc="decoding", disable=not verbose):
-        prediction = predict(x, step.to(device).expand(len(x)))
+        prediction = predict(scheduler.scale_model_input(x, step), step.to(device).expand(len(x)))
         x = scheduler.step(prediction.float(), step, x, **options).prev_sample
     return x
 
@@ -206,8 +207,8 @@ def conditioning_mask(
     count = shape[1] * shape[2]
     masked = torch.rand(shape[0], 1, device=device) < probability
     if tokens is not None:
-        low, high = tokens
-        number = torch.randint(low, min(high, count) + 1, (shape[0], 1), device=device)
+        low, high = (min(number, count) for number in tokens)
+        number = torch.randint(low, high + 1, (shape[0], 1), device=device)
         rank = torch.rand(shape[0], count, device=device).argsort(1).argsort(1)
         masked = masked & (rank < number)
     return masked.expand(shape[0], count).reshape(shape)

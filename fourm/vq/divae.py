@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from fourm.utils.errors import UserError
 from fourm.utils.options import option
 from fourm.vq.diffusion import (
     DECODING_STEPS,
@@ -44,7 +45,14 @@ class DiffusionOptions(VQOptions):
     )
     masked_cfg: bool = option("only some of such an image's tokens are hidden", False)
     masked_cfg_low: int = option("at least this number of them", 0, at_least=0)
-    masked_cfg_high: int | None = option("at most this number of them", None, at_least=0)
+    masked_cfg_high: int | None = option("at most this number of them, all by default", None, at_least=0)
+
+    def check(self) -> None:
+        super().check()
+        if self.masked_cfg_high is not None and self.masked_cfg_low > self.masked_cfg_high:
+            raise UserError(
+                f"tokenizer: 'masked_cfg_low' {self.masked_cfg_low} is above 'masked_cfg_high' {self.masked_cfg_high}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,4 +248,6 @@ class DiVAE(DiffusionVQ):
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
     """Within it a network computes in ``dtype``; if there is none, as it does without."""
-    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+    if dtype is None:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

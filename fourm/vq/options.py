@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -10,6 +9,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 from fourm.utils.config import convert_fields
 from fourm.utils.errors import UserError
 from fourm.utils.options import Options, option
+from fourm.vq.quantizers import fsq_codebook_size
 
 T = TypeVar("T", bound="VQOptions")
 _SIDE: Any = {"at_least": 1, "at_most": 2**16}
@@ -62,7 +62,7 @@ class VQOptions(Options):
                     f"tokenizer: '{name}' {getattr(self, name)} is not supported: no published tokenizer has it; leave it out"
                 )
         if self.quant_type == "fsq":
-            object.__setattr__(self, "codebook_size", math.prod(self.levels))
+            object.__setattr__(self, "codebook_size", fsq_codebook_size(self.levels))
             object.__setattr__(self, "latent_dim", len(self.levels))
 
 

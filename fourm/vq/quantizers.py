@@ -256,18 +256,14 @@ class FSQ(Quantizer):
         levels: of each of the L numbers.
 
     Raises:
-        UserError: there are none, fewer than 3 of one, or 2^31 codes or more.
+        UserError: as :func:`fsq_codebook_size`.
     """
 
     levels: Tensor
 
     def __init__(self, levels: Sequence[int]):
         super().__init__()
-        self.codebook_size = math.prod(levels)
-        if not levels or min(levels) < 3 or self.codebook_size >= 2**31:
-            raise UserError(
-                f"'levels' must be numbers of at least 3 whose product is below 2^31, such as [8, 5, 5, 5], not {list(levels)}"
-            )
+        self.codebook_size = fsq_codebook_size(levels)
         self._levels = tuple(levels)
         # It follows from the configuration: it is in no file, and there from the beginning even on the meta device.
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32, device="cpu"), persistent=False)
@@ -296,6 +292,20 @@ class FSQ(Quantizer):
         """(L,), by how much an id grows with a level: of the first number 1."""
         levels = self.levels.long()
         return levels.cumprod(0) // levels
+
+
+def fsq_codebook_size(levels: Sequence[int]) -> int:
+    """The number of codes of :class:`FSQ`.
+
+    Raises:
+        UserError: there are no levels, fewer than 3 of one number, or 2^31 codes or more.
+    """
+    size = math.prod(levels)
+    if not levels or min(levels) < 3 or size >= 2**31:
+        raise UserError(
+            f"'levels' must be numbers of at least 3 whose product is below 2^31, such as [8, 5, 5, 5], not {list(levels)}"
+        )
+    return size
 
 
 def _pick(values: Tensor, ids: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 from fourm.utils.errors import MissingDependency, UserError
@@ -112,6 +113,20 @@ def test_ddpm_follows_its_formulas():
             variance = (1 - after) / (1 - alpha) * (1 - ratio)
             x = x + variance.sqrt() * torch.randn(2, 3, 4, 4, generator=g)
     assert torch.allclose(got, x, atol=1e-4)
+
+
+def test_schedulers_of_others_that_scale_their_input():
+    scheduler = EulerDiscreteScheduler(prediction_type="v_prediction", timestep_spacing="trailing")
+    set_steps(scheduler, 4)
+    got = sample(_predict, (2, 3, 4, 4), scheduler, torch.Generator().manual_seed(3), CPU)
+
+    sigmas = scheduler.sigmas.tolist()
+    x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(3)) * scheduler.init_noise_sigma
+    for t, sigma, after in zip(scheduler.timesteps, sigmas, sigmas[1:], strict=False):
+        v = _predict(x / (sigma**2 + 1) ** 0.5, t.expand(2))
+        clean = x / (sigma**2 + 1) - v * sigma / (sigma**2 + 1) ** 0.5
+        x = x + (x - clean) / sigma * (after - sigma)
+    assert torch.allclose(got, x, atol=1e-3)
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "ddpm"])

@@ -242,6 +242,7 @@ def test_what_cannot_be_decoded(model, options, message):
         ({"dec_type": "uvit_b_p4_f8"}, "unknown U-ViT 'uvit_b_p4_f8'"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine' is none of linear"),
         ({"conditioning": "xattn"}, "conditioning"),
+        ({"masked_cfg_low": 3, "masked_cfg_high": 2}, "'masked_cfg_low' 3 is above 'masked_cfg_high' 2"),
     ],
 )
 def test_options_that_there_are_not(options, message):

@@ -243,7 +243,7 @@ def test_a_tokenizer_learns(options):
     )
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
     generator = torch.Generator().manual_seed(0)
-    shape = (1, 1) if "MLP" in model.enc_type else (32, 32)
+    shape = (1, 1) if "MLP" in model.enc_type else (16, 16)
     colours = torch.randn(6, model.n_channels, 1, 1, generator=generator)
     errors = []
     for _ in range(150):
@@ -336,6 +336,7 @@ def test_fsq_has_the_codes_of_its_levels():
         ({"image_size": 30}, "input_size 30 is not a multiple of patch_size 8"),
         ({"codebook_size": 0}, "'codebook_size' must be at least 1"),
         ({"quant_type": "fqs"}, "'quant_type' must be one of 'lucid', 'memcodes', 'fsq'"),
+        ({"quant_type": "fsq"}, r"'levels' must be numbers of at least 3 .* not \[\]"),
         ({"norm_codes": False}, "'norm_codes' False is not supported"),
         ({"num_codebooks": 2}, "'num_codebooks' 2 is not supported"),
         ({"latent_dim": "wide"}, "'latent_dim' must be a whole number"),
