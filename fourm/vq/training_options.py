@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -57,6 +58,15 @@ class QuantizerOptions(Options):
     )  # fmt: skip
     commitment_weight: float = option("weight of the latents' distance from their codes", 1.0, at_least=0, fixed=True)
     kmeans_init: bool = option("find the first codes by k-means in the first batch", False, fixed=True)
+
+    def check(self) -> None:
+        if self.quantizer_type == "fsq":
+            if not self.levels:
+                raise UserError(
+                    "'levels' is not set: quantizer_type fsq needs them, such as [8, 5, 5, 5] for 1000 codes"
+                )
+            object.__setattr__(self, "codebook_size", math.prod(self.levels))
+            object.__setattr__(self, "latent_dim", len(self.levels))
 
     def quantizer_arguments(self) -> dict[str, Any]:
         """Those of the model's constructor."""

@@ -113,7 +113,9 @@ def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
     assert f"perplexity {results['32px']['metrics']['perplexity']:.3f}" in evaluated
     plan = run_in_process(config, "--plan", "--plan_world_size", "2", "--data_path", "''", task=VQVAETraining)
     assert "8 samples (2 x batch_size 2 x accum_iter 2)" in plan and "parameters of the blocks" in plan
-    assert "dry run: one step" in run_in_process(config, "--dry_run", "--output_dir", tmp_path / "new", task=VQVAETraining)
+    assert "dry run: one step" in run_in_process(
+        config, "--dry_run", "--output_dir", tmp_path / "new", task=VQVAETraining
+    )
 
 
 def test_steps_are_of_random_sizes_that_depend_on_the_seed_and_the_step_alone(pictures, tmp_path):

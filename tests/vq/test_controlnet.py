@@ -8,13 +8,17 @@ import diffusers
 import pytest
 import torch
 import transformers
+import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.vq import load_tokenizer
 from fourm.vq.controlnet import StableDiffusion
 from fourm.vq.vqvae import VQControlNet
+from tests.train.tokenizer_data import write_config, write_pictures
+from tests.train.toy_run import log_lines, losses, run_here
 
 IDS = torch.tensor([[[3, 7], [0, 9]], [[5, 5], [1, 2]]])
 
@@ -223,3 +227,25 @@ def test_what_to_install_if_transformers_is_not_there(monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)  # importing it fails
     with pytest.raises(MissingDependency, match=r"transformers: pip install 'fourm\[diffusion\]'"):
         StableDiffusion("anywhere")
+
+
+def test_it_is_trained_by_the_loop_and_its_folder_decodes(stable_diffusion, tmp_path):
+    pictures = write_pictures(tmp_path / "pictures", train=8, val=2)
+    keys = {
+        "sd_path": stable_diffusion, "input_size_max": 32, "input_size_sd": 32, "max_input_size": True, "pretrained_cn": True,
+        "freeze_enc": True, "epoch_size": 8, "epochs": 1, "num_eval_timesteps": 2, "model_ema": False, "find_unused_params": False,
+    }  # fmt: skip
+    config = write_config(tmp_path, pictures, **keys)
+    content = yaml.safe_load(config.read_text())
+    del content["decoder_type"]
+    config.write_text(yaml.safe_dump(content))
+    run_here(config, task=VQControlNetTraining)
+    out = tmp_path / "out"
+    assert len(losses(out)) == 2
+    results = log_lines(out)[-1]["eval"]["rgb"]
+    assert results.keys() == {"16px", "32px"} and results["32px"]["samples"] == 2
+    weights, start = load_file(out / "model.safetensors"), toy(stable_diffusion).state_dict()
+    changed = [name for name in start if "unet" in name or name.startswith("vae.")]
+    assert all(torch.equal(weights[name], start[name]) for name in changed)
+    decoded = load_tokenizer(out).decode_tokens(IDS, timesteps=2, seed=0, vae_decode=True)
+    assert decoded.shape == (2, 3, 32, 32)

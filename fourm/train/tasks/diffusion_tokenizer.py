@@ -69,10 +69,14 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
             "enable_xformer": config.use_xformer,
         }  # fmt: skip
 
+    def _loaded_size(self, training: bool) -> int:
+        size = super()._loaded_size(training)
+        return max(size, self.config.input_size_sd or 0) if self.config.max_input_size else size
+
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
         plain: Any = getattr(model, "module", model)
         with torch.no_grad():
-            clean = plain.vae_encode(resized(values.images, plain.image_size_sd))
+            clean = plain.vae_encode(resized(values.loaded, plain.image_size_sd))
         noised, noise, steps = noise_at_random(plain.noise_scheduler, clean, values.seeds)
         prediction, *others = model(values.images, noised, steps, part=values.part, **options)
         return (prediction, noise), *others
@@ -80,10 +84,11 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
     def _reconstruction(
         self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
+        assert values.seeds is not None
         config = self.config
         decoded = model.autoencode(  # type: ignore[operator]
             values.images, timesteps=config.num_eval_timesteps, guidance_scale=config.guidance_scale,
-            cond_scale=config.cond_scale, vae_decode=True, verbose=False,
+            cond_scale=config.cond_scale, seed=values.seeds.tolist(), vae_decode=True, verbose=False,
         )  # fmt: skip
         return resized(decoded.float(), values.images.shape[-1]), values.images
 

@@ -76,12 +76,14 @@ class Values:
     """What :meth:`TokenizerTraining.loss` reads.
 
     Attributes:
-        images: (B, C, H, W), or class maps (B, H, W).
+        images: (B, C, H, W), or class maps (B, H, W), at the size of this step.
+        loaded: The same as they are read.
         part: Which micro-batch of its step this is.
         seeds: One for each sample of an evaluation, (B,) on the host; None in training.
     """
 
     images: Tensor
+    loaded: Tensor
     part: Part
     seeds: Tensor | None
 
@@ -235,16 +237,17 @@ class TokenizerTraining(Task[Config], Generic[Config]):
     def _inputs(self, batch: Batch, device: torch.device, size: int, part: Part, training: bool) -> Inputs:
         config = self.config
         ((name, entry),) = batch.mod_dict.items()
-        images = entry["tensor"].to(device, non_blocking=True)
-        if images.dtype == torch.uint8:
-            images = normalise(images, *batch.scaling[name])
+        loaded = entry["tensor"].to(device, non_blocking=True)
+        if loaded.dtype == torch.uint8:
+            loaded = normalise(loaded, *batch.scaling[name])
+        images = loaded
         if config.are_cropped and images.shape[-1] != size:
             images = resized(images, size)
         if config.network:
             images = self._feature_network(device)(images)
         names = self.losses if training else [*self._evaluated_losses(), *self._metrics()]
         return Inputs(
-            Values(images, part, None if training else entry["seed"]), dict.fromkeys(names, len(images)),
+            Values(images, loaded, part, None if training else entry["seed"]), dict.fromkeys(names, len(images)),
             samples=len(images), flops=len(images) * self._cost_of_sample(size)[0],
         )  # fmt: skip
 
@@ -372,11 +375,12 @@ class TokenizerTraining(Task[Config], Generic[Config]):
                 saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
             return tensor
 
-        with FakeTensorMode():  # unlike the meta device, it knows autocast
-            model = self.model_class(**self.model_arguments()).eval()
+        model = self.build_model().eval()
+        with FakeTensorMode(allow_non_fake_inputs=True):  # unlike the meta device, it knows autocast
+            model.to_empty(device="cpu")
             hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
             with FlopCounterMode(display=False) as counter, hooks:
-                self._forward(model, Values(self._zeros(size), Part(), None))
+                self._forward(model, Values(sample := self._zeros(size), sample, Part(), None))
         activations = sum(storage.nbytes() for storage in saved.values())
         self._costs[size] = 3.0 * counter.get_total_flops(), float(activations)
         return self._costs[size]
