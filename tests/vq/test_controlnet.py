@@ -18,7 +18,7 @@ from fourm.vq import load_tokenizer
 from fourm.vq.controlnet import StableDiffusion
 from fourm.vq.vqvae import VQControlNet
 from tests.train.tokenizer_data import write_config, write_pictures
-from tests.train.toy_run import log_lines, losses, run_here
+from tests.train.toy_run import log_lines, losses, run_in_process
 
 IDS = torch.tensor([[[3, 7], [0, 9]], [[5, 5], [1, 2]]])
 
@@ -239,7 +239,7 @@ def test_it_is_trained_by_the_loop_and_its_folder_decodes(stable_diffusion, tmp_
     content = yaml.safe_load(config.read_text())
     del content["decoder_type"]
     config.write_text(yaml.safe_dump(content))
-    run_here(config, task=VQControlNetTraining)
+    run_in_process(config, task=VQControlNetTraining)
     out = tmp_path / "out"
     assert len(losses(out)) == 2
     results = log_lines(out)[-1]["eval"]["rgb"]
