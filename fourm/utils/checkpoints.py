@@ -117,7 +117,7 @@ def complete_checkpoints(folder: Path) -> list[Path]:
             read_checksums(path)
             complete.append(path)
         except UserError as error:
-            log.warning("%s; passed over", error)
+            log.warning("%s; trying the checkpoint before it", error)
     return complete
 
 

@@ -246,7 +246,7 @@ def test_damaged_files_are_one_sentence(tmp_path):
 
 def test_a_model_of_4m_is_not_overwritten(tmp_path):
     (tmp_path / "config.json").write_text('{"domains_in": [], "encoder_depth": 1}')
-    with pytest.raises(UserError, match="not of a learned tokenizer"):
+    with pytest.raises(UserError, match="does not belong to a learned tokenizer"):
         toy().save_pretrained(tmp_path)
 
 
