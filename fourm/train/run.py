@@ -46,7 +46,8 @@ log = logging.getLogger("fourm")
 
 def main(task: type[Task], strategy: type[Strategy], argv: list[str] | None = None) -> int:
     """Run the command line of a training script; see :func:`train`."""
-    return train(task, parse_args(task.config_class, argv, task.__doc__ or ""), strategy)
+    summary = (task.__doc__ or "").partition("\n")[0]
+    return train(task, parse_args(task.config_class, argv, summary), strategy)
 
 
 def train(task_class: type[Task], config: RunConfig, strategy: type[Strategy]) -> int:

@@ -77,7 +77,7 @@ def _groups(cls: type) -> list[tuple[str, str, list[dataclasses.Field]]]:
     """Return (prefix, title, fields) of ``cls``, of the groups that it inherits from, and of its nested groups."""
     owner = {name: group for group in reversed(cls.__mro__) for name in inspect.get_annotations(group)}
     groups = []
-    for group in (cls, *(base for base in reversed(cls.__mro__) if base is not cls)):
+    for group in cls.__mro__:
         fields = [
             item for item in dataclasses.fields(cls) if owner[item.name] is group and "options" not in item.metadata
         ]
@@ -144,7 +144,12 @@ def parse_overrides(cls: type, argv: list[str] | None, description: str, config_
         UserError: If a key is unknown; the message names the nearest one.
         SystemExit: After ``--help``.
     """
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(
+        usage="%(prog)s [--KEY VALUE ...]",
+        description=description,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
     texts, flags = _texts(cls), []
     if config_file:
         flags += ["--config"]
