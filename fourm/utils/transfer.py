@@ -6,6 +6,7 @@ import concurrent.futures
 import errno
 import hashlib
 import io
+import ipaddress
 import os
 import random
 import re
@@ -281,7 +282,9 @@ def check_url(url: str, schemes: tuple[str, ...] = ("s3", "http", "https")) -> N
             raise ValueError
         if parts.scheme == "tcp" and (parts.port is None or "@" in parts.netloc):
             raise ValueError
-        if parts.scheme != "s3":
+        if "[" in parts.netloc:
+            ipaddress.ip_address(host)  # which Python 3.10 does not check
+        elif parts.scheme != "s3":
             host.encode("idna")
     except ValueError:
         raise UserError(f"{sanitize(redact_url(url))!r} is not a valid URL; a valid one looks like {example}") from None

@@ -10,6 +10,14 @@ ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.py") if "run_cli" in path.read_text())
 
 
+@pytest.fixture(autouse=True)
+def heeded_interrupts():
+    """Processes inherit it if interrupts are ignored, as they are in what a shell runs in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize("command", [["run_training_4m.py"], ["-m", "fourm.tools.pack"], ["-m", "fourm", "pack"]])
 def test_ctrl_c_during_imports_causes_no_traceback(command):
     process = subprocess.Popen(
