@@ -1,9 +1,14 @@
 """The documents: links lead somewhere, and the files and names that they mention exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+
+from fourm.train.config import parse_args
+from fourm.train.tasks.pretrain import Pretrain
+from fourm.train.tasks.tokenizer import VQVAETraining
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -64,3 +69,16 @@ def test_the_walks_name_functions_that_exist():
         for name in re.findall(r"`([\w.]+)`", names):
             for part in name.split("."):
                 assert re.search(rf"^ *(?:def|class) {part}\b|^{part}\b.*=", code, re.M), f"{path}: {name}"
+
+
+TASKS = {"run_training_4m.py": Pretrain, "run_training_4m_fsdp.py": Pretrain, "run_training_vqvae.py": VQVAETraining}
+
+
+def test_the_options_of_the_training_commands_are_accepted(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    commands = re.findall(
+        r"^(?:python|torchrun .*) (run_training_\w+\.py) (.*)$", (ROOT / "README.md").read_text(), re.M
+    )
+    assert {script for script, _ in commands} == set(TASKS)
+    for script, arguments in commands:
+        parse_args(TASKS[script].config_class, shlex.split(arguments, comments=True))
