@@ -11,7 +11,6 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from functools import lru_cache
-from pathlib import PurePath
 from typing import Any, Literal
 
 import numpy as np
@@ -45,7 +44,7 @@ def decode_value(filename: str, content: bytes) -> Any:
         Exception: The content does not match the extension or exceeds :mod:`fourm.data.limits`; mostly a ValueError or
             OSError.
     """
-    extensions = PurePath(filename).name.lower().split(".")[1:]
+    extensions = filename.rpartition("/")[2].lower().split(".")[1:]
     compressed = extensions[-1:] == ["gz"]
     if compressed:
         extensions.pop()

@@ -19,22 +19,22 @@ from typing import Any
 
 import yaml
 
-import fourm
 from fourm.demo import generated, network, report, training
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
 from fourm.demo.scene import CLASSES
+from fourm.demo.tokenizers import RECIPE, make_tokenizer
+from fourm.demo.training import ROOT
 from fourm.utils.config import load_yaml, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
-from fourm.vq.fit_codebook import FitOptions, fit_codebook
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
 
-ROOT = Path(fourm.__file__).parents[1]  # of the repository, which contains the training command and the configurations
 SHARD_SIZE, FOLDER_SIZE = 250, 100
+_OF_THE_DATA = ("train_scenes", "val_scenes", "size", "seed", "train_tokenizers", "config")
 
 
 @dataclass(frozen=True)
@@ -45,14 +45,18 @@ class DemoOptions:
     train_scenes: int = option("number of training scenes", 2000, at_least=1, at_most=10**7)
     val_scenes: int = option("number of validation scenes", 200, at_least=1, at_most=10**7)
     size: int = option("side of the rendered pictures in pixels", 128, at_least=1, at_most=10_000)
-    seed: int = option("seed of the scenes and codebooks", 0, at_least=0, at_most=2**62)
+    seed: int = option("seed of the scenes and tokenizers", 0, at_least=0, at_most=2**62)
     workers: int = option("number of processes that render and read data", 2, at_least=1, at_most=512)
+    train_tokenizers: int = option(
+        "train the learned tokenizers for this number of epochs; 0 = use those that come with the package", 0,
+        at_least=0, at_most=10**4,
+    )  # fmt: skip
     config: AnyPath = option("training configuration", "cfgs/demo/main.yaml")
     generated_scenes: int = option(
         "number of validation scenes to generate and measure", 100, at_least=1, at_most=10**7
     )
     stages: str = option(
-        "stages to run, separated by commas", "render,vocabulary,codebooks,tokenize,train,generate,report"
+        "stages to run, separated by commas", "render,vocabulary,tokenizers,tokenize,train,generate,report"
     )
 
     def __post_init__(self) -> None:
@@ -71,12 +75,12 @@ class Demo:
         self.options = options
         self.out = Path(options.out).resolve()
         self.data = self.out / "data"
-        self.codebooks = self.out / "codebooks"
+        self.tokenizers = self.out / "tokenizers"
         self.run = self.out / "training"
         self.generation = self.out / "generated"
         self.vocabulary = self.out / "vocabulary.json"
         self._record_file = self.out / "demo.json"
-        given = {key: getattr(options, key) for key in ("train_scenes", "val_scenes", "size", "seed", "config")}
+        given = {key: getattr(options, key) for key in _OF_THE_DATA}
         self.record: dict[str, Any] = {"options": given, "seconds": {}, "stopped_at": None}
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"out: {self.out} is a file: give the path of a folder")
@@ -163,28 +167,15 @@ def vocabulary(demo: Demo) -> None:
         train_vocabulary(TrainOptions(input=captions, output=str(demo.vocabulary), vocab_size=size))
 
 
-def codebooks(demo: Demo) -> None:
-    """Fit a codebook for each image modality, and one for the features that a network computes from RGB."""
+def tokenizers(demo: Demo) -> None:
+    """Make a tokenizer for each image modality, and one for the features that a network computes from RGB."""
+    options = demo.options
     for modality, declared in demo.tokenized.items():
-        if (demo.codebooks / modality).exists():
-            continue
-        images: dict[str, Any] = {"modality": modality}
-        if modality == network.MODALITY:
-            weights = demo.out / f"{modality}.safetensors"
-            network.write_weights(weights)
-            images = {"modality": "rgb", "backbone": network.BACKBONE, "backbone_weights": str(weights)}
-        _, fitted = fit_codebook(
-            FitOptions(
-                **images, data_root=str(demo.data / "train"), output=str(demo.codebooks / modality),
-                vocab_size=declared["vocab_size"], patch_size=declared["patch_size"], input_size=declared["input_size"],
-                one_hot_classes=len(CLASSES) if modality == "semseg" else None, num_images=1000, num_crops=1,
-                num_patches=20_000, seed=demo.options.seed, num_workers=demo.options.workers,
-            )
+        made = make_tokenizer(
+            modality, declared, demo.data, demo.tokenizers / modality, demo._file(RECIPE).resolve(),
+            options.train_tokenizers, options.seed, options.workers,
         )  # fmt: skip
-        print(
-            f"codebook of {modality}: {fitted.used_codes} of {declared['vocab_size']} codes used, perplexity "
-            f"{fitted.perplexity:.0f}, {1 - fitted.error:.0%} of the variance explained"
-        )
+        print(f"tokenizer of {modality}: {made}")
 
 
 def tokenize(demo: Demo) -> None:
@@ -193,7 +184,7 @@ def tokenize(demo: Demo) -> None:
         for modality, declared in demo.tokenized.items():
             save_tokens(
                 SaveTokensOptions(
-                    tokenizer=str(demo.codebooks / modality), data_root=str(demo.data / split),
+                    tokenizer=str(demo.tokenizers / modality), data_root=str(demo.data / split),
                     output_modality=declared["name"], num_crops=1, seed=demo.options.seed,
                     num_workers=demo.options.workers,
                 )
@@ -208,25 +199,25 @@ def train(demo: Demo) -> None:
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
     command = training.command(
-        demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
+        "run_training_4m.py", demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
         output_dir=demo.run,
     )  # fmt: skip
     config = demo.config
     steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
     # Not at the end of an epoch, to demonstrate that a run continues exactly from the middle of one.
     stop_at = int(0.45 * steps) if demo.record["stopped_at"] is None else None
-    stopped = training.train(command, ROOT, demo.run, stop_at)
+    stopped = training.train(command, demo.run, stop_at)
     if stopped is not None:
         demo.record["stopped_at"] = stopped
         demo.save()
-        training.train(command, ROOT, demo.run, None)
+        training.train(command, demo.run)
 
 
 def generate(demo: Demo) -> None:
     """Generate from the RGB of unseen scenes, from a photograph, and from words."""
     config = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
     base = load_yaml(config if config.exists() else ROOT / "cfgs/demo/generation.yaml")
-    paths = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
+    paths = {"model": str(demo.run), "tokenizers": str(demo.tokenizers), "text_tokenizer": str(demo.vocabulary)}
     generated.generate_all(base | paths, demo.data, demo.generation, demo.generated_scenes)
 
 
@@ -274,7 +265,7 @@ resumed. Seconds: {_list_seconds(seconds)}.
 
 
 STAGES: dict[str, Callable[[Demo], int | None]] = {
-    "render": render, "vocabulary": vocabulary, "codebooks": codebooks, "tokenize": tokenize, "train": train,
+    "render": render, "vocabulary": vocabulary, "tokenizers": tokenizers, "tokenize": tokenize, "train": train,
     "generate": generate, "report": summarize,
 }  # fmt: skip
 

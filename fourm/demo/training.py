@@ -1,4 +1,4 @@
-"""Stage 4: run the ordinary training command in a separate process, stop it once on purpose, and resume it."""
+"""Run a training command in a separate process; the 4M training is stopped once on purpose, and resumed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import fourm
 from fourm.utils.errors import UserError
 
+ROOT = Path(fourm.__file__).parents[1]  # of the repository, which contains the training commands and the configurations
 _POLL = 0.5  # seconds
 
 
@@ -25,12 +27,11 @@ def last_step(run: Path) -> int:
     return max(steps, default=0)
 
 
-def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> int | None:
+def train(command: Sequence[str], run: Path, stop_at: int | None = None) -> int | None:
     """Run ``command`` until it finishes or is stopped.
 
     Args:
-        command: The training command.
-        cwd: Its working directory.
+        command: The training command, which runs in :data:`ROOT`.
         run: Its run folder.
         stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it
             finish.
@@ -42,7 +43,7 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
         UserError: If the command fails.
     """
     # With a new session, Ctrl-C reaches only this process, which then asks the training once to save and exit.
-    process = subprocess.Popen(command, cwd=cwd, start_new_session=True)
+    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
     stopped = None
     try:
         while process.poll() is None:
@@ -63,7 +64,11 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
     return stopped
 
 
-def command(config: Path, **overrides: object) -> list[str]:
-    """Return the training command with ``--key value`` overrides."""
-    options = [str(part) for key, value in overrides.items() for part in (f"--{key}", value)]
-    return [sys.executable, "run_training_4m.py", "--config", str(config), "--auto_resume", *options]
+def command(script: str, config: Path, **overrides: object) -> list[str]:
+    """Return a training command with ``--key value`` overrides; ``--key`` alone for True."""
+    options = [
+        part
+        for key, value in overrides.items()
+        for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])
+    ]
+    return [sys.executable, script, "--config", str(config), "--auto_resume", *options]

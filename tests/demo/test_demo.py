@@ -6,12 +6,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("pybullet")
 pytest.importorskip("matplotlib")
 
+from fourm.demo.scene import CLASSES
 from fourm.demo.stages import DemoOptions, parse
+from fourm.demo.tokenizers import OPTIONS, TRAINED, make_tokenizer
+from fourm.demo.tokenizers import main as save_in_half_precision
 from fourm.utils.errors import UserError
+from fourm.vq import load_tokenizer
 
 ROOT = Path(__file__).parents[2]
 
@@ -54,8 +59,42 @@ def test_the_demo_runs_stops_resumes_and_reports(out):
     depth, objects = scores["depth", "absolute relative error"], scores["objects in captions", "recall"]
     assert 0 < depth["tokens"] < depth["guess"] < 0.2 and depth["generated"] > 0
     assert 0 < objects["guess"] < 1 and objects["tokens"] is None
+    # The tokens are those of the learned tokenizers that come with the package.
+    for modality in OPTIONS:
+        shipped, used = TRAINED / modality, out / "tokenizers" / modality
+        assert (used / "model.safetensors").read_bytes() == (shipped / "model.safetensors").read_bytes()
+    assert depth["tokens"] < 0.015 and scores["normals", "mean angle in degrees"]["tokens"] < 5
+    assert scores["segmentation", "mean IoU of the classes"]["tokens"] > 0.7
     assert len([*(out / "generated" / "scenes" / "00000").iterdir()]) == 4
     assert "| depth " in finished.stdout and "| depth " in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_tokenizers_are_trained_or_fitted_where_none_is_shipped(out, tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    text = (ROOT / "cfgs/demo/tokenizer.yaml").read_text()
+    small = {
+        "vit/B_2-Wi_128-H_4": "vit/B_1-Wi_16-H_2",
+        "vit/B_3-Wi_128-H_4": "vit/B_1-Wi_16-H_2",
+        "size: 5000": "size: 8",
+    }
+    for old, new in (small | {"batch_size: 16": "batch_size: 4"}).items():
+        assert old in text
+        text = text.replace(old, new)
+    recipe.write_text(text)
+    declared = {"vocab_size": 512, "patch_size": 8, "input_size": 64}
+    for _ in range(2):  # the second time, it is there
+        made = make_tokenizer("semseg", declared, out / "data", tmp_path / "trained", recipe, 1, seed=0, workers=1)
+        assert made == "512 ids for patches of 8 pixels"
+    save_in_half_precision([str(tmp_path / "trained"), str(tmp_path / "half")])
+    learned = load_tokenizer(tmp_path / "half")
+    assert next(learned.parameters()).dtype == torch.float32 and learned.n_labels == len(CLASSES)
+    assert (tmp_path / "half/model.safetensors").stat().st_size < (
+        tmp_path / "trained/model.safetensors"
+    ).stat().st_size
+    codebook = {**declared, "vocab_size": 8}
+    made = make_tokenizer("semseg", codebook, out / "data", tmp_path / "fitted", recipe, 0, seed=0, workers=1)
+    assert made.startswith("codebook, 8 of 8 codes used") and load_tokenizer(tmp_path / "fitted").vocab_size == 8
 
 
 @pytest.mark.slow

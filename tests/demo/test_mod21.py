@@ -41,7 +41,7 @@ def test_eleven_modalities_are_rendered_trained_and_generated(tmp_path):
     assert run(parse(argv)) == 1  # in four steps it learns nothing
     report = json.loads((out / "report.json").read_text())
     assert {line["modality"] for line in report["modalities"]} == TRAINED
-    network = load_tokenizer(out / "codebooks" / "efficientnet")
+    network = load_tokenizer(out / "tokenizers" / "efficientnet")
     assert isinstance(network, FeatureCodebook) and network.codebook.shape == (512, 112)
     result = read_result(out / "generated" / "scenes" / "00000" / "000000")
     assert {name.split("@")[0].removeprefix("tok_") for name in result} >= {

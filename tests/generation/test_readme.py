@@ -23,7 +23,7 @@ def write_demo(folder):
     write_run(folder)
     (folder / "demo_run/data/val/rgb/00000").mkdir(parents=True)
     shutil.move(folder / "run", folder / "demo_run/training")
-    shutil.move(folder / "tokenizers", folder / "demo_run/codebooks")
+    shutil.move(folder / "tokenizers", folder / "demo_run/tokenizers")
     picture = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(picture).save(folder / "demo_run/data/val/rgb/00000/000000.jpg")
     return folder / "demo_run"
