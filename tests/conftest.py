@@ -8,6 +8,6 @@ os.environ["OMP_NUM_THREADS"] = "1"  # before the first import of torch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run files with slow tests first, so that none of them keeps the whole suite waiting at the end."""
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    """Run files with tests that take long first, so that none of them keeps the whole suite waiting at the end."""
+    long = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("dist")}
+    items.sort(key=lambda item: item.path not in long)

@@ -9,12 +9,13 @@ import pytest
 import yaml
 
 from fourm import cli
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def fourm(*arguments, **options):
-    command = [sys.executable, "-m", "fourm", *map(str, arguments)]
+    command = [warm_python(), "-m", "fourm", *map(str, arguments)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=120, **options)
 
 
@@ -65,7 +66,7 @@ def test_a_mistake_prints_one_line_that_names_the_nearest_option(arguments, mess
 def test_train_and_plan_are_the_training_scripts():
     config = REPOSITORY / "cfgs/default/4m/models/main/4m-b_mod7_500b.yaml"
     printed = [fourm(name, "--config", config, "--print_config").stdout for name in ("train", "train-fsdp")]
-    script = [sys.executable, "run_training_4m.py", "--config", str(config)]
+    script = [warm_python(), "run_training_4m.py", "--config", str(config)]
     run = subprocess.run([*script, "--print_config"], cwd=REPOSITORY, capture_output=True, text=True)
     assert printed[0] == printed[1] == run.stdout
     assert yaml.safe_load(printed[0]).get("model") == "fm_base_12e_12d_swiglu_nobias"

@@ -59,7 +59,7 @@ class BatchIterator(Iterator):
             generator=torch.Generator(),  # otherwise the DataLoader would draw from the global one
         )  # fmt: skip
         before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
-        self._items = iter(loader)
+        self._items: Iterator[Any] = iter(loader)
         self._workers: list[BaseProcess] = [child for child in active_children() if child not in before]
         _remove_loader_handler(handler)
 
@@ -108,7 +108,9 @@ class BatchIterator(Iterator):
         return "; ".join(sorted({note.decode(errors="replace") for note in notes if note})[:3])
 
     def close(self) -> None:
-        """Terminate the workers, including those that hang."""
+        """Terminate the workers, including those that hang, or end what builds batches in this process."""
+        if self.in_process:
+            self._items = iter(())  # closes the generators, which cancels their downloads
         for worker in self._workers:
             worker.terminate()
         deadline = time.monotonic() + 2

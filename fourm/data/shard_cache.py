@@ -21,6 +21,7 @@ import json
 import logging
 import os
 import stat
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,6 +40,7 @@ from fourm.utils.transfer import (
     check_url,
     hash_file,
     new_hasher,
+    raise_if_set,
     run_in_background,
 )
 from fourm.utils.urls import redact_url
@@ -98,10 +100,15 @@ class ShardCache:
         """
         return self._locate(url)[0]
 
-    def open(self, url: str) -> io.FileIO:
+    def open(self, url: str, cancelled: threading.Event | None = None) -> io.FileIO:
         """Open the tar at ``url``, which is downloaded if there is no copy. It stays readable if the copy is removed.
 
+        Args:
+            url: URL of the tar.
+            cancelled: Another thread may set this to stop the download.
+
         Raises:
+            CancelledError: ``cancelled`` was set before the tar was complete.
             UserError: The tar cannot be downloaded, or is larger than the cache.
         """
         item, path = self._locate(url)
@@ -109,7 +116,7 @@ class ShardCache:
             self._folder.mkdir(parents=True, exist_ok=True)
             file = None
             while file is None:
-                file = self._open_copy(item, path) or self._fetch(item, path)
+                file = self._open_copy(item, path) or self._fetch(item, path, cancelled)
             return file
         except OSError as error:
             raise UserError(f"data_cache_dir {self._folder}: {error.strerror or error}") from error
@@ -193,19 +200,28 @@ class ShardCache:
         return buffer.getvalue()
 
     def ahead(self, shards: Iterable[Shard]) -> Iterator[Shard]:
-        """Yield the shards in order once their tars are downloaded, while the next ones are being downloaded."""
-        upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
-        for shard in shards:
-            pending = {url: tar for _, tars in upcoming for url, tar in tars.items()}
-            tars = {url: pending.get(url) or run_in_background(self._prefetch, url) for url in shard.values()}
-            upcoming.append((shard, tars))
-            if len(upcoming) > _PREFETCHED_SHARDS:
-                yield _wait_for(*upcoming.popleft())
-        for shard, tars in upcoming:
-            yield _wait_for(shard, tars)
+        """Yield the shards in order once their tars are downloaded, while the next ones are being downloaded.
 
-    def _prefetch(self, url: str) -> None:
-        self.open(url).close()
+        Closing the generator cancels these downloads, without waiting for their threads to notice.
+        """
+        upcoming: deque[tuple[Shard, dict[str, Future]]] = deque()
+        cancelled = threading.Event()
+        try:
+            for shard in shards:
+                pending = {url: tar for _, tars in upcoming for url, tar in tars.items()}
+                tars = {
+                    url: pending.get(url) or run_in_background(self._prefetch, url, cancelled) for url in shard.values()
+                }
+                upcoming.append((shard, tars))
+                if len(upcoming) > _PREFETCHED_SHARDS:
+                    yield _wait_for(*upcoming.popleft())
+            for shard, tars in upcoming:
+                yield _wait_for(shard, tars)
+        finally:
+            cancelled.set()
+
+    def _prefetch(self, url: str, cancelled: threading.Event) -> None:
+        self.open(url, cancelled).close()
 
     def _locate(self, url: str) -> tuple[RemoteObject, Path]:
         if url not in self._known:
@@ -221,7 +237,7 @@ class ShardCache:
     def _store(self, url: str) -> Store:
         return self._s3 if url.startswith("s3:") else self._web
 
-    def _fetch(self, item: RemoteObject, path: Path) -> io.FileIO | None:
+    def _fetch(self, item: RemoteObject, path: Path, cancelled: threading.Event | None) -> io.FileIO | None:
         """Download the copy; return None if another process was downloading it meanwhile, successfully or not."""
         part = path.with_name(f"{path.name[:_HASH_DIGITS]}.part")
         file = _open_regular(part, os.O_RDWR | os.O_CREAT)
@@ -231,8 +247,8 @@ class ShardCache:
                 file.close()
                 return None
             try:
-                self._make_room(item, file)
-                digest = self._downloads.fetch(self._store(item.url), item, file)
+                self._make_room(item, file, cancelled)
+                digest = self._downloads.fetch(self._store(item.url), item, file, cancelled)
                 _write_sum(path, os.fstat(file.fileno()), digest)
                 os.replace(part, path)
             except BaseException:
@@ -245,7 +261,7 @@ class ShardCache:
             file.close()
             raise
 
-    def _make_room(self, item: RemoteObject, file: io.FileIO) -> None:
+    def _make_room(self, item: RemoteObject, file: io.FileIO, cancelled: threading.Event | None) -> None:
         """Allocate the size of ``item`` for ``file``, and remove the least recently used copies to make it fit."""
         limit = self._options.cache_bytes
         if item.size > limit:
@@ -254,6 +270,7 @@ class ShardCache:
             )
         file.truncate(0)
         while True:
+            raise_if_set(cancelled)
             with _open_regular(self._folder / ".lock", os.O_RDWR | os.O_CREAT) as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX)
                 digits = "[0-9a-f]" * _HASH_DIGITS

@@ -14,7 +14,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, BinaryIO, Protocol, TypeVar
 from urllib.parse import unquote, urlsplit
@@ -166,13 +166,22 @@ class Downloads:
         self._retries, self._requests, self._in_flight = retries, requests, threading.Semaphore(requests)
         self._part_bytes, self._split_above_bytes = part_bytes, split_above_bytes
 
-    def fetch(self, store: Store, item: RemoteObject, file: io.FileIO) -> tuple[str, str]:
+    def fetch(
+        self, store: Store, item: RemoteObject, file: io.FileIO, cancelled: threading.Event | None = None
+    ) -> tuple[str, str]:
         """Download an object into ``file`` and check it against its digest.
+
+        Args:
+            store: The store.
+            item: The object.
+            file: The file, which is written from its start.
+            cancelled: Another thread may set this to stop the download.
 
         Returns:
             Algorithm and digest of the downloaded content.
 
         Raises:
+            CancelledError: If ``cancelled`` was set.
             DamagedObject: If the digest does not match in any attempt.
             UserError: If the object cannot be read.
             OSError: If the file cannot be written.
@@ -194,7 +203,7 @@ class Downloads:
 
             def fetch_parts(queue: Iterator[int] = queue) -> None:
                 for start in queue:
-                    self.read(store, item, start, min(start + step, item.size), write)
+                    self.read(store, item, start, min(start + step, item.size), write, cancelled)
 
             threads = [run_in_background(fetch_parts) for _ in range(min(len(starts), self._requests))]
             concurrent.futures.wait(threads)  # no thread may write after the file has been closed
@@ -210,10 +219,14 @@ class Downloads:
             "from the one that the store reports; upload it again"
         )
 
-    def read(self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any]) -> None:
+    def read(
+        self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any],
+        cancelled: threading.Event | None = None,
+    ) -> None:  # fmt: skip
         """Pass the bytes [start, end) to ``write`` in chunks, each with its position.
 
         Raises:
+            CancelledError: If ``cancelled`` was set.
             UserError: If the object cannot be read.
         """
         position = start
@@ -223,8 +236,10 @@ class Downloads:
             if position == end:
                 return  # the range is empty, or was complete before the transfer broke
             with self._in_flight:
+                raise_if_set(cancelled)
                 rate = Rate(self._retries.rate_window, "sends")
                 for data in store.chunks(item, position, end):
+                    raise_if_set(cancelled)
                     if position + len(data) > end:
                         raise Transient("the store sends more bytes than requested")
                     write(data, position)
@@ -237,8 +252,17 @@ class Downloads:
         self._retries(attempt, item.url)
 
 
+def raise_if_set(cancelled: threading.Event | None) -> None:
+    """Raise :class:`CancelledError` if the event is set."""
+    if cancelled and cancelled.is_set():
+        raise CancelledError
+
+
 def run_in_background(action: Callable, *arguments: Any) -> Future:
-    """Run ``action`` in a daemon thread, which unlike those of an executor does not keep the process alive."""
+    """Run ``action`` in a daemon thread, which unlike those of an executor does not keep the process alive.
+
+    The thread is named after ``action``.
+    """
     future: Future = Future()
 
     def run() -> None:
@@ -247,7 +271,7 @@ def run_in_background(action: Callable, *arguments: Any) -> Future:
         except BaseException as error:
             future.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
+    threading.Thread(target=run, name=getattr(action, "__name__", None), daemon=True).start()
     return future
 
 

@@ -11,12 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.raw_sample import OpenFiles
+from fourm.data.raw_sample import OpenFiles, RawSample
 from fourm.data.shard_cache import RemoteOptions, ShardCache
 from fourm.data.shards import Shards
 from fourm.utils.errors import UserError
@@ -54,17 +55,30 @@ def store(local):
     store.kill()
 
 
+@contextlib.contextmanager
+def drawing(data_path: str, remote: RemoteOptions | None = None) -> Iterator[Iterator[RawSample]]:
+    """The samples of a stream; afterwards the cache is at rest, because all threads that prefetch have ended."""
+    samples = Shards(data_path, WANTED, NAMES, remote=remote).draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
+    try:
+        yield samples
+    finally:
+        samples.close()
+        for thread in threading.enumerate():
+            if thread.name == ShardCache._prefetch.__name__:
+                thread.join(60)
+                assert not thread.is_alive()
+
+
 def stream(data_path: str, remote: RemoteOptions | None = None, draws: int = DRAWS) -> list[tuple[str, str]]:
     """Key and digest of all members of the first samples; those of one shard are read after the next has begun."""
-    shards = Shards(data_path, WANTED, NAMES, remote=remote)
-    samples = shards.draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
-    files, found = OpenFiles(), []
-    for sample in itertools.islice(samples, draws):
-        digest = hashlib.sha256()
-        for member in sample.members.values():
-            digest.update(files.read(member))
-        found.append((sample.key, digest.hexdigest()))
-    return found
+    files, read = OpenFiles(), []
+    with drawing(data_path, remote) as samples:
+        for sample in itertools.islice(samples, draws):
+            digest = hashlib.sha256()
+            for member in sample.members.values():
+                digest.update(files.read(member))
+            read.append((sample.key, digest.hexdigest()))
+    return read
 
 
 def on_s3(local: str) -> str:
@@ -174,11 +188,7 @@ def test_what_stays_broken_is_one_error_after_a_bounded_number_of_requests(
         assert not {SECRET, "toy-key"} & set(str(failure.value).split()) and SECRET not in str(failure.value)
         counts = [count for (method, path), count in proxy.counts.items() if method == where and "rgb" in path]
         assert max(counts) == requests
-    for _ in range(100):  # the other tars are still under way
-        if not (left := list(tmp_path.glob("*.part"))):
-            break
-        time.sleep(0.1)
-    assert not left
+    assert not list(tmp_path.glob("*.part"))
 
 
 @pytest.mark.parametrize(
@@ -329,11 +339,9 @@ def test_a_password_in_a_url_is_refused_and_not_repeated(tmp_path):
     assert SECRET not in str(failure.value)
 
 
-def test_the_next_shards_are_fetched_while_one_is_used(local, store, tmp_path):
-    def draw(path, remote=None):
-        return Shards(path, WANTED, NAMES, remote=remote).draw((0, "order", 0), 0, 1, BadSampleLedger("toy", 0.0))
-
-    shards = [Path(sample.members["caption"].path).name for sample in itertools.islice(draw(local), 0, 12, 4)]
+def test_the_next_shards_are_fetched_while_one_is_used_and_given_up_with_it(local, store, tmp_path):
+    with drawing(local) as samples:
+        shards = [Path(sample.members["caption"].path).name for sample in itertools.islice(samples, 0, 12, 4)]
     assert len(set(shards)) > 1
     first_is_used = threading.Event()
 
@@ -342,16 +350,20 @@ def test_the_next_shards_are_fetched_while_one_is_used(local, store, tmp_path):
             first_is_used.wait(30)
 
     with faulty(store, wait_unless_first) as proxy:
-        next(draw(on_s3(local), options(proxy.endpoint, tmp_path)))
-        assert not first_is_used.is_set(), "nothing waits for the next ones"
-        end = time.monotonic() + 30
-        while time.monotonic() < end:
-            if {Path(path).name for method, path in list(proxy.counts) if method == "GET"} == set(shards):
-                break
-            time.sleep(0.02)
-        else:
-            pytest.fail(f"not asked for: {set(shards)}")
-        first_is_used.set()
+        with drawing(on_s3(local), options(proxy.endpoint, tmp_path)) as samples:
+            next(samples)
+            assert not first_is_used.is_set(), "nothing waits for the next ones"
+            end = time.monotonic() + 30
+            while time.monotonic() < end:
+                if {Path(path).name for method, path in list(proxy.counts) if method == "GET"} == set(shards):
+                    break
+                time.sleep(0.02)
+            else:
+                pytest.fail(f"not asked for: {set(shards)}")
+            copied = copies(tmp_path)
+            samples.close()
+            first_is_used.set()
+        assert copies(tmp_path) == copied and not list(tmp_path.glob("*.part"))
 
 
 def test_an_empty_member_is_read_from_the_store(store, tmp_path):

@@ -18,6 +18,7 @@ import yaml
 from torch.utils.data import DataLoader, IterableDataset
 
 from fourm.data.bad_samples import BadSampleLedger
+from fourm.data.batch_loader import BatchLoader
 from fourm.data.data_config import load_data_config
 from fourm.data.unified_datasets import (
     Stream,
@@ -446,3 +447,19 @@ def test_a_long_stream_holds_no_more_than_its_buffers(tmp_path):
         tracemalloc.stop()
     assert len(os.listdir("/proc/self/fd")) - files < 14 * 5
     assert memory[2] - memory[1] < 20 * 16 * 50, "fifty bytes a sample are a leak"
+
+
+def test_closing_a_loader_without_workers_closes_what_builds_the_batches():
+    ended = []
+
+    class Endless(IterableDataset):
+        def __iter__(self):
+            try:
+                yield from itertools.count()
+            finally:
+                ended.append(True)  # a stream cancels its downloads here
+
+    batches = iter(BatchLoader(Endless(), num_workers=0))
+    assert (next(batches), next(batches), ended) == (0, 1, [])
+    batches.close()
+    assert ended

@@ -38,9 +38,7 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     ("strategy", "options"),
     [
-        (DDP, PLAIN),
         (DDP, ACCUMULATING | EVERY_SECOND),
-        (FSDP, PLAIN),
         (FSDP, PLAIN | RECOMPUTING),
         (FSDP, ACCUMULATING | EVERY_SECOND),
         (FSDP, ACCUMULATING | {"fsdp_reshard_after_forward": False}),

@@ -5,35 +5,40 @@ import json
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fourm.train.parallel import DDP
 from fourm.utils.errors import UserError
-from tests.train.toy_run import log_lines, losses, run, run_in_process, start, write_run
+from tests.train.toy_run import (
+    log_lines,
+    losses,
+    run,
+    run_in_process,
+    start_ranks,
+    wait_for,
+    wait_for_step,
+    write_run,
+)
 
 OPTIONS = {"accum_iter": 2, "epoch_size": 96, "num_workers": 2, "log_interval": 3, "save_every_minutes": 1e-9}
 
 
 def _interrupt(config: Path, at: int, number: int) -> str:
     """Send a signal as soon as there is a checkpoint of step ``at``, so that it arrives in the middle of an epoch."""
-    process = start(config)
+    ranks = start_ranks(config, strategy=DDP, processes=1)
     out = config.parent / "out"
-    deadline = time.monotonic() + 120
-    while not any(int(path.name[5:]) >= at for path in out.glob("checkpoints/step-*")):
-        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
-        time.sleep(0.002)
+    wait_for_step(config, at, ranks)
     assert not (out / "model.safetensors").exists(), "too late: the run has ended"
     times = 2 if number == signal.SIGTERM else 1  # as schedulers do
-    for child in _descendants(process.pid)[::-1] * times:  # the run and its loader processes
+    for child in _descendants(ranks[0].pid)[::-1] * times:  # the run and its loader processes
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, number)
-    output, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, 1, 2), output + errors
-    return output
+    assert wait_for(ranks, 60)[0] not in (None, 0, 1, 2)
+    return (out / "log.txt").read_text()
 
 
 def _descendants(pid: int) -> list[int]:

@@ -9,7 +9,6 @@ import multiprocessing
 import os
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from fourm.train.task import Task
 from fourm.train.tasks.pretrain import Pretrain
 from fourm.utils.errors import run_cli
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+from tests.warm_python import CONTEXT, warm_python
 
 ROOT = Path(__file__).parents[2]
 DOMAINS = {"in_domains": "caption-det-rgb@32-tok_rgb@32", "out_domains": "caption-det-tok_rgb@32"}
@@ -67,8 +67,8 @@ def write_run(folder: Path, **overrides) -> Path:
 def command(config: Path, *args: object, processes: int = 1, script: str = "run_training_4m.py") -> list[str]:
     script = [script, "--config", str(config), *map(str, args)]
     if processes == 1:
-        return [sys.executable, *script]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        return [warm_python(), *script]
+    launcher = [warm_python(), "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     return [*launcher, *script]
 
 
@@ -108,17 +108,17 @@ def run_in_process(config: Path, *args: object, task: type[Task] = Pretrain) -> 
     return output.getvalue()
 
 
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["tests.train.toy_run", "torch._dynamo"])  # which optimizers import at their first step
-
-
 def start_ranks(
     config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, task: type[Task] = Pretrain,
     **environment: str,
 ) -> list[ForkServerProcess]:  # fmt: skip
-    """Start processes that train together, forked from one that has imported everything, which saves time."""
-    meeting_point = f"file://{tempfile.mktemp(dir=config.parent)}"
-    argv = ["--config", str(config), "--dist_url", meeting_point, *map(str, args)]
+    """Start processes that train together, forked from one that has imported everything, which saves time.
+
+    A single process is one without process groups.
+    """
+    argv = ["--config", str(config), *map(str, args)]
+    if processes > 1:
+        argv += ["--dist_url", f"file://{tempfile.mktemp(dir=config.parent)}"]
     ranks = [
         CONTEXT.Process(target=_be_rank, args=(argv, task, strategy, rank, processes, environment))
         for rank in range(processes)
@@ -132,7 +132,9 @@ def _be_rank(
     argv: list[str], task: type[Task], strategy: type[Strategy], rank: int, processes: int, environment: dict[str, str]
 ) -> None:
     multiprocessing.set_start_method("fork", force=True)  # loaders would otherwise use a fork server too
-    os.environ.update(environment, RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
+    os.environ.update(environment)
+    if processes > 1:
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(processes), LOCAL_RANK=str(rank))
     os.setpgid(0, 0)  # so that it can be killed with its loaders
     run_cli(lambda: main(task, strategy, argv))
 
