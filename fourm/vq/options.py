@@ -41,7 +41,9 @@ class VQOptions(Options):
         "lucid: codes that fewer latents of a step choose are replaced", 0.25, at_least=0
     )
     code_replacement_policy: str = option("lucid: they become latents of the step", "batch_random")
-    commitment_weight: float = option("lucid: weight of the loss that pulls latents to codes", 1.0, at_least=0)
+    commitment_weight: float = option(
+        "lucid: weight of the loss that pulls latents to codes; fsq: into the range of its levels", 1.0, at_least=0
+    )
     kmeans_init: bool = option("not supported", False)
     ckpt_path: str | None = option("weights to begin with", None)
     ignore_keys: list[str] = option(

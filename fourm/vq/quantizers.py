@@ -245,15 +245,21 @@ class _GroupedLinear(nn.Module):
         return x.float() @ self.weight.float()  # FSDP may hold them in less precision
 
 
+_FSQ_RANGE = 1.5
+
+
 class FSQ(Quantizer):
     """Finite scalar quantization (arXiv 2309.15505): each number of the latent is rounded to one of a few levels.
 
-    There is no codebook to learn, no loss, and no code that dies: the recommended choice for new tokenizers. K is the product of
-    the levels; the paper (table 1) recommends at least 5 of each: 8, 6, 5 for about 2^8 codes, 8, 5, 5, 5 for 2^10, 7, 5, 5, 5, 5
+    There is no codebook to learn and no code that dies: the recommended choice for new tokenizers. The one thing that can
+    go wrong is that all latents drift to where tanh is flat, such as when the decoder learns the mean of the images through
+    them; then they share one code for good. The loss is the mean square of the part of each number beyond ±1.5, where
+    tanh is 0.9, and is 0 for latents that use their levels. K is the product of the levels; the paper (table 1) recommends at least 5 of each: 8, 6, 5 for about 2^8 codes, 8, 5, 5, 5 for 2^10, 7, 5, 5, 5, 5
     for 2^12, 8, 8, 8, 6, 5 for 2^14.
 
     Args:
         levels: of each of the L numbers.
+        commitment_weight: Weight of the loss.
 
     Raises:
         UserError: as :func:`fsq_codebook_size`.
@@ -261,8 +267,9 @@ class FSQ(Quantizer):
 
     levels: Tensor
 
-    def __init__(self, levels: Sequence[int]):
+    def __init__(self, levels: Sequence[int], commitment_weight: float = 1.0):
         super().__init__()
+        self._weight = commitment_weight
         self.codebook_size = fsq_codebook_size(levels)
         self._levels = tuple(levels)
         # It follows from the configuration: it is in no file, and there from the beginning even on the meta device.
@@ -281,7 +288,8 @@ class FSQ(Quantizer):
         rounded = bounded.round()
         digits = (rounded + levels // 2).long()
         ids = (digits * self._place_values()[:, None, None]).sum(1)
-        return Quantized((bounded + (rounded - bounded).detach()) / (levels // 2), z.new_zeros(1), ids)
+        loss = self._weight * F.relu(z.abs() - _FSQ_RANGE).square().mean()
+        return Quantized((bounded + (rounded - bounded).detach()) / (levels // 2), loss[None], ids)
 
     def embed(self, ids: Tensor) -> Tensor:
         levels = self.levels[:, None, None]

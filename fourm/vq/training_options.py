@@ -56,7 +56,12 @@ class QuantizerOptions(Options):
         "a dead code becomes a random latent of the step, or a copy of a code that is used much", "batch_random",
         fixed=True,
     )  # fmt: skip
-    commitment_weight: float = option("weight of the latents' distance from their codes", 1.0, at_least=0, fixed=True)
+    commitment_weight: float = option(
+        "weight of the latents' distance from their codes; for fsq, from the range of its levels",
+        1.0,
+        at_least=0,
+        fixed=True,
+    )
     kmeans_init: bool = option("find the first codes by k-means in the first batch", False, fixed=True)
 
     def check(self) -> None:

@@ -343,7 +343,7 @@ def outputs(decoded: Tensor, found: Quantized, return_statistics: bool) -> tuple
 
 def _build_quantizer(options: VQOptions) -> Quantizer:
     if options.quant_type == "fsq":
-        return FSQ(options.levels)
+        return FSQ(options.levels, options.commitment_weight)
     if options.quant_type == "memcodes":
         return MemcodesQuantizer(options.codebook_size, options.latent_dim, options.num_codebooks)
     return LucidQuantizer(

@@ -53,7 +53,7 @@ def test_a_latent_becomes_the_code_of_the_nearest_direction_as_it_is():
     assert found.ids.flatten().tolist() == expected and found.ids.shape == (4, 3, 3)
     assert torch.equal(rows(found.latents), quantizer._codebook.embed[expected])
     assert torch.equal(quantizer.embed(found.ids), found.latents)
-    assert found.loss.tolist() == [0] and not found.statistics
+    assert FSQ(levels, commitment_weight=0.0)(z).loss.tolist() == [0] and not found.statistics
     assert not torch.allclose(quantizer._codebook.embed.norm(dim=1), torch.ones(K), atol=0.1)
 
 
@@ -211,7 +211,7 @@ def test_fsq_gives_the_codes_of_the_reference(levels):
     every = torch.arange(ours.codebook_size).view(1, 1, -1)
     torch.testing.assert_close(ours.embed(every), theirs.indices_to_codes(every))
     torch.testing.assert_close(ours.embed(found.ids), found.latents)
-    assert found.loss.tolist() == [0] and not found.statistics
+    assert FSQ(levels, commitment_weight=0.0)(z).loss.tolist() == [0] and not found.statistics
 
 
 def test_fsq_is_there_again_after_it_was_made_on_the_meta_device():
@@ -232,3 +232,20 @@ def test_levels_that_make_no_codebook_are_an_error(levels):
 def test_codebooks_that_do_not_share_a_latent_evenly_are_an_error():
     with pytest.raises(UserError, match="'latent_dim' 6 is not a multiple of 'num_codebooks' 4"):
         MemcodesQuantizer(8, 6, 4)
+
+
+def test_fsq_pulls_latents_that_have_drifted_back_to_where_its_levels_are():
+    z = torch.tensor([0.4, 3.5, -1.5, -2.5]).view(1, 2, 1, 2).requires_grad_()
+    loss = FSQ([8, 8], commitment_weight=0.5)(z).loss
+    assert loss.shape == (1,) and loss.item() == pytest.approx(0.5 * (2.0**2 + 1.0**2) / 4)
+    loss.backward()
+    assert z.grad.flatten().tolist() == pytest.approx([0, 0.5, 0, -0.25])
+    # A code for all images, out of which rounding gives no gradient that leads back.
+    z, steps = torch.full((1, 2, 1, 1), 20.0, requires_grad=True), 0
+    optimizer = torch.optim.SGD([z], lr=1.0)
+    while z.max() > 1.6:
+        FSQ([8, 8])(z).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        steps += 1
+        assert steps < 100
