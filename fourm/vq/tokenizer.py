@@ -9,8 +9,10 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -70,12 +72,21 @@ class ImageTokenizer(nn.Module, ABC):
         config: what it is built from.
         info: what all tokenizers have in common.
         input_patch: side of the part of the input that becomes a token; 1 if the input is a map of features.
+        takes_vectors: whether a sample is a single vector, (D, 1, 1).
+        num_codebooks: G, how many ids describe each place.
+        feature_network: network of timm that makes the features that it takes; ``none`` if they come from files, and
+            empty if nobody said so.
+        picture_options: options with which :meth:`decode_tokens` gives what people look at.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
 
     info: TokenizerConfig
+    takes_vectors: bool = False
+    num_codebooks: int = 1
+    feature_network: str = ""
+    picture_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
