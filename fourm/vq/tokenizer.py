@@ -106,6 +106,21 @@ class ImageTokenizer(nn.Module, ABC):
         Maps of classes may come out as one channel of ids, or as a channel of logits for each class.
         """
 
+    def to_grid(self, ids: Tensor) -> Tensor:
+        """Ids as they are saved, (B, L), or (B, G L) of several codebooks → as they are decoded, (B, h, w) or (B, G, h, w).
+
+        The grid is square; if it cannot be, it is one row.
+        """
+        places = ids.shape[1] // self.num_codebooks
+        side = math.isqrt(places)
+        grid = ids.reshape(len(ids), self.num_codebooks, -1, side if side * side == places else places)
+        return grid if self.num_codebooks > 1 else grid[:, 0]
+
+    @torch.no_grad()
+    def decode_pictures(self, ids: Tensor) -> Tensor:
+        """As :meth:`decode_tokens` with ``picture_options``, for ids on any device: float32 on the CPU."""
+        return self.decode_tokens(ids.long().to(self.device), **self.picture_options).float().cpu()
+
     def to_patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""
         self.check_images(x)
