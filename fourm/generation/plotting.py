@@ -87,7 +87,10 @@ def as_image(result: Decoded) -> np.ndarray | None:
         return DRAWINGS[result.kind](result.value, None)
     if result.kind not in IMAGES:
         return None
-    image = IMAGES[result.kind](result.value)
+    return _eight_bits(IMAGES[result.kind](result.value))
+
+
+def _eight_bits(image: np.ndarray) -> np.ndarray:
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -271,8 +274,8 @@ def _draw(
     if result.kind in PLOTTERS:
         PLOTTERS[result.kind](axes, result.value, sample)
     else:
-        image = features(result.value).clip(0, 1) if features and result.kind == "feature" else as_image(result)
-        axes.imshow(image, interpolation="nearest")
+        draw = features if features and result.kind == "feature" else IMAGES[result.kind]
+        axes.imshow(_eight_bits(draw(result.value)), interpolation="nearest")
     if result.dropped:
         unit, state = ("token", "missing") if result.kind in (*IMAGES, "vector") else ("word", "left out")
         text = f"{result.dropped} {unit}{'s' if result.dropped > 1 else ''} {state}"
