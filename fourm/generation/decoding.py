@@ -21,12 +21,14 @@ from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, ScalarTransform, transforms_for
 from fourm.data.transforms.image import PixelTransform
+from fourm.generation.instances import decode_instances
+from fourm.generation.poses import decode_poses
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 
 Tokenizers = Mapping[str, ImageTokenizer]
-"""Maps kinds of images (``rgb``, ``depth``, …) to their tokenizers."""
+"""Maps kinds of modalities (``rgb``, ``depth``, ``human_poses``, …) to their tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ def decode(
 def decode_modality(
     tensor: Tensor, masked: Tensor, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None
 ) -> Decoded:
-    """Decode one modality of one sample.
+    """Decode one modality of one sample: pictures by :data:`DECODERS`, texts by ``SEQUENCES`` and then :data:`CODES`.
 
     Args:
         tensor: Ids (L,) or (h, w), or pixels (C, H, W).
@@ -123,30 +125,38 @@ def decode_modality(
     words, dropped = read_words(ids.tolist(), text_tokenizer)
     kind = kind if kind in SEQUENCES else "caption"
     value, unread = SEQUENCES[kind](words)
-    return Decoded(kind, value, dropped + unread, tensor=ids)
+    undecoded = 0
+    if kind in CODES and kind in tokenizers:
+        value, undecoded = CODES[kind](value, tokenizers[kind])
+    return Decoded(kind, value, dropped + unread + undecoded, tensor=ids)
 
 
 def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None) -> Decoded:
     """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
-    grid, missing = ids.view(-1, width), masked.view(-1, width)
-    known = torch.where(missing, -1, grid)
+    known = torch.where(masked, -1, ids).view(-1, width)
     if tokenizer is None:
-        return Decoded("tokens", known.numpy(), int(missing.sum()), tensor=known)
-    missing = missing | (grid < 0) | (grid >= tokenizer.vocab_size)
-    with torch.inference_mode():
-        pixels = tokenizer.decode_tokens(grid.masked_fill(missing, 0)[None].long().to(tokenizer.device)).float().cpu()
-    factors = (pixels.shape[-2] // grid.shape[0], pixels.shape[-1] // grid.shape[1])
+        return Decoded("tokens", known.numpy(), int(masked.sum()), tensor=known)
+    if len(ids) % tokenizer.num_codebooks:
+        raise UserError(
+            f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {len(ids)} tokens do not fit"
+        )
+    unknown = ((known < 0) | (known >= tokenizer.vocab_size)).view(1, -1)
+    grid = tokenizer.to_grid(known.view(1, -1).masked_fill(unknown, 0))
+    pixels = tokenizer.decode_pictures(grid)
+    missing = tokenizer.to_grid(unknown).view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
+    factors = (pixels.shape[-2] // grid.shape[-2], pixels.shape[-1] // grid.shape[-1])
     hidden = missing.repeat_interleave(factors[0], 0).repeat_interleave(factors[1], 1)
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
-    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum())), tensor=known)
+    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(unknown.sum())), tensor=known)
 
 
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
     """Convert pixels (1, C, H, W), nan where they are missing, as described at :data:`DECODERS`."""
-    kind = kind if kind in DECODERS else "feature"
+    if kind not in DECODERS:
+        kind = "vector" if pixels.shape[-2:] == (1, 1) else "feature"
     image = pixels[0].permute(1, 2, 0).float().numpy()  # numpy has no bfloat16
     if statistics is not None and DECODERS[kind] in (_color, _grey):
         mean, std = (np.array(values, np.float32) for values in statistics)
@@ -180,6 +190,7 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "canny_edge": _grey,
     "sam_edge": _grey,
     "feature": lambda image: image,
+    "vector": lambda image: image[0, 0],
 }
 """Maps each kind of picture to a function that converts its values (H, W, C), with colours in [0, 1], to
 
@@ -188,10 +199,18 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 * normal: (H, W, 3) float of unit length, zeros where something is missing
 * semseg: (H, W) class ids, −1 where something is missing
 * edges: (H, W) float in [0, 1]
-* feature, and anything else that has a tokenizer: (H, W, C) float
+* feature, and any other map that has a tokenizer: (h, w, C) float, nan where something is missing
+* vector, which describes the whole picture: (C,) float for retrieval; nan if one of its tokens is missing
 
 Tokens without a tokenizer are a grid (h, w) of ids, −1 where something is missing. Texts are decoded by
-:data:`fourm.generation.sequences.SEQUENCES`.
+:data:`fourm.generation.sequences.SEQUENCES`, and the codes in them by :data:`CODES`.
 """
+
+CODES: dict[str, Callable[[Any, ImageTokenizer], tuple[Any, int]]] = {
+    "human_poses": decode_poses,
+    "sam_instance": decode_instances,
+}
+"""Maps each kind of text with codes of a tokenizer to a function that decodes them in the parsed value, and counts the
+words that it drops."""
 
 CLASSES = ("semseg", "semseg_coco")
