@@ -23,6 +23,9 @@ FULL_STEP = [*STEP, "--model", "base", "--batch_size", "128", "--tokens", "128",
              "--rounds", "3", "--steps", "10"]  # fmt: skip
 TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
+TOKENIZERS = ["benchmarks/image_tokenizers.py", "--no_plain", "--rounds", "1"]
+FULL_TOKENIZERS = ["--batch_size", "32", "--steps", "50", "--repeats", "3", "--device", "cuda", "--dtype", "bfloat16"]
+TOY_TOKENIZERS = ["--toy", "--batch_size", "2"]
 TESTS = ["-m", "pytest", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
 TOY_TESTS = ["tests/train/test_gpu.py"]
 
@@ -42,18 +45,19 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 
 
 def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
-    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 345 seconds."""
+    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 350 seconds."""
     step = TOY_STEP if toy else FULL_STEP
     model = (
         ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
     )
     return {
         "environment": (20, ["-c", ENVIRONMENT]),
-        "step_eager": (50, step),
-        "step_compiled": (80, [*step, "--compile"]),
-        "step_fsdp": (50, [*step, "--fsdp"]),
+        "step_eager": (40, step),
+        "step_compiled": (70, [*step, "--compile"]),
+        "step_fsdp": (40, [*step, "--fsdp"]),
         "generation": (45, [*GENERATE, *model]),
-        "tests": (100, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
+        "tokenizers": (55, [*TOKENIZERS, *(TOY_TOKENIZERS if toy else FULL_TOKENIZERS)]),
+        "tests": (80, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
     }
 
 

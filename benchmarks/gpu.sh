@@ -12,7 +12,8 @@ python=${PYTHON:-python3}
 # Without torch, CUDA and numpy, which the image has. Other packages that it has are not installed again either.
 packages=(webdataset braceexpand boto3 botocore s3transfer jmespath python-dateutil six urllib3 einops timm tokenizers
     safetensors tqdm pyyaml huggingface-hub hf-xet httpx2 httpcore2 h11 truststore anyio idna click filelock fsspec
-    typing-extensions pytest pytest-xdist execnet pluggy iniconfig packaging pygments hypothesis sortedcontainers)
+    typing-extensions pytest pytest-xdist execnet pluggy iniconfig packaging pygments hypothesis sortedcontainers
+    diffusers importlib-metadata zipp regex requests charset-normalizer certifi pillow)
 
 if [ "${1:-}" = wheels ]; then
     folder=${3:-$root/wheels}
@@ -26,7 +27,7 @@ fi
 
 cd "$root"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
-imports='import boto3, braceexpand, einops, fourm.models, pytest, safetensors, timm, tokenizers, torch, torchvision, tqdm, webdataset, yaml'
+imports='import boto3, braceexpand, diffusers, einops, fourm.models, pytest, safetensors, timm, tokenizers, torch, torchvision, tqdm, webdataset, yaml'
 if ! "$python" -c "$imports" 2>/dev/null; then
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT

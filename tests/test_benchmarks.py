@@ -58,6 +58,26 @@ def test_the_loader_and_the_memory_of_its_worker_are_measured_with_all_modalitie
 
 
 @pytest.mark.slow
+def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the_same():
+    cases = ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]
+    options = ["--toy", "--batch_size", "2", "--steps", "2", "--rounds", "2", "--peak_tflops", "1"]
+    rows = {row["case"]: row for row in lines("benchmarks/image_tokenizers.py", *options)}
+    assert list(rows) == cases
+    for case, row in rows.items():
+        median, low, high = row["speed_up_over_plain_in_cpu_seconds"]  # the amount depends on the load of the machine
+        assert 0 < low <= median <= high
+        assert row["mfu"] == pytest.approx(row["tflops"]) and row["tflops"] > 0
+        assert ("speed_up_over_one_at_a_time_in_seconds" in row) == (not case.startswith("train"))
+    assert rows["tokenize"]["difference"] == 0 and rows["decode_vqvae"]["difference"] < 1e-4
+    step = rows["decode_divae"]["seconds_per_unet_step"]
+    assert step == pytest.approx(rows["decode_divae"]["seconds_per_image"]["ours"] / 2)
+    assert rows["decode_divae"]["seconds_per_image_of_50_steps"] == pytest.approx(50 * step)
+    for case in ("train_vqvae", "train_divae"):
+        assert rows[case]["loss"]["ours"] == pytest.approx(rows[case]["loss"]["plain"], rel=1e-4)
+        assert rows[case]["step_memory"]["ours"] > 0 and rows[case]["peak_memory"] > 10**8
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has better to do")
 def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     subprocess.run(
@@ -72,6 +92,8 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
         (False, "single"), (True, "single"), (False, "fsdp"),
     ]  # fmt: skip
     assert len(found["generation"]["results"][0]["seconds"]) == 2
+    cases = [row["case"] for row in found["tokenizers"]["results"]]
+    assert cases == ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]
     assert "skipped" in found["tests"]["output"]
 
 

@@ -32,6 +32,7 @@ from fourm.vq.unet import PatchedUNet, unet_width
 from fourm.vq.uvit import SIZES, UViT, uvit_size
 from fourm.vq.vqvae import VQ, outputs
 from fourm.vq.weights import Shapes
+from fourm.vq.winograd import fast_convolutions
 
 _TWINS = ("decoder.downsample_mid.conv.", "decoder.downsample_mid.Conv2d_0.")
 """Beginnings of the two names that one convolution of a U-ViT has in diffusers; files of safetensors may have either alone."""
@@ -218,7 +219,7 @@ class DiVAE(DiffusionVQ):
         if image_size is not None:
             height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
         shape = (len(quant), self.decoder_channels, height, width)
-        with precision(quant.device, dtype):
+        with precision(quant.device, dtype), fast_convolutions(self.decoder):
             return sample(
                 lambda x, t: self.decoder(x, t, quant),
                 shape,

@@ -17,6 +17,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from fourm.utils.errors import UserError
+from fourm.vq.winograd import Conv3x3
 
 _NAME = re.compile(r"unet_patched(?:/Wi_(\d{1,4}))?")
 PATCH = 4
@@ -44,13 +45,13 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, channels: int, out_channels: int, time_channels: int):
         super().__init__()
-        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), _conv(channels, out_channels))
+        self.in_layers = nn.Sequential(GroupNorm(channels), nn.SiLU(), Conv3x3(channels, out_channels))
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(time_channels, out_channels))
         self.out_layers = nn.Sequential(
             GroupNorm(out_channels),
             nn.SiLU(),
             nn.Identity(),  # where the published model had dropout: the name of the next layer counts it
-            _conv(out_channels, out_channels),
+            Conv3x3(out_channels, out_channels),
         )
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
@@ -79,7 +80,7 @@ class AttentionBlock(nn.Module):
 class Downsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.op = _conv(channels, channels, stride=2)
+        self.op = Conv3x3(channels, channels, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.op(x)
@@ -88,7 +89,7 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = _conv(channels, channels)
+        self.conv = Conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
@@ -121,7 +122,7 @@ class PatchedUNet(nn.Module):
         self.time_embed = nn.Sequential(nn.Linear(width, time), nn.SiLU(), nn.Linear(time, time))
 
         current = width
-        self.input_blocks = nn.ModuleList([Stage(_conv(pixels + cond_channels, width))])
+        self.input_blocks = nn.ModuleList([Stage(Conv3x3(pixels + cond_channels, width))])
         skipped = [width]  # channels that come out of each input block
         for level, multiplier in enumerate(MULTIPLIERS):
             for _ in range(BLOCKS):
@@ -145,7 +146,7 @@ class PatchedUNet(nn.Module):
                     stage.append(Upsample(current))
                 self.output_blocks.append(stage)
 
-        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), _conv(width, pixels))
+        self.out = nn.Sequential(GroupNorm(width), nn.SiLU(), Conv3x3(width, pixels))
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -239,7 +240,3 @@ def _stage(level: int, channels: int, out_channels: int, time_channels: int) -> 
     if level in LEVELS_WITH_ATTENTION:
         stage.append(AttentionBlock(out_channels))
     return stage
-
-
-def _conv(channels: int, out_channels: int, stride: int = 1) -> nn.Conv2d:
-    return nn.Conv2d(channels, out_channels, 3, stride, padding=1)
