@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,14 @@ pytest.importorskip("matplotlib")
 
 from fourm.demo.stages import DemoOptions, parse
 from fourm.utils.errors import UserError
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
 
 def _demo(*args):
     return subprocess.run(
-        [sys.executable, "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [warm_python(), "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
     )  # fmt: skip
 
 
