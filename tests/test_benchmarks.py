@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["--batch_size", "1", "--tokens", "32", "--rounds", "1"]
@@ -17,7 +18,7 @@ SMALL = ["--batch_size", "1", "--tokens", "32", "--rounds", "1"]
 
 def lines(*command: str) -> list[dict]:
     process = subprocess.run(
-        [sys.executable, *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        [warm_python(), *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert process.returncode == 0 and "FutureWarning" not in process.stderr, process.stderr
@@ -82,7 +83,7 @@ def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the
 def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     subprocess.run(
         ["benchmarks/gpu.sh", "--toy", str(tmp_path)], cwd=ROOT, check=True, timeout=240,
-        env=os.environ | {"PYTHON": sys.executable},
+        env=os.environ | {"PYTHON": warm_python()},
     )  # fmt: skip
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(found) == set(gpu.steps(toy=True)) and not any("error" in step for step in found.values())

@@ -3,12 +3,12 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.generation.test_readme import write_demo
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "generation.ipynb"
@@ -36,7 +36,7 @@ def test_the_shipped_notebook_has_its_figures_and_nothing_about_the_machine():
 @pytest.mark.slow
 def test_the_notebook_runs_on_a_toy_model(tmp_path):
     demo, out = write_demo(tmp_path), tmp_path / "executed.ipynb"
-    command = [sys.executable, "notebooks/execute.py", "--notebook", str(NOTEBOOK), "--output", str(out)]
+    command = [warm_python(), "notebooks/execute.py", "--notebook", str(NOTEBOOK), "--output", str(out)]
     environment = os.environ | {"FOURM_DEMO": str(demo), "PYTHONPATH": str(ROOT)}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

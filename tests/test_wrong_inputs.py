@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -26,6 +25,7 @@ from fourm.vq import PatchCodebook, PatchCodebookConfig, load_tokenizer
 from tests.generation.test_sampler import write_run
 from tests.train.checkpoint_files import write_checkpoint
 from tests.train.toy_run import ROOT
+from tests.warm_python import warm_python
 
 DEEP = b"[" * 100_000
 
@@ -147,7 +147,7 @@ def test_a_plugin_that_fails(tmp_path, monkeypatch, source):
 
 def test_a_plugin_that_ends_the_process_ends_a_command_with_one_line(tmp_path):
     (tmp_path / "own_plugin.py").write_text("class Own(BaseException): pass\nraise Own('no')")
-    command = [sys.executable, "-m", "fourm", "check", "data.yaml", "--plugin", "own_plugin"]
+    command = [warm_python(), "-m", "fourm", "check", "data.yaml", "--plugin", "own_plugin"]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     line = f"error: 'plugin': own_plugin fails in {tmp_path}/own_plugin.py, line 2, with Own: no\n"

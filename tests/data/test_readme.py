@@ -4,7 +4,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from fourm.data import resolve_modalities
 from fourm.data.alphas import alphas_from_file
 from fourm.data.modality_transforms import transforms_for
 from tests.data.dataset_files import jpeg
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_DATA.md").read_text(), re.M | re.S)
@@ -41,7 +41,7 @@ def test_what_the_readme_says_can_be_done(tmp_path):
     write_data(tmp_path / "my_data", 12)
     write_data(tmp_path / "my_val", 5)
     (tmp_path / "save_vq_tokens.py").symlink_to(REPOSITORY / "save_vq_tokens.py")
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(warm_python()).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
     for language, code in BLOCKS:
         if language == "yaml":
@@ -50,7 +50,7 @@ def test_what_the_readme_says_can_be_done(tmp_path):
     for language, code in BLOCKS:
         if language in ("bash", "python"):
             code = code.replace("--shard_size 1000", "--shard_size 6")  # two shards of so few samples
-            command = ["bash", "-ec", code] if language == "bash" else [sys.executable, "-c", code]
+            command = ["bash", "-ec", code] if language == "bash" else [warm_python(), "-c", code]
             run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
             assert run.returncode == 0, f"{code}\n{run.stderr}"
             printed += run.stdout

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from fourm.utils.errors import UserError
 from fourm.utils.files import locked
 from tests.data.dataset_files import write_shards
 from tests.data.object_store import BUCKET, RETRIES, SECRET, ObjectStore, client, faulty, options
+from tests.warm_python import warm_python
 
 WANTED = {"rgb@224": "rgb", "caption": "caption", "tok_rgb@224": "tok_rgb", "crop_settings": "crop_settings"}
 NAMES = {"tok_rgb": "tok_rgb@224"}
@@ -287,7 +287,7 @@ def test_processes_share_a_cache(local, store, tmp_path):
     expected = [list(pair) for pair in stream(local, draws=24)]
     for limit, folder in ((10**9, "large"), (60_000, "small")):
         with faulty(store) as proxy:
-            command = [sys.executable, "-c", program, proxy.endpoint, on_s3(local), tmp_path / folder, str(limit)]
+            command = [warm_python(), "-c", program, proxy.endpoint, on_s3(local), tmp_path / folder, str(limit)]
             processes = [subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(2)]
             for process in processes:
                 assert json.loads(process.communicate(timeout=120)[0]) == expected

@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,13 +16,14 @@ from fourm.demo.tokenizers import OPTIONS, TRAINED, make_tokenizer
 from fourm.demo.tokenizers import main as save_in_half_precision
 from fourm.utils.errors import UserError
 from fourm.vq import load_tokenizer
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
 
 def _demo(*args):
     return subprocess.run(
-        [sys.executable, "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
+        [warm_python(), "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
     )  # fmt: skip
 
 

@@ -1,7 +1,6 @@
 """Every kind of result can be drawn, and contact sheets share colours and legends where they should."""
 
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from fourm.generation.decoding import DECODERS
 from fourm.generation.plotting import IMAGES, PLOTTERS
 from fourm.generation.sequences import SEQUENCES
 from fourm.utils.errors import UserError
+from tests.warm_python import warm_python
 
 RNG = np.random.default_rng(0)
 VALUES = {
@@ -152,7 +152,7 @@ def test_without_matplotlib_only_plotting_fails_and_says_what_to_install(tmp_pat
         "    try:\n        draw()\n"
         "    except MissingDependency as error:\n        print(error)"
     )
-    result = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True)
+    result = subprocess.run([warm_python(), "-c", code, str(tmp_path)], capture_output=True, text=True)
     assert result.stdout.count("pip install matplotlib") == 2, result.stderr
 
 

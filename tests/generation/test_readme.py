@@ -4,7 +4,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 
 from tests.generation.test_sampler import write_run
 from tests.generation.toy_tokenizers import published_model, toy_tokenizer
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_GENERATION.md").read_text(), re.M | re.S)
@@ -61,7 +61,7 @@ def test_the_python_blocks_run(folder, monkeypatch):
 
 @pytest.mark.slow
 def test_the_commands_run(folder):
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(warm_python()).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": str(REPOSITORY)}
     code = "".join(code for language, code in BLOCKS if language == "bash")
     result = subprocess.run(["bash", "-ec", code], cwd=folder, env=environment, capture_output=True, text=True)

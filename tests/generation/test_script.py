@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +21,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.options import flat_options
 from tests.generation.test_sampler import write_run
 from tests.generation.toy_tokenizers import SIZE
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -153,7 +153,7 @@ def test_a_broken_file_of_a_data_set_is_named(folder, tmp_path):
 
 
 def test_the_command_ends_with_one_line_and_status_2(folder):
-    command = [sys.executable, "run_generation.py", "--config", str(folder / "config.yaml"), "--tempss", "1"]
+    command = [warm_python(), "run_generation.py", "--config", str(folder / "config.yaml"), "--tempss", "1"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.strip().splitlines() == [

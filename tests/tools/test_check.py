@@ -28,6 +28,7 @@ from tests.data.dataset_files import (
     write_shards,
     write_tar,
 )
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 ROWS = [[0, 1, 2, 3]] * 3
@@ -214,7 +215,7 @@ def test_worker_processes_find_the_same(tmp_path, capsys):
 def test_the_table_and_the_exit_status_of_the_commands(tmp_path):
     arguments = config(tmp_path, write_shards(tmp_path / "s", 2, 5))
     commands = [
-        [sys.executable, "-m", *module] for module in (["fourm.tools.check"], ["fourm", "check"], ["fourm.data.check"])
+        [warm_python(), "-m", *module] for module in (["fourm.tools.check"], ["fourm", "check"], ["fourm.data.check"])
     ]
     runs = [subprocess.run([*c, *arguments], capture_output=True, text=True, cwd=REPOSITORY) for c in commands]
     assert runs[0].stdout == runs[1].stdout == runs[2].stdout and [run.returncode for run in runs] == [0, 0, 0]

@@ -2,7 +2,6 @@
 
 import re
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import PatchCodebook, PatchCodebookConfig
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
 from tests.train.test_mod21 import write_folders as write_files
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 ALPHAS = {
@@ -330,7 +330,7 @@ def test_the_page_does_not_tell_signatures(config):
 
 @pytest.mark.parametrize("module", ["fourm.tools.preview", "fourm.data.preview"])
 def test_the_command(config, tmp_path, module):
-    command = [sys.executable, "-m", module, str(config), "--out", f"{tmp_path}/page.txt"]
+    command = [warm_python(), "-m", module, str(config), "--out", f"{tmp_path}/page.txt"]
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
     assert run.returncode == 2 and run.stderr == f"error: 'out' must end with .html, not {tmp_path}/page.txt\n"
 

@@ -3,7 +3,6 @@
 import dataclasses
 import platform
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -16,6 +15,7 @@ from fourm.train.parallel import DDP
 from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise, to_device
 from tests.train.toy_run import ROOT, write_run
+from tests.warm_python import warm_python
 
 CPU = torch.device("cpu")
 FAULTS = """
@@ -34,7 +34,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_memory_of_large_tensors_is_used_again_without_asking_the_system():
     kept, freed = (
-        int(subprocess.run([sys.executable, "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT).stdout)
+        int(subprocess.run([warm_python(), "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT).stdout)
         for keep in (True, False)
     )  # fmt: skip
     assert kept < freed / 2

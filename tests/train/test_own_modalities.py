@@ -5,7 +5,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -24,6 +23,7 @@ from fourm.utils.errors import UserError
 from fourm.utils.plugin import load_plugin
 from tests.data.dataset_files import npy, write_tar
 from tests.train.toy_run import ROOT, log_lines, run_in_process, write_run
+from tests.warm_python import warm_python
 
 PAGE = (ROOT / "docs" / "modalities.md").read_text()
 CODE = {code.split("\n")[0].removeprefix("# "): code for code in re.findall(r"^```\w+\n(.*?)^```", PAGE, re.M | re.S)}
@@ -86,7 +86,7 @@ def test_the_plugin_of_the_page_is_used_in_training(tmp_path):
     (tmp_path / "my_data.yaml").write_text(yaml.safe_dump(data))
     config = main_config(tmp_path, epoch_size=8, eval_freq=0, warmup_epochs=0, num_workers=1)
     command = [
-        sys.executable,
+        warm_python(),
         str(ROOT / "run_training_4m.py"),
         "--config",
         str(config),
@@ -108,7 +108,7 @@ decoded = decode({"wind": pixels}, model.modality_info)[0]["wind"]
 print(type(model.encoder_embeddings["wind"]).__name__, decoded.kind, as_image(decoded).shape)
 """
     for code, expected in ((script, ["WindEmbedding wind (32, 32, 3)"]), (script.replace("load_plugin(", "str("), [])):
-        done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=_path(), capture_output=True, text=True)
+        done = subprocess.run([warm_python(), "-c", code], cwd=tmp_path, env=_path(), capture_output=True, text=True)
         assert done.stdout.splitlines()[1:] == expected
         assert expected or "no encoder embedding 'WindEmbedding'" in done.stderr and "'plugin' must name" in done.stderr
 

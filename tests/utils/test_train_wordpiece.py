@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import pytest
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.tokenizer.train_wordpiece import corpus, layout, main, train_wordpiece
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["duck", "ducks", "wooden", "checkered", "table", "tables", "painted", "paint", "zebra", "kettle", "settled"]
@@ -28,7 +28,7 @@ def text(tmp_path):
 
 def run(*arguments):
     return subprocess.run(
-        [sys.executable, "train_wordpiece_tokenizer.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
+        [warm_python(), "train_wordpiece_tokenizer.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
     )  # fmt: skip
 
 

@@ -3,7 +3,6 @@
 import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from fourm.data import resolve_modalities
 from fourm.vq import TOKENIZERS, load_tokenizer
 from tests.vq.image_files import write_files, write_shards
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 BLOCKS = re.findall(
@@ -40,7 +40,7 @@ def test_what_the_readme_says_can_be_done(tmp_path):
         (tmp_path / script).symlink_to(REPOSITORY / script)
     save_file(timm.create_model("test_vit", img_size=64).state_dict(), tmp_path / "vit.safetensors")
     assert sum(DINOV2 in code for _, code in BLOCKS) == sum(TRAINED in code for _, code in BLOCKS) == 1
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(warm_python()).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "PYTHONPATH": f"{REPOSITORY}{os.pathsep}{tmp_path}"}
     output = ""
     for language, code in BLOCKS:
@@ -63,7 +63,7 @@ def test_what_the_readme_says_can_be_done(tmp_path):
     assert output.count("12 images would be tokenized") == 1
     assert output.count("12 images were tokenized") == 6
     decoded = subprocess.run(
-        [sys.executable, "decode_learned.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [warm_python(), "decode_learned.py"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert decoded.stdout == "(1, 3, 64, 64)\n", decoded.stderr
     assert "(6, 10, 64) (images, crops, tokens), " in output

@@ -31,6 +31,7 @@ from fourm.vq import TOKENIZERS, PatchCodebook, PatchCodebookConfig, load_tokeni
 from fourm.vq.crops import tokenizer_transform
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens, token_dtype
 from tests.vq.image_files import SIZE, image, read_files, write_files, write_shards
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 COUNT, PER_SHARD, CROPS, SIDE, P, VOCAB = 10, 4, 3, 32, 8, 64
@@ -479,9 +480,12 @@ def test_scripts_report_mistakes_in_one_line(tokenizers, tmp_path):
     write_files(tmp_path, "rgb", 3)
     save_tokens(options(tokenizers["rgb"], tmp_path))
     arguments = ("--tokenizer", tokenizers["rgb"], "--data_root", tmp_path)
-    fit = [sys.executable, "-m", "fourm", "fit-codebook"]
+    fit = [warm_python(), "-m", "fourm", "fit-codebook"]
     for command, message in [
-        (script("save_vq_tokens.py", *arguments, "--num_crops", 5), "was made with another num_crops (3, now 5)"),
+        (
+            [warm_python(), *script("save_vq_tokens.py", *arguments, "--num_crops", 5)[1:]],
+            "was made with another num_crops (3, now 5)",
+        ),
         ([*fit, "--data_root", str(tmp_path), "--modalty", "rgb"], "did you mean '--modality'?"),
     ]:
         result = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
