@@ -19,7 +19,6 @@ from typing import Any
 
 import yaml
 
-import fourm
 from fourm.demo import generated, network, report, training
 from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
@@ -28,12 +27,11 @@ from fourm.utils.config import load_yaml, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
-from fourm.utils.paths import AnyPath
+from fourm.utils.paths import AnyPath, shipped
 from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
 from fourm.vq.fit_codebook import FitOptions, fit_codebook
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
 
-ROOT = Path(fourm.__file__).parents[1]  # of the repository, which contains the training command and the configurations
 SHARD_SIZE, FOLDER_SIZE = 250, 100
 
 
@@ -141,7 +139,7 @@ class Demo:
 
     @staticmethod
     def _file(name: str) -> Path:
-        return Path(name) if Path(name).exists() else ROOT / name
+        return Path(shipped(name))
 
 
 def render(demo: Demo) -> None:
@@ -215,17 +213,17 @@ def train(demo: Demo) -> None:
     steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
     # Not at the end of an epoch, to demonstrate that a run continues exactly from the middle of one.
     stop_at = int(0.45 * steps) if demo.record["stopped_at"] is None else None
-    stopped = training.train(command, ROOT, demo.run, stop_at)
+    stopped = training.train(command, demo.run, stop_at)
     if stopped is not None:
         demo.record["stopped_at"] = stopped
         demo.save()
-        training.train(command, ROOT, demo.run, None)
+        training.train(command, demo.run, None)
 
 
 def generate(demo: Demo) -> None:
     """Generate from the RGB of unseen scenes, from a photograph, and from words."""
     config = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
-    base = load_yaml(config if config.exists() else ROOT / "cfgs/demo/generation.yaml")
+    base = load_yaml(config if config.exists() else shipped("cfgs/demo/generation.yaml"))
     paths = {"model": str(demo.run), "tokenizers": str(demo.codebooks), "text_tokenizer": str(demo.vocabulary)}
     generated.generate_all(base | paths, demo.data, demo.generation, demo.generated_scenes)
 

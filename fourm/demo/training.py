@@ -25,12 +25,11 @@ def last_step(run: Path) -> int:
     return max(steps, default=0)
 
 
-def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> int | None:
+def train(command: Sequence[str], run: Path, stop_at: int | None) -> int | None:
     """Run ``command`` until it finishes or is stopped.
 
     Args:
         command: The training command.
-        cwd: Its working directory.
         run: Its run folder.
         stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it
             finish.
@@ -42,7 +41,7 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
         UserError: If the command fails.
     """
     # With a new session, Ctrl-C reaches only this process, which then asks the training once to save and exit.
-    process = subprocess.Popen(command, cwd=cwd, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True)
     stopped = None
     try:
         while process.poll() is None:
@@ -66,4 +65,4 @@ def train(command: Sequence[str], cwd: Path, run: Path, stop_at: int | None) -> 
 def command(config: Path, **overrides: object) -> list[str]:
     """Return the training command with ``--key value`` overrides."""
     options = [str(part) for key, value in overrides.items() for part in (f"--{key}", value)]
-    return [sys.executable, "run_training_4m.py", "--config", str(config), "--auto_resume", *options]
+    return [sys.executable, "-m", "fourm", "train", "--config", str(config), "--auto_resume", *options]
