@@ -51,7 +51,7 @@ test-package: package
 
 # The documents and the reference of the API as a web site in site/, which needs no other server.
 docs: install
-	$(BIN)/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 lint: install
 	$(BIN)/ruff format --check .

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 REPOSITORY = Path(__file__).parents[1]
 DOCUMENTS = [*sorted(REPOSITORY.glob("*.md")), *sorted((REPOSITORY / "docs").glob("*.md"))]
@@ -35,6 +36,16 @@ def api_page(package: Path) -> str:
     modules = [path for path in sorted(package.rglob("*.py")) if path.name != "__main__.py" and path.read_text().strip()]
     names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in modules]
     return "\n\n".join([f"# fourm.{package.name}", *(f"::: {name}" for name in names)])
+
+
+def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+    """Keep only the text of links to folders, which a site cannot show."""
+
+    def text_of_link(link: re.Match[str]) -> str:
+        folder = (REPOSITORY / page.file.src_uri).parent / link[2]
+        return link[1] if folder.is_dir() else link[0]
+
+    return re.sub(r"\[([^]]*)\]\((?!https?:|#)([^)\s#]+)\)", text_of_link, markdown)
 
 
 def on_page_content(html: str, **_: object) -> str:
