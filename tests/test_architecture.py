@@ -10,6 +10,7 @@ import pytest
 import fourm
 
 ROOT = Path(fourm.__file__).parent
+REPOSITORY = Path(__file__).parents[1]
 LAYER = {"utils": 0, "data": 1, "models": 2, "vq": 3, "generation": 4, "train": 4, "tools": 5, "demo": 6}
 PUBLISHED_PATHS = {"fourm.models.generate"}
 """Import paths that users type, in lower layers than the modules whose names they provide."""
@@ -71,8 +72,8 @@ def test_an_alias_contains_only_a_docstring_imports_and_their_names(module):
 
 
 def test_nothing_inside_the_project_imports_an_alias():
-    files = [path for folder in ("fourm", "benchmarks") for path in (ROOT.parent / folder).rglob("*.py")]
-    for path in [*files, *ROOT.parent.glob("*.py")]:
+    folders = (ROOT, REPOSITORY / "benchmarks")
+    for path in [*(path for folder in folders for path in folder.rglob("*.py")), *REPOSITORY.glob("*.py")]:
         assert not _imported_names(path) & ALIASES, path
 
 

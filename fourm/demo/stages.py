@@ -24,12 +24,11 @@ from fourm.demo.figures import loss_curves, sample_sheet
 from fourm.demo.render import EXTENSIONS, Unit, render_all, units
 from fourm.demo.scene import CLASSES
 from fourm.demo.tokenizers import RECIPE, make_tokenizer
-from fourm.demo.training import ROOT
 from fourm.utils.config import load_yaml, resolve_options
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
-from fourm.utils.paths import AnyPath
+from fourm.utils.paths import AnyPath, shipped
 from fourm.utils.tokenizer.train_wordpiece import TrainOptions, train_vocabulary
 from fourm.vq.save_tokens import SaveTokensOptions, save_tokens
 
@@ -145,7 +144,7 @@ class Demo:
 
     @staticmethod
     def _file(name: str) -> Path:
-        return Path(name) if Path(name).exists() else ROOT / name
+        return Path(shipped(name))
 
 
 def render(demo: Demo) -> None:
@@ -172,8 +171,8 @@ def tokenizers(demo: Demo) -> None:
     options = demo.options
     for modality, declared in demo.tokenized.items():
         made = make_tokenizer(
-            modality, declared, demo.data, demo.tokenizers / modality, demo._file(RECIPE).resolve(),
-            options.train_tokenizers, options.seed, options.workers,
+            modality, declared, demo.data, demo.tokenizers / modality, demo._file(RECIPE), options.train_tokenizers,
+            options.seed, options.workers,
         )  # fmt: skip
         print(f"tokenizer of {modality}: {made}")
 
@@ -199,7 +198,7 @@ def train(demo: Demo) -> None:
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
     command = training.command(
-        "run_training_4m.py", demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
+        "train", demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
         output_dir=demo.run,
     )  # fmt: skip
     config = demo.config
@@ -216,7 +215,7 @@ def train(demo: Demo) -> None:
 def generate(demo: Demo) -> None:
     """Generate from the RGB of unseen scenes, from a photograph, and from words."""
     config = demo._file(str(Path(demo.options.config).with_name("generation.yaml")))
-    base = load_yaml(config if config.exists() else ROOT / "cfgs/demo/generation.yaml")
+    base = load_yaml(config if config.exists() else shipped("cfgs/demo/generation.yaml"))
     paths = {"model": str(demo.run), "tokenizers": str(demo.tokenizers), "text_tokenizer": str(demo.vocabulary)}
     generated.generate_all(base | paths, demo.data, demo.generation, demo.generated_scenes)
 

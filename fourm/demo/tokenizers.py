@@ -57,7 +57,7 @@ def make_tokenizer(
         options = OPTIONS[modality] | {"domain": modality, "epochs": epochs, "seed": seed, "output_dir": folder}
         paths = {"data_path": data / "train", "eval_data_path": data / "val"}
         if not (folder / WEIGHTS).exists():
-            train(command("run_training_vqvae.py", recipe, **paths, **options), folder)
+            train(command("train-vqvae", recipe, **paths, **options), folder)
     elif not folder.exists():
         if not _fits(TRAINED / modality, declared):
             return _fit(modality, declared, data, folder, seed, workers)

@@ -10,10 +10,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import fourm
 from fourm.utils.errors import UserError
 
-ROOT = Path(fourm.__file__).parents[1]  # of the repository, which contains the training commands and the configurations
 _POLL = 0.5  # seconds
 
 
@@ -31,7 +29,7 @@ def train(command: Sequence[str], run: Path, stop_at: int | None = None) -> int 
     """Run ``command`` until it finishes or is stopped.
 
     Args:
-        command: The training command, which runs in :data:`ROOT`.
+        command: The training command.
         run: Its run folder.
         stop_at: Step at which it is stopped with SIGTERM, so that it writes a checkpoint and exits; None to let it
             finish.
@@ -43,7 +41,7 @@ def train(command: Sequence[str], run: Path, stop_at: int | None = None) -> int 
         UserError: If the command fails.
     """
     # With a new session, Ctrl-C reaches only this process, which then asks the training once to save and exit.
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True)
+    process = subprocess.Popen(command, start_new_session=True)
     stopped = None
     try:
         while process.poll() is None:
@@ -64,11 +62,11 @@ def train(command: Sequence[str], run: Path, stop_at: int | None = None) -> int 
     return stopped
 
 
-def command(script: str, config: Path, **overrides: object) -> list[str]:
-    """Return a training command with ``--key value`` overrides; ``--key`` alone for True."""
+def command(name: str, config: Path, **overrides: object) -> list[str]:
+    """Return a subcommand of ``fourm`` that trains, with ``--key value`` overrides; ``--key`` alone for True."""
     options = [
         part
         for key, value in overrides.items()
         for part in ([f"--{key}"] if value is True else [f"--{key}", str(value)])
     ]
-    return [sys.executable, script, "--config", str(config), "--auto_resume", *options]
+    return [sys.executable, "-m", "fourm", name, "--config", str(config), "--auto_resume", *options]

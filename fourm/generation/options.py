@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from fourm.utils.config import check_keys, convert_fields, load_yaml, make, resolve_options
 from fourm.utils.options import flat_options, option, option_group, parse_overrides
-from fourm.utils.paths import AnyPath, InputPath, expand_path
+from fourm.utils.paths import AnyPath, InputPath, expand_path, shipped
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
     """
     overrides = parse_overrides(GenerationOptions, argv, "Generate with a 4M model.", config_file=True)
     path = overrides.pop("config", None)
-    path = expand_path(path, "command line: 'config'") if path else None
+    path = shipped(expand_path(path, "command line: 'config'")) if path else None
     content = (_read(load_yaml(path), path, path) if path else {}) | _read(overrides, "command line", None)
     for key in ("data_config", "model_config", "sr_config"):
         file = content.get(key)

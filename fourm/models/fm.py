@@ -24,6 +24,7 @@ from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
 from fourm.models.hub import Hub4M, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
+from fourm.models.model_card import Tables
 from fourm.models.token_selection import Selection, TokenSelection, select_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
@@ -381,7 +382,7 @@ def _check_memory(options: Mapping[str, Any], modalities: Iterable[Modality]) ->
         check_memory("model config", parameters, "lower 'dim' or the depths")
 
 
-class FM(FourM, Hub4M):
+class FM(FourM, Hub4M, tags=["any-to-any"], pipeline_tag="any-to-any"):
     """A 4M model from a hub configuration, with ``from_pretrained``, ``save_pretrained`` and ``push_to_hub``.
 
     Args:
@@ -397,6 +398,11 @@ class FM(FourM, Hub4M):
     Raises:
         UserError: If the configuration is incomplete or invalid, or the model does not fit into memory.
     """
+
+    summary = (
+        "A 4M model: one transformer that takes any subset of its input modalities and predicts any of its target "
+        "modalities ([4M](https://arxiv.org/abs/2312.06647), [4M-21](https://arxiv.org/abs/2406.09406))."
+    )
 
     def __init__(self, config: dict):
         options = check_config(config)
@@ -416,6 +422,28 @@ class FM(FourM, Hub4M):
             **trunk_options(options),
         )
         self.config = copy.deepcopy(config)
+
+    def model_facts(self) -> Tables:
+        rows = [
+            {
+                "modality": name,
+                "type": modality["type"],
+                "input": name in self.config["domains_in"],
+                "target": name in self.config["domains_out"],
+                "vocabulary": modality["vocab_size"],
+                "maximum tokens": modality["max_tokens"],
+            }
+            for name, modality in self.modality_info.items()
+        ]
+        return super().model_facts() | {"Modalities": rows}
+
+    def usage(self, repo_id: str) -> str:
+        return (
+            f"{super().usage(repo_id)}\n\n"
+            "# With its image tokenizers, it generates any of its target modalities from any of its inputs:\n"
+            "from fourm.generation import Sampler\n\n"
+            f'sampler = Sampler.load("{repo_id}", tokenizers="FOLDER_OF_TOKENIZERS")'
+        )
 
 
 def custom_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict[str, type[ModalityEmbedding]]:

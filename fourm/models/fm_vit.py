@@ -84,6 +84,8 @@ class FMViT(FourMViT, Hub4M):
         UserError: If the configuration is invalid or has no RGB pixels.
     """
 
+    summary = "The encoder of a 4M model ([4M](https://arxiv.org/abs/2312.06647)) as a plain vision transformer for RGB images."
+
     def __init__(self, config: dict, output_head: nn.Module | None = None):
         options = check_config(config)
         sizes = {"image_size": options.get("image_size", 224), "patch_size": options.get("patch_size", 16)}

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from huggingface_hub import PyTorchModelHubMixin
+from huggingface_hub import ModelCard, PyTorchModelHubMixin
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from fourm.models import model_card
 from fourm.models.fm_utils import LayerNorm
 from fourm.utils.checkpoints import WEIGHTS, ModelFormat, check_export, write_config
 from fourm.utils.errors import UserError, did_you_mean
@@ -18,16 +19,21 @@ from fourm.utils.files import atomic_path, save_tensors
 from fourm.utils.finite import check_finite
 
 
-class HubModel(PyTorchModelHubMixin):
+class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_card_template=model_card.TEMPLATE):
     """Adds ``from_pretrained``, ``save_pretrained`` and ``push_to_hub`` to a model that is built from a ``config``.
 
     Attributes:
         title, marks: As in :class:`ModelFormat`.
+        summary: What the model is, in the first paragraph of its model card.
+        training_facts: How the weights were trained, for the model card. A training run writes it beside the weights.
+            Change it, or set it to ``{}``, if you have changed the weights since.
     """
 
     title: ClassVar[str]
     marks: ClassVar[frozenset[str]]
+    summary: ClassVar[str]
     config: dict[str, Any]
+    training_facts: model_card.Tables = {}
 
     @classmethod
     def model_format(cls) -> ModelFormat:
@@ -38,6 +44,42 @@ class HubModel(PyTorchModelHubMixin):
     def published(config: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration to publish with the weights."""
         return dict(config)
+
+    def model_facts(self) -> model_card.Tables:
+        """Return what the model card says about the model itself."""
+        return {}
+
+    def usage(self, repo_id: str) -> str:
+        """Return Python code that loads the model from a repository of the hub."""
+        cls = type(self)
+        return f'from {cls.__module__} import {cls.__name__}\n\nmodel = {cls.__name__}.from_pretrained("{repo_id}")'
+
+    def generate_model_card(self, *args: Any, repo_id: str = "OWNER/NAME", **options: Any) -> ModelCard:
+        """Write the ``README.md`` of the model: what it is, how it was trained, how it is loaded.
+
+        Args:
+            repo_id: Where the model is published.
+            options: Further variables of the template: ``model_name`` is the title.
+        """
+        return super().generate_model_card(
+            *args,
+            title=self.title[0].upper() + self.title[1:],
+            summary=self.summary,
+            tables=model_card.markdown(self.model_facts() | self.training_facts),
+            usage=self.usage(repo_id),
+            **options,
+        )
+
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Push weights, configuration and model card to the hub, as the base class does.
+
+        Args:
+            repo_id: ``OWNER/NAME`` of the repository, which is created if it does not exist.
+            options: Those of the base class: ``private``, ``token``, ``branch``, … ``model_card_kwargs`` are arguments of
+                :meth:`generate_model_card`, and ``ignore_patterns="README.md"`` keeps the card that is on the hub.
+        """
+        card = {"repo_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
+        return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
 
     def adapt_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Choose the weights to load from those of a file; loading them is strict."""
@@ -62,7 +104,7 @@ class HubModel(PyTorchModelHubMixin):
             written.add(tensor.data_ptr())
         write_config(save_directory, type(self).published(self.config))
         with atomic_path(save_directory / WEIGHTS) as path:
-            save_tensors(tensors, path, metadata={"format": "pt"})
+            save_tensors(tensors, path, metadata={"format": "pt"} | model_card.to_header(self.training_facts))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
@@ -84,6 +126,7 @@ class HubModel(PyTorchModelHubMixin):
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
+        model.training_facts = model_card.read_facts(model_file)
         return _load(model, load_file(model_file, device=str(map_location)), Path(model_file).name)
 
     @classmethod
@@ -97,6 +140,17 @@ class Hub4M(HubModel):
 
     title = "4M model"
     marks = frozenset({"domains_in", "encoder_depth"})
+
+    def model_facts(self) -> model_card.Tables:
+        assert isinstance(self, nn.Module)
+        columns = {
+            "dim": "width",
+            "encoder_depth": "encoder blocks",
+            "decoder_depth": "decoder blocks",
+            "num_heads": "heads",
+        }
+        parameters = sum(parameter.numel() for parameter in self.parameters())
+        return {"Model": [{"parameters": parameters} | {name: self.config.get(key) for key, name in columns.items()}]}
 
     @staticmethod
     def published(config: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from fourm.train.schedules import ScheduleOptions
 from fourm.utils.config import convert_fields, load_yaml
 from fourm.utils.errors import UserError
 from fourm.utils.options import aliases, parse_overrides
-from fourm.utils.paths import expand_path
+from fourm.utils.paths import expand_path, shipped
 from fourm.utils.plugin import PluginOptions
 from fourm.utils.s3 import check_endpoint
 
@@ -58,14 +58,15 @@ def load_config(cls: type[Config], path: str | Path | None, overrides: dict[str,
         UserError: An unknown key (names the nearest one), or a bad value or combination of values.
     """
     path = expand_path(str(path), "command line: 'config'") if path else None
-    content = load_yaml(path) if path else {}
+    file = shipped(path) if path else None
+    content = load_yaml(file) if file else {}
     where = str(path)
     for alias, key in aliases(cls).items():
         if alias in content:
             if key in content:
                 raise UserError(f"{where}: '{alias}' and '{key}' mean the same; keep only one of them")
             content[key] = content.pop(alias)
-    values = convert_fields(cls, content, where, path) | convert_fields(cls, overrides or {}, "command line")
+    values = convert_fields(cls, content, where, file) | convert_fields(cls, overrides or {}, "command line")
     config = cls(**values)
     name = config.run_name
     if name == "auto":

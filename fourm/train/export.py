@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.train.checkpoint import read_task_name
+from fourm.train.facts import export
 from fourm.train.task import task_named
 from fourm.train.tasks import diffusion_tokenizer, tokenizer  # noqa: F401 (their tasks are found by name)
 from fourm.train.tasks.pretrain import Pretrain
-from fourm.utils.checkpoints import export_model, newest_checkpoint
+from fourm.utils.checkpoints import newest_checkpoint
 from fourm.utils.errors import run_cli
 from fourm.utils.model_store import download_if_remote, find_checkpoint
 from fourm.utils.options import option, parse_options
@@ -32,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(download_if_remote(options.checkpoint, find_checkpoint)))
     task = task_named(read_task_name(checkpoint) or Pretrain.name)  # earlier versions had only this task
-    export_model(checkpoint, Path(options.folder), task.format, options.ema)
+    export(checkpoint, Path(options.folder), task.format, options.ema)
     print(f"{checkpoint} -> from_pretrained('{options.folder}')")
 
 

@@ -181,6 +181,7 @@ def state_to_save(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
         "step": trainer.step,
         "config": saved_options(config),
         "identity": identity,
+        "facts": trainer.task.facts(),
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": data_layout(trainer),
         "loss_scale": trainer.gradient_step.state(),

@@ -22,6 +22,7 @@ from fourm.train.config import RunConfig, parse_args
 from fourm.train.coordinator import Coordinator, StopRequested
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import Results, evaluate
+from fourm.train.facts import export
 from fourm.train.finetune import load_weights
 from fourm.train.journal import JOURNAL_FILES, Journal, run_logging
 from fourm.train.loop import Trainer
@@ -35,7 +36,7 @@ from fourm.train.run_copy import RunCopy, fetch_if_remote
 from fourm.train.schedules import build_schedule, run_length
 from fourm.train.signals import StopSignals
 from fourm.train.task import Evaluation, Task
-from fourm.utils.checkpoints import check_export, export_model
+from fourm.utils.checkpoints import check_export
 from fourm.utils.errors import UserError, sanitize
 from fourm.utils.files import atomic_path, lock_folder
 from fourm.utils.model_store import find_model
@@ -332,9 +333,9 @@ class Run:
             self._writer.save(trainer.step, config, tensors, state_to_save(trainer, self._identity))
 
     def _export(self, checkpoint: Path) -> None:
-        export_model(checkpoint, self.folder, self.task.format)
+        export(checkpoint, self.folder, self.task.format)
         if self.config.model_ema:
-            export_model(checkpoint, self.folder / "ema", self.task.format, ema=True)
+            export(checkpoint, self.folder / "ema", self.task.format, ema=True)
         self.run_copy.complete(checkpoint)
         ema_folder = ["ema"] if self.config.model_ema else []
         self.run_copy.copy("config.json", "model.safetensors", *ema_folder, *JOURNAL_FILES)

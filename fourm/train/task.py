@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fourm.data.batch_loader import BatchLoader
+from fourm.models.model_card import Tables
 from fourm.utils.checkpoints import ModelFormat
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.options import Options
@@ -227,6 +228,10 @@ class Task(ABC, Generic[Config]):
     def identity(self) -> dict[str, dict[str, Any]]:
         """Return facts for JSON that must not change when a run resumes; an evaluation may have other ``data``."""
         return {"data": {}}
+
+    def facts(self) -> Tables:
+        """Return what the card of a published model says about its data, without paths."""
+        return {}
 
     def step_cost(self, model: nn.Module) -> StepCost:
         """Return the cost of a micro-batch for ``--plan``, without data."""

@@ -19,7 +19,7 @@ import json
 import logging
 import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -188,8 +188,17 @@ def _read_config(checkpoint: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {checkpoint}: {CONFIG} is not the configuration of a model: {error}") from error
 
 
-def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema: bool = False) -> None:
+def export_model(
+    checkpoint: Path,
+    folder: Path,
+    model_format: ModelFormat,
+    ema: bool = False,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write ``model.safetensors`` and ``config.json``, as the model's ``save_pretrained`` does.
+
+    Args:
+        metadata: Further entries of the header of the weights.
 
     Raises:
         UserError: If :func:`read_weights` or :func:`check_export` fails.
@@ -197,7 +206,7 @@ def export_model(checkpoint: Path, folder: Path, model_format: ModelFormat, ema:
     check_export(folder, model_format)
     config, weights = read_weights(checkpoint, model_format, ema)
     tensors = layout(config, model_format, checkpoint).state_dict()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.numel() * tensor.element_size()

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from fourm.utils.errors import UserError
 
+PACKAGE = Path(__file__).parents[1]
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})")
 
 
@@ -61,8 +62,23 @@ def expand_path(path: str, where: str = "path") -> str:
     return expanded
 
 
+def shipped(path: str) -> str:
+    """Return where a published configuration ``cfgs/…`` is, which an installed package brings with it.
+
+    A file of this name in the working directory goes first. Other paths are returned unchanged.
+    """
+    if path.startswith("cfgs/") and not os.path.lexists(path):
+        for folder in (PACKAGE, PACKAGE.parent):  # installed; in the repository
+            if (folder / path).is_file():
+                return str(folder / path)
+    return path
+
+
 def locate(name: str, config: str | Path | None) -> str:
-    """Find a file or folder that a configuration names, in the working directory or a parent of the configuration.
+    """Find a file or folder that a configuration names.
+
+    It is searched for in the working directory, in the parents of the configuration, and among the published
+    configurations (:func:`shipped`).
 
     Args:
         name: The path as it stands in the configuration.
@@ -71,12 +87,12 @@ def locate(name: str, config: str | Path | None) -> str:
     Returns:
         The path of the file; ``name`` itself if it is absolute, exists in the working directory, or exists nowhere.
     """
-    if not name or config is None or os.path.isabs(name) or re.match(r"\w+://", name) or os.path.lexists(name):
+    if not name or os.path.isabs(name) or re.match(r"\w+://", name) or os.path.lexists(name):
         return name
-    for folder in Path(config).resolve().parents:
+    for folder in Path(config).resolve().parents if config is not None else ():
         try:
             if (folder / name).exists():
                 return str(folder / name)
         except OSError:  # the name is too long for a file
             return name
-    return name
+    return shipped(name)

@@ -24,6 +24,7 @@ from fourm.data.transforms.image import IMAGENET_MEAN, IMAGENET_STD
 from fourm.models.fm_utils import init_weights
 from fourm.models.hub import HubModel
 from fourm.models.modality_embedding import image_grid
+from fourm.models.model_card import Tables
 from fourm.utils.checkpoints import WEIGHTS
 from fourm.utils.errors import DataError, UserError
 from fourm.vq.mlp import BottleneckMLP, MLPSize, mlp_size
@@ -37,7 +38,7 @@ _DIFFUSION = {"DiVAE": "fourm.vq.divae", "VQControlNet": "fourm.vq.controlnet"}
 _NOT_OF_THE_MODEL = ("ckpt_path", "ignore_keys")  # options that only say how it begins
 
 
-class VQ(ImageTokenizer, HubModel):
+class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
     """Encoder and quantizer.
 
     A subclass with a decoder names its ``options_class``, makes the decoder in :meth:`build_decoder`, and defines
@@ -53,6 +54,10 @@ class VQ(ImageTokenizer, HubModel):
 
     title = "learned tokenizer"
     marks = frozenset({"enc_type", "quant_type"})
+    summary = (
+        "A tokenizer of the kind that 4M models use ([4M](https://arxiv.org/abs/2312.06647)): it converts what it "
+        "was trained on to discrete tokens, and tokens back."
+    )
     options_class: ClassVar[type[VQOptions]] = VQOptions
     quantize: Quantizer
     freeze_enc: bool
@@ -233,6 +238,25 @@ class VQ(ImageTokenizer, HubModel):
                 loaded += 1
         if not loaded:
             raise UserError(f"{path} holds none of the model's weights")
+
+    def model_facts(self) -> Tables:
+        config = self.config
+        return {
+            "Tokenizer": [
+                {
+                    "modality": self.info.modality,
+                    "codes": config["codebook_size"],
+                    "codebooks": config["num_codebooks"],
+                    "quantizer": config["quant_type"],
+                    "width of the codes": config["latent_dim"],
+                    "image size": config["image_size"],
+                    "patch size": config["patch_size"],
+                    "encoder": config["enc_type"],
+                    "decoder": config.get("dec_type"),
+                    "parameters": sum(parameter.numel() for parameter in self.parameters()),
+                }
+            ]
+        }
 
     @classmethod
     def names_in_file(cls, name: str) -> tuple[str, ...]:

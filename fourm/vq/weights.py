@@ -20,6 +20,7 @@ from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidat
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from fourm.models.model_card import read_facts
 from fourm.utils.checkpoints import CONFIG, WEIGHTS, layout
 from fourm.utils.config import parse_value
 from fourm.utils.errors import UserError
@@ -140,6 +141,7 @@ def load_model(cls: Any, file: WeightsFile, config: Mapping[str, Any], device: s
         weights[name] = file.tensor(source).to(device, tensor.dtype, copy=True)
         check_finite(name, weights[name], file.path)
     model.load_state_dict(weights, assign=True)
+    model.training_facts = read_facts(file.path)
     return model.to(device).eval()
 
 

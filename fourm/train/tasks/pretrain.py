@@ -22,6 +22,7 @@ from fourm.data.unified_datasets import Batch, build_eval_loader, build_masking,
 from fourm.models import FM, StepFlops, TokenSelection, count_parameters, model_config
 from fourm.models.activations import activation_bytes
 from fourm.models.from_checkpoint import FORMAT
+from fourm.models.model_card import Tables
 from fourm.train.config import RunConfig
 from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
 from fourm.utils.errors import UserError
@@ -246,6 +247,16 @@ class Pretrain(Task[PretrainConfig]):
 
     def identity(self) -> dict[str, dict[str, Any]]:
         return identity_of(self.data, self.text_tokenizer)
+
+    def facts(self) -> Tables:
+        sets, total = self.data.train, sum(self.data.weights.values())
+        data, budgets = [], []
+        for name, dataset in sets.items():
+            ranges = {"input tokens": dataset.input_tokens_range, "target tokens": dataset.target_tokens_range}
+            domains = {"inputs": [*dataset.in_domains], "targets": [*dataset.out_domains]}
+            data.append({"data set": name, "share of the samples": self.data.weights[name] / total, **domains})
+            budgets.append({"data set": name} | {key: "–".join(map(str, sorted({*r}))) for key, r in ranges.items()})
+        return {"Data": data, "Token budgets": budgets}
 
     def step_cost(self, model: nn.Module) -> StepCost:
         """Return the cost of a batch with the mean token budgets."""

@@ -24,6 +24,7 @@ from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader
 from fourm.data.identity import dataset_facts
 from fourm.data.unified_datasets import Batch, EvalBatches, TrainBatches
+from fourm.models.model_card import Tables
 from fourm.train.config import RunConfig
 from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
 from fourm.train.tasks.pretrain import normalise
@@ -165,6 +166,9 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         return [
             name for name, _ in model.named_buffers() if name.endswith(("_codebook.cluster_size", "_codebook.embed"))
         ]
+
+    def facts(self) -> Tables:
+        return {"Data": [{"domain": self.config.domain, "sides in pixels": [*map(str, self._sizes)]}]}
 
     def describe(self) -> None:
         config = self.config
