@@ -8,7 +8,8 @@ including all parameters that two modules share.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourm.train.parallel import DDP, ProcessOptions
+from fourm.train.parallel import DDP, ProcessOptions, flatten, share_matrices, unflatten
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 
@@ -116,6 +117,35 @@ class FSDP(DDP):
         norm = super().gradient_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        """Do what the base class says; processes with another copy of the model (``fsdp_shard_size``) do the same."""
+        if self._mesh is None:
+            return super().map_matrices(function, matrices, shapes)
+        group = self._mesh.get_group("shard")
+        rank, processes = dist.get_rank(group), dist.get_world_size(group)
+        shares = share_matrices(shapes, processes)
+        # Process p holds the rows parts[p] of a matrix that this process computes, each as many as fully_shard gave it.
+        parts = [[(_rows(shapes[i][0], processes, p), shapes[i][1]) for i in shares[rank]] for p in range(processes)]
+        sent = [sum(matrices[i].numel() for i in share) for share in shares]
+        received = [sum(math.prod(part) for part in of_process) for of_process in parts]
+        order = [i for share in shares for i in share]
+
+        own = matrices[0].new_empty(sum(received))
+        dist.all_to_all_single(own, flatten((matrices[i] for i in order), own), received, sent, group)
+        pieces = [unflatten(flat, shape) for flat, shape in zip(own.split(received), parts, strict=True)]
+        results = [function(torch.cat(rows)) for rows in zip(*pieces, strict=True)]
+
+        rows = [result.split([part[k][0] for part in parts]) for k, result in enumerate(results)]
+        back = matrices[0].new_empty(sum(sent))
+        dist.all_to_all_single(
+            back, flatten((piece for of_process in zip(*rows, strict=True) for piece in of_process), own), sent,
+            received, group,
+        )  # fmt: skip
+        own_rows = unflatten(back, [tuple(matrices[i].shape) for i in order])
+        return [result for _, result in sorted(zip(order, own_rows, strict=True), key=lambda pair: pair[0])]
+
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         try:
             yield from batches  # forward passes gather parameters, so all processes must do the same number of them
@@ -123,6 +153,12 @@ class FSDP(DDP):
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # otherwise the root stays gathered for a backward pass
+
+
+def _rows(rows: int, processes: int, process: int) -> int:
+    """Return how many of the rows of a matrix a process holds, as ``torch.chunk`` distributes them."""
+    chunk = -(-rows // processes)
+    return min(max(rows - process * chunk, 0), chunk)
 
 
 class _InitialiseShards(TorchDispatchMode):
