@@ -8,6 +8,7 @@ including all parameters that two modules share.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourm.train.parallel import DDP, ProcessOptions, flatten, share_matrices, unflatten
+from fourm.train.parallel import DDP, ProcessOptions, flatten, in_order, share_matrices, unflatten
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 
@@ -126,25 +127,14 @@ class FSDP(DDP):
         group = self._mesh.get_group("shard")
         rank, processes = dist.get_rank(group), dist.get_world_size(group)
         shares = share_matrices(shapes, processes)
-        # Process p holds the rows parts[p] of a matrix that this process computes, each as many as fully_shard gave it.
-        parts = [[(_rows(shapes[i][0], processes, p), shapes[i][1]) for i in shares[rank]] for p in range(processes)]
-        sent = [sum(matrices[i].numel() for i in share) for share in shares]
-        received = [sum(math.prod(part) for part in of_process) for of_process in parts]
-        order = [i for share in shares for i in share]
-
-        own = matrices[0].new_empty(sum(received))
-        dist.all_to_all_single(own, flatten((matrices[i] for i in order), own), received, sent, group)
-        pieces = [unflatten(flat, shape) for flat, shape in zip(own.split(received), parts, strict=True)]
-        results = [function(torch.cat(rows)) for rows in zip(*pieces, strict=True)]
-
-        rows = [result.split([part[k][0] for part in parts]) for k, result in enumerate(results)]
-        back = matrices[0].new_empty(sum(sent))
-        dist.all_to_all_single(
-            back, flatten((piece for of_process in zip(*rows, strict=True) for piece in of_process), own), sent,
-            received, group,
-        )  # fmt: skip
-        own_rows = unflatten(back, [tuple(matrices[i].shape) for i in order])
-        return [result for _, result in sorted(zip(order, own_rows, strict=True), key=lambda pair: pair[0])]
+        # The shapes of the rows that process p holds of the matrices that this process computes
+        rows = [[(_rows(shapes[i][0], processes, p), shapes[i][1]) for i in shares[rank]] for p in range(processes)]
+        received = _exchange([[matrices[i] for i in share] for share in shares], rows, matrices[0], group)
+        results = [function(torch.cat(parts)) for parts in zip(*received, strict=True)]
+        split = [result.split([rows[p][k][0] for p in range(processes)]) for k, result in enumerate(results)]
+        own = [[matrices[i].shape for i in share] for share in shares]
+        returned = _exchange([[parts[p] for parts in split] for p in range(processes)], own, matrices[0], group)
+        return in_order(shares, returned)
 
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         try:
@@ -159,6 +149,23 @@ def _rows(rows: int, processes: int, process: int) -> int:
     """Return how many of the rows of a matrix a process holds, as ``torch.chunk`` distributes them."""
     chunk = -(-rows // processes)
     return min(max(rows - process * chunk, 0), chunk)
+
+
+def _exchange(
+    tensors: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor,
+    group: dist.ProcessGroup,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Send ``tensors[p]`` to process p, and return what each process sent to this one.
+
+    Args:
+        tensors: Tensors of the type of ``like``, by process and in order.
+        shapes: The shapes of what process p sends to this one.
+    """
+    sent = [sum(tensor.numel() for tensor in to_process) for to_process in tensors]
+    sizes = [sum(map(math.prod, from_process)) for from_process in shapes]
+    received = like.new_empty(sum(sizes))
+    dist.all_to_all_single(received, flatten(itertools.chain(*tensors), like), sizes, sent, group)
+    return [unflatten(flat, own) for flat, own in zip(received.split(sizes), shapes, strict=True)]
 
 
 class _InitialiseShards(TorchDispatchMode):

@@ -95,8 +95,11 @@ def block_matrices(blocks: Sequence[nn.Module]) -> list[nn.Parameter]:
 
 
 def _orthogonalise(matrix: Tensor) -> Tensor:
-    """Return the orthogonal matrix near ``matrix``, (A, B) in bfloat16: torch's update of a matrix of zeros."""
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T  # torch does not scale the update of these
+    """Return the orthogonal matrix near ``matrix``, (A, B) in bfloat16.
+
+    This is the step of ``torch.optim.Muon`` from zeros against ``matrix``, which is not scaled if A <= B.
+    """
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     result = nn.Parameter(torch.zeros_like(wide))
     result.grad = wide
     torch.optim.Muon([result], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import math
 import threading
 from abc import ABC, abstractmethod
@@ -273,11 +274,8 @@ class DDP(Strategy):
         length = max(sum(shapes[i].numel() for i in share) for share in shares)
         gathered = [own.new_empty(length) for _ in shares]
         dist.all_gather(gathered, nn.functional.pad(own, (0, length - len(own))))
-        results = [torch.empty(0)] * len(matrices)
-        for share, flat in zip(shares, gathered, strict=True):
-            for i, result in zip(share, unflatten(flat, [shapes[i] for i in share]), strict=True):
-                results[i] = result
-        return results
+        results = [unflatten(flat, [shapes[i] for i in share]) for flat, share in zip(gathered, shares, strict=True)]
+        return in_order(shares, results)
 
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
@@ -300,6 +298,12 @@ def share_matrices(shapes: Sequence[torch.Size], processes: int) -> list[list[in
         shares[process].append(i)
         loads[process] += work[i]
     return shares
+
+
+def in_order(shares: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the results by index, from those of each share of the indices."""
+    indices, tensors = itertools.chain(*shares), itertools.chain(*results)
+    return [result for _, result in sorted(zip(indices, tensors, strict=True), key=lambda pair: pair[0])]
 
 
 def flatten(tensors: Iterable[Tensor], like: Tensor) -> Tensor:

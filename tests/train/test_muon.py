@@ -12,10 +12,10 @@ from fourm.train.fsdp import FSDP, set_shard
 from fourm.train.optimizer import build_optimizer, set_hyperparameters
 from fourm.train.parallel import DDP, share_matrices
 from fourm.train.tasks.pretrain import PretrainConfig
+from fourm.utils.errors import UserError
 from tests.train.toy_run import (
-    CONTEXT,
-    wait_for,
-)
+    CONTEXT, kill, losses, run_in_process, run_ranks, start_ranks, wait_for, wait_for_step, write_run,
+)  # fmt: skip
 
 LR, DECAY = 0.02, 0.1
 
@@ -35,10 +35,10 @@ class Model(nn.Module):
         return self
 
 
-def _train(strategy, meeting_point="env://", steps=3):
-    """Do some steps with the same gradients in all processes; return the optimizer and the whole parameters."""
-    options = {"opt": "muon", "muon_lr_scale": 0.5, "muon_momentum": 0.9, "device": "cpu", "dist_url": meeting_point}
-    config = load_config(PretrainConfig, None, {"epochs": 1, "dtype": "float32", **options})
+def _train(strategy, steps=3, **options):
+    """Do some steps with the same gradients in all processes, and return the whole parameters."""
+    options |= {"opt": "muon", "muon_lr_scale": 0.5, "muon_momentum": 0.9, "device": "cpu", "dtype": "float32"}
+    config = load_config(PretrainConfig, None, {"epochs": 1, **options})
     parallel = strategy(config)
     with torch.device("meta"):
         model = Model()
@@ -58,11 +58,11 @@ def _train(strategy, meeting_point="env://", steps=3):
         for name, parameter in model.named_parameters()
     }
     parallel.close()
-    return optimizer, weights
+    return weights
 
 
 def test_a_step_is_that_of_muon_and_adamw_of_torch():
-    _, weights = _train(DDP)
+    weights = _train(DDP)
     model = Model()
     torch.manual_seed(0)
     model.init_weights()
@@ -81,10 +81,10 @@ def test_a_step_is_that_of_muon_and_adamw_of_torch():
 
 
 def _check_sharing(rank: int, meeting_point: str) -> None:
-    _, expected = _train(DDP)
+    expected = _train(DDP)
     os.environ.update(RANK=str(rank), WORLD_SIZE="2")
-    for strategy in (DDP, FSDP):
-        _, weights = _train(strategy, f"{meeting_point}-{strategy.__name__}")
+    for number, (strategy, options) in enumerate([(DDP, {}), (FSDP, {}), (FSDP, {"fsdp_shard_size": 1})]):
+        weights = _train(strategy, dist_url=f"{meeting_point}-{number}", **options)
         for name, tensor in expected.items():
             torch.testing.assert_close(weights[name], tensor, rtol=1e-6, atol=1e-7, msg=f"{strategy} {name}")
 
@@ -105,3 +105,35 @@ def test_the_work_is_shared_evenly():
     sizes = [sum(shapes[i].numel() for i in share) for share in shares]
     assert max(sizes) < 1.4 * min(sizes)
     assert share_matrices(shapes[:1], 3) == [[0], [], []]
+
+
+def test_a_model_without_blocks_is_refused():
+    config = PretrainConfig(epochs=1, opt="muon", device="cpu")
+    with pytest.raises(UserError, match="'opt' muon: the model has no blocks with matrices"):
+        build_optimizer(nn.Linear(2, 2), config, [], DDP(config))
+
+
+@pytest.mark.dist
+def test_a_killed_run_and_another_strategy_continue_exactly(tmp_path):
+    options = {
+        "opt": "muon", "accum_iter": 2, "num_workers": 0, "num_streams": 2, "eval_freq": 0, "epochs": 1, "keep_last": 0,
+        "save_every_minutes": 1e-9, "epoch_size": 96, "warmup_epochs": 0, "async_save": False,
+    }  # fmt: skip
+    config, whole = write_run(tmp_path / "killed", **options), write_run(tmp_path / "whole", **options)
+    run_in_process(whole)
+    expected = losses(whole.parent / "out")
+    ranks = start_ranks(config, strategy=DDP, processes=1)
+    wait_for_step(config, 3, ranks)
+    kill(ranks)
+    assert len(losses(config.parent / "out")) < len(expected) == 12, "too late: the run has ended"
+    with pytest.raises(UserError, match="muon_momentum 0.95 → 0.5; muon_lr_scale 1.0 → 2.0"):
+        run_in_process(config, "--muon_momentum", 0.5, "--muon_lr_scale", 2)
+    run_in_process(config)
+    assert losses(config.parent / "out") == expected
+    for strategy in (DDP, FSDP):
+        out = tmp_path / strategy.__name__
+        run_ranks(
+            whole, "--resume", whole.parent / "out" / "checkpoints" / "step-00000004", "--output_dir", out,
+            "--accum_iter", 1, strategy=strategy,
+        )  # fmt: skip
+        assert losses(out) == pytest.approx({s: loss for s, loss in expected.items() if s > 4}, rel=1e-4)
