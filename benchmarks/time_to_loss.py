@@ -6,10 +6,11 @@
 Each optimizer first trains with the first seed and each of its learning rates, and then with the other seeds and the
 learning rate that ended with the lowest loss. All runs have the same length and schedule, and differ in nothing but the
 optimizer, the learning rate and the seed. The target is the loss with which AdamW ends, averaged over the seeds. A run
-reaches it in the step in which the line through its evaluations crosses it.
+reaches it in the step in which the line through its evaluations crosses it; ``fewer_steps`` is the length of the runs
+divided by the mean of these steps over the runs with Muon.
 
-The seconds are steps x cost of a step. The cost is a median over steps in which the optimizers take turns on the same
-batches, in processor time and in wall-clock time. It prints JSON objects: one for each run, and one for the comparison.
+``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the
+optimizers take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON objects: one for each run, and one for the comparison.
 The runs are ordinary training runs in folders of their own, so that an interrupted benchmark continues.
 """
 
@@ -36,14 +37,16 @@ from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import run_cli
 
 OPTIMIZERS = ("adamw", "muon")
+WARM_UP = 2  # steps that are not timed
 
 
 def shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return what all runs change in the configuration: the data, the length and the evaluations."""
-    batch_size = load_config(PretrainConfig, options.config).batch_size
+    config = load_config(PretrainConfig, options.config)
     overrides: dict[str, Any] = {
-        "epochs": 1, "epoch_size": options.steps * batch_size, "step_eval": True, "eval_freq": options.eval_every,
-        "fixed_eval": False, "warmup_epochs": -1, "warmup_steps": options.steps // 10, "save_ckpt_freq": 0,
+        "epochs": 1, "epoch_size": options.steps * config.accum_iter * config.batch_size, "warmup_epochs": -1,
+        "warmup_steps": options.steps * config.accum_iter // 10, "step_eval": True, "eval_freq": options.eval_every,
+        "fixed_eval": False, "save_ckpt_freq": 0,
     }  # fmt: skip
     if options.data:
         folder = Path(options.data).resolve()
@@ -84,43 +87,41 @@ class Setting:
 
 def steps_to(loss: float, curve: dict[int, float]) -> float | None:
     """Return the step in which the line through the points of ``curve`` first is at ``loss``; None if it never is."""
-    for (before, high), (step, low) in pairwise(sorted(curve.items())):
+    points = sorted(curve.items())
+    for (before, high), (step, low) in pairwise([points[0], *points]):
         if low <= loss:
-            return step if high <= low else before + (step - before) * min(1.0, (high - loss) / (high - low))
+            return step - (step - before) * (loss - low) / (high - low) if high > low else step
     return None
 
 
 def step_costs(best: dict[str, Setting], options: argparse.Namespace, shared: dict[str, Any]) -> dict[str, Any]:
-    """Measure seconds per step; the optimizers take turns on the same batches."""
-    config = next(iter(best.values())).config(options, shared)
-    runs = {
-        opt: Run(
-            Pretrain(dataclasses.replace(config, opt=opt, output_dir=f"{options.out}/cost", eval_freq=0)), DDP(config)
-        )
-        for opt in best
-    }
-    task = next(iter(runs.values())).task
-    batches = iter(task.train_batches(0, 1, options.steps, 0, None, pin_memory=False))
+    """Measure the seconds of a step; the optimizers take turns on the same batches."""
+    runs = {}
+    for opt, setting in best.items():
+        config = setting.config(options, shared | {"eval_freq": 0})
+        config = dataclasses.replace(config, output_dir=str(Path(options.out) / "cost"))  # where nothing is written
+        with contextlib.redirect_stdout(sys.stderr):
+            runs[opt] = Run(Pretrain(config), DDP(config))
+    batches_per_epoch = options.steps * config.accum_iter
+    batches = iter(runs["adamw"].task.train_batches(0, 1, batches_per_epoch, 0, None, pin_memory=False))
     seconds: dict[str, list[tuple[float, float]]] = {opt: [] for opt in runs}
-    for _ in range(options.timed_steps + 2):
-        micro_batches = [next(batches) for _ in range(config.accum_iter)]
-        for opt, run in runs.items():
-            begin = time.process_time(), time.perf_counter()
-            run.trainer.train_step(micro_batches)
-            seconds[opt].append((time.process_time() - begin[0], time.perf_counter() - begin[1]))
-    batches.close()
-    clocks = ("cpu_seconds", "seconds")
-    medians = {
-        opt: dict(zip(clocks, map(median, zip(*values[2:], strict=True)), strict=True))
-        for opt, values in seconds.items()
-    }
-    # The median of the ratios, because other work disturbs both steps of a pair alike.
-    pairs = list(zip(*(values[2:] for values in seconds.values()), strict=True))
-    ratios = {clock: median(muon[k] / adamw[k] for adamw, muon in pairs) for k, clock in enumerate(clocks)}
-    return {"per_step": medians, "muon_per_adamw": ratios}
+    with contextlib.closing(batches):
+        for _ in range(WARM_UP + options.timed_steps):
+            micro_batches = [next(batches) for _ in range(config.accum_iter)]
+            for opt, run in runs.items():
+                start = time.process_time(), time.perf_counter()
+                run.trainer.train_step(micro_batches)
+                seconds[opt].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    costs: dict[str, Any] = {}
+    for k, clock in enumerate(("cpu_seconds", "seconds")):
+        adamw, muon = ([pair[k] for pair in seconds[opt][WARM_UP:]] for opt in OPTIMIZERS)
+        # The median of the ratios, because other work disturbs two steps in a row alike.
+        ratio = median(b / a for a, b in zip(adamw, muon, strict=True))
+        costs[clock] = {"adamw": median(adamw), "muon": median(muon), "ratio": ratio}
+    return costs
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="cfgs/demo/main.yaml", help="configuration of the runs")
     parser.add_argument("--data", help="folder of `fourm demo`; without it, the data that the configuration names")
@@ -132,7 +133,7 @@ def main() -> None:
     parser.add_argument("--muon_blr", type=float, nargs="+", default=[0.015, 0.03, 0.06], help="values of blr to try")
     parser.add_argument("--muon_lr_scale", type=float, default=1.0, help="the option of this name")
     parser.add_argument("--timed_steps", type=int, default=20, help="steps of each optimizer that are timed")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     Path(options.out).mkdir(parents=True, exist_ok=True)
     shared = shared_overrides(options)
     best, curves = {}, {}
@@ -147,22 +148,16 @@ def main() -> None:
     target = mean(curve[options.steps] for curve in curves["adamw"])
     steps = {opt: [steps_to(target, curve) for curve in curves[opt]] for opt in OPTIMIZERS}
     costs = step_costs(best, options, shared)
-    # An AdamW run that ends above the mean of the runs does not reach it; each of them has this many steps to do so.
     reached = [step for step in steps["muon"] if step is not None]
     ratio = options.steps / mean(reached) if len(reached) == len(options.seeds) else None
-    print(
-        json.dumps(
-            {
-                "benchmark": "time_to_loss", "target": target, "steps": options.steps,
-                "blr": {opt: setting.blr for opt, setting in best.items()},
-                "final_losses": {opt: [curve[options.steps] for curve in curves[opt]] for opt in OPTIMIZERS},
-                "steps_to_target": steps, "fewer_steps": ratio, "cost": costs,
-                "fewer_seconds": ratio and {
-                    clock: ratio / factor for clock, factor in costs["muon_per_adamw"].items()
-                },
-            }
-        )
-    )  # fmt: skip
+    result = {
+        "benchmark": "time_to_loss", "target": target, "steps": options.steps,
+        "blr": {opt: setting.blr for opt, setting in best.items()},
+        "final_losses": {opt: [curve[options.steps] for curve in curves[opt]] for opt in OPTIMIZERS},
+        "steps_to_target": steps, "fewer_steps": ratio, "cost_of_a_step": costs,
+        "fewer_seconds": {clock: ratio and ratio / cost["ratio"] for clock, cost in costs.items()},
+    }  # fmt: skip
+    print(json.dumps(result))
 
 
 if __name__ == "__main__":
