@@ -22,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourm.train.parallel import DDP, ProcessOptions, flatten, in_order, share_matrices, unflatten
+from fourm.train.parallel import DDP, ProcessOptions, flatten, in_order, map_shared, share_matrices, unflatten
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 
@@ -121,7 +121,6 @@ class FSDP(DDP):
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
     ) -> list[Tensor]:
-        """Do what the base class says; processes with another copy of the model (``fsdp_shard_size``) do the same."""
         if self._mesh is None:
             return super().map_matrices(function, matrices, shapes)
         group = self._mesh.get_group("shard")
@@ -130,7 +129,11 @@ class FSDP(DDP):
         # The shapes of the rows that process p holds of the matrices that this process computes
         rows = [[(_rows(shapes[i][0], processes, p), shapes[i][1]) for i in shares[rank]] for p in range(processes)]
         received = _exchange([[matrices[i] for i in share] for share in shares], rows, matrices[0], group)
-        results = [function(torch.cat(parts)) for parts in zip(*received, strict=True)]
+        whole = [torch.cat(parts) for parts in zip(*received, strict=True)]
+        if self._mesh.ndim == 2:  # the processes that hold the same rows in other copies of the model have these too
+            results = map_shared(function, whole, self._mesh.get_group("replicate"))
+        else:
+            results = [function(matrix) for matrix in whole]
         split = [result.split([rows[p][k][0] for p in range(processes)]) for k, result in enumerate(results)]
         own = [[matrices[i].shape for i in share] for share in shares]
         returned = _exchange([[parts[p] for parts in split] for p in range(processes)], own, matrices[0], group)

@@ -71,7 +71,8 @@ def build_optimizer(
                 optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     matrices = block_matrices(blocks) if options.opt == "muon" else []
-    rest = [parameter for parameter in model.parameters() if parameter not in set(matrices)]
+    known = set(matrices)
+    rest = [parameter for parameter in model.parameters() if parameter not in known]
     adamw = torch.optim.AdamW(_groups(rest, "adamw"), lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
     if options.opt == "adamw":
         return adamw

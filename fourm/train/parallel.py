@@ -267,18 +267,27 @@ class DDP(Strategy):
     def map_matrices(
         self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
     ) -> list[Tensor]:
-        if not self.distributed:
-            return [function(matrix) for matrix in matrices]
-        shares = share_matrices(shapes, self.world_size)
-        own = flatten((function(matrices[i]) for i in shares[self.rank]), matrices[0])
-        length = max(sum(shapes[i].numel() for i in share) for share in shares)
-        gathered = [own.new_empty(length) for _ in shares]
-        dist.all_gather(gathered, nn.functional.pad(own, (0, length - len(own))))
-        results = [unflatten(flat, [shapes[i] for i in share]) for flat, share in zip(gathered, shares, strict=True)]
-        return in_order(shares, results)
+        return map_shared(function, matrices) if self.distributed else [function(matrix) for matrix in matrices]
 
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
+
+
+def map_shared(
+    function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
+    """Apply ``function`` to matrices that all processes of ``group`` hold, to each of them in only one process."""
+    if not matrices:
+        return []
+    shares = share_matrices([matrix.shape for matrix in matrices], dist.get_world_size(group))
+    own = flatten((function(matrices[i]) for i in shares[dist.get_rank(group)]), matrices[0])
+    length = max(sum(matrices[i].numel() for i in share) for share in shares)
+    gathered = [own.new_empty(length) for _ in shares]
+    dist.all_gather(gathered, nn.functional.pad(own, (0, length - len(own))), group)
+    results = [
+        unflatten(flat, [matrices[i].shape for i in share]) for flat, share in zip(gathered, shares, strict=True)
+    ]
+    return in_order(shares, results)
 
 
 def share_matrices(shapes: Sequence[torch.Size], processes: int) -> list[list[int]]:
