@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, time_to_loss
+from tests.train.toy_run import write_run
 from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parent.parent
@@ -44,6 +45,22 @@ def test_the_matrix_runs_under_torchrun_and_fits_exponents():
     )  # fmt: skip
     assert [(row["modalities"], row["strategy"], row["world_size"]) for row in rows] == [(7, "ddp", 2), (14, "ddp", 2)]
     assert set(fit["exponents of cpu_seconds_per_step"]) == {"modalities"}, "one size of model says nothing of sizes"
+
+
+@pytest.mark.slow
+def test_optimizers_are_compared_by_the_steps_to_the_same_loss(tmp_path, capsys):
+    options = {"--steps": 6, "--eval_every": 2, "--seeds": 0, "--adamw_blr": 0.01, "--muon_blr": 1, "--timed_steps": 1}
+    arguments = [str(part) for option in options.items() for part in option]
+    config = write_run(tmp_path / "toys", num_workers=0)
+    time_to_loss.main(["--config", str(config), "--out", str(tmp_path / "out"), *arguments])
+    adamw, muon, result = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(adamw["losses"]) == list(muon["losses"]) == ["2", "4", "6"]
+    assert result["target"] == adamw["losses"]["6"] and result["blr"] == {"adamw": 0.01, "muon": 1.0}
+    assert result["fewer_steps"] > 1, "its learning rate is a hundred times higher"
+    for clock, cost in result["cost_of_a_step"].items():
+        assert result["fewer_seconds"][clock] == pytest.approx(result["fewer_steps"] / cost["ratio"])
+    assert time_to_loss.steps_to(3.0, {10: 5.0, 20: 4.0, 30: 2.0}) == 25 and time_to_loss.steps_to(6.0, {10: 5.0}) == 10
+    assert time_to_loss.steps_to(1.0, {10: 5.0, 20: 4.0}) is None
 
 
 @pytest.mark.slow

@@ -41,7 +41,11 @@ from fourm.utils.paths import InputPath
 log = logging.getLogger("fourm")
 OPTIMIZER = "optimizer/"
 _GROUPS = (MODEL, EMA, OPTIMIZER)  # in separate files, so that weights can be read without optimizer states
-_STATES = {"AdamW": ("step", "exp_avg", "exp_avg_sq"), "SGD": ("momentum_buffer",)}
+_STATES = {  # of a parameter, by the ``algorithm`` of its group
+    "adamw": ("step", "exp_avg", "exp_avg_sq"),
+    "sgd": ("momentum_buffer",),
+    "muon": ("momentum_buffer",),
+}
 _STATE_TYPES = {"step": int, "config": dict, "global_batch": int, "layout": dict, "loss_scale": list, "ranks": list}
 SAVED_MARKER = ".saved.txt"  # in a run folder that has had a checkpoint, even if it has been removed since
 
@@ -273,8 +277,9 @@ def load_tensors(
 def _allocate_states(model: nn.Module, optimizer: torch.optim.Optimizer, stored: Container[str]) -> dict[str, Tensor]:
     """Give the optimizer zeros for the states that a checkpoint has, and return them by their names in it."""
     tensors = {}
+    algorithms = {p: group["algorithm"] for group in optimizer.param_groups for p in group["params"]}
     for name, parameter in model.named_parameters():
-        for key in _STATES[type(optimizer).__name__]:
+        for key in _STATES[algorithms[parameter]]:
             full_name = f"{OPTIMIZER}{name}/{key}"
             if full_name in stored:
                 state = torch.zeros_like(parameter, requires_grad=False)

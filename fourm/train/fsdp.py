@@ -8,7 +8,9 @@ including all parameters that two modules share.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
@@ -20,7 +22,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fourm.train.parallel import DDP, ProcessOptions
+from fourm.train.parallel import DDP, ProcessOptions, flatten, in_order, map_shared, share_matrices, unflatten
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 
@@ -116,6 +118,27 @@ class FSDP(DDP):
         norm = super().gradient_norm(gradients)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        if self._mesh is None:
+            return super().map_matrices(function, matrices, shapes)
+        group = self._mesh.get_group("shard")
+        rank, processes = dist.get_rank(group), dist.get_world_size(group)
+        shares = share_matrices(shapes, processes)
+        # The shapes of the rows that process p holds of the matrices that this process computes
+        rows = [[(_rows(shapes[i][0], processes, p), shapes[i][1]) for i in shares[rank]] for p in range(processes)]
+        received = _exchange([[matrices[i] for i in share] for share in shares], rows, matrices[0], group)
+        whole = [torch.cat(parts) for parts in zip(*received, strict=True)]
+        if self._mesh.ndim == 2:  # the processes that hold the same rows in other copies of the model have these too
+            results = map_shared(function, whole, self._mesh.get_group("replicate"))
+        else:
+            results = [function(matrix) for matrix in whole]
+        split = [result.split([rows[p][k][0] for p in range(processes)]) for k, result in enumerate(results)]
+        own = [[matrices[i].shape for i in share] for share in shares]
+        returned = _exchange([[parts[p] for parts in split] for p in range(processes)], own, matrices[0], group)
+        return in_order(shares, returned)
+
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         try:
             yield from batches  # forward passes gather parameters, so all processes must do the same number of them
@@ -123,6 +146,29 @@ class FSDP(DDP):
             for module in model.modules():
                 if isinstance(module, FSDPModule):
                     module.reshard()  # otherwise the root stays gathered for a backward pass
+
+
+def _rows(rows: int, processes: int, process: int) -> int:
+    """Return how many of the rows of a matrix a process holds, as ``torch.chunk`` distributes them."""
+    chunk = -(-rows // processes)
+    return min(max(rows - process * chunk, 0), chunk)
+
+
+def _exchange(
+    tensors: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor,
+    group: dist.ProcessGroup,
+) -> list[list[Tensor]]:  # fmt: skip
+    """Send ``tensors[p]`` to process p, and return what each process sent to this one.
+
+    Args:
+        tensors: Tensors of the type of ``like``, by process and in order.
+        shapes: The shapes of what process p sends to this one.
+    """
+    sent = [sum(tensor.numel() for tensor in to_process) for to_process in tensors]
+    sizes = [sum(map(math.prod, from_process)) for from_process in shapes]
+    received = like.new_empty(sum(sizes))
+    dist.all_to_all_single(received, flatten(itertools.chain(*tensors), like), sizes, sent, group)
+    return [unflatten(flat, own) for flat, own in zip(received.split(sizes), shapes, strict=True)]
 
 
 class _InitialiseShards(TorchDispatchMode):

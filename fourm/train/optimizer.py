@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fourm.train.device import DeviceOptions
+from fourm.train.muon import Muon, MuonOptions, block_matrices
 from fourm.train.parallel import Strategy
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
@@ -18,10 +19,14 @@ _INITIAL_SCALE, _GROWTH_INTERVAL = 2.0**16, 2000
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerOptions(DeviceOptions):
+class OptimizerOptions(MuonOptions, DeviceOptions):
     """Optimizer"""
 
-    opt: Literal["adamw", "sgd"] = option("optimizer", "adamw", fixed=True)
+    opt: Literal["adamw", "sgd", "muon"] = option(
+        "optimizer; muon trains the matrices of the blocks with Muon, and everything else with AdamW",
+        "adamw",
+        fixed=True,
+    )
     opt_eps: float = option("AdamW epsilon", 1e-8, at_least=1e-30, at_most=1.0, fixed=True)
     opt_betas: tuple[float, float] = option("AdamW betas", (0.9, 0.95), at_least=0, below=1, fixed=True)
     momentum: float = option("SGD momentum", 0.9, at_least=0, below=1, fixed=True)
@@ -40,33 +45,62 @@ class OptimizerOptions(DeviceOptions):
             raise UserError(f"'opt_betas' must be two numbers, not {list(self.opt_betas)}")
 
 
-def build_optimizer(model: nn.Module, options: OptimizerOptions) -> torch.optim.Optimizer:
+def build_optimizer(
+    model: nn.Module,
+    options: OptimizerOptions,
+    blocks: Sequence[nn.Module] = (),
+    parallel: Strategy | None = None,
+) -> torch.optim.Optimizer:
     """Build the optimizer, with weight decay on everything except vectors (norms, biases).
 
-    Frozen parameters are included, because they are trained in a later phase.
+    Frozen parameters are included, because they are trained in a later phase. The ``algorithm`` of a parameter group
+    tells which states its parameters have.
+
+    Args:
+        blocks: The blocks of the model, see :meth:`Task.blocks`; only Muon needs them.
+        parallel: How processes share the work of Muon.
+
+    Raises:
+        UserError: There are no matrices for Muon.
     """
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
-    for parameter in model.parameters():
-        groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
-    parameter_groups = [
-        {"params": parameters, "name": name, "weight_decay_scale": float(name == "decay")}
-        for name, parameters in groups.items()
-        if parameters
-    ]
+    if options.opt == "sgd":
+        optimizer = torch.optim.SGD(_groups(model.parameters(), "sgd"), lr=0.0, momentum=options.momentum, fused=True)
+        if options.momentum:
+            # SGD would leave the buffers uninitialised if its first step were skipped.
+            for parameter in model.parameters():
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return optimizer
+    matrices = block_matrices(blocks) if options.opt == "muon" else []
+    known = set(matrices)
+    rest = [parameter for parameter in model.parameters() if parameter not in known]
+    adamw = torch.optim.AdamW(_groups(rest, "adamw"), lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
     if options.opt == "adamw":
-        return torch.optim.AdamW(parameter_groups, lr=0.0, betas=options.opt_betas, eps=options.opt_eps, fused=True)
-    optimizer = torch.optim.SGD(parameter_groups, lr=0.0, momentum=options.momentum, fused=True)
-    if options.momentum:
-        # SGD would leave the buffers uninitialised if its first step were skipped.
-        for parameter in model.parameters():
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+        return adamw
+    if not matrices:
+        raise UserError("'opt' muon: the model has no blocks with matrices that Muon could train; set it to adamw")
+    assert parallel is not None
+    (group,) = _groups(matrices, "muon", options.muon_lr_scale)
+    return Muon(group, adamw, options.muon_momentum, parallel)
+
+
+def _groups(parameters: Iterable[nn.Parameter], algorithm: str, lr_scale: float = 1.0) -> list[dict[str, Any]]:
+    """Return parameter groups: what weight decay applies to, and the vectors."""
+    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": []}
+    for parameter in parameters:
+        groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
+    return [
+        {
+            "params": members, "name": name, "algorithm": algorithm, "lr_scale": lr_scale,
+            "weight_decay_scale": float(name == "decay"),
+        }
+        for name, members in groups.items() if members
+    ]  # fmt: skip
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:
     """Set the learning rate and weight decay of this step."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 

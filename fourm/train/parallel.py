@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
+import math
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -209,6 +211,21 @@ class Strategy(Processes, ABC):
         """Return the global 2-norm, the same in all processes, without waiting for the device."""
 
     @abstractmethod
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        """Apply a costly function to whole matrices, each of which only one process computes.
+
+        Args:
+            function: A function of one matrix, (A, B) → (A, B), of the same type.
+            matrices: What this process holds of the matrices: all or, under FSDP, some rows of them.
+            shapes: The shapes (A, B) of the whole matrices.
+
+        Returns:
+            The results, of which each process gets what it holds of the matrices.
+        """
+
+    @abstractmethod
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         """Yield the batches for which this process must do a forward pass.
 
@@ -247,8 +264,66 @@ class DDP(Strategy):
     def gradient_norm(self, gradients: Sequence[Tensor]) -> Tensor:
         return nn.utils.get_total_norm(gradients)
 
+    def map_matrices(
+        self, function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], shapes: Sequence[torch.Size]
+    ) -> list[Tensor]:
+        return map_shared(function, matrices) if self.distributed else [function(matrix) for matrix in matrices]
+
     def evaluation_batches(self, batches: Iterable[T | None], model: nn.Module) -> Iterator[T | None]:
         return (batch for batch in batches if batch is not None)
+
+
+def map_shared(
+    function: Callable[[Tensor], Tensor], matrices: Sequence[Tensor], group: dist.ProcessGroup | None = None
+) -> list[Tensor]:
+    """Apply ``function`` to matrices that all processes of ``group`` hold, to each of them in only one process."""
+    if not matrices:
+        return []
+    shares = share_matrices([matrix.shape for matrix in matrices], dist.get_world_size(group))
+    own = flatten((function(matrices[i]) for i in shares[dist.get_rank(group)]), matrices[0])
+    length = max(sum(matrices[i].numel() for i in share) for share in shares)
+    gathered = [own.new_empty(length) for _ in shares]
+    dist.all_gather(gathered, nn.functional.pad(own, (0, length - len(own))), group)
+    results = [
+        unflatten(flat, [matrices[i].shape for i in share]) for flat, share in zip(gathered, shares, strict=True)
+    ]
+    return in_order(shares, results)
+
+
+def share_matrices(shapes: Sequence[torch.Size], processes: int) -> list[list[int]]:
+    """Distribute matrices over processes: the largest first, each to the process that has the least work so far.
+
+    Args:
+        shapes: The shapes (A, B) of the matrices.
+
+    Returns:
+        The indices of the matrices of each process.
+    """
+    work = [min(shape) ** 2 * (min(shape) + 2 * max(shape)) for shape in shapes]  # of a Newton-Schulz iteration
+    shares: list[list[int]] = [[] for _ in range(processes)]
+    loads = [0] * processes
+    for i in sorted(range(len(shapes)), key=lambda i: -work[i]):
+        process = loads.index(min(loads))
+        shares[process].append(i)
+        loads[process] += work[i]
+    return shares
+
+
+def in_order(shares: Sequence[Sequence[int]], results: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Return the results by index, from those of each share of the indices."""
+    indices, tensors = itertools.chain(*shares), itertools.chain(*results)
+    return [result for _, result in sorted(zip(indices, tensors, strict=True), key=lambda pair: pair[0])]
+
+
+def flatten(tensors: Iterable[Tensor], like: Tensor) -> Tensor:
+    """Concatenate the elements of tensors, of which there may be none, of the type of ``like``."""
+    return torch.cat([like.new_empty(0), *(tensor.flatten() for tensor in tensors)])
+
+
+def unflatten(flat: Tensor, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    """Return the tensors of these shapes that ``flat`` begins with."""
+    sizes = [math.prod(shape) for shape in shapes]
+    return [part.view(shape) for part, shape in zip(flat[: sum(sizes)].split(sizes), shapes, strict=True)]
 
 
 def _check_rendezvous(url: str) -> None:

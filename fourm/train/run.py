@@ -151,7 +151,8 @@ class Run:
             )
         schedule = build_schedule(config, self.length, parallel.world_size)
         step = config.start_epoch * self.steps_per_epoch
-        return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule, step)
+        optimizer = build_optimizer(model, config, task.blocks(model), parallel)
+        return Trainer(config, task, parallel, model, optimizer, schedule, step)
 
     def _log_overview(self, weights: str) -> None:
         config, length, schedule = self.config, self.length, self.trainer.schedule

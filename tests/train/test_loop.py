@@ -55,10 +55,17 @@ class Masks(TorchFunctionMode):
 
 
 @pytest.fixture
-def trainer_and_batches(tmp_path):
+def trainer_and_batches(tmp_path, request):
+    opt = getattr(request, "param", "adamw")
     model = {"dim": 32, "encoder_depth": 2, "decoder_depth": 3, "num_heads": 2}
     path = write_run(
-        tmp_path / "toys", num_workers=0, accum_iter=2, skip_grad=100.0, skip_nan_grad=True, model_kwargs=model
+        tmp_path / "toys",
+        num_workers=0,
+        accum_iter=2,
+        skip_grad=100.0,
+        skip_nan_grad=True,
+        model_kwargs=model,
+        opt=opt,
     )
     config = parse_args(PretrainConfig, ["--config", str(path)])
     run = Run(Pretrain(config), DDP(config))
@@ -66,7 +73,11 @@ def trainer_and_batches(tmp_path):
     return run.trainer, [next(batches), next(batches)]
 
 
-@pytest.mark.parametrize("loss_type", ["mod", "token"])
+@pytest.mark.parametrize(
+    ("trainer_and_batches", "loss_type"),
+    [("adamw", "mod"), ("adamw", "token"), ("muon", "mod")],
+    indirect=["trainer_and_batches"],
+)
 def test_nothing_of_a_step_waits_for_the_device(trainer_and_batches, loss_type):
     trainer, batches = trainer_and_batches
     object.__setattr__(trainer.config, "loss_type", loss_type)

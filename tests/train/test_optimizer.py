@@ -12,9 +12,10 @@ def _setup(**options):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.LayerNorm(7), torch.nn.Linear(7, 3))
     config = PretrainConfig(epochs=1, device="cpu", dtype=options.pop("dtype", "float32"), **options)
-    optimizer = build_optimizer(model, config)
+    parallel = DDP(config)
+    optimizer = build_optimizer(model, config, [model], parallel)
     set_hyperparameters(optimizer, lr=0.1, weight_decay=0.2)
-    return model, optimizer, GradientStep(optimizer, config, DDP(config))
+    return model, optimizer, GradientStep(optimizer, config, parallel)
 
 
 def _loss(model, factor=1.0):
@@ -29,7 +30,7 @@ def test_only_matrices_decay():
     assert decays == {1: 0.0, 2: 0.2}
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "muon"])
 @pytest.mark.parametrize("clip", [None, 0.01, 100.0])
 def test_clipping_equals_clipping_the_gradients_first(opt, clip):
     model, _, step = _setup(opt=opt, clip_grad=clip)
@@ -47,7 +48,7 @@ def test_clipping_equals_clipping_the_gradients_first(opt, clip):
         torch.testing.assert_close(one, other)
 
 
-@pytest.mark.parametrize("opt", ["adamw", "sgd"])
+@pytest.mark.parametrize("opt", ["adamw", "sgd", "muon"])
 def test_a_skipped_step_changes_nothing(opt):
     skipping, _, step = _setup(opt=opt, skip_grad=5.0)
     plain, optimizer, _ = _setup(opt=opt)

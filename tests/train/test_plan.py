@@ -39,8 +39,9 @@ def test_any_published_configuration_can_be_planned_without_data(path, monkeypat
     assert plan.total_flops == pytest.approx(plan.days * 86400 * 128 * 0.4 * 989e12)
 
 
-def test_states_take_what_they_take_in_a_run(tmp_path):
-    path = write_run(tmp_path / "toys", num_workers=0)
+@pytest.mark.parametrize("opt", ["adamw", "muon"])
+def test_states_take_what_they_take_in_a_run(tmp_path, opt):
+    path = write_run(tmp_path / "toys", num_workers=0, opt=opt)
     config = parse_args(PretrainConfig, ["--config", str(path), "--plan_world_size", "1"])
     plan, _ = planned(path, plan_world_size=1)
     run = Run(Pretrain(config), DDP(config))
