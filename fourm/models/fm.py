@@ -398,6 +398,8 @@ class FM(FourM, Hub4M):
         UserError: If the configuration is incomplete or invalid, or the model does not fit into memory.
     """
 
+    config_keys = CONFIG_KEYS
+
     def __init__(self, config: dict):
         options = check_config(config)
         try:

@@ -84,6 +84,8 @@ class FMViT(FourMViT, Hub4M):
         UserError: If the configuration is invalid or has no RGB pixels.
     """
 
+    config_keys = CONFIG_KEYS
+
     def __init__(self, config: dict, output_head: nn.Module | None = None):
         options = check_config(config)
         sizes = {"image_size": options.get("image_size", 224), "patch_size": options.get("patch_size", 16)}
