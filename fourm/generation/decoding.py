@@ -8,7 +8,7 @@ Shapes: h x w tokens, H x W pixels, C channels. Masks: True = masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
@@ -24,9 +25,49 @@ from fourm.data.transforms.image import PixelTransform
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
+from fourm.vq.controlnet import VQControlNet
+from fourm.vq.diffusion import DECODING_STEPS
+from fourm.vq.divae import DiVAE
 
 Tokenizers = Mapping[str, ImageTokenizer]
 """Maps kinds of images (``rgb``, ``depth``, …) to their tokenizers."""
+
+
+@dataclass(frozen=True)
+class Detokenizer:
+    """How tokenizers that decode by diffusion sample images; others ignore it.
+
+    Attributes:
+        steps: Number of diffusion steps.
+        guidance_scale, cond_scale: Of a ControlNet: how far to go beyond a prediction without tokens, and their weight.
+    """
+
+    steps: int = DECODING_STEPS
+    guidance_scale: float = 2.5
+    cond_scale: float = 0.8
+
+    def decode(self, tokenizer: ImageTokenizer, ids: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+        """Decode the tokens of images.
+
+        Args:
+            tokenizer: The tokenizer.
+            ids: Ids (B, L), of a square of tokens, or one of each codebook.
+            seed: Seed of each image, or of the first one, which those of the others follow.
+
+        Returns:
+            What the tokenizer decodes, (B, C, H, W), on the CPU.
+        """
+        books = getattr(tokenizer, "num_codebooks", 1)
+        side = max(round((ids.shape[1] / books) ** 0.5), 1)
+        width = side if side * side * books == ids.shape[1] else ids.shape[1] // books
+        grid = ids.long().view(len(ids), *([books] if books > 1 else []), -1, width).to(tokenizer.device)
+        options: dict[str, Any] = {}
+        if isinstance(tokenizer, (DiVAE, VQControlNet)):
+            options = {"timesteps": self.steps, "seed": seed}
+        if isinstance(tokenizer, VQControlNet):
+            options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale, "vae_decode": True}
+        with torch.inference_mode():
+            return tokenizer.decode_tokens(grid, **options).float().cpu()
 
 
 @dataclass(frozen=True)
@@ -59,6 +100,8 @@ def decode(
     modality_info: Mapping[str, Mapping[str, Any]],
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,
+    detokenizer: Detokenizer = Detokenizer(),
+    seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Decoded]]:
     """Decode all inputs of a batch, which include the targets after generation.
 
@@ -67,6 +110,8 @@ def decode(
         modality_info: The modalities of the model.
         tokenizers: Tokenizers of images; tokens without a tokenizer stay a grid of ids.
         text_tokenizer: Text vocabulary, needed for texts.
+        detokenizer: How images are decoded by diffusion.
+        seeds: Seed of each sample, for decoding by diffusion.
 
     Returns:
         A dict from modality to :class:`Decoded` for each sample.
@@ -77,9 +122,10 @@ def decode(
     decoded = {
         name: [
             decode_modality(
-                tensor, mask.bool(), as_modality(name, modality_info[name]), tokenizers or {}, text_tokenizer
+                tensor, mask.bool(), as_modality(name, modality_info[name]), tokenizers or {}, text_tokenizer,
+                detokenizer, None if seeds is None else seeds[index],
             )
-            for tensor, mask in zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True)
+            for index, (tensor, mask) in enumerate(zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True))
         ]
         for name, entry in mod_dict.items()
         if name in modality_info
@@ -88,7 +134,13 @@ def decode(
 
 
 def decode_modality(
-    tensor: Tensor, masked: Tensor, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None
+    tensor: Tensor,
+    masked: Tensor,
+    modality: Modality,
+    tokenizers: Tokenizers,
+    text_tokenizer: Tokenizer | None,
+    detokenizer: Detokenizer = Detokenizer(),
+    seed: int | None = None,
 ) -> Decoded:
     """Decode one modality of one sample.
 
@@ -96,7 +148,8 @@ def decode_modality(
         tensor: Ids (L,) or (h, w), or pixels (C, H, W).
         masked: Mask (L,), True where a token is unknown.
         modality: The modality.
-        tokenizers, text_tokenizer: See :func:`decode`.
+        tokenizers, text_tokenizer, detokenizer: See :func:`decode`.
+        seed: Seed of decoding by diffusion.
 
     Raises:
         UserError: If the modality is a text and there is no text vocabulary.
@@ -114,7 +167,7 @@ def decode_modality(
         value = transform.decode(int(tensor)) if known else None
         return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
     if modality.type == "img":
-        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind))
+        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind), detokenizer, seed)
     ids = tensor[~masked]
     if modality.type == "seq_token":
         return Decoded("tokens", ids[None].numpy() - modality.vocab_offset, tensor=ids)
@@ -126,7 +179,9 @@ def decode_modality(
     return Decoded(kind, value, dropped + unread, tensor=ids)
 
 
-def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None) -> Decoded:
+def _image(
+    ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer, seed: int | None
+) -> Decoded:
     """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
@@ -135,10 +190,11 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
     if tokenizer is None:
         return Decoded("tokens", known.numpy(), int(missing.sum()), tensor=known)
     missing = missing | (grid < 0) | (grid >= tokenizer.vocab_size)
-    with torch.inference_mode():
-        pixels = tokenizer.decode_tokens(grid.masked_fill(missing, 0)[None].long().to(tokenizer.device)).float().cpu()
-    factors = (pixels.shape[-2] // grid.shape[0], pixels.shape[-1] // grid.shape[1])
-    hidden = missing.repeat_interleave(factors[0], 0).repeat_interleave(factors[1], 1)
+    pixels = detokenizer.decode(tokenizer, grid.masked_fill(missing, 0).view(1, -1), seed)
+    if getattr(tokenizer, "num_codebooks", 1) > 1:  # one vector, of which each token describes a part
+        value = pixels[0].flatten(1).T
+        return Decoded("vectors", value.numpy(), int(missing.sum()), tensor=known)
+    hidden = interpolate(missing[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0].bool()
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
     return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum())), tensor=known)
