@@ -22,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fourm.data.collate import ModDict
-from fourm.generation.decoding import Detokenizer
+from fourm.generation.decoding import DETOKENIZER, Detokenizer
 from fourm.generation.plotting import IMAGES, colormap, principal_colors
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
@@ -189,9 +189,7 @@ def decode_tok_clip(mod_dict: ModDict, tokenizers: Images, key: str, *sizes: Any
 decode_tok_dinov2 = decode_tok_imagebind = decode_tok_clip
 
 
-def decode_tok_dinov2_global(
-    mod_dict: ModDict, tokenizers: Images, key: str, *sizes: Any, **ignored: Any
-) -> Tensor:
+def decode_tok_dinov2_global(mod_dict: ModDict, tokenizers: Images, key: str, *sizes: Any, **ignored: Any) -> Tensor:
     """Decode a global feature to its vector, (C,). Further arguments are ignored."""
     vectors = _decode(mod_dict, tokenizers, key).flatten(1)
     return vectors[0] if len(vectors) == 1 else vectors
@@ -221,7 +219,7 @@ def tensor_to_images(tensor: Tensor) -> np.ndarray:
 
 
 def _decode(
-    mod_dict: ModDict, tokenizers: Images, key: str, detokenizer: Detokenizer = Detokenizer(), seed: int | None = None
+    mod_dict: ModDict, tokenizers: Images, key: str, detokenizer: Detokenizer = DETOKENIZER, seed: int | None = None
 ) -> Tensor:
     return detokenizer.decode(_tokenizer(tokenizers, key.split("@")[0]), mod_dict[key]["tensor"].flatten(1), seed)
 

@@ -70,6 +70,9 @@ class Detokenizer:
             return tokenizer.decode_tokens(grid, **options).float().cpu()
 
 
+DETOKENIZER = Detokenizer()
+
+
 @dataclass(frozen=True)
 class Decoded:
     """One modality of one sample.
@@ -100,7 +103,7 @@ def decode(
     modality_info: Mapping[str, Mapping[str, Any]],
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,
-    detokenizer: Detokenizer = Detokenizer(),
+    detokenizer: Detokenizer = DETOKENIZER,
     seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Decoded]]:
     """Decode all inputs of a batch, which include the targets after generation.
@@ -122,8 +125,13 @@ def decode(
     decoded = {
         name: [
             decode_modality(
-                tensor, mask.bool(), as_modality(name, modality_info[name]), tokenizers or {}, text_tokenizer,
-                detokenizer, None if seeds is None else seeds[index],
+                tensor,
+                mask.bool(),
+                as_modality(name, modality_info[name]),
+                tokenizers or {},
+                text_tokenizer,
+                detokenizer,
+                None if seeds is None else seeds[index],
             )
             for index, (tensor, mask) in enumerate(zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True))
         ]
@@ -139,7 +147,7 @@ def decode_modality(
     modality: Modality,
     tokenizers: Tokenizers,
     text_tokenizer: Tokenizer | None,
-    detokenizer: Detokenizer = Detokenizer(),
+    detokenizer: Detokenizer = DETOKENIZER,
     seed: int | None = None,
 ) -> Decoded:
     """Decode one modality of one sample.

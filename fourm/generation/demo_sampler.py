@@ -167,7 +167,7 @@ class Demo4MSampler(nn.Module):
         targets = [name for name in targets if name.replace("@448", "@224") in results and name not in results]
         if not known or not targets:
             return decoded
-        schedule = self._schedule(self.fm_sr, [*known], {name: SUPERRES_SETTINGS for name in targets})
+        schedule = self._schedule(self.fm_sr, [*known], dict.fromkeys(targets, SUPERRES_SETTINGS))
         next_seed = None if seed is None else seed + 1
         large = GenerationSampler(self.fm_sr).generate(known, schedule, seed=next_seed, **options)
         return decoded | self._decode({name: large[name] for name in targets}, 448, next_seed)
@@ -215,7 +215,9 @@ class Demo4MSampler(nn.Module):
         batch: dict[str, Any] = {}
         for name, value in sample.items():
             if name not in self.fm.encoder_embeddings:
-                raise UserError(f"'{name}' is not an input of the model; it reads {', '.join(self.fm.encoder_embeddings)}")
+                raise UserError(
+                    f"'{name}' is not an input of the model; it reads {', '.join(self.fm.encoder_embeddings)}"
+                )
             if isinstance(value, str):
                 batch = custom_text(batch, value, EOS, name, device, self.text_tokenizer)
             else:

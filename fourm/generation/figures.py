@@ -48,9 +48,7 @@ def convert_string_to_bboxes(text: str, bins: int = 1000) -> list[list[Any]]:
     return [[*(min(coordinate * scale, 1.0) for coordinate in box["boxes"]), box["class_name"]] for box in boxes]
 
 
-def visualize_bboxes(
-    img: Any, text: str | Sequence[str], color: Any = (255, 0, 0), thickness: int = 2
-) -> np.ndarray:
+def visualize_bboxes(img: Any, text: str | Sequence[str], color: Any = (255, 0, 0), thickness: int = 2) -> np.ndarray:
     """Draw boxes and the names of their classes.
 
     Args:

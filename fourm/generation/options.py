@@ -74,7 +74,9 @@ class GenerationOptions(StageOptions):
     detokenizer_steps: int = option(
         "diffusion steps of tokenizers that decode by diffusion", DECODING_STEPS, at_least=1, at_most=1000
     )
-    controlnet_id: InputPath | None = option("ControlNet that decodes tokens of RGB: folder, file, or id on the hub", None)
+    controlnet_id: InputPath | None = option(
+        "ControlNet that decodes tokens of RGB: folder, file, or id on the hub", None
+    )
     activate_controlnet: bool = option("decode tokens of RGB by the ControlNet", False)
     controlnet_guidance_scale: float = option("guidance of the ControlNet", 2.5, at_least=0, at_most=1000)
     controlnet_cond_scale: float = option("weight of the tokens in the ControlNet", 0.8, at_least=0, at_most=1000)

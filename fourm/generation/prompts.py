@@ -31,7 +31,9 @@ def read_prompt_table(path: Path) -> list[str]:
     lines = [line.split("\t") for line in _read_lines(path)]
     header = [name.strip().lower() for name in lines[0]]
     if "prompt" not in header:
-        raise UserError(f"data: {path} has no column Prompt; its first line must name the columns, with tabs between them")
+        raise UserError(
+            f"data: {path} has no column Prompt; its first line must name the columns, with tabs between them"
+        )
     column = header.index("prompt")
     prompts = [_unquoted(line[column]) for line in lines[1:] if len(line) > column]
     return _not_empty([prompt for prompt in prompts if prompt.strip()], f"data: {path}")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
 from fourm.generation.chained_generation import GenerationSampler
-from fourm.generation.decoding import CLASSES, Decoded, Detokenizer, Tokenizers, decode, decode_modality
+from fourm.generation.decoding import CLASSES, DETOKENIZER, Decoded, Detokenizer, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.generation.token_sampling import Seed, sample_seeds
@@ -52,7 +52,7 @@ class Sampler:
         text_tokenizer: Tokenizer | None = None,
         class_names: Sequence[str] = (),
         dtype: torch.dtype | None = None,
-        detokenizer: Detokenizer = Detokenizer(),
+        detokenizer: Detokenizer = DETOKENIZER,
     ):
         self.detokenizer = detokenizer
         self.generation = GenerationSampler(model.eval(), dtype)
@@ -74,7 +74,7 @@ class Sampler:
         dtype: torch.dtype | None = None,
         like: Sampler | None = None,
         compile: bool = False,
-        detokenizer: Detokenizer = Detokenizer(),
+        detokenizer: Detokenizer = DETOKENIZER,
     ) -> Sampler:
         """Load a model and its tokenizers.
 

@@ -126,7 +126,10 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
             like=stages[-1].sampler if stages else None, compile=options.compile, detokenizer=options.detokenizer(),
         )  # fmt: skip
         if options.activate_controlnet and not stages:
-            sampler.tokenizers = {**sampler.tokenizers, "rgb": load_tokenizer(str(options.controlnet_id), choose_device(options.device))}
+            sampler.tokenizers = {
+                **sampler.tokenizers,
+                "rgb": load_tokenizer(str(options.controlnet_id), choose_device(options.device)),
+            }
         readable = {
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs
         }

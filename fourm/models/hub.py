@@ -135,7 +135,6 @@ class Hub4M(HubModel):
         """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
         return {key: value for key, value in config.items() if key != "share_embedding"}
 
-
     @classmethod
     def foreign_config(cls, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
         known = set(cls.config_keys)
