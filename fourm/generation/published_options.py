@@ -29,7 +29,7 @@ _TOKENIZERS = {
 _NAMES = {"data_path": "data", "text_tok_path": "text_tokenizer", "num_log_images": "sheet_samples"}
 """Published name → name here."""
 _DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_ALL_SAMPLES = 10_000
+_ALL_SAMPLES = 200  # more rows make a contact sheet that is too high for matplotlib and for most viewers
 _AUTO = "auto"
 
 

@@ -252,7 +252,6 @@ def demo(hub):
 
 def test_the_demo_sampler_describes_a_picture_from_the_web(hub, demo):
     handler = partial(SimpleHTTPRequestHandler, directory=hub)
-    handler.log_message = lambda *arguments: None
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}"
