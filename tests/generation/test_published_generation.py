@@ -9,16 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
 from fourm.data.data_config import split_domains
 from fourm.data.modality_info import MODALITY_INFO
+from fourm.generation import decode
+from fourm.generation.decoding import Detokenizer
 from fourm.generation.options import parse
+from fourm.generation.prompts import read_prompt_table
 from fourm.generation.results import read_result
 from fourm.generation.script import run
 from fourm.generation.settings import COLUMNS, chained_schedule
 from fourm.utils.errors import UserError
+from fourm.vq import load_tokenizer
 from tests.generation.stand_ins import HUB, MODELS, ROOT, write_model, write_tokenizer
 
 CONFIGS = "cfgs/default/generation"
@@ -93,41 +98,36 @@ def hub(tmp_path_factory):
         yield folder
 
 
+ONE_STEP = Detokenizer(1)
 FAST = ["--detokenizer_steps", "1", "--decoding_steps", "3-2", "--sr_decoding_steps", "2-1", "--device", "cpu"]
 
 
 def test_prompts_become_pictures_at_both_sizes_and_a_killed_command_continues(hub):
-    command = [sys.executable, "run_generation.py", *arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST)]
-    command += ["--batch_size", "1", "--num_variations", "2"]
+    flags = arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST, "--num_samples", "1", "--batch_size", "1")
     out = Path(f"output/{MODEL_FILES[0]}/parti_prompts_x3/{BASE}+{SR}")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "run_generation.py", *flags], env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
     deadline = time.monotonic() + 300
     while not (out / "00000-0" / "result.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     kept = (out / "00000-0" / "result.json").stat().st_mtime_ns
-    run(parse([*arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST), "--num_variations", "2"]))
+    run(parse(flags))
     assert (out / "00000-0" / "result.json").stat().st_mtime_ns == kept
-    results = {name: read_result(out / name) for name in ("00000-0", "00000-1", "00001-0", "00001-1")}
-    for result in results.values():
+    results = [read_result(out / f"00000-{variation}") for variation in range(3)]
+    for result in results:
         assert [*result] == ["caption", "tok_clip@224", "tok_rgb@224", "tok_clip@448", "tok_rgb@448"]
         assert result["tok_rgb@448"].value.shape == (448, 448, 3) and result["tok_clip@448"].value.shape == (
             28,
             28,
             512,
         )
-    assert results["00001-1"]["caption"].value == 'a "red" duck'
-    assert (results["00000-0"]["tok_rgb@224"].value != results["00000-1"]["tok_rgb@224"].value).any()
+        assert result["caption"].value == "a cup"
+    assert (results[0]["tok_rgb@224"].value != results[1]["tok_rgb@224"].value).any()
     assert Image.open(out / "sheet.png").width > 500
-    again = [*arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST), "--num_variations", "2", "--output_dir", "whole"]
-    run(parse([*again, "--num_samples", "1"]))
-    whole = read_result(Path("whole/00000-0"))
-    for name, value in whole.items():
-        if name.startswith("tok_rgb"):
-            difference = np.abs(value.value.astype(int) - results["00000-0"][name].value)
-            assert difference.max() <= 2, "as the command that was killed made it, up to rounding"
 
 
 def test_the_captions_of_a_validation_folder_without_super_resolution(hub):
@@ -138,17 +138,26 @@ def test_the_captions_of_a_validation_folder_without_super_resolution(hub):
     assert [*read_result(Path("base/part/0"))] == ["caption", "tok_clip@224", "tok_rgb@224"]
 
 
-@pytest.mark.parametrize(
-    ("table", "message"),
-    [
-        ("Text\tCategory\na cup\tArtifacts\n", "no column Prompt"),
-        ("Prompt\tCategory\n\tArtifacts\n", "there are no prompts"),
-        (None, "there is neither a file nor a folder .*nothing.tsv; .* a table of prompts is a .tsv file"),
-    ],
-)
-def test_tables_that_hold_no_prompts(hub, table, message):
-    if table:
+def test_a_table_of_prompts(hub):
+    assert read_prompt_table(Path("parti_prompts.tsv")) == ["a cup", 'a "red" duck']
+    for table, message in (
+        ("Text\tCategory\na cup\tArt\n", "no column Prompt"),
+        ("Prompt\tCategory\n\tArt\n", "no prompts"),
+    ):
         Path("wrong.tsv").write_text(table)
-    path = "wrong.tsv" if table else "nothing.tsv"
-    with pytest.raises(UserError, match=message):
-        run(parse(arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST, "--data_path", path, "--output_dir", "no")))
+        with pytest.raises(UserError, match=message):
+            read_prompt_table(Path("wrong.tsv"))
+
+
+def test_a_picture_that_is_decoded_by_diffusion_depends_on_its_own_seed_alone(hub):
+    tokenizers = {"rgb": load_tokenizer(f"{HUB}/4M_tokenizers_rgb_16k_224-448")}
+    ids = torch.arange(3 * 196).view(3, 196) % 16384
+    batch = {"tok_rgb@224": {"tensor": ids, "input_mask": torch.zeros_like(ids, dtype=torch.bool)}}
+    pictures = [
+        [result["tok_rgb@224"].value.astype(int) for result in decode(part, MODALITY_INFO, tokenizers, None, ONE_STEP, seeds)]
+        for part, seeds in (
+            (batch, [5, 6, 7]), ({"tok_rgb@224": {key: value[1:2] for key, value in batch["tok_rgb@224"].items()}}, [6])
+        )
+    ]  # fmt: skip
+    assert np.abs(pictures[0][1] - pictures[1][0]).max() <= 1
+    assert np.abs(pictures[0][1] - pictures[0][2]).max() > 1
