@@ -13,7 +13,6 @@ Shapes: B batch, H x W pixels, h x w tokens, C channels.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,9 @@ from torch import Tensor
 
 from fourm.data.collate import ModDict
 from fourm.generation.decoding import DETOKENIZER, Detokenizer
+from fourm.generation.instances import decode_instances, draw_instances
 from fourm.generation.plotting import IMAGES, colormap, principal_colors
+from fourm.generation.poses import decode_poses, draw_pose
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
 from fourm.utils.normalization import denormalize
@@ -267,7 +268,7 @@ def decode_human_poses(
     mod_dict: ModDict, tokenizers: Images, key: str, text_tokenizer: Tokenizer, image_size: int = 224
 ) -> np.ndarray:
     """Draw people: (H, W, 3) in [0, 1]."""
-    return _drawn("poses", "draw_pose", mod_dict, tokenizers, key, text_tokenizer, image_size)
+    return _drawn(decode_poses, draw_pose, mod_dict, tokenizers, key, text_tokenizer, image_size)
 
 
 def decode_sam_instances(
@@ -281,16 +282,15 @@ def decode_sam_instances(
     """
     if token_len != 16:
         raise UserError(f"token_len: an instance has 16 codes, not {token_len}")
-    return _drawn("instances", "draw_instances", mod_dict, tokenizers, key, text_tokenizer, image_size)
+    return _drawn(decode_instances, draw_instances, mod_dict, tokenizers, key, text_tokenizer, image_size)
 
 
 def _drawn(
-    module: str, function: str, mod_dict: ModDict, tokenizers: Images, key: str, text_tokenizer: Tokenizer, size: int
+    decode: Callable, draw: Callable, mod_dict: ModDict, tokenizers: Images, key: str, text_tokenizer: Any, size: int
 ) -> np.ndarray:
-    draw = getattr(importlib.import_module(f"fourm.generation.{module}"), function)
     tokenizer = _tokenizer(tokenizers, key.split("@")[0])
-    pictures = [np.asarray(draw(value, tokenizer, size)) for value in _parsed(mod_dict, key, text_tokenizer)]
-    return _squeezed(np.stack([p / np.float32(255) if p.dtype == np.uint8 else p for p in pictures]))
+    values = [decode(value, tokenizer)[0] for value in _parsed(mod_dict, key, text_tokenizer)]
+    return _squeezed(np.stack([draw(value, size=size) for value in values]) / np.float32(255))
 
 
 def _parsed(mod_dict: ModDict, key: str, text_tokenizer: Tokenizer) -> list[Any]:

@@ -22,6 +22,8 @@ from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, ScalarTransform, transforms_for
 from fourm.data.transforms.image import PixelTransform
+from fourm.generation.instances import decode_instances
+from fourm.generation.poses import decode_poses
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
@@ -30,7 +32,7 @@ from fourm.vq.diffusion import DECODING_STEPS
 from fourm.vq.divae import DiVAE
 
 Tokenizers = Mapping[str, ImageTokenizer]
-"""Maps kinds of images (``rgb``, ``depth``, …) to their tokenizers."""
+"""Maps kinds of modalities (``rgb``, ``depth``, ``human_poses``, …) to their tokenizers."""
 
 
 @dataclass(frozen=True)
@@ -51,23 +53,18 @@ class Detokenizer:
 
         Args:
             tokenizer: The tokenizer.
-            ids: Ids (B, L), of a square of tokens, or one of each codebook.
+            ids: Ids (B, L), see :meth:`ImageTokenizer.to_grid`.
             seed: Seed of each image, or of the first one, which those of the others follow.
 
         Returns:
             What the tokenizer decodes, (B, C, H, W), on the CPU.
         """
-        books = getattr(tokenizer, "num_codebooks", 1)
-        side = max(round((ids.shape[1] / books) ** 0.5), 1)
-        width = side if side * side * books == ids.shape[1] else ids.shape[1] // books
-        grid = ids.long().view(len(ids), *([books] if books > 1 else []), -1, width).to(tokenizer.device)
         options: dict[str, Any] = {}
         if isinstance(tokenizer, (DiVAE, VQControlNet)):
             options = {"timesteps": self.steps, "seed": seed}
         if isinstance(tokenizer, VQControlNet):
-            options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale, "vae_decode": True}
-        with torch.inference_mode():
-            return tokenizer.decode_tokens(grid, **options).float().cpu()
+            options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale}
+        return tokenizer.decode_pictures(tokenizer.to_grid(ids), **options)
 
 
 DETOKENIZER = Detokenizer()
@@ -150,7 +147,7 @@ def decode_modality(
     detokenizer: Detokenizer = DETOKENIZER,
     seed: int | None = None,
 ) -> Decoded:
-    """Decode one modality of one sample.
+    """Decode one modality of one sample: pictures by :data:`DECODERS`, texts by ``SEQUENCES`` and then :data:`CODES`.
 
     Args:
         tensor: Ids (L,) or (h, w), or pixels (C, H, W).
@@ -184,7 +181,10 @@ def decode_modality(
     words, dropped = read_words(ids.tolist(), text_tokenizer)
     kind = kind if kind in SEQUENCES else "caption"
     value, unread = SEQUENCES[kind](words)
-    return Decoded(kind, value, dropped + unread, tensor=ids)
+    undecoded = 0
+    if kind in CODES and kind in tokenizers:
+        value, undecoded = CODES[kind](value, tokenizers[kind])
+    return Decoded(kind, value, dropped + unread + undecoded, tensor=ids)
 
 
 def _image(
@@ -193,24 +193,27 @@ def _image(
     """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
-    grid, missing = ids.view(-1, width), masked.view(-1, width)
-    known = torch.where(missing, -1, grid)
+    known = torch.where(masked, -1, ids).view(-1, width)
     if tokenizer is None:
-        return Decoded("tokens", known.numpy(), int(missing.sum()), tensor=known)
-    missing = missing | (grid < 0) | (grid >= tokenizer.vocab_size)
-    pixels = detokenizer.decode(tokenizer, grid.masked_fill(missing, 0).view(1, -1), seed)
-    if getattr(tokenizer, "num_codebooks", 1) > 1:  # one vector, of which each token describes a part
-        value = pixels[0].flatten(1).T
-        return Decoded("vectors", value.numpy(), int(missing.sum()), tensor=known)
+        return Decoded("tokens", known.numpy(), int(masked.sum()), tensor=known)
+    if len(ids) % tokenizer.num_codebooks:
+        raise UserError(
+            f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {len(ids)} tokens do not fit"
+        )
+    unknown = ((known < 0) | (known >= tokenizer.vocab_size)).view(1, -1)
+    pixels = detokenizer.decode(tokenizer, known.view(1, -1).masked_fill(unknown, 0), seed)
+    grid = tokenizer.to_grid(unknown)
+    missing = grid.view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
     hidden = interpolate(missing[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0].bool()
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
-    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(missing.sum())), tensor=known)
+    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(unknown.sum())), tensor=known)
 
 
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:
     """Convert pixels (1, C, H, W), nan where they are missing, as described at :data:`DECODERS`."""
-    kind = kind if kind in DECODERS else "feature"
+    if kind not in DECODERS:
+        kind = "vector" if pixels.shape[-2:] == (1, 1) else "feature"
     image = pixels[0].permute(1, 2, 0).float().numpy()  # numpy has no bfloat16
     if statistics is not None and DECODERS[kind] in (_color, _grey):
         mean, std = (np.array(values, np.float32) for values in statistics)
@@ -244,6 +247,7 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "canny_edge": _grey,
     "sam_edge": _grey,
     "feature": lambda image: image,
+    "vector": lambda image: image[0, 0],
 }
 """Maps each kind of picture to a function that converts its values (H, W, C), with colours in [0, 1], to
 
@@ -252,10 +256,18 @@ DECODERS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 * normal: (H, W, 3) float of unit length, zeros where something is missing
 * semseg: (H, W) class ids, −1 where something is missing
 * edges: (H, W) float in [0, 1]
-* feature, and anything else that has a tokenizer: (H, W, C) float
+* feature, and any other map that has a tokenizer: (h, w, C) float, nan where something is missing
+* vector, which describes the whole picture: (C,) float for retrieval; nan if one of its tokens is missing
 
 Tokens without a tokenizer are a grid (h, w) of ids, −1 where something is missing. Texts are decoded by
-:data:`fourm.generation.sequences.SEQUENCES`.
+:data:`fourm.generation.sequences.SEQUENCES`, and the codes in them by :data:`CODES`.
 """
+
+CODES: dict[str, Callable[[Any, ImageTokenizer], tuple[Any, int]]] = {
+    "human_poses": decode_poses,
+    "sam_instance": decode_instances,
+}
+"""Maps each kind of text with codes of a tokenizer to a function that decodes them in the parsed value, and counts the
+words that it drops."""
 
 CLASSES = ("semseg", "semseg_coco")

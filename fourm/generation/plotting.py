@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fourm.generation.decoding import CLASSES, Decoded
+from fourm.generation.instances import draw_instances
+from fourm.generation.poses import draw_pose
 from fourm.utils.errors import MissingDependency, UserError
 
 if TYPE_CHECKING:
@@ -20,7 +22,7 @@ _INK, _FAINT, _EMPTY = "#222222", "#777777", "#f3f3f3"
 _CELL = 2.1  # side of a picture in inches
 _LINE_LENGTH = 42  # characters on a line of text
 _TEXT_WIDTH = 1.35  # width of a column of text, relative to one of pictures
-_TEXTS = ("caption", "metadata", "color_palette", "human_poses", "scalar", "vectors")
+_TEXTS = ("caption", "metadata", "color_palette", "scalar", "vectors")
 
 
 def plot(
@@ -81,9 +83,14 @@ def plot(
 
 def as_image(result: Decoded) -> np.ndarray | None:
     """Return the picture of a result, (H, W, 3) uint8, or None if it is not a picture, such as a caption."""
+    if result.kind in DRAWINGS:
+        return DRAWINGS[result.kind](result.value, None)
     if result.kind not in IMAGES:
         return None
-    image = IMAGES[result.kind](result.value)
+    return _eight_bits(IMAGES[result.kind](result.value))
+
+
+def _eight_bits(image: np.ndarray) -> np.ndarray:
     return image if image.dtype == np.uint8 else (np.clip(image, 0, 1) * 255).round().astype(np.uint8)
 
 
@@ -158,6 +165,11 @@ def principal_colors(maps: Sequence[np.ndarray], count: int = 3) -> Callable[[np
     return draw
 
 
+def pca_picture(features: np.ndarray) -> np.ndarray:
+    """Draw a feature map (h, w, C): its first three principal components as RGB, (h, w, 3) in [0, 1]."""
+    return principal_colors([features])(features).clip(0, 1)
+
+
 IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "rgb": lambda image: image,
     "depth": _depth,
@@ -167,9 +179,15 @@ IMAGES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "canny_edge": _edges,
     "sam_edge": _edges,
     "tokens": _tokens,
-    "feature": lambda values: principal_colors([values])(values),
+    "feature": pca_picture,
 }
 """Maps each kind of picture to a function that converts its value to (H, W, 3), uint8 or in [0, 1]."""
+
+DRAWINGS: dict[str, Callable[[Any, np.ndarray | None], np.ndarray]] = {
+    "human_poses": draw_pose,
+    "sam_instance": draw_instances,
+}
+"""Maps each kind that is drawn on a picture, (H, W, 3) uint8 or None, to the function that does so."""
 
 
 # Plotters of other kinds get the axes, the value, and the sample that it belongs to.
@@ -200,17 +218,21 @@ def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded
         )  # fmt: skip
 
 
-def _instances(axes: Axes, points: list[dict[str, Any]], sample: Mapping[str, Decoded]) -> None:
-    """Draw query points and the boxes of their polygons."""
-    height, width = _draw_background(axes, sample)
-    colors = class_colors(len(points) + 1)[1:] / 255
-    boxes = [(*polygon["box"], color) for p, color in zip(points, colors, strict=True) for polygon in p["polygons"]]
-    for xmin, ymin, xmax, ymax, color in boxes:
-        corners = np.array([(xmin, ymin), (xmax, ymin), (xmax, ymax), (xmin, ymax), (xmin, ymin)])
-        axes.plot(*(corners * (width, height) - 0.5).T, color=color, lw=1.2)
-    for point, color in zip(points, colors, strict=True):
-        row, column = (c / 224 * side for c, side in zip(point["point"], (height, width), strict=True))
-        axes.plot(column, row, "o", ms=4, color=color, mec="white")
+def _drawing(kind: str) -> Callable[[Any, Any, Mapping[str, Decoded]], None]:
+    """Return the plotter of a kind in :data:`DRAWINGS`, which draws on the faded picture of the sample."""
+
+    def draw(axes: Axes, value: Any, sample: Mapping[str, Decoded]) -> None:
+        axes.imshow(DRAWINGS[kind](value, _faded_picture(sample)), interpolation="nearest")
+
+    return draw
+
+
+def _vector(axes: Axes, values: np.ndarray, sample: Mapping[str, Decoded]) -> None:
+    """Draw a bar for each number, from the middle up or down."""
+    limit = np.abs(np.nan_to_num(values)).max(initial=1e-6)
+    axes.set(xlim=(0, len(values)), ylim=(-1.1 * limit, 1.1 * limit), facecolor=_EMPTY)
+    axes.fill_between(np.arange(len(values)), np.nan_to_num(values), step="mid", color=_INK, lw=0)
+    axes.text(0.03, 0.97, f"{len(values)} numbers", transform=axes.transAxes, va="top", fontsize=6, color=_FAINT)
 
 
 def _palette(axes: Axes, colors: list[list[int]], sample: Mapping[str, Decoded]) -> None:
@@ -245,11 +267,12 @@ def _json(axes: Axes, value: Any, sample: Mapping[str, Decoded]) -> None:
 PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
     "caption": _caption,
     "det": _boxes,
-    "sam_instance": _instances,
+    "sam_instance": _drawing("sam_instance"),
     "color_palette": _palette,
     "metadata": _metadata,
-    "human_poses": _json,
+    "human_poses": _drawing("human_poses"),
     "scalar": _json,
+    "vector": _vector,
     "vectors": _json,
 }
 """Maps each kind that is not a picture (see :data:`IMAGES`) to the function that draws it."""
@@ -258,13 +281,13 @@ PLOTTERS: dict[str, Callable[[Any, Any, Mapping[str, Decoded]], None]] = {
 def _draw(
     axes: Axes, result: Decoded, sample: Mapping[str, Decoded], features: Callable[[np.ndarray], np.ndarray] | None
 ) -> None:
-    image = features(result.value).clip(0, 1) if features and result.kind == "feature" else as_image(result)
-    if image is not None:
-        axes.imshow(image, interpolation="nearest")
-    else:
+    if result.kind in PLOTTERS:
         PLOTTERS[result.kind](axes, result.value, sample)
+    else:
+        draw = features if features and result.kind == "feature" else IMAGES[result.kind]
+        axes.imshow(_eight_bits(draw(result.value)), interpolation="nearest")
     if result.dropped:
-        unit, state = ("token", "missing") if image is not None else ("word", "left out")
+        unit, state = ("token", "missing") if result.kind in (*IMAGES, "vector") else ("word", "left out")
         text = f"{result.dropped} {unit}{'s' if result.dropped > 1 else ''} {state}"
         axes.set_xlabel(text, fontsize=6, color=_FAINT, labelpad=2)
 
@@ -274,13 +297,18 @@ def _write(axes: Axes, text: str, **options: Any) -> None:
     axes.text(0.03, 0.97, text, va="top", fontsize=8.5, color=_INK, linespacing=1.3, **options)
 
 
+def _faded_picture(sample: Mapping[str, Decoded]) -> np.ndarray | None:
+    """Return the picture of the sample in pale colours, or None if it has none."""
+    pictures = [other.value for other in sample.values() if other.kind == "rgb"]
+    return (255 - (255 - pictures[0].astype(float)) * 0.75).round().astype(np.uint8) if pictures else None
+
+
 def _draw_background(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, int]:
     """Draw the faded picture of the sample, or an empty area if it has none, and return its height and width."""
-    pictures = [as_image(other) for other in sample.values() if other.kind == "rgb"]
-    if pictures and pictures[0] is not None:
-        faded = 255 - (255 - pictures[0].astype(float)) * 0.75
-        axes.imshow(faded.round().astype(np.uint8), interpolation="nearest")
-        return pictures[0].shape[0], pictures[0].shape[1]
+    picture = _faded_picture(sample)
+    if picture is not None:
+        axes.imshow(picture, interpolation="nearest")
+        return picture.shape[0], picture.shape[1]
     axes.set(xlim=(-0.5, 99.5), ylim=(99.5, -0.5), aspect="equal", facecolor=_EMPTY)
     return 100, 100
 

@@ -1,8 +1,8 @@
 """Writes results to disk, one folder per sample, and reads them back.
 
 ``MODALITY.png`` contains a picture and ``MODALITY.txt`` a caption; ``values.npz`` contains the values of the pictures,
-in their own units, and ``result.json`` everything else, with the origin of the result under ``made_from``. Folders are
-written atomically.
+in their own units, and the arrays within other values; ``result.json`` contains everything else, with the origin of the
+result under ``made_from``. Folders are written atomically.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from fourm.utils.files import atomic_folder, check_folder
 
 RESULT, VALUES = "result.json", "values.npz"
 _ORIGIN = "made_from"
+_ARRAY = "array"  # key of a reference to an array in ``values.npz``
 # Errors of reading files that are incomplete or were written by something else.
 _READ_ERRORS = (
     OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RecursionError, BadZipFile, zlib.error,
@@ -55,10 +56,31 @@ def write_result(folder: Path, result: Mapping[str, Decoded], origin: Mapping[st
             if isinstance(decoded.value, np.ndarray):
                 arrays[name] = decoded.value
             else:
-                entry["value"] = decoded.value
+                entry["value"] = _without_arrays(decoded.value, name, arrays)
             content[name] = entry
         np.savez_compressed(path / VALUES, **arrays)
         (path / RESULT).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def _without_arrays(value: Any, path: str, arrays: dict[str, Any]) -> Any:
+    """Return a value for JSON: its arrays are moved to ``arrays``, under names that begin with ``path``."""
+    if isinstance(value, np.ndarray):
+        arrays[path] = value
+        return {_ARRAY: path}
+    if isinstance(value, Mapping):
+        return {key: _without_arrays(item, f"{path}/{key}", arrays) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_arrays(item, f"{path}/{index}", arrays) for index, item in enumerate(value)]
+    return value
+
+
+def _with_arrays(value: Any, arrays: Mapping[str, Any]) -> Any:
+    """Undo :func:`_without_arrays`."""
+    if isinstance(value, dict):
+        if value.keys() == {_ARRAY}:
+            return arrays[value[_ARRAY]]
+        return {key: _with_arrays(item, arrays) for key, item in value.items()}
+    return [_with_arrays(item, arrays) for item in value] if isinstance(value, list) else value
 
 
 def check_result(folder: Path) -> None:
@@ -99,8 +121,8 @@ def read_result(folder: Path) -> dict[str, Decoded]:
         with np.load(folder / VALUES, allow_pickle=False) as arrays:
             return {
                 name: Decoded(
-                    entry["kind"], arrays[name] if name in arrays else entry["value"], entry["dropped"],
-                    tuple(entry["names"]),
+                    entry["kind"], arrays[name] if name in arrays else _with_arrays(entry["value"], arrays),
+                    entry["dropped"], tuple(entry["names"]),
                 )
                 for name, entry in content.items()
             }  # fmt: skip

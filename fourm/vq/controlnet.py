@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -181,6 +182,7 @@ class VQControlNet(DiffusionVQ):
     """
 
     options_class = VQControlNetOptions
+    picture_options = MappingProxyType({"seed": 0, "vae_decode": True})
     decoder: ControlledUNet
     vae: Any
     image_size_sd: int

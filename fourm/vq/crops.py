@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,19 +21,22 @@ from fourm.data.image_augmenter import center_crop, random_crop
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.transforms.image import ImageTransform, RGBTransform, image_size
-from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.utils.errors import DataError, UserError, did_you_mean, sanitize
 from fourm.utils.seeds import generator
 from fourm.vq.dataset import MAIN, PIXELS
 
-SCALE, RATIO = (0.2, 1.0), (3 / 4, 4 / 3)  # of the random crops: share of the area, width / height
+MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of the random crops: smallest share of the area, width / height
 WORKERS = min(4, os.cpu_count() or 1)  # processes that read images, unless somebody says otherwise
 
 
-def draw_crops(key: str, size: tuple[int, int], num_crops: int, hflip: float, seed: int) -> np.ndarray:
+def draw_crops(
+    key: str, size: tuple[int, int], num_crops: int, hflip: float, seed: int, min_scale: float = MIN_SCALE
+) -> np.ndarray:
     """The crops of sample ``key``: the largest centred square, then random ones, each flipped with probability ``hflip``.
 
     Args:
         size: (height, width) of the image.
+        min_scale: smallest share of the image's area in a random crop.
 
     Returns:
         (num_crops, 5) int32.
@@ -41,7 +44,7 @@ def draw_crops(key: str, size: tuple[int, int], num_crops: int, hflip: float, se
     rng = generator(seed, "crops", key)
     crops = [(*center_crop(size), False)]
     while len(crops) < num_crops:
-        crops.append((*random_crop(size, SCALE, RATIO, rng), rng.random() < hflip))
+        crops.append((*random_crop(size, (min_scale, 1.0), RATIO, rng), rng.random() < hflip))
     return np.array(crops, dtype=np.int32)
 
 
@@ -83,7 +86,7 @@ class CropBatch(NamedTuple):
 
     Attributes:
         keys: of the samples.
-        pixels: (n, K, C, size, size) float32.
+        pixels: (n, K, C, size, size) float32, or features (n, K, C, h, w).
         crops: (n, K, 5) int32.
     """
 
@@ -102,15 +105,21 @@ class CropDataset(Dataset):
         size: side in pixels that crops are resized to.
         num_crops, hflip, seed: of the crops that have to be drawn.
         stored: (K, 5) by key, of the samples whose crops were drawn before; or why they cannot be read.
+        min_scale: of the crops that have to be drawn.
+        resample_mode: how crops are resized, if not as the transform says.
+        only_stored: crops that are not stored are an error.
     """
 
     samples: Sequence[RawSample]
-    transform: ImageTransform
+    transform: Any
     size: int
     num_crops: int
     hflip: float
     seed: int
     stored: Mapping[str, np.ndarray | BadSample] = dataclasses.field(default_factory=dict)
+    min_scale: float = MIN_SCALE
+    resample_mode: str | None = None
+    only_stored: bool = False
     files: OpenFiles = dataclasses.field(default_factory=OpenFiles)
 
     def __len__(self) -> int:
@@ -130,15 +139,7 @@ class CropDataset(Dataset):
         try:
             orig_size = image_size(values.get(MAIN, values[PIXELS]))
             crops = self._crops(sample.key, orig_size)
-            image = self.transform.preprocess(values[PIXELS])
-            pixels = [
-                self.transform.postprocess(
-                    self.transform.image_augment(
-                        image, (top, left, height, width), bool(flip), orig_size, (self.size, self.size), index
-                    )
-                )
-                for index, (top, left, height, width, flip) in enumerate(crops.tolist())
-            ]
+            pixels = self._cut(sample.key, values[PIXELS], crops, orig_size)
         except BadSample:
             raise
         except UserError as error:
@@ -148,11 +149,26 @@ class CropDataset(Dataset):
         stacked = np.stack(pixels).astype(np.float32, copy=False)
         return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
 
+    def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
+        """The parts of an image that its crops (K, 5) stand for, as tokenizers see them."""
+        image = self.transform.preprocess(value)
+        target = (self.size, self.size)
+        return [
+            self.transform.postprocess(
+                self.transform.image_augment(
+                    image, tuple(crop), bool(flip), orig_size, target, index, self.resample_mode
+                )
+            )
+            for index, (*crop, flip) in enumerate(crops.tolist())
+        ]
+
     def _crops(self, key: str, orig_size: tuple[int, int]) -> np.ndarray:
         """The stored crops, which must fit; else those that the seed draws."""
         crops = self.stored.get(key)
+        if crops is None and self.only_stored:
+            raise UserError("it has no crop_settings, and force_load_crop does not let new crops be drawn")
         if crops is None:
-            return draw_crops(key, orig_size, self.num_crops, self.hflip, self.seed)
+            return draw_crops(key, orig_size, self.num_crops, self.hflip, self.seed, self.min_scale)
         if isinstance(crops, BadSample):
             raise crops
         if crops.shape != (self.num_crops, 5):
@@ -168,20 +184,44 @@ class CropDataset(Dataset):
         return crops
 
 
-def read_crops(dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger) -> Iterator[CropBatch]:
+class FeatureDataset(CropDataset):
+    """Features out of files: (C, h, w) of the centre crop, or (K, C, h, w), one map for each stored crop.
+
+    ``transform`` is a :class:`GridTransform` of several maps.
+    """
+
+    def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
+        maps = np.asarray(value)
+        maps = maps[None] if maps.ndim == 3 else maps
+        if len(maps) != len(crops):
+            raise DataError(f"expected features of {len(crops)} crops (num_crops), not {len(maps)}")
+        if len(maps) > 1 and key not in self.stored:
+            raise DataError("which crops its features were made of is not known: there is no crop_settings of it")
+        return list(self.transform.postprocess(self.transform.preprocess(maps)))
+
+
+def read_crops(
+    dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger, pin_memory: bool = False,
+    log: str = "",
+) -> Iterator[CropBatch]:  # fmt: skip
     """The crops of all samples in their order, without the bad samples, which ``ledger`` counts.
 
     Args:
         batch_size: samples per batch; fewer if some are bad.
         num_workers: processes; 0 = read in this one.
+        pin_memory: put batches where GPUs can fetch them from.
+        log: file to which a line is added for each bad sample.
     """
-    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_collate)
+    loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)
     for batch, problems in loader:
         for problem in problems:
             if isinstance(problem, UserError):
                 raise problem
             ledger.read(problem.reason)
             ledger.warn(problem.message, f"{problem.message}; skipped")
+            if log:
+                with open(log, "a", encoding="utf-8") as file:
+                    file.write(f"{sanitize(problem.message)}\n")
         if batch is not None:
             for _ in batch.keys:
                 ledger.read()

@@ -90,12 +90,16 @@ class ImageSet(ABC):
         return f"{self.root}/[{','.join(dict.fromkeys(self.folders.values()))}]{tail}"
 
 
-def open_images(root: str | Path, folders: Mapping[str, str], shards: str | None, ledger: BadSampleLedger) -> ImageSet:
+def open_images(
+    root: str | Path, folders: Mapping[str, str], shards: str | None, ledger: BadSampleLedger,
+    share: tuple[int, int] = (0, 1),
+) -> ImageSet:  # fmt: skip
     """The data set at ``root``; shards if the folder of ``PIXELS`` holds any, else files.
 
     Args:
         folders: as of :class:`ImageSet`.
         shards: use only the shards of these names, e.g. ``shard-{00000..00099}.tar``.
+        share: rank and number of the processes that share the shards or files.
 
     Raises:
         UserError: there are no images.
@@ -111,7 +115,8 @@ def open_images(root: str | Path, folders: Mapping[str, str], shards: str | None
         if absent:
             raise UserError(f"{folder / absent[0]}: there is no such shard, which shards={shards} names")
         names = chosen
-    return ShardSet(root, folders, ledger, names) if names else FileSet(root, folders, ledger)
+    own = slice(share[0], None, share[1])
+    return ShardSet(root, folders, ledger, names[own]) if names else FileSet(root, folders, ledger, own)
 
 
 class ShardSet(ImageSet):
@@ -174,9 +179,9 @@ class ShardSet(ImageSet):
 class FileSet(ImageSet):
     """Images in single files; all of them are one part, without a name."""
 
-    def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger):
+    def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger, own: slice):
         super().__init__(root, folders, ledger)
-        self._samples = Folders(self.data_path(), folders, None, ledger).all(ledger)
+        self._samples = Folders(self.data_path(), folders, None, ledger).all(ledger)[own]
 
     def parts(self) -> list[str]:
         return [""]

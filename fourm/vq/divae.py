@@ -9,6 +9,7 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -97,6 +98,7 @@ class DiffusionVQ(VQ):
     """What the tokenizers with a diffusion decoder share."""
 
     options_class: ClassVar[type[DiffusionOptions]] = DiffusionOptions
+    picture_options = MappingProxyType({"seed": 0})  # the same tokens always give the same picture
     cls_free_guidance_dropout: float
     masked_cfg: bool
     masked_cfg_low: int

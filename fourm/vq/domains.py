@@ -19,6 +19,7 @@ class Domain:
         transform: Key of ``MODALITY_TRANSFORMS``; None: the domain's name.
         network: Of timm, which makes the features from pictures in colour; None: they are read from files.
         options: Fields of the transform that differ from its defaults.
+        tokens: Its tokens' modality in 4M-21, without ``tok_`` and the size; None: the domain's name.
     """
 
     channels: int
@@ -27,6 +28,7 @@ class Domain:
     transform: str | None = None
     network: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
+    tokens: str | None = None
 
     @property
     def is_picture(self) -> bool:
@@ -46,13 +48,13 @@ DOMAINS = {
     "semseg_coco": Domain(64, "classes", labels=134, options={"zero_is_none": True}),
     "semseg": Domain(64, "classes"),
     "sam_mask": Domain(1, "mask", transform="instance_mask"),
-    "CLIP-B16": Domain(512, "map", network=_CLIP_B),
+    "CLIP-B16": Domain(512, "map", network=_CLIP_B, tokens="clip"),
     "CLIP-L14": Domain(768, "map", network=_CLIP_L, transform="features"),
-    "DINOv2-B14": Domain(768, "map", network=_DINO_B),
+    "DINOv2-B14": Domain(768, "map", network=_DINO_B, tokens="dinov2"),
     "DINOv2-G14": Domain(1536, "map", network=_DINO_G, transform="features"),
-    "ImageBind-H14": Domain(1280, "map"),
-    "DINOv2-B14-global": Domain(768, "vector", network=_DINO_B),
-    "ImageBind-H14-global": Domain(1280, "vector"),
+    "ImageBind-H14": Domain(1280, "map", tokens="imagebind"),
+    "DINOv2-B14-global": Domain(768, "vector", network=_DINO_B, tokens="dinov2_global"),
+    "ImageBind-H14-global": Domain(1280, "vector", tokens="imagebind_global"),
     "human_poses": Domain(207, "vector", transform="body_pose"),
 }
 

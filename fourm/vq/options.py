@@ -52,6 +52,9 @@ class VQOptions(Options):
     undo_std: bool = option("the input is standardised as for ImageNet, and the encoder's is to be in [-1, 1]", False)
     modality: str = option("what is tokenized, a key of MODALITY_TRANSFORMS", "")
     transform_options: dict = option("fields of its transform that differ from the defaults for tokenizers", {})
+    feature_network: str = option(
+        "network of timm that made the features which it was trained on; 'none': they were read from files", ""
+    )
 
     def check(self) -> None:
         used = {"norm_codes": True, "norm_latents": False, "kmeans_init": False, "num_codebooks": 1,

@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from fourm.utils.errors import UserError
-from fourm.vq.registry import find_weights, learned_class, load_tokenizer
+from fourm.vq.registry import constructor_options, find_weights, learned_class, load_tokenizer
 from fourm.vq.vqvae import VQ
 from fourm.vq.weights import load_model, open_weights
 
 log = logging.getLogger(__name__)
-
-_RENAMED = {
-    "quantizer_type": "quant_type", "encoder_type": "enc_type", "decoder_type": "dec_type",
-    "quantizer_ema_decay": "ema_decay", "input_size": "image_size", "input_size_max": "image_size",
-    "input_size_enc": "image_size_enc", "input_size_dec": "image_size_dec", "input_size_sd": "image_size_sd",
-    "use_xformer": "enable_xformer", "domain": "modality",
-}  # fmt: skip
-"""Training options → those of the constructor."""
 
 
 def get_image_tokenizer(
@@ -62,14 +53,3 @@ def get_image_tokenizer(
     if verbose:
         log.info("%s from %s", cls.__name__, path)
     return model, argparse.Namespace(**file.header)
-
-
-def constructor_options(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a tokenizer that was trained with these options; sizes and channels follow from its weights."""
-    options = dict(training)
-    for name, value in training.items():
-        if name in _RENAMED and value is not None:
-            options[_RENAMED[name]] = value
-    if "sam" in str(training.get("domain")) and (side := training.get("mask_size")):
-        options |= {"image_size": side, "image_size_enc": side, "image_size_dec": side}
-    return options

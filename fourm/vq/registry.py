@@ -26,13 +26,21 @@ _PUBLISHED = re.compile(r"4M_tokenizers_(.+?)_\d+k_")
 _MODALITIES = {"edge": "canny_edge", "semseg": "semseg_coco", "human-poses": "human_poses", "sam-instance": "sam_mask"}
 """Names in those of published tokenizers → modalities, where they differ."""
 
+_RENAMED = {
+    "quantizer_type": "quant_type", "encoder_type": "enc_type", "decoder_type": "dec_type",
+    "quantizer_ema_decay": "ema_decay", "input_size": "image_size", "input_size_max": "image_size",
+    "input_size_enc": "image_size_enc", "input_size_dec": "image_size_dec", "input_size_sd": "image_size_sd",
+    "use_xformer": "enable_xformer", "domain": "modality",
+}  # fmt: skip
+"""Training options → those of the constructor."""
+
 
 def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> ImageTokenizer:
     """A codebook or a learned tokenizer, in evaluation mode.
 
     Args:
         place: a folder with ``config.json`` and ``model.safetensors``, a ``.safetensors`` file with the configuration in its
-            header, or an id on the Hugging Face hub.
+            header, a published ``.pth`` file, or an id on the Hugging Face hub.
 
     Raises:
         UserError: a file is missing or damaged, or of a type that is not registered.
@@ -43,7 +51,7 @@ def load_tokenizer(place: str | Path, device: str | torch.device = "cpu") -> Ima
     with open_weights(weights) as opened:
         if "type" in config:
             return _load_codebook(config, file, opened, device)
-        config = config or opened.header
+        config = config or (opened.header if weights.suffix == ".safetensors" else constructor_options(opened.header))
         if "modality" not in config and (name := _PUBLISHED.search(str(place))):
             config = config | {"modality": _MODALITIES.get(name[1], name[1])}
         return load_model(learned_class(opened.shapes), opened, config, device)
@@ -75,6 +83,17 @@ def learned_class(names: Iterable[str]) -> type[vqvae.VQ]:
     if "decoder" not in roots:
         return vqvae.VQ
     return vqvae.VQVAE if "post_quant_proj" in roots else vqvae.DiVAE
+
+
+def constructor_options(training: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a tokenizer that was trained with these options; sizes and channels follow from its weights."""
+    options = dict(training)
+    for name, value in training.items():
+        if name in _RENAMED and value is not None:
+            options[_RENAMED[name]] = value
+    if "sam" in str(training.get("domain")) and (side := training.get("mask_size")):
+        options |= {"image_size": side, "image_size_enc": side, "image_size_dec": side}
+    return options
 
 
 def _read_config(file: Path) -> dict[str, Any]:

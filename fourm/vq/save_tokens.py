@@ -6,66 +6,176 @@ says how its tokens were made; a run with other options does not add to them.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import torch
 from einops import rearrange
+from torch import Tensor
+from torch.backends import cudnn
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.utils.config import resolve_options
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, AbstractTransform, GridTransform
 from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
-from fourm.vq.crops import WORKERS, CropBatch, CropDataset, read_crops, tokenizer_transform
+from fourm.utils.ranks import torchrun_ranks
+from fourm.vq.crops import (
+    MIN_SCALE,
+    WORKERS,
+    CropBatch,
+    CropDataset,
+    FeatureDataset,
+    read_crops,
+    tokenizer_transform,
+)
 from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
+from fourm.vq.domains import DOMAINS
+from fourm.vq.features import FeatureNetwork, FeatureOptions, timm_network
 from fourm.vq.registry import find_weights, load_tokenizer
 from fourm.vq.tokenizer import CONFIG, ImageTokenizer
 
+log = logging.getLogger(__name__)
+
 RECORD = ".made_with.json"
+_FEATURE_SIZE = 224  # pixels of the pictures of which tokenizers of global features were trained
 
 
-@dataclass(frozen=True)
-class SaveTokensOptions:
+@dataclass(frozen=True, kw_only=True)
+class SaveTokensOptions(FeatureOptions):
     """What to tokenize, and how."""
 
-    tokenizer: AnyPath = option("the tokenizer: its folder, a .safetensors file, or an id on the Hugging Face hub")
+    tokenizer: AnyPath = option(
+        "the tokenizer: its folder, a .safetensors file, or an id on the Hugging Face hub", alias="tokenizer_id"
+    )
+    tokenizers_root: AnyPath = option(
+        "folder of published .pth files; --tokenizer may be the name of one of them", "./tokenizer_ckpts"
+    )
     data_root: AnyPath = option(
         "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
     )
-    modality: str | None = option("folder of the images (default: the tokenizer's modality)", None)
+    split: str = option("part of the data set, if DATA_ROOT has a folder for each: train", "")
+    modality: str | None = option(
+        "folder of the images (default: the tokenizer's modality; rgb, if a network makes features of them)", None,
+        alias="task",
+    )  # fmt: skip
     output_modality: str | None = option("folder for the tokens (default: tok_MODALITY@INPUT_SIZE)", None)
+    folder_suffix: str = option("instead, the published way: the tokens' folder is MODALITY_SUFFIX", "")
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
     main_modality: str | None = option("folder of the images in whose pixels crops are given (default: MODALITY)", None)
     input_size: int | None = option(
         "side in pixels that crops are resized to (default: the tokenizer's)", None, at_least=1, at_most=100_000
     )
     num_crops: int = option(
-        "crops per image; the first is the centre crop, the others are random", 10, at_least=1, at_most=10_000
-    )
+        "crops per image; the first is the centre crop, the others are random", 10, at_least=1, at_most=10_000,
+        alias="n_crops",
+    )  # fmt: skip
+    min_crop_scale: float = option("smallest share of an image's area in a random crop", MIN_SCALE, above=0, at_most=1)
     hflip: float = option("share of the random crops that are flipped", 0.5, at_least=0, at_most=1)
     seed: int = option("seed of the random crops", 0, at_least=0, at_most=2**62)
-    batch_size: int = option("images per batch", 32, at_least=1, at_most=10**6)
+    force_load_crop: bool = option("an image without stored crops is an error; no crops are drawn", False)
+    resample_mode: Literal["nearest", "bilinear", "bicubic"] | None = option(
+        "how crops are resized (default: as the modality's are in training)", None
+    )
+    batch_size: int = option("crops that are tokenized at a time", 64, at_least=1, at_most=10**6)
+    batch_size_dataloader: int | None = option(
+        "images that are read at a time (default: as many as have batch_size crops)", None, at_least=1, at_most=10**6
+    )
+    bf16: bool = option("compute in bfloat16: faster on a GPU, but some tokens are others than in float32", False)
     num_workers: int = option("processes that read images; 0 = none but this one", WORKERS, at_least=0, at_most=512)
+    pin_mem: bool = option("read into memory from which GPUs fetch faster, if there is a GPU", True)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
     max_bad_fraction: float = option(
         "stop when more than this share of the images cannot be read", 0.01, at_least=0, at_most=1
     )
+    corrupt_samples_log: AnyPath = option("file to which the images that cannot be read are added, one a line", "")
     overwrite: bool = option("tokenize again what is finished", False)
-    dry_run: bool = option("say what would be done, and stop", False)
+    dry_run: bool = option("say what would be done, and stop", False, alias="dryrun")
+    verbose: bool = option("ignored: a terminal shows the progress anyway", False)
 
-    def __post_init__(self) -> None:
-        resolve_options(self)
+
+@dataclass(frozen=True)
+class TokenizerInput:
+    """What a tokenizer gets to see.
+
+    Attributes:
+        folder: Of what is read.
+        output: Folder of the tokens.
+        size: Side in pixels of the crops.
+        transform: Of what is read.
+        network: Of timm, which makes features of the pictures that are read; empty if there is none.
+        are_features: Whether features are read from files.
+    """
+
+    folder: str
+    output: str
+    size: int
+    transform: AbstractTransform
+    network: str = ""
+    are_features: bool = False
+
+
+def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> TokenizerInput:
+    """How the input of ``tokenizer`` comes from files.
+
+    Raises:
+        UserError: It is not known whose tokenizer it is, its input does not come from images, or ``options`` do not fit it.
+    """
+    info = tokenizer.info
+    modality = info.modality or options.modality
+    if not modality:
+        raise UserError(f"{options.tokenizer} does not tell whose images it is for: name their 'modality'")
+    domain, transform = DOMAINS.get(modality), MODALITY_TRANSFORMS.get(modality)
+    if not isinstance(transform, GridTransform):
+        if options.feature_network:
+            raise UserError(f"'feature_network': {options.tokenizer} tokenizes {modality}, not features of a network")
+        size = options.input_size or info.input_size
+        if size % info.patch_size:
+            raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
+        folder = options.modality or modality
+        transform = tokenizer_transform(modality, info.transform_options)
+        return TokenizerInput(folder, _output(options, folder, f"@{size}"), size, transform)
+    own = tokenizer.feature_network or (domain and domain.network) or "none"
+    network = options.feature_network or own
+    size = options.input_size or (_FEATURE_SIZE if tokenizer.takes_vectors else info.input_size)
+    tokens = (domain and domain.tokens) or modality
+    output = _output(options, tokens, "" if tokenizer.takes_vectors else f"@{size}", modality)
+    if network != "none":
+        folder = "rgb" if options.modality in (None, modality) else options.modality
+        # The networks were trained on colours as ImageNet's are standardised, and so were the tokenizers of their features.
+        rgb = tokenizer_transform("rgb", {"imagenet_default_mean_and_std": True})
+        return TokenizerInput(folder, output, size, rgb, network)
+    if options.main_modality is None:
+        raise UserError(
+            "'main_modality' is not set: name the folder of the pictures that the features in files were made of, because "
+            "crops are measured in their pixels"
+        )
+    if not tokenizer.takes_vectors and size % info.patch_size:
+        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
+    side = 1 if tokenizer.takes_vectors else size // info.patch_size
+    grids = dataclasses.replace(transform, per_crop=True, shape=(tokenizer.num_channels, side, side))
+    return TokenizerInput(options.modality or modality, output, size, grids, are_features=True)
+
+
+def _output(options: SaveTokensOptions, name: str, size: str, task: str | None = None) -> str:
+    """The folder of the tokens."""
+    if options.folder_suffix:
+        return f"{options.modality or task or name}_{options.folder_suffix}"
+    return options.output_modality or f"tok_{name}{size}"
 
 
 def save_tokens(options: SaveTokensOptions) -> int:
-    """Do what ``options`` say.
+    """Do what ``options`` say. Processes that torchrun started share the images.
 
     Returns:
         The number of images tokenized by this call; with ``dry_run``, of those that would be.
@@ -74,35 +184,42 @@ def save_tokens(options: SaveTokensOptions) -> int:
         UserError: options that do not fit together or to what is there, images that cannot be read beyond
             ``max_bad_fraction``, or a value that breaks the modality's contract.
     """
-    tokenizer = load_tokenizer(options.tokenizer, choose_device(options.device))
-    info = tokenizer.info
-    modality = options.modality or info.modality
-    if not modality:
-        raise UserError(f"{options.tokenizer} does not tell whose images it is for: name their 'modality'")
-    size = options.input_size or info.input_size
-    if size % info.patch_size:
-        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
-    output = options.output_modality or f"tok_{modality}@{size}"
-    transform = tokenizer_transform(info.modality or modality, info.transform_options)
-    ledger = BadSampleLedger(modality, options.max_bad_fraction)
-    folders = {PIXELS: modality} | ({MAIN: options.main_modality} if options.main_modality else {})
-    images = open_images(options.data_root, folders, options.shards, ledger)
+    rank, world_size, local_rank = torchrun_ranks()
+    if options.overwrite and world_size > 1:
+        raise UserError("'overwrite': several processes would remove each other's tokens; remove their folder yourself")
+    device = choose_device(options.device, local_rank if world_size > 1 else None)
+    published = Path(options.tokenizers_root, f"{options.tokenizer}.pth")
+    place = str(published) if published.is_file() else options.tokenizer
+    tokenizer = load_tokenizer(place, device)
+    source = tokenizer_input(options, tokenizer)
+    ledger = BadSampleLedger(source.folder, options.max_bad_fraction)
+    folders = {PIXELS: source.folder} | ({MAIN: options.main_modality} if options.main_modality else {})
+    images = open_images(Path(options.data_root, options.split), folders, options.shards, ledger, (rank, world_size))
     parts = images.parts()
     made_with = {
-        "modality": modality,
-        "input_size": size,
+        "modality": source.folder,
+        "input_size": source.size,
         "num_crops": options.num_crops,
-        "tokenizer": _digest(find_weights(options.tokenizer)),
+        "tokenizer": _digest(find_weights(place)),
+        "feature_network": source.network or None,
+        "feature_weights": _digest(Path(options.feature_weights))
+        if source.network and options.feature_weights
+        else None,
+        "resample_mode": options.resample_mode,
+        "bf16": options.bf16 or None,
     }
     overwritten = parts if options.overwrite else []
+    output = source.output
     _check_record(images.root / output, made_with, [p for p in images.tokenized(output) if p not in overwritten])
     if options.dry_run:
         find = images.samples if options.overwrite else lambda part: images.pending(part, output)
         return sum(len(find(part)) for part in parts)
+    encode = _Encoder(tokenizer, _feature_network(source, options, tokenizer), options)
     for part in overwritten:
         images.remove(part, output)
     with atomic_path(images.root / output / RECORD) as path:
         path.write_text(json.dumps(made_with, indent=2) + "\n", encoding="utf-8")
+    images_at_a_time = options.batch_size_dataloader or max(options.batch_size // options.num_crops, 1)
     done = 0
     with tqdm(desc=output, unit=" images", disable=None) as bar:
         for number, part in enumerate(parts):
@@ -110,27 +227,79 @@ def save_tokens(options: SaveTokensOptions) -> int:
             if not samples:
                 continue
             bar.total = done + len(samples) * (len(parts) - number)  # as if the parts to come were like this one
-            dataset = CropDataset(
-                samples, transform, size, options.num_crops, options.hflip, options.seed, images.crops(part)
+            dataset = (FeatureDataset if source.are_features else CropDataset)(
+                samples, source.transform, source.size, options.num_crops, options.hflip, options.seed, images.crops(part),
+                options.min_crop_scale, options.resample_mode, options.force_load_crop,
+            )  # fmt: skip
+            pin_memory = options.pin_mem and device.type == "cuda"
+            batches = read_crops(
+                dataset, images_at_a_time, options.num_workers, ledger, pin_memory, options.corrupt_samples_log
             )
-            batches = read_crops(dataset, options.batch_size, options.num_workers, ledger)
-            done += images.write(part, output, _tokenized(batches, tokenizer, bar))
+            done += images.write(part, output, _tokenized(batches, encode, bar))
     return done
 
 
-def _tokenized(batches: Iterable[CropBatch], tokenizer: ImageTokenizer, bar: tqdm) -> Results:
-    dtype = token_dtype(tokenizer.vocab_size)
+def _feature_network(
+    source: TokenizerInput, options: SaveTokensOptions, tokenizer: ImageTokenizer
+) -> FeatureNetwork | None:
+    """The network that makes the features which are tokenized.
+
+    Raises:
+        UserError: Its features are not those of the tokenizer.
+    """
+    if not source.network:
+        return None
+    network = timm_network(source.network, options.feature_weights, dynamic_img_size=True)
+    patch = network.patch_embed.patch_size[0]
+    if source.size % patch:
+        raise UserError(f"'input_size' {source.size} is not a multiple of {patch}, the patch size of {source.network}")
+    features = FeatureNetwork(network, tokenizer.takes_vectors).to(tokenizer.device)
+    channels = features(torch.zeros(1, 3, patch, patch, device=tokenizer.device)).shape[1]
+    if channels != tokenizer.num_channels:
+        raise UserError(
+            f"'feature_network': {source.network} gives {channels} features, but the tokenizer takes {tokenizer.num_channels}"
+        )
+    return features
+
+
+class _Encoder:
+    """Crops → tokens, in float32 unless ``bf16`` is set."""
+
+    def __init__(self, tokenizer: ImageTokenizer, network: FeatureNetwork | None, options: SaveTokensOptions):
+        self.tokenizer, self._network, self._batch_size, self._bf16 = (
+            tokenizer,
+            network,
+            options.batch_size,
+            options.bf16,
+        )
+        if options.bf16:
+            log.warning(
+                "bf16: some of the tokens differ from those in float32, which models are trained and generate with; "
+                "use it to try things out"
+            )
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """(B, C, H, W) → ids (B, h, w), or (B, G, h, w) of G codebooks, on the CPU."""
+        device = self.tokenizer.device
+        # By default, convolutions on GPUs round float32 to TF32.
+        with torch.autocast(device.type, torch.bfloat16, self._bf16), cudnn.flags(enabled=True, allow_tf32=False):
+            return torch.cat([self._tokenize(part.to(device)) for part in pixels.split(self._batch_size)])
+
+    def _tokenize(self, x: Tensor) -> Tensor:
+        return self.tokenizer.tokenize(self._network(x) if self._network else x).cpu()
+
+
+def _tokenized(batches: Iterable[CropBatch], encode: _Encoder, bar: tqdm) -> Results:
+    vocab_size = encode.tokenizer.vocab_size
+    dtype = token_dtype(vocab_size)
     for batch in batches:
-        pixels = rearrange(batch.pixels, "n k c h w -> (n k) c h w").to(tokenizer.device, non_blocking=True)
         try:
-            ids = tokenizer.tokenize(pixels)
+            ids = encode(rearrange(batch.pixels, "n k c h w -> (n k) c h w"))
         except DataError as error:
             raise DataError(f"one of the keys '{batch.keys[0]}' to '{batch.keys[-1]}': {error}") from error
-        tokens = rearrange(ids, "(n k) ... -> n k (...)", n=len(batch.keys)).cpu().numpy()
-        if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-            raise DataError(
-                f"the tokenizer gave ids {tokens.min()} to {tokens.max()} for a vocabulary of {tokenizer.vocab_size}"
-            )
+        tokens = rearrange(ids, "(n k) ... -> n k (...)", n=len(batch.keys)).numpy()
+        if tokens.min() < 0 or tokens.max() >= vocab_size:
+            raise DataError(f"the tokenizer gave ids {tokens.min()} to {tokens.max()} for a vocabulary of {vocab_size}")
         yield from zip(batch.keys, tokens.astype(dtype), batch.crops, strict=True)
         bar.update(len(batch.keys))
 

@@ -9,8 +9,10 @@ import dataclasses
 import json
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 import torch
@@ -70,12 +72,21 @@ class ImageTokenizer(nn.Module, ABC):
         config: what it is built from.
         info: what all tokenizers have in common.
         input_patch: side of the part of the input that becomes a token; 1 if the input is a map of features.
+        takes_vectors: whether a sample is a single vector, (D, 1, 1).
+        num_codebooks: G, how many ids describe each place.
+        feature_network: network of timm that makes the features that it takes; ``none`` if they come from files, and
+            empty if nobody said so.
+        picture_options: options with which :meth:`decode_tokens` gives what people look at.
     """
 
     kind: ClassVar[str]
     Config: ClassVar[type[TokenizerConfig]] = TokenizerConfig
 
     info: TokenizerConfig
+    takes_vectors: bool = False
+    num_codebooks: int = 1
+    feature_network: str = ""
+    picture_options: Mapping[str, Any] = MappingProxyType({})
 
     def __init__(self, config: TokenizerConfig):
         super().__init__()
@@ -94,6 +105,21 @@ class ImageTokenizer(nn.Module, ABC):
 
         Maps of classes may come out as one channel of ids, or as a channel of logits for each class.
         """
+
+    def to_grid(self, ids: Tensor) -> Tensor:
+        """Ids as they are saved, (B, L), or (B, G L) of several codebooks → as they are decoded, (B, h, w) or (B, G, h, w).
+
+        The grid is square; if it cannot be, it is one row.
+        """
+        places = ids.shape[1] // self.num_codebooks
+        side = math.isqrt(places)
+        grid = ids.reshape(len(ids), self.num_codebooks, -1, side if side * side == places else places)
+        return grid if self.num_codebooks > 1 else grid[:, 0]
+
+    @torch.no_grad()
+    def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
+        """As :meth:`decode_tokens` with ``picture_options`` and others, for ids on any device: float32 on the CPU."""
+        return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""

@@ -78,6 +78,7 @@ class VQ(ImageTokenizer, HubModel):
         for name, value in values.items():
             setattr(self, name, value)
         self.image_size_enc = options.image_size_enc or options.image_size
+        self.takes_vectors = vectors
         self.input_patch = options.patch_size if options.patch_proj and not vectors else 1
         if options.n_labels:
             self.cls_emb = nn.Embedding(options.n_labels, options.n_channels)

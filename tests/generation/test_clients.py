@@ -204,14 +204,18 @@ def test_instances_of_many_points(sampler, text_tok):
     assert out["sam_instance"]["tensor"].shape[0] == 1
 
 
-@pytest.mark.parametrize(("key", "module"), [("human_poses", "poses"), ("sam_instance", "instances")])
-def test_poses_and_instances_are_drawn(key, module, toks, text_tok):
-    pytest.importorskip(
-        f"fourm.generation.{module}", reason=f"fourm/generation/{module}.py, which draws, is not there yet"
-    )
-    batch = custom_text({}, "none", "[EOS]", key, device, text_tok)
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("human_poses", "human v0=100 v1=100 v2=900 v3=900 pose " + "v0=3 " * 8),
+        ("sam_instance", "point v0=100 v1=100 polygon v0=10 v1=10 v2=900 v3=900 " + "v1=3 " * 16),
+    ],
+)
+def test_poses_and_instances_are_drawn(key, text, toks, text_tok):
+    batch = custom_text({}, text, "[EOS]", key, device, text_tok)
     batch = init_full_input_modality(batch, MODALITY_INFO, key, device)
-    assert decode_dict(batch, toks, text_tok)[key].shape[-1] == 3
+    picture = decode_dict(batch, toks, text_tok)[key]
+    assert picture.shape == (224, 224, 3) and picture.min() < picture.max() <= 1
 
 
 def test_tokens_from_a_file(toks):

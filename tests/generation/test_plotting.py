@@ -32,6 +32,7 @@ VALUES = {
     "human_poses": [{"box": [0, 0, 1, 1], "pose": [1] * 8}],
     "scalar": 12.5,
     "vectors": np.zeros((3, 9)),
+    "vector": RNG.normal(size=9),
 }
 NOTHING = {
     "caption": "",
@@ -42,6 +43,7 @@ NOTHING = {
     "human_poses": [],
     "scalar": None,
 }
+NOTHING |= {"vector": np.full(9, np.nan)}
 NOTHING |= {"depth": np.full((4, 4), np.nan), "semseg": np.full((4, 4), -1), "tokens": np.full((1, 1), -1)}
 
 

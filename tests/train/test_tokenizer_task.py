@@ -246,6 +246,7 @@ def test_features_of_a_network_are_made_on_the_fly(pictures, tmp_path):
     assert results["samples"] == 6 and results["per_modality"].keys() == {"reconstruction", "l1", "mse"}
     tokenizer = load_tokenizer(tmp_path / "out")
     assert tokenizer.tokenize(torch.zeros(1, network.num_classes, 2, 2)).shape == (1, 2, 2)
+    assert tokenizer.feature_network == "test_vit"  # of which save_vq_tokens makes the features, too
 
 
 def test_a_perceptual_loss_is_part_of_the_total(pictures, tmp_path):

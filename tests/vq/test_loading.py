@@ -299,14 +299,17 @@ def test_tokenizers_come_from_the_hub(hub, tmp_path):
     header = {key: str(value) for key, value in model.config.items()}
     save_file(model.state_dict(), folder / "me" / "header" / "model.safetensors", header)
     torch.save(an_input(model), tmp_path / "x.pt")
+    write_files(tmp_path, "rgb", 2)
     code = """
 import sys, torch
 from fourm.vq import load_tokenizer
+from fourm.vq.save_tokens import main
 from fourm.vq.vqvae import VQ, VQVAE
 x = torch.load(sys.argv[1])
 name = "EPFL-VILAB/4M_tokenizers_edge_8k_224-512"
 found = [load_tokenizer(name), VQVAE.from_pretrained(name), VQ.from_pretrained(name), load_tokenizer("me/header"), VQVAE.from_pretrained("me/header")]
 torch.save([model.tokenize(x) for model in found], sys.argv[2])
+main(["--tokenizer", "me/header", "--data_root", sys.argv[3], "--task", "rgb", "--num_crops", "1", "--num_workers", "0"])
 print(found[0].info.modality)
 try:
     load_tokenizer("me/nothing")
@@ -314,12 +317,13 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / "ids.pt"], env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / "ids.pt", tmp_path], env=environment, capture_output=True, text=True,
         timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = model.tokenize(an_input(model))
     assert all(torch.equal(ids, expected) for ids in torch.load(tmp_path / "ids.pt"))
+    assert len(read_files(tmp_path / "tok_rgb@32")) == 2
     modality, error = done.stdout.strip().splitlines()[-2:]
     assert modality == "canny_edge"
     assert "'me/nothing' is no file, no folder, and not on the hub" in error

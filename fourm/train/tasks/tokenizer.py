@@ -142,6 +142,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             "undo_std": config.undo_std, "threshold_ema_dead_code": self._threshold(),
             "modality": info.transform or config.domain,
             "transform_options": {} if config.network else config.transform_options(),
+            "feature_network": config.network or ("none" if info.kind in ("map", "vector") else ""),
         } | config.quantizer_arguments()  # fmt: skip
 
     def _threshold(self) -> float:
