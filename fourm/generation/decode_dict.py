@@ -61,7 +61,7 @@ def decode_dict(
         activate_controlnet: Decode colours by ``tokenizers["controlnet"]``.
         controlnet_guidance_scale, controlnet_cond_scale: See :class:`fourm.generation.decoding.Detokenizer`.
         to_rgb: Draw depth and classes in colours; otherwise, they are numbers and logits.
-        seed: Seed of decoding by diffusion; None draws from PyTorch's global generator.
+        seed: Seed of decoding by diffusion; by default, the same tokens always give the same picture.
 
     Returns:
         Modality → value. RGB, normals and edges: (H, W, 3) in [0, 1]; depth: (H, W, 3), or (H, W) as it is; semantic

@@ -8,7 +8,7 @@ Shapes: h x w tokens, H x W pixels, C channels. Masks: True = masked.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -48,20 +48,21 @@ class Detokenizer:
     guidance_scale: float = 2.5
     cond_scale: float = 0.8
 
-    def decode(self, tokenizer: ImageTokenizer, ids: Tensor, seed: int | Sequence[int] | None = None) -> Tensor:
+    def decode(self, tokenizer: ImageTokenizer, ids: Tensor, seed: int | None = None) -> Tensor:
         """Decode the tokens of images.
 
         Args:
             tokenizer: The tokenizer.
             ids: Ids (B, L), see :meth:`ImageTokenizer.to_grid`.
-            seed: Seed of each image, or of the first one, which those of the others follow.
+            seed: Seed of the first image, which those of the others follow. By default, the same tokens always give the
+                same picture.
 
         Returns:
             What the tokenizer decodes, (B, C, H, W), on the CPU.
         """
         options: dict[str, Any] = {}
         if isinstance(tokenizer, (DiVAE, VQControlNet)):
-            options = {"timesteps": self.steps, "seed": seed}
+            options = {"timesteps": self.steps, "seed": [0] * len(ids) if seed is None else seed}
         if isinstance(tokenizer, VQControlNet):
             options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale}
         return tokenizer.decode_pictures(tokenizer.to_grid(ids), **options)
@@ -101,7 +102,6 @@ def decode(
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,
     detokenizer: Detokenizer = DETOKENIZER,
-    seeds: Sequence[int] | None = None,
 ) -> list[dict[str, Decoded]]:
     """Decode all inputs of a batch, which include the targets after generation.
 
@@ -111,7 +111,6 @@ def decode(
         tokenizers: Tokenizers of images; tokens without a tokenizer stay a grid of ids.
         text_tokenizer: Text vocabulary, needed for texts.
         detokenizer: How images are decoded by diffusion.
-        seeds: Seed of each sample, for decoding by diffusion.
 
     Returns:
         A dict from modality to :class:`Decoded` for each sample.
@@ -130,7 +129,7 @@ def decode(
                 detokenizer,
                 None if seeds is None else seeds[index],
             )
-            for index, (tensor, mask) in enumerate(zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True))
+            for tensor, mask in zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True)
         ]
         for name, entry in mod_dict.items()
         if name in modality_info
@@ -145,7 +144,6 @@ def decode_modality(
     tokenizers: Tokenizers,
     text_tokenizer: Tokenizer | None,
     detokenizer: Detokenizer = DETOKENIZER,
-    seed: int | None = None,
 ) -> Decoded:
     """Decode one modality of one sample: pictures by :data:`DECODERS`, texts by ``SEQUENCES`` and then :data:`CODES`.
 
@@ -154,7 +152,6 @@ def decode_modality(
         masked: Mask (L,), True where a token is unknown.
         modality: The modality.
         tokenizers, text_tokenizer, detokenizer: See :func:`decode`.
-        seed: Seed of decoding by diffusion.
 
     Raises:
         UserError: If the modality is a text and there is no text vocabulary.
@@ -172,7 +169,7 @@ def decode_modality(
         value = transform.decode(int(tensor)) if known else None
         return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
     if modality.type == "img":
-        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind), detokenizer, seed)
+        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind), detokenizer)
     ids = tensor[~masked]
     if modality.type == "seq_token":
         return Decoded("tokens", ids[None].numpy() - modality.vocab_offset, tensor=ids)
@@ -188,7 +185,7 @@ def decode_modality(
 
 
 def _image(
-    ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer, seed: int | None
+    ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer
 ) -> Decoded:
     """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
@@ -201,7 +198,7 @@ def _image(
             f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {len(ids)} tokens do not fit"
         )
     unknown = ((known < 0) | (known >= tokenizer.vocab_size)).view(1, -1)
-    pixels = detokenizer.decode(tokenizer, known.view(1, -1).masked_fill(unknown, 0), seed)
+    pixels = detokenizer.decode(tokenizer, known.view(1, -1).masked_fill(unknown, 0))
     grid = tokenizer.to_grid(unknown)
     missing = grid.view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
     hidden = interpolate(missing[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0].bool()

@@ -17,7 +17,7 @@ from fourm.generation.chained_generation import GenerationSampler
 from fourm.generation.decoding import CLASSES, DETOKENIZER, Decoded, Detokenizer, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
-from fourm.generation.token_sampling import Seed, sample_seeds
+from fourm.generation.token_sampling import Seed
 from fourm.models.fm import FM, FourM
 from fourm.models.from_checkpoint import load_model
 from fourm.utils.checkpoints import WEIGHTS, newest_checkpoint
@@ -152,13 +152,12 @@ class Sampler:
         batch = make_batch(samples, self.info, self.tokenizers, self.text_tokenizer, device)
         missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in batch.items()}
         schedule = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
-        seeds = sample_seeds(seed, len(samples))
-        result = self.generation.generate(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seeds)
+        result = self.generation.generate(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
         generated = {step["target_domain"] for step in schedule}
         # Inputs that are results are returned as they are.
         unchanged = {n for n in batch.keys() - generated if all(isinstance(sample[n], Decoded) for sample in samples)}
         changed = {name: entry for name, entry in result.items() if name not in unchanged}
-        decoded = decode(changed, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer, seeds)
+        decoded = decode(changed, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
         return [
             {name: sample[name] if name in unchanged else self._add_class_names(values[name]) for name in result}
             for sample, values in zip(samples, decoded, strict=True)
