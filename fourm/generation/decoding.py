@@ -127,7 +127,6 @@ def decode(
                 tokenizers or {},
                 text_tokenizer,
                 detokenizer,
-                None if seeds is None else seeds[index],
             )
             for tensor, mask in zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True)
         ]
