@@ -162,8 +162,8 @@ class Demo4MSampler(nn.Module):
         decoded = self._decode(results, 224, seed)
         if not perform_sr or self.fm_sr is None:
             return decoded
-        known = {name: entry for name, entry in results.items() if name in self.fm_sr.encoder_embeddings}
-        targets = _named(SUPERRES, self.fm_sr.decoder_embeddings, self.mods_sr)
+        known = {name: entry for name, entry in results.items() if name in self.fm_sr.encoder_modalities}
+        targets = _named(SUPERRES, self.fm_sr.decoder_modalities, self.mods_sr)
         targets = [name for name in targets if name.replace("@448", "@224") in results and name not in results]
         if not known or not targets:
             return decoded
@@ -214,9 +214,9 @@ class Demo4MSampler(nn.Module):
         info, device = self.fm.modality_info, self.fm.mask_token.device
         batch: dict[str, Any] = {}
         for name, value in sample.items():
-            if name not in self.fm.encoder_embeddings:
+            if name not in self.fm.encoder_modalities:
                 raise UserError(
-                    f"'{name}' is not an input of the model; it reads {', '.join(self.fm.encoder_embeddings)}"
+                    f"'{name}' is not an input of the model; it reads {', '.join(self.fm.encoder_modalities)}"
                 )
             if isinstance(value, str):
                 batch = custom_text(batch, value, EOS, name, device, self.text_tokenizer)
@@ -228,7 +228,7 @@ class Demo4MSampler(nn.Module):
     def _targets(self, batch: Mapping[str, Any], wanted: Sequence[str] | None) -> dict[str, Settings]:
         """Return the targets and their settings, in the order of generation."""
         rgb_given = any(name.split("@")[0] in ("rgb", "tok_rgb") for name in batch)
-        possible = _named(TARGETS, self.fm.decoder_embeddings, self.mods)
+        possible = _named(TARGETS, self.fm.decoder_modalities, self.mods)
         possible = [
             name
             for name in possible

@@ -15,7 +15,12 @@ from PIL import Image
 from tokenizers import Tokenizer
 
 from fourm.data.modality_info import MODALITY_INFO
-from fourm.data.modality_transforms import MetadataTransform, RGBTransform
+from fourm.data.modality_transforms import (
+    MetadataTransform,
+    RGBTransform,
+    get_transform_key,
+    get_transform_resolution,
+)
 from fourm.demo_4M_sampler import Demo4MSampler, img_from_url
 from fourm.models.fm import FM
 from fourm.models.generate import (
@@ -166,6 +171,16 @@ def test_words_become_a_picture_at_448_pixels(sampler, toks, text_tok):
     )  # fmt: skip
     dec = decode_dict(large, toks, text_tok, image_size=448, patch_size=16, decoding_steps=1)
     assert dec["tok_rgb@448"].shape == (448, 448, 3) and dec["tok_clip@448"].shape == (28, 28, 3)
+
+
+def test_the_modalities_of_a_model(sampler):
+    model = sampler.model
+    assert model.encoder_modalities["rgb@224"] == MODALITY_INFO["rgb@224"]["id"]
+    assert "tok_clip@224" in [*model.decoder_modalities] and "rgb@224" not in model.decoder_modalities
+    assert [get_transform_key(name) for name in ("tok_rgb@448", "caption")] == ["tok_rgb", "caption"]
+    assert get_transform_resolution("tok_rgb@448", 224) == (448, 448)
+    assert get_transform_resolution("caption", (224, 112)) == (224, 112)
+    assert get_transform_resolution("caption", 224, to_tuple=False) == 224
 
 
 def test_metadata_that_is_partly_given(sampler, text_tok):
