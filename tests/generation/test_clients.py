@@ -12,6 +12,7 @@ import pytest
 import torch
 import torchvision.transforms.functional as TF
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from fourm.data.modality_info import MODALITY_INFO
@@ -244,6 +245,14 @@ def test_tokens_from_a_file(toks):
     assert logits.shape == (134, 224, 224)
     with pytest.raises(UserError, match="tok_depth cannot be decoded without its tokenizer"):
         decode_dict(sample, {}, None)
+
+
+def test_a_tokenizer_in_a_file_with_its_configuration_in_the_header(toks):
+    header = {key: str(value) for key, value in toks["tok_clip"].config.items()}
+    save_file(dict(toks["tok_clip"].state_dict()), "clip.safetensors", header)
+    loaded = VQVAE.from_pretrained("clip.safetensors")
+    ids = torch.arange(196).view(1, 14, 14)
+    assert torch.equal(loaded.decode_tokens(ids), toks["tok_clip"].decode_tokens(ids)) and not loaded.training
 
 
 def test_boxes_and_texts_become_pictures(text_tok):
