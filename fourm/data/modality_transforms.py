@@ -41,7 +41,8 @@ from fourm.utils.config import convert_fields
 from fourm.utils.errors import DataError, UnreadableValue, UserError, did_you_mean
 
 __all__ = [
-    "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "AbstractTransform",
+    "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "get_transform_key",
+    "get_transform_resolution", "AbstractTransform",
     "CaptionEmbTransform", "CaptionTransform", "CodebooksTransform", "ColorPaletteTransform", "DepthTransform",
     "DetectionTransform", "GridTransform", "HumanPoseTransform", "ImageTransform", "MaskTransform", "MetadataTransform",
     "NormalTransform", "PixelTransform", "RGBTransform", "SAMInstanceTransform", "ScalarTransform", "SemsegTransform",
@@ -161,7 +162,7 @@ class UnifiedDataTransform:
             crops = _count_stored_crops(transforms, values) if crop_settings is None else crop_settings
             shared = _call_for(source, self.image_augmenter, values, crops, generator)
         for name in names:
-            transform, target_size = transforms[name], _resolution(name) or shared.target_size
+            transform, target_size = transforms[name], get_transform_resolution(name, shared.target_size)
             if name in skip and isinstance(transform, ImageTransform):
                 assert target_size is not None  # augmenters of images set one
                 result[name] = transform.empty(target_size)
@@ -177,7 +178,7 @@ class UnifiedDataTransform:
         return [name for name in names if self._transform(name).is_missing(sample[name])]
 
     def _transform(self, name: str) -> AbstractTransform:
-        transform = self.transforms_dict.get(name) or self.transforms_dict.get(name.split("@")[0])
+        transform = self.transforms_dict.get(name) or self.transforms_dict.get(get_transform_key(name))
         if transform is None:
             raise UserError(f"modality {name}: no transform{did_you_mean(name, self.transforms_dict)}")
         return transform
@@ -196,10 +197,22 @@ def _count_stored_crops(transforms: Mapping[str, AbstractTransform], values: Map
     return next(iter(crops.values()))
 
 
-def _resolution(name: str) -> tuple[int, int] | None:
-    """Return the target size (height, width) that follows the ``@``."""
-    _, _, side = name.partition("@")
-    return (int(side), int(side)) if side.isdigit() else None
+def get_transform_key(mod_name: str) -> str:
+    """Return the part of a modality's name by which its transform is looked up: ``tok_rgb@224`` → ``tok_rgb``."""
+    return mod_name.split("@")[0]
+
+
+def get_transform_resolution(mod_name: str, default_resolution: Any, to_tuple: bool = True) -> Any:
+    """Return the resolution that follows the ``@`` in the name of a modality.
+
+    Args:
+        mod_name: The name.
+        default_resolution: The resolution of a name that has none: a side, (height, width), or None.
+        to_tuple: Return (height, width) instead of the side.
+    """
+    _, _, side = mod_name.partition("@")
+    resolution = int(side) if side.isdigit() else default_resolution
+    return (resolution, resolution) if to_tuple and isinstance(resolution, int) else resolution
 
 
 def _augment(

@@ -34,8 +34,8 @@ def init_empty_target_modality(
         modality_info: Maps each modality to its entry in the modality table.
         domain: The target modality.
         batch_size: Number of samples.
-        num_tokens: Number of tokens of an image, or length of the row of a sequence, which has [S_1] as its only input
-            and the rest to be generated.
+        num_tokens: Number of tokens of an image, or length of the row of a sequence, whose only input is [S_1]; at most
+            ``num_tokens - 1`` tokens are generated after it.
         device: Device of the new tensors.
 
     Returns:
@@ -112,7 +112,7 @@ def custom_text(
         key: The modality.
         device: Device of the new tensors.
         text_tokenizer: The text vocabulary, or its path.
-        target_max_len: Maximum number of generated tokens, including ``start_token`` and ``eos_token``.
+        target_max_len: Maximum number of generated tokens after ``start_token``, including ``eos_token``.
         start_token: Token that starts the generated text.
 
     Returns:
@@ -131,6 +131,28 @@ def custom_text(
     tensor = torch.tensor([ids], device=device)
     attention = (~_first(len(inputs), tensor)).long()
     return {**sample, key: _entry(tensor, _first(len(inputs), tensor), attention)}
+
+
+def expand_to_batch(mod_dict: ModDict, batch_size: int) -> dict[str, Any]:
+    """Repeat a batch of one sample.
+
+    Args:
+        mod_dict: The batch; entries that already have ``batch_size`` samples stay as they are.
+        batch_size: Number of samples.
+
+    Returns:
+        The new batch.
+
+    Raises:
+        UserError: If an entry has neither one nor ``batch_size`` samples.
+    """
+    for name, entry in mod_dict.items():
+        if len(entry["tensor"]) not in (1, batch_size):
+            raise UserError(f"{name}: {len(entry['tensor'])} samples cannot be expanded to a batch of {batch_size}")
+    return {
+        name: {key: value.expand(batch_size, *value.shape[1:]).clone() for key, value in entry.items()}
+        for name, entry in mod_dict.items()
+    }
 
 
 def emptied(mod_dict: ModDict, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:

@@ -224,8 +224,8 @@ class GenerationSampler(nn.Module):
                 modality = as_modality(target, info[target])
                 max_tokens = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
                 if target not in batches[0]:
-                    # A sequence also has [S_1], as its input and as its first target.
-                    length = max_tokens if modality.type == "img" else max_tokens + 2
+                    # A sequence also has [S_1] as its input.
+                    length = max_tokens if modality.type == "img" else max_tokens + 1
                     batches[0] = init_empty_target_modality(
                         batches[0], info, target, len(tensor), length, tensor.device
                     )

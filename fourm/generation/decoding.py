@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality
@@ -26,9 +27,48 @@ from fourm.generation.poses import decode_poses
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
+from fourm.vq.controlnet import VQControlNet
+from fourm.vq.diffusion import DECODING_STEPS
+from fourm.vq.divae import DiVAE
 
 Tokenizers = Mapping[str, ImageTokenizer]
 """Maps kinds of modalities (``rgb``, ``depth``, ``human_poses``, …) to their tokenizers."""
+
+
+@dataclass(frozen=True)
+class Detokenizer:
+    """How tokenizers that decode by diffusion sample images; others ignore it.
+
+    Attributes:
+        steps: Number of diffusion steps.
+        guidance_scale, cond_scale: Of a ControlNet: how far to go beyond a prediction without tokens, and their weight.
+    """
+
+    steps: int = DECODING_STEPS
+    guidance_scale: float = 2.5
+    cond_scale: float = 0.8
+
+    def decode(self, tokenizer: ImageTokenizer, ids: Tensor, seed: int | None = None) -> Tensor:
+        """Decode the tokens of images.
+
+        Args:
+            tokenizer: The tokenizer.
+            ids: Ids (B, L), see :meth:`ImageTokenizer.to_grid`.
+            seed: Seed of the first image, which those of the others follow. By default, the same tokens always give the
+                same picture.
+
+        Returns:
+            What the tokenizer decodes, (B, C, H, W), on the CPU.
+        """
+        options: dict[str, Any] = {}
+        if isinstance(tokenizer, (DiVAE, VQControlNet)):
+            options = {"timesteps": self.steps, "seed": [0] * len(ids) if seed is None else seed}
+        if isinstance(tokenizer, VQControlNet):
+            options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale}
+        return tokenizer.decode_pictures(tokenizer.to_grid(ids), **options)
+
+
+DETOKENIZER = Detokenizer()
 
 
 @dataclass(frozen=True)
@@ -61,6 +101,7 @@ def decode(
     modality_info: Mapping[str, Mapping[str, Any]],
     tokenizers: Tokenizers | None = None,
     text_tokenizer: Tokenizer | None = None,
+    detokenizer: Detokenizer = DETOKENIZER,
 ) -> list[dict[str, Decoded]]:
     """Decode all inputs of a batch, which include the targets after generation.
 
@@ -69,6 +110,7 @@ def decode(
         modality_info: The modalities of the model.
         tokenizers: Tokenizers of images; tokens without a tokenizer stay a grid of ids.
         text_tokenizer: Text vocabulary, needed for texts.
+        detokenizer: How images are decoded by diffusion.
 
     Returns:
         A dict from modality to :class:`Decoded` for each sample.
@@ -79,7 +121,12 @@ def decode(
     decoded = {
         name: [
             decode_modality(
-                tensor, mask.bool(), as_modality(name, modality_info[name]), tokenizers or {}, text_tokenizer
+                tensor,
+                mask.bool(),
+                as_modality(name, modality_info[name]),
+                tokenizers or {},
+                text_tokenizer,
+                detokenizer,
             )
             for tensor, mask in zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True)
         ]
@@ -90,7 +137,12 @@ def decode(
 
 
 def decode_modality(
-    tensor: Tensor, masked: Tensor, modality: Modality, tokenizers: Tokenizers, text_tokenizer: Tokenizer | None
+    tensor: Tensor,
+    masked: Tensor,
+    modality: Modality,
+    tokenizers: Tokenizers,
+    text_tokenizer: Tokenizer | None,
+    detokenizer: Detokenizer = DETOKENIZER,
 ) -> Decoded:
     """Decode one modality of one sample: pictures by :data:`DECODERS`, texts by ``SEQUENCES`` and then :data:`CODES`.
 
@@ -98,7 +150,7 @@ def decode_modality(
         tensor: Ids (L,) or (h, w), or pixels (C, H, W).
         masked: Mask (L,), True where a token is unknown.
         modality: The modality.
-        tokenizers, text_tokenizer: See :func:`decode`.
+        tokenizers, text_tokenizer, detokenizer: See :func:`decode`.
 
     Raises:
         UserError: If the modality is a text and there is no text vocabulary.
@@ -116,7 +168,7 @@ def decode_modality(
         value = transform.decode(int(tensor)) if known else None
         return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
     if modality.type == "img":
-        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind))
+        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind), detokenizer)
     ids = tensor[~masked]
     if modality.type == "seq_token":
         return Decoded("tokens", ids[None].numpy() - modality.vocab_offset, tensor=ids)
@@ -131,7 +183,9 @@ def decode_modality(
     return Decoded(kind, value, dropped + unread + undecoded, tensor=ids)
 
 
-def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None) -> Decoded:
+def _image(
+    ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer
+) -> Decoded:
     """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
     side = round(len(ids) ** 0.5)
     width = side if side * side == len(ids) else len(ids)
@@ -143,11 +197,10 @@ def _image(ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | N
             f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {len(ids)} tokens do not fit"
         )
     unknown = ((known < 0) | (known >= tokenizer.vocab_size)).view(1, -1)
-    grid = tokenizer.to_grid(known.view(1, -1).masked_fill(unknown, 0))
-    pixels = tokenizer.decode_pictures(grid)
-    missing = tokenizer.to_grid(unknown).view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
-    factors = (pixels.shape[-2] // grid.shape[-2], pixels.shape[-1] // grid.shape[-1])
-    hidden = missing.repeat_interleave(factors[0], 0).repeat_interleave(factors[1], 1)
+    pixels = detokenizer.decode(tokenizer, known.view(1, -1).masked_fill(unknown, 0))
+    grid = tokenizer.to_grid(unknown)
+    missing = grid.view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
+    hidden = interpolate(missing[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0].bool()
     pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
     pixels[:, :, hidden] = torch.nan
     return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(unknown.sum())), tensor=known)

@@ -1,7 +1,9 @@
 """Options of ``run_generation.py``.
 
-A configuration may name other configurations (``model_config``, ``data_config``, ``sr_config``) and override their
-keys; the command line overrides all of them. The second stage has the same keys as the first, prefixed with ``sr_``.
+A configuration may name other configurations (``model_config``, ``data_config``, ``gen_config``, ``sr_config``) and
+override their keys; the command line overrides all of them. The second stage has the same keys as the first, prefixed
+with ``sr_``. Keys of the published files that are called otherwise here are in
+:mod:`fourm.generation.published_options`.
 """
 
 from __future__ import annotations
@@ -11,9 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fourm.generation.decoding import Detokenizer
+from fourm.generation.published_options import PublishedOptions, renamed, without_published
 from fourm.utils.config import check_keys, convert_fields, load_yaml, make, resolve_options
+from fourm.utils.errors import UserError
 from fourm.utils.options import flat_options, option, option_group, parse_overrides
 from fourm.utils.paths import AnyPath, InputPath, expand_path, shipped
+from fourm.vq.diffusion import DECODING_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,13 +61,25 @@ class GenerationOptions(StageOptions):
 
     cond_domains: str = option("input modalities, joined by '-'")
     data: InputPath | list[str] = option(
-        "folder with one folder per modality, folder of pictures, one picture, or prompts (a list or a .txt file)"
+        "folder with one folder per modality, folder of pictures, one picture, or prompts (a list, a .txt or a .tsv file)"
     )
     output_dir: AnyPath = option("folder of the results")
     class_names: list[str] = option("names of the classes of segmentations", [])
     model_config: InputPath | None = option("YAML file with further keys of the models", None)
-    data_config: InputPath | None = option("YAML file with further keys of the data", None)
-    sr_config: InputPath | None = option("YAML file with further keys of the second stage, without their 'sr_'", None)
+    data_config: InputPath | None = option("YAML file with further keys of the data", None, short="-dc")
+    gen_config: InputPath | None = option("YAML file with further keys of the targets and settings", None, short="-gc")
+    sr_config: InputPath | None = option(
+        "YAML file with further keys of the second stage, with or without their 'sr_'", None, short="-src"
+    )
+    detokenizer_steps: int = option(
+        "diffusion steps of tokenizers that decode by diffusion", DECODING_STEPS, at_least=1, at_most=1000
+    )
+    controlnet_id: InputPath | None = option(
+        "ControlNet that decodes tokens of RGB: folder, file, or id on the hub", None
+    )
+    activate_controlnet: bool = option("decode tokens of RGB by the ControlNet", False)
+    controlnet_guidance_scale: float = option("guidance of the ControlNet", 2.5, at_least=0, at_most=1000)
+    controlnet_cond_scale: float = option("weight of the tokens in the ControlNet", 0.8, at_least=0, at_most=1000)
     num_samples: int | None = option("use only this many samples of the data (default: all)", None, at_least=1)
     num_variations: int = option("results per sample, with different seeds", 1, at_least=1, at_most=10**6)
     seed: int = option("seed of the first result", 0, at_least=0, at_most=2**62)
@@ -79,6 +97,12 @@ class GenerationOptions(StageOptions):
 
     def __post_init__(self) -> None:
         resolve_options(self)
+        if self.activate_controlnet and not self.controlnet_id:
+            raise UserError("'activate_controlnet' needs a ControlNet; set 'controlnet_id'")
+
+    def detokenizer(self) -> Detokenizer:
+        """Return how images are decoded by diffusion."""
+        return Detokenizer(self.detokenizer_steps, self.controlnet_guidance_scale, self.controlnet_cond_scale)
 
     def stages(self) -> dict[str, StageOptions]:
         """Return the stages in order, by the prefix of their keys."""
@@ -91,22 +115,30 @@ class GenerationOptions(StageOptions):
         return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 
 
+@dataclass(frozen=True, kw_only=True)
+class AllOptions(GenerationOptions, PublishedOptions):
+    """All keys of the command line and of files"""
+
+
 def parse(argv: list[str] | None = None) -> GenerationOptions:
     """Parse the options: the command line overrides the configuration, which overrides the files that it names.
 
     Raises:
         UserError: If a key is unknown, a value has the wrong type, or a required key is missing.
     """
-    overrides = parse_overrides(GenerationOptions, argv, "Generate with a 4M model.", config_file=True)
+    overrides = parse_overrides(AllOptions, argv, "Generate with a 4M model.", config_file=True)
     path = overrides.pop("config", None)
     path = shipped(expand_path(path, "command line: 'config'")) if path else None
     content = (_read(load_yaml(path), path, path) if path else {}) | _read(overrides, "command line", None)
-    for key in ("data_config", "model_config", "sr_config"):
-        file = content.get(key)
+    files = {"config": path}
+    for key in ("data_config", "model_config", "gen_config", "sr_config"):
+        files[key] = file = content.get(key)
         if file:
-            prefix = "sr_" if key == "sr_config" else ""
-            defaults = {f"{prefix}{name}": value for name, value in load_yaml(file).items()}
+            defaults = load_yaml(file)
+            if key == "sr_config":
+                defaults = {f"sr_{name.removeprefix('sr_')}": value for name, value in defaults.items()}
             content = _read(defaults, file, file) | content
+    content = without_published(content, files)
     where = path or "command line"
     second = {name: content.pop(f"sr_{name}") for name in flat_options(StageOptions) if f"sr_{name}" in content}
     if second:
@@ -116,10 +148,11 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
 
 def _read(content: Mapping[str, Any], where: str, config: str | None) -> dict[str, Any]:
     """Convert the values of flat keys; paths may also be relative to the folder of ``config``."""
-    check_keys(content, flat_options(GenerationOptions), where)
+    content = renamed(content)
+    check_keys(content, flat_options(AllOptions), where)
     second = {key.removeprefix("sr_"): value for key, value in content.items() if _is_second(key)}
     first = {key: value for key, value in content.items() if not _is_second(key)}
-    values = convert_fields(GenerationOptions, first, where, config)
+    values = convert_fields(AllOptions, first, where, config)
     second = convert_fields(StageOptions, second, f"{where}: second stage, keys with sr_", config)
     return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 

@@ -45,7 +45,7 @@ def plot(
     rows = [samples] if isinstance(samples, Mapping) else list(samples)
     if not rows or not rows[0]:
         raise UserError("plot: there is no sample to plot")
-    _matplotlib()
+    matplotlib_module()
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
@@ -96,7 +96,7 @@ def _eight_bits(image: np.ndarray) -> np.ndarray:
 
 def class_colors(count: int) -> np.ndarray:
     """Return colours (count, 3) uint8: grey, then hues spread by the golden ratio, alternately light and dark."""
-    _matplotlib()
+    matplotlib_module()
     from matplotlib.colors import hsv_to_rgb
 
     index = np.arange(count - 1)
@@ -104,7 +104,17 @@ def class_colors(count: int) -> np.ndarray:
     return np.concatenate([[[205, 205, 205]], hsv_to_rgb(hsv) * 255]).round().astype(np.uint8)
 
 
-def _matplotlib() -> Any:
+def colormap(name: str, values: np.ndarray) -> np.ndarray:
+    """Return the colours (…, 3) in [0, 1] of ``values`` in [0, 1], in a colormap of matplotlib."""
+    return matplotlib_module().colormaps[name](values)[..., :3]
+
+
+def matplotlib_module() -> Any:
+    """Import matplotlib.
+
+    Raises:
+        MissingDependency: If it is not installed.
+    """
     try:
         import matplotlib
     except ImportError as error:
@@ -119,7 +129,7 @@ def _depth(depth: np.ndarray) -> np.ndarray:
     """Colour depth from red (near) to blue (far) between the 2nd and the 98th percentile; unknown depth is grey."""
     known = depth[np.isfinite(depth)]
     low, high = np.percentile(known, [2, 98]) if known.size else (0.0, 1.0)
-    image = _matplotlib().colormaps["Spectral"](np.nan_to_num((depth - low) / max(high - low, 1e-6)))[..., :3]
+    image = colormap("Spectral", np.nan_to_num((depth - low) / max(high - low, 1e-6)))
     return np.where(np.isfinite(depth)[..., None], image, 0.5)
 
 
@@ -141,16 +151,16 @@ def _tokens(ids: np.ndarray) -> np.ndarray:
     return np.where(ids[..., None] < 0, 1.0, 0.25 + 0.7 * colors)
 
 
-def principal_colors(maps: Sequence[np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-    """Return a function that draws feature maps (h, w, C): the first three principal components of ``maps`` as RGB."""
+def principal_colors(maps: Sequence[np.ndarray], count: int = 3) -> Callable[[np.ndarray], np.ndarray]:
+    """Return a function that draws feature maps (h, w, C): the first principal components of ``maps``, three as RGB."""
     rows = np.nan_to_num(np.concatenate([values.reshape(-1, values.shape[-1]) for values in maps]).astype(np.float64))
     mean = rows.mean(0)
-    directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:3].T
+    directions = np.linalg.svd(rows - mean, full_matrices=False)[2][:count].T
     low, high = np.percentile((rows - mean) @ directions, [1, 99], axis=0)
 
     def draw(values: np.ndarray) -> np.ndarray:
         parts = ((np.nan_to_num(values) - mean) @ directions - low) / np.maximum(high - low, 1e-9)
-        return np.pad(parts, [(0, 0), (0, 0), (0, 3 - parts.shape[-1])])
+        return np.pad(parts, [(0, 0), (0, 0), (0, count - parts.shape[-1])])
 
     return draw
 

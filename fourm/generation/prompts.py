@@ -1,4 +1,4 @@
-"""Reads and checks prompts, given as a list or as a text file with one prompt per line."""
+"""Reads and checks prompts, given as a list, as a text file with one prompt per line, or as a table."""
 
 from __future__ import annotations
 
@@ -18,6 +18,34 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         UserError: If the file is not UTF-8, a line is not valid text, or there are no prompts.
     """
+    lines = _read_lines(path)
+    return _not_empty([prompt for prompt in lines if prompt.strip()], f"data: {path}")
+
+
+def read_prompt_table(path: Path) -> list[str]:
+    """Return the column ``Prompt`` of a table with tabs between its columns, such as that of Parti Prompts.
+
+    Raises:
+        UserError: If there is no such column, or as of :func:`read_prompts`.
+    """
+    lines = [line.split("\t") for line in _read_lines(path)]
+    header = [name.strip().lower() for name in lines[0]]
+    if "prompt" not in header:
+        raise UserError(
+            f"data: {path} has no column Prompt; its first line must name the columns, with tabs between them"
+        )
+    column = header.index("prompt")
+    prompts = [_unquoted(line[column]) for line in lines[1:] if len(line) > column]
+    return _not_empty([prompt for prompt in prompts if prompt.strip()], f"data: {path}")
+
+
+def _unquoted(field: str) -> str:
+    """Remove the quotes of a field; quotes within it are doubled."""
+    quoted = len(field) > 1 and field[0] == field[-1] == '"'
+    return field[1:-1].replace('""', '"') if quoted else field
+
+
+def _read_lines(path: Path) -> list[str]:
     content = path.read_bytes()
     try:
         text = content.decode("utf-8-sig")
@@ -28,7 +56,7 @@ def read_prompts(path: Path) -> list[str]:
     lines = _NEWLINE.split(text)
     for number, prompt in enumerate(lines, 1):
         _check(prompt, f"data: {path}, line {number}")
-    return _not_empty([prompt for prompt in lines if prompt.strip()], f"data: {path}")
+    return lines
 
 
 def check_prompts(prompts: Sequence[Any], where: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
 from fourm.generation.chained_generation import GenerationSampler
-from fourm.generation.decoding import CLASSES, Decoded, Tokenizers, decode, decode_modality
+from fourm.generation.decoding import CLASSES, DETOKENIZER, Decoded, Detokenizer, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.settings import chained_schedule
 from fourm.generation.token_sampling import Seed
@@ -42,6 +42,7 @@ class Sampler:
         text_tokenizer: The text vocabulary.
         class_names: Names of the class ids of segmentations.
         dtype: Autocast precision; None disables autocast.
+        detokenizer: How images are decoded by diffusion.
     """
 
     def __init__(
@@ -51,7 +52,9 @@ class Sampler:
         text_tokenizer: Tokenizer | None = None,
         class_names: Sequence[str] = (),
         dtype: torch.dtype | None = None,
+        detokenizer: Detokenizer = DETOKENIZER,
     ):
+        self.detokenizer = detokenizer
         self.generation = GenerationSampler(model.eval(), dtype)
         self.tokenizers, self.text_tokenizer = tokenizers or {}, text_tokenizer
         self.class_names = tuple(class_names)
@@ -71,15 +74,16 @@ class Sampler:
         dtype: torch.dtype | None = None,
         like: Sampler | None = None,
         compile: bool = False,
+        detokenizer: Detokenizer = DETOKENIZER,
     ) -> Sampler:
         """Load a model and its tokenizers.
 
         Args:
             model: A run folder (the newest checkpoint is used while the run is unfinished), a folder with
-                ``config.json`` and ``model.safetensors``, the ``s3://`` URL of one of these, or an id on the Hugging
-                Face hub.
-            tokenizers: A folder with one tokenizer folder per modality of images, or a mapping from modality to folder
-                or hub id.
+                ``config.json`` and ``model.safetensors``, a ``.safetensors`` file with the configuration in its header,
+                the ``s3://`` URL of one of these, or an id on the Hugging Face hub.
+            tokenizers: A folder with one tokenizer folder per modality of images, or a mapping from modality to folder,
+                file or hub id.
             text_tokenizer: File of the text vocabulary; None uses the one that the run was trained with.
             class_names: Names of the class ids of segmentations.
             device: See :func:`fourm.utils.device.choose_device`.
@@ -88,14 +92,15 @@ class Sampler:
                 the sampler whose results this one is to upsample.
             compile: Compile the blocks with ``torch.compile``, once for all lengths. This pays off if many batches are
                 generated on a GPU.
+            detokenizer: How images are decoded by diffusion.
 
         Raises:
             UserError: If something is missing or damaged, or the text vocabulary is not that of ``like``.
         """
         torch_device = choose_device(device)
         model = download_if_remote(model, find_model)
-        folders = _tokenizer_folders(tokenizers)
-        images: Tokenizers = {name: load_tokenizer(folder, torch_device) for name, folder in folders.items()}
+        places = _tokenizer_places(tokenizers)
+        images: Tokenizers = {name: load_tokenizer(place, torch_device) for name, place in places.items()}
         path = text_tokenizer or _vocabulary_path(Path(model))
         vocabulary = load_text_tokenizer(path) if path else None
         if like is not None:
@@ -106,7 +111,7 @@ class Sampler:
         loaded = _load_model(model).to(torch_device)
         if compile:
             loaded.compile_blocks(dynamic=True)
-        return cls(loaded, images, vocabulary, class_names, dtype)
+        return cls(loaded, images, vocabulary, class_names, dtype, detokenizer)
 
     def __call__(
         self,
@@ -152,7 +157,7 @@ class Sampler:
         # Inputs that are results are returned as they are.
         unchanged = {n for n in batch.keys() - generated if all(isinstance(sample[n], Decoded) for sample in samples)}
         changed = {name: entry for name, entry in result.items() if name not in unchanged}
-        decoded = decode(changed, self.info, self.tokenizers, self.text_tokenizer)
+        decoded = decode(changed, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
         return [
             {name: sample[name] if name in unchanged else self._add_class_names(values[name]) for name in result}
             for sample, values in zip(samples, decoded, strict=True)
@@ -249,27 +254,12 @@ def _vocabulary_path(folder: Path) -> str | None:
     return path
 
 
-def _tokenizer_folders(tokenizers: str | Path | Mapping[str, str | Path] | None) -> dict[str, Path]:
-    if tokenizers is None:
-        return {}
-    if isinstance(tokenizers, Mapping):
-        return {name: _local_folder(source) for name, source in tokenizers.items()}
+def _tokenizer_places(tokenizers: str | Path | Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
+    if tokenizers is None or isinstance(tokenizers, Mapping):
+        return tokenizers or {}
     folders = {path.parent.name: path.parent for path in sorted(Path(tokenizers).glob(f"*/{CONFIG}"))}
     if not folders:
         raise UserError(
             f"tokenizers: {tokenizers} has no folder with a {CONFIG}; make a tokenizer with fourm fit-codebook"
         )
     return folders
-
-
-def _local_folder(source: str | Path) -> Path:
-    """Return a folder, or download the repository of this id from the hub."""
-    if Path(source).is_dir():
-        return Path(source)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source)))
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"tokenizers: {source} is neither a folder nor a repository on the hub: {reason}") from error

@@ -26,27 +26,28 @@ from fourm.generation.inputs import find_modality
 from fourm.generation.options import GenerationOptions, parse
 from fourm.generation.origins import digest_of_inputs, digest_of_models
 from fourm.generation.plotting import plot
-from fourm.generation.prompts import check_prompts, read_prompts
+from fourm.generation.prompts import check_prompts, read_prompt_table, read_prompts
 from fourm.generation.results import check_result, origin_of, read_result, write_result
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import COLUMNS
 from fourm.generation.stages import Stage, generate
-from fourm.utils.device import share_gpus
+from fourm.utils.device import choose_device, share_gpus
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.plugin import load_plugin
 from fourm.utils.ranks import torchrun_ranks
 from fourm.utils.urls import redact
+from fourm.vq import load_tokenizer
 
 SETTINGS, SHEET = "settings.json", "sheet.png"
 _PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".bmp"}
-_TABLES = {".json", ".jsonl", ".csv", ".tsv", ".yaml", ".yml", ".md", ".parquet"}
+_TABLES = {".json", ".jsonl", ".csv", ".yaml", ".yml", ".md", ".parquet"}
 
 
 # Options that may change when a folder of results is continued, because they do not change the results.
 _MAY_CHANGE = {
     "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config",
-    "sr_config", "plugin",
+    "gen_config", "sr_config", "plugin",
 }  # fmt: skip
 
 
@@ -122,8 +123,13 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
     for prefix, part in options.stages().items():
         sampler = Sampler.load(
             part.model, part.tokenizers, part.text_tokenizer, options.class_names, options.device, dtype,
-            like=stages[-1].sampler if stages else None, compile=options.compile,
+            like=stages[-1].sampler if stages else None, compile=options.compile, detokenizer=options.detokenizer(),
         )  # fmt: skip
+        if options.activate_controlnet and not stages:
+            sampler.tokenizers = {
+                **sampler.tokenizers,
+                "rgb": load_tokenizer(str(options.controlnet_id), choose_device(options.device)),
+            }
         readable = {
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs
         }
@@ -169,8 +175,10 @@ def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, M
     path = Path(str(data))
     if path.is_file() and path.suffix.lower() == ".txt":
         return _prompts(read_prompts(path), conditions)
+    if path.is_file() and path.suffix.lower() == ".tsv":
+        return _prompts(read_prompt_table(path), conditions)
     if path.is_file() and path.suffix.lower() in _TABLES:
-        raise UserError(f"data: {path} is neither a picture nor a .txt file with a prompt per line")
+        raise UserError(f"data: {path} is neither a picture nor a file with prompts (.txt or .tsv)")
     pictures = [path] if path.is_file() else sorted(path.glob("*"))
     if path.is_dir():
         pictures = [p for p in pictures if p.suffix.lower() in _PICTURES and not p.name.startswith(".") and p.is_file()]
@@ -179,7 +187,8 @@ def _samples(data: Any, conditions: Mapping[str, Modality]) -> list[tuple[str, M
         return [(name, {image: picture}) for name, picture in unique_names(pictures).items()]
     if not path.is_dir():
         raise UserError(
-            f"data: there is neither a file nor a folder {data}; a list of prompts is written [one, another]"
+            f"data: there is neither a file nor a folder {data}; a list of prompts is written [one, another], and a "
+            "table of prompts is a .tsv file with a column Prompt"
         )
     folders = {name: modality.path or name for name, modality in conditions.items()}
     ledger = BadSampleLedger("data", max_bad_fraction=1.0)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fourm.data.collate import ModDict
-from fourm.data.modality_info import Modality, resolve_modalities
+from fourm.data.modality_info import Modality, as_modality, resolve_modalities
 from fourm.models import decoder_embeddings, encoder_embeddings
 from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
 from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
@@ -121,6 +121,16 @@ class FourM(Encoder):
                 self.decoder_embeddings[name].mod_emb = self.encoder_embeddings[name].mod_emb
         super().init_weights()
         nn.init.normal_(self.mask_token, std=self.init_std)
+
+    @property
+    def encoder_modalities(self) -> dict[str, int]:
+        """Modalities that can be inputs, and their ids."""
+        return {name: as_modality(name, self.modality_info[name]).id for name in self.encoder_embeddings}
+
+    @property
+    def decoder_modalities(self) -> dict[str, int]:
+        """Modalities that can be targets, and their ids."""
+        return {name: as_modality(name, self.modality_info[name]).id for name in self.decoder_embeddings}
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile every block in place, which keeps the parameter names; ``options`` go to ``torch.compile``."""
@@ -403,6 +413,7 @@ class FM(FourM, Hub4M, tags=["any-to-any"], pipeline_tag="any-to-any"):
         "A 4M model: one transformer that takes any subset of its input modalities and predicts any of its target "
         "modalities ([4M](https://arxiv.org/abs/2312.06647), [4M-21](https://arxiv.org/abs/2406.09406))."
     )
+    config_keys = CONFIG_KEYS
 
     def __init__(self, config: dict):
         options = check_config(config)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,10 +15,13 @@ from torch import Tensor, nn
 
 from fourm.models import model_card
 from fourm.models.fm_utils import LayerNorm
-from fourm.utils.checkpoints import WEIGHTS, ModelFormat, check_export, write_config
+from fourm.utils.checkpoints import STATE, WEIGHTS, ModelFormat, check_export, write_config
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.files import atomic_path, save_tensors
 from fourm.utils.finite import check_finite
+from fourm.utils.weight_files import load_safetensors
+
+log = logging.getLogger("fourm")
 
 
 class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_card_template=model_card.TEMPLATE):
@@ -108,11 +113,14 @@ class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_ca
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
-        """Load a model from a folder or from the hub.
+        """Load a model from a folder, from a ``.safetensors`` file with the configuration in its header, or from the hub.
 
         Raises:
             UserError: If there is no model, or its files are damaged, malformed, or do not fit together.
         """
+        path = Path(pretrained_model_name_or_path)
+        if path.suffix == ".safetensors":
+            return cls.from_file(path, **options)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *arguments, **options)
         except UserError as error:
@@ -123,6 +131,28 @@ class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_ca
             if Path(source).is_dir():
                 raise UserError(f"{source}: no model could be loaded: {reason}") from error
             raise UserError(f"{source} is neither a folder with a model nor a model on the hub: {reason}") from error
+
+    @classmethod
+    def from_file(cls, path: Path, **options: Any) -> Any:
+        """Load a model from a ``.safetensors`` file with the configuration in its header.
+
+        Args:
+            path: The file.
+            options: Arguments of the class, except the configuration.
+
+        Raises:
+            UserError: If the file does not exist or is damaged, or its header does not describe the model.
+        """
+        weights, config = load_safetensors(path)
+        try:
+            return _load(cls(cls.foreign_config(config, path), **options), weights, path.name)  # type: ignore[call-arg]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @classmethod
+    def foreign_config(cls, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
+        """Return the keys of a configuration, which other software may have written, that the model has."""
+        return config
 
     @classmethod
     def _load_as_safetensor(cls, model: Any, model_file: str, map_location: str, strict: bool) -> Any:
@@ -140,6 +170,8 @@ class Hub4M(HubModel):
 
     title = "4M model"
     marks = frozenset({"domains_in", "encoder_depth"})
+    config_keys: ClassVar[Iterable[str]]
+    """The keys of a configuration."""
 
     def model_facts(self) -> model_card.Tables:
         assert isinstance(self, nn.Module)
@@ -156,6 +188,21 @@ class Hub4M(HubModel):
     def published(config: dict[str, Any]) -> dict[str, Any]:
         """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
         return {key: value for key, value in config.items() if key != "share_embedding"}
+
+    @classmethod
+    def foreign_config(cls, config: dict[str, Any], source: str | Path) -> dict[str, Any]:
+        known = set(cls.config_keys)
+        if unknown := [key for key in config if key not in known]:
+            log.warning("%s: keys of the configuration that have no meaning here: %s", source, ", ".join(unknown))
+        return {key: value for key, value in config.items() if key in known}
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options: Any) -> Any:
+        config, folder = options.get("config"), Path(model_id)
+        # The folder of a run is our own, so that an unknown key in it is a mistake.
+        if isinstance(config, dict) and not any((folder / name).exists() for name in ("config.yaml", STATE)):
+            options["config"] = cls.foreign_config(config, model_id)
+        return super()._from_pretrained(model_id=model_id, **options)
 
 
 def _load(model: Any, state_dict: dict[str, Tensor], file: str) -> Any:

@@ -36,7 +36,7 @@ class Options:
 def option(
     text: str, default: Any = MISSING, *, at_least: float | None = None, above: float | None = None,
     at_most: float | None = None, below: float | None = None, unset: float | None = None, alias: str = "",
-    fixed: bool = False,
+    short: str = "", fixed: bool = False,
 ) -> Any:  # fmt: skip
     """Define a field with its help text; a field without a default is required.
 
@@ -46,10 +46,11 @@ def option(
         at_least, above, at_most, below: Bounds of the number, or of each number of a list; see :class:`Range`.
         unset: A number outside these bounds that means "not set".
         alias: An alternative name of the key.
+        short: A short name on the command line, such as ``-dc``.
         fixed: Whether the value affects the final weights of a training run, so that a resumed run must not change it.
     """
     bounds = Range(at_least, above, at_most, below, unset)
-    metadata: dict[str, Any] = {"help": text, "alias": alias, "fixed": fixed}
+    metadata: dict[str, Any] = {"help": text, "alias": alias, "short": short, "fixed": fixed}
     if bounds != Range():
         metadata["range"] = bounds
     if isinstance(default, (dict, list)):
@@ -162,7 +163,8 @@ def parse_overrides(cls: type, argv: list[str] | None, description: str, config_
                 text += f" (default: {item.default})"
             key = f"{prefix}{item.name}"
             alias = item.metadata["alias"]
-            names = [f"--{key}", *([f"--{alias}"] if alias else [])]
+            short = item.metadata["short"]
+            names = [*([short] if short else []), f"--{key}", *([f"--{alias}"] if alias else [])]
             if item.type == "bool":
                 group.add_argument(*names, action="store_true", help=text)
                 names.append(f"--no_{key}")

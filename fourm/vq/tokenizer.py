@@ -117,9 +117,9 @@ class ImageTokenizer(nn.Module, ABC):
         return grid if self.num_codebooks > 1 else grid[:, 0]
 
     @torch.no_grad()
-    def decode_pictures(self, ids: Tensor) -> Tensor:
-        """As :meth:`decode_tokens` with ``picture_options``, for ids on any device: float32 on the CPU."""
-        return self.decode_tokens(ids.long().to(self.device), **self.picture_options).float().cpu()
+    def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
+        """As :meth:`decode_tokens` with ``picture_options`` and others, for ids on any device: float32 on the CPU."""
+        return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""

@@ -293,6 +293,11 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
         return found
 
     @classmethod
+    def from_file(cls, path: Path, map_location: str = "cpu", **arguments: Any) -> Any:
+        with open_weights(path) as file:
+            return load_model(cls, file, file.header | arguments, map_location)
+
+    @classmethod
     def _from_pretrained(
         cls, *, model_id: str, config: Mapping[str, Any] | None = None, map_location: str = "cpu", strict: bool = False,
         revision: str | None = None, cache_dir: str | Path | None = None, force_download: bool = False,

@@ -22,12 +22,11 @@ from torch import Tensor
 
 from fourm.models.model_card import read_facts
 from fourm.utils.checkpoints import CONFIG, WEIGHTS, layout
-from fourm.utils.config import parse_value
 from fourm.utils.errors import UserError
 from fourm.utils.finite import check_finite
+from fourm.utils.weight_files import parse_header
 
 Shapes = Mapping[str, tuple[int, ...]]
-_LONG = 10_000  # characters of a value that is surely no number
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
             return
         with safe_open(path, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-            yield WeightsFile(path, _header(file.metadata() or {}), shapes, file.get_tensor)
+            yield WeightsFile(path, parse_header(file.metadata() or {}), shapes, file.get_tensor)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
@@ -85,15 +84,6 @@ def _read_pickle(path: Path) -> WeightsFile:
     return WeightsFile(
         path, header, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__
     )
-
-
-def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """A configuration out of a header, whose values are text."""
-    return {
-        key: None if text == "None" else parse_value(text) if len(text) <= _LONG else text
-        for key, text in metadata.items()
-        if key != "format"
-    }
 
 
 def download(repository: str, **options: Any) -> Path:

@@ -11,6 +11,7 @@ from fourm.generation.batch_entries import emptied
 from fourm.models.generate import (
     GenerationSampler,
     custom_text,
+    expand_to_batch,
     init_empty_target_modality,
     init_full_input_modality,
 )
@@ -47,6 +48,15 @@ def test_an_empty_sequence_is_a_lone_sentinel_and_room():
     entry = init_empty_target_modality({}, MODALITIES, "text", 2, 5, "cpu")["text"]
     assert described(entry, 1) == ["i5", "t5", "t0", "t0", "t0"]
     assert entry["decoder_attention_mask"].tolist() == [[0, 1, 1, 1, 1]] * 2
+
+
+def test_one_sample_becomes_a_batch():
+    batch = full_pixels() | {"text": full("text", torch.tensor([[9, 3], [8, 3], [7, 3]]))}
+    expanded = expand_to_batch(batch, 3)
+    assert {len(value) for entry in expanded.values() for value in entry.values()} == {3}
+    assert torch.equal(expanded["pixels"]["tensor"][2], batch["pixels"]["tensor"][0])
+    with pytest.raises(UserError, match="text: 3 samples cannot be expanded to a batch of 2"):
+        expand_to_batch(batch, 2)
 
 
 def test_vectors_cannot_be_targets():
@@ -102,10 +112,21 @@ def test_writing_ends_at_the_token_that_the_prompt_names(end):
         ids = out["tensor"][~out["input_mask"]].tolist()
         assert ids[-1] == 11, "what follows the gap stays"
         assert TOKENIZER.token_to_id(end) not in ids[1:-2], "nothing is written after the end"
-    expected = reference.write(model, [(1.0, batch)], "text", [10, 5, 11], 11, TOKENIZER.token_to_id(end))
+    expected = reference.write(model, [(1.0, batch)], "text", [10, 5, 11], 12, TOKENIZER.token_to_id(end))
     schedule[0]["temperature"] = 0.0
     out = GenerationSampler(model).generate(prompt, schedule, text_tokenizer=TOKENIZER)["text"]
     assert out["tensor"][~out["input_mask"]].tolist() == expected
+
+
+@pytest.mark.parametrize("num_tokens", [3, 7, 11])
+def test_a_sequence_that_never_ends_has_as_many_tokens_as_in_the_published_code(num_tokens):
+    model = toy_model(2).eval()
+    batch = init_empty_target_modality(full_pixels(), MODALITIES, "text", 1, num_tokens, "cpu")
+    with torch.no_grad():
+        model.decoder_embeddings["text"].to_logits.weight[6] = model.decoder_embeddings["text"].to_logits.weight[20]
+    schedule = [{"target_domain": "text", "scheme": "autoregressive", "num_tokens": num_tokens, "temperature": 0.0}]
+    out = GenerationSampler(model).generate(batch, schedule, text_tokenizer=TOKENIZER)["text"]
+    assert out["tensor"].shape[1] == num_tokens - 1, "the row without its input, the start token"
 
 
 def full_pixels():

@@ -89,7 +89,7 @@ def test_captions_are_those_of_the_plain_method(model, scale):
     steps = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], scale)
     out = generate(model, batch, steps, seed=0)
     for b in range(4):
-        expected = reference.write(model, conditions(model, one(inputs(model), b), scale), "text", [S1], ROOM, S2)
+        expected = reference.write(model, conditions(model, one(inputs(model), b), scale), "text", [S1], ROOM + 1, S2)
         assert valid(out["text"], b) == expected
     assert len({len(valid(out["text"], b)) for b in range(4)}) > 1, "samples should end at different times"
 
@@ -159,7 +159,7 @@ def test_spans_are_written_into_their_places(model):
         model, ["text"], ["autoregressive"], [ROOM], [1]), seed=0)  # fmt: skip
     for b, row in enumerate(rows):
         end = [S2 + 1, S2, S2][b]
-        expected = reference.write(model, [(1.0, one(batch, b))], "text", row, ROOM, end)
+        expected = reference.write(model, [(1.0, one(batch, b))], "text", row, ROOM + 1, end)
         assert valid(out["text"], b) == expected
 
 
@@ -295,7 +295,7 @@ def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
         batch["text"]["target_mask"] = (torch.arange(ROOM + 1) < 1) | (torch.arange(ROOM + 1) > rooms)
         generate(model, batch, schedule, seed=0)
         assert (calls["cross"], calls["embedded"], calls["encoded"]) == (1, 2, 1)
-        alive = [(rooms > index).sum().item() for index in range(1, ROOM)]
+        alive = [(rooms > index).sum().item() for index in range(ROOM)]
         assert calls["decoded"] == [(2 * count, 1) for count in alive], "two conditions; what has ended leaves"
         calls.update(embedded=0, encoded=0, decoded=[])
         generate(model, inputs(model), make_schedule(model, ["grid"], ["roar"], [16], [4], 2.0), seed=0)

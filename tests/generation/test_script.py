@@ -12,7 +12,7 @@ from PIL import Image
 
 from fourm.data.data_config import split_domains
 from fourm.data.modality_info import MODALITY_INFO
-from fourm.generation.options import GenerationOptions, parse
+from fourm.generation.options import AllOptions, parse
 from fourm.generation.results import read_result
 from fourm.generation.script import run
 from fourm.generation.settings import COLUMNS, chained_schedule
@@ -166,8 +166,8 @@ def test_the_command_ends_with_one_line_and_status_2(folder):
 )
 def test_shipped_configurations_have_known_keys(path):
     content = load_yaml(path)
-    assert content.keys() <= set(flat_options(GenerationOptions))
-    for key in ("model_config", "data_config", "sr_config"):
+    assert content.keys() <= set(flat_options(AllOptions))
+    for key in ("model_config", "data_config", "gen_config", "sr_config"):
         assert not content.get(key) or (ROOT / content[key]).is_file()
 
 
@@ -178,7 +178,7 @@ def test_settings_are_recorded(folder):
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "cfgs/default/generation/settings_base").glob("*.yaml")), ids=lambda p: p.name
+    "path", sorted((ROOT / "cfgs/default/generation/settings_base").glob("*all.yaml")), ids=lambda p: p.name
 )
 def test_shipped_settings_can_be_followed_by_the_published_modalities(path, monkeypatch):
     monkeypatch.chdir(ROOT)

@@ -1,12 +1,14 @@
 """Models on disk: round trips and the published layout."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from fourm.models import FM, FMViT
+from fourm.utils import load_safetensors
 from fourm.utils.errors import UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, randomise_, toy_batch, toy_config, toy_model
 
@@ -119,3 +121,35 @@ def test_weights_that_are_cut_off_or_missing_are_one_sentence(tmp_path):
     weights.write_bytes(weights.read_bytes()[:-100])
     with pytest.raises(UserError, match="no model could be loaded"):
         FM.from_pretrained(str(tmp_path))
+
+
+def test_a_file_with_its_configuration_in_the_header(tmp_path):
+    model = toy_model()
+    metadata = {key: str(value) for key, value in model.config.items()} | {"format": "pt", "comment": "made elsewhere"}
+    save_file(dict(model.state_dict()), tmp_path / "toy.safetensors", metadata)
+    state_dict, config = load_safetensors(str(tmp_path / "toy.safetensors"))
+    assert config == model.config | {"comment": "made elsewhere"} and state_dict.keys() == model.state_dict().keys()
+    assert load_safetensors(tmp_path / "toy.safetensors", return_config=False).keys() == state_dict.keys()
+    torch.testing.assert_close(
+        dict(FM.from_pretrained(str(tmp_path / "toy.safetensors")).state_dict()), dict(model.state_dict())
+    )
+    save_file(dict(model.state_dict()), tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="bare.safetensors: model config: the key 'domains_in' is required"):
+        FM.from_pretrained(tmp_path / "bare.safetensors")
+    with pytest.raises(UserError, match="nothing.safetensors does not exist"):
+        FM.from_pretrained(tmp_path / "nothing.safetensors")
+
+
+def test_unknown_keys_are_tolerated_in_the_files_of_others(tmp_path, caplog, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    toy_model().save_pretrained("EPFL-VILAB/4M-7_B")
+    config = Path("EPFL-VILAB/4M-7_B/config.json")
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"cls_token": False, "emb_drop": 0.0}))
+    FM.from_pretrained("EPFL-VILAB/4M-7_B")
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "EPFL-VILAB/4M-7_B" in warnings[0] and "cls_token, emb_drop" in warnings[0]
+    Path("EPFL-VILAB/4M-7_B/config.yaml").write_text("epochs: 3\n")  # a run of ours
+    with pytest.raises(UserError, match="unknown key 'cls_token'"):
+        FM.from_pretrained("EPFL-VILAB/4M-7_B")
+    with pytest.raises(UserError, match="unknown key 'emb_drop'"):
+        FM(config=toy_config(emb_drop=0.0))

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from fourm.generation.decode_dict import decode_dict
 from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.vq import load_tokenizer
@@ -137,6 +138,16 @@ def test_decoding_follows_its_formulas(model, stable_diffusion, guidance):
         IDS, timesteps=4, seed=3, prompt="a cat", guidance_scale=guidance, cond_scale=0.8
     )  # fmt: skip
     assert torch.allclose(got, x, atol=1e-4)
+
+
+def test_generation_decodes_colours_by_it(model):
+    batch = {"tok_rgb@32": {"tensor": IDS.flatten(1)}}
+    options = {"decoding_steps": 2, "activate_controlnet": True}
+    decoded = decode_dict(batch, torch.nn.ModuleDict({"controlnet": model}), None, **options)["tok_rgb@32"]
+    assert decoded.shape == (2, 32, 32, 3) and 0 <= decoded.min() < decoded.max() <= 1
+    weaker = decode_dict(batch, {"controlnet": model}, None, controlnet_cond_scale=0.1, **options)["tok_rgb@32"]
+    plain = decode_dict(batch, {"controlnet": model}, None, controlnet_guidance_scale=1.0, **options)["tok_rgb@32"]
+    assert abs(decoded - weaker).max() > 1e-4 and abs(decoded - plain).max() > 1e-4
 
 
 def test_a_prompt_and_a_seed_for_each_image(model):

@@ -22,8 +22,8 @@ from PIL import Image
 from fourm.data.images import EncodedImage, open_image, pixels_of, upright, upright_size
 from fourm.data.transforms.base import AbstractTransform, CropCoords
 from fourm.utils.errors import DataError, UnreadableValue, UserError
+from fourm.utils.normalization import IMAGENET_MEAN, IMAGENET_STD
 
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RESAMPLE_MODES = ("nearest", "bilinear", "bicubic")
 _GREY = frozenset({"1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "I;16N", "F"})
 _ASPECT_TOLERANCE = 0.02  # log difference of aspect ratios that may result from rounding sides to whole pixels
