@@ -23,7 +23,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     }
     paths = {*DOCUMENTS, *(path for path in linked if path.is_file() and path.is_relative_to(REPOSITORY))}
     pages = [
-        File.generated(config, path.relative_to(REPOSITORY).as_posix(), abs_src_path=str(path)) for path in sorted(paths)
+        File.generated(config, path.relative_to(REPOSITORY).as_posix(), abs_src_path=str(path))
+        for path in sorted(paths)
     ]
     packages = [path for path in sorted((REPOSITORY / "fourm").iterdir()) if (path / "__init__.py").exists()]
     pages += [File.generated(config, f"api/{path.name}.md", content=api_page(path)) for path in packages]
@@ -33,7 +34,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 def api_page(package: Path) -> str:
     """The page of a package: a directive for each of its modules, which are not empty."""
-    modules = [path for path in sorted(package.rglob("*.py")) if path.name != "__main__.py" and path.read_text().strip()]
+    modules = [
+        path for path in sorted(package.rglob("*.py")) if path.name != "__main__.py" and path.read_text().strip()
+    ]
     names = [".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__") for path in modules]
     return "\n\n".join([f"# fourm.{package.name}", *(f"::: {name}" for name in names)])
 
