@@ -196,15 +196,14 @@ def save_tokens(options: SaveTokensOptions) -> int:
     folders = {PIXELS: source.folder} | ({MAIN: options.main_modality} if options.main_modality else {})
     images = open_images(Path(options.data_root, options.split), folders, options.shards, ledger, (rank, world_size))
     parts = images.parts()
+    weights = options.feature_weights if source.network else ""
     made_with = {
         "modality": source.folder,
         "input_size": source.size,
         "num_crops": options.num_crops,
         "tokenizer": _digest(find_weights(place)),
         "feature_network": source.network or None,
-        "feature_weights": _digest(Path(options.feature_weights))
-        if source.network and options.feature_weights
-        else None,
+        "feature_weights": _digest(Path(weights)) if weights else None,
         "resample_mode": options.resample_mode,
         "bf16": options.bf16 or None,
     }
@@ -266,12 +265,8 @@ class _Encoder:
     """Crops → tokens, in float32 unless ``bf16`` is set."""
 
     def __init__(self, tokenizer: ImageTokenizer, network: FeatureNetwork | None, options: SaveTokensOptions):
-        self.tokenizer, self._network, self._batch_size, self._bf16 = (
-            tokenizer,
-            network,
-            options.batch_size,
-            options.bf16,
-        )
+        self.tokenizer, self._network = tokenizer, network
+        self._batch_size, self._bf16 = options.batch_size, options.bf16
         if options.bf16:
             log.warning(
                 "bf16: some of the tokens differ from those in float32, which models are trained and generate with; "
