@@ -228,7 +228,8 @@ def _decode(
 def _tokenizer(tokenizers: Images, name: str) -> ImageTokenizer:
     if name not in tokenizers:
         raise UserError(f"{name} cannot be decoded without its tokenizer; add it to tokenizers as '{name}'")
-    return tokenizers[name]
+    tokenizer: Any = tokenizers[name]
+    return tokenizer
 
 
 def _squeezed(values: Any) -> Any:
