@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from fourm.data.collate import ModDict
 from fourm.generation.decoding import DETOKENIZER, Detokenizer
@@ -32,7 +32,7 @@ from fourm.utils.tokenizer import TextEncoder, merge_spans
 from fourm.utils.tokenizer.special_tokens import EOS
 from fourm.vq import ImageTokenizer
 
-Images = Mapping[str, Any]
+Images = Mapping[str, Any] | nn.ModuleDict
 """Maps modalities without their resolution to tokenizers; a dict or a ``torch.nn.ModuleDict``."""
 
 
@@ -74,8 +74,8 @@ def decode_dict(
     """
     if activate_controlnet:
         tokenizers = {**tokenizers, "tok_rgb": _tokenizer(tokenizers, "controlnet")}
-    images = {"image_size": image_size, "patch_size": patch_size, "t": decoding_steps, "seed": seed}
-    scales = {
+    images: dict[str, Any] = {"image_size": image_size, "patch_size": patch_size, "t": decoding_steps, "seed": seed}
+    scales: dict[str, Any] = {
         "controlnet_guidance_scale": controlnet_guidance_scale,
         "controlnet_cond_scale": controlnet_cond_scale,
     }
@@ -228,7 +228,8 @@ def _decode(
 def _tokenizer(tokenizers: Images, name: str) -> ImageTokenizer:
     if name not in tokenizers:
         raise UserError(f"{name} cannot be decoded without its tokenizer; add it to tokenizers as '{name}'")
-    return tokenizers[name]
+    tokenizer: Any = tokenizers[name]
+    return tokenizer
 
 
 def _squeezed(values: Any) -> Any:

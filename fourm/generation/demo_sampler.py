@@ -156,7 +156,12 @@ class Demo4MSampler(nn.Module):
             UserError: If the sample is empty, or the model cannot read it or generate a target.
         """
         batch = self._batch(sample)
-        options = {"top_p": top_p, "top_k": top_k, "text_tokenizer": self.text_tokenizer, "verbose": self.verbose}
+        options: dict[str, Any] = {
+            "top_p": top_p,
+            "top_k": top_k,
+            "text_tokenizer": self.text_tokenizer,
+            "verbose": self.verbose,
+        }
         schedule = self._schedule(self.fm, [*batch], self._targets(batch, target_modalities))
         results = GenerationSampler(self.fm).generate(batch, schedule, seed=seed, **options)
         decoded = self._decode(results, 224, seed)

@@ -63,4 +63,9 @@ def write_tokenizer(name: str, folder: Path) -> None:
     """Write a tokenizer with the channels, codes and grid of the published one below ``folder``."""
     cls, options = TOKENIZERS[name]
     torch.manual_seed(0)
-    cls(**{"image_size": 224, **options}).save_pretrained(folder / HUB / f"4M_tokenizers_{name}")
+    model = cls(**{"image_size": 224, **options})
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            if not parameter.any():  # otherwise, what a diffusion model begins as does not read its tokens
+                parameter.normal_(std=0.1)
+    model.save_pretrained(folder / HUB / f"4M_tokenizers_{name}")
