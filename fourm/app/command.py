@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 import tempfile
-import threading
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -69,10 +69,12 @@ def main(argv: list[str] | None = None) -> None:
     load_plugin(options.plugin)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     with tempfile.TemporaryDirectory(prefix="fourm-app-") as folder:
-        page = Page(load(options), options, Path(options.model).name, Path(folder))
+        page = Page(load(options), options, Path(options.model).resolve().name, Path(folder))
         url = page.launch(options.host, options.port)
         print(f"{url} (Ctrl-C stops the app)", flush=True)
         try:
-            threading.Event().wait()
+            while True:
+                time.sleep(60)
+                page.remove_old_files()
         finally:
             page.blocks.close(verbose=False)

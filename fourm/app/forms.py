@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 from fourm.data.images import EncodedImage, UnreadableImage
 from fourm.data.modality_info import Modality
 from fourm.generation.decoding import Decoded, decode, kind_of
-from fourm.generation.inputs import make_batch
+from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.plotting import titles_of
 from fourm.generation.sampler import Sampler
 from fourm.generation.settings import default_settings
@@ -39,17 +39,19 @@ class Field:
 
     label: str
     placeholder: str
-    read: Any
+    read: Callable[[str], Any]
 
 
 def picture_modalities(sampler: Sampler) -> list[str]:
-    """Return the inputs that can be read from a picture: the RGB first, and pixels before tokens of the same kind."""
+    """Return the inputs that can be read from a picture, one of each kind: RGB first, pixels rather than tokens."""
     names = [
         name
         for name, modality in sampler.inputs.items()
         if modality.type == "img" and (modality.is_pixels or kind_of(modality) in sampler.tokenizers)
     ]
-    return sorted(names, key=lambda name: (kind_of(sampler.inputs[name]) != "rgb", not sampler.inputs[name].is_pixels))
+    kinds = dict.fromkeys(kind_of(sampler.inputs[name]) for name in names)
+    known = {name: sampler.inputs[name] for name in names}
+    return sorted((find_modality(kind, known, "an input") for kind in kinds), key=lambda n: kind_of(known[n]) != "rgb")
 
 
 def text_modalities(sampler: Sampler) -> list[str]:
@@ -83,7 +85,7 @@ def read_picture(path: str | Path, name: str, sampler: Sampler, max_bytes: int) 
     with open(path, "rb") as file:
         content = file.read(max_bytes + 1)
     if len(content) > max_bytes:
-        raise UserError(f"the file is larger than {max_bytes / 2**20:g} MiB; choose a smaller picture")
+        raise UserError(f"the file is larger than {max_bytes / 2**20:.3g} MiB; choose a smaller picture")
     try:
         picture = EncodedImage(content)
         batch = make_batch([{name: picture}], sampler.info, sampler.tokenizers, None)
@@ -166,7 +168,9 @@ def default_rows(sampler: Sampler) -> list[list[Any]]:
     names = target_modalities(sampler)
     return [
         [title, defaults["temps"], defaults["cfg_scales"], defaults["decoding_steps"]]
-        for title, defaults in zip(titles_of(names), map(_defaults(sampler), names), strict=True)
+        for title, defaults in zip(
+            titles_of(names), (default_settings(sampler.targets[name]) for name in names), strict=True
+        )
     ]
 
 
@@ -179,25 +183,20 @@ def read_settings(rows: Iterable[Sequence[Any]], sampler: Sampler) -> dict[str, 
     names = target_modalities(sampler)
     settings: dict[str, dict[str, Any]] = {"temps": {}, "cfg_scales": {}, "decoding_steps": {}}
     for name, title, row in zip(names, titles_of(names), rows, strict=False):
-        defaults, modality = _defaults(sampler)(name), sampler.targets[name]
+        modality = sampler.targets[name]
+        defaults = default_settings(modality)
         most = (modality.max_tokens or 1) if modality.type == "img" else 1
         for column, (key, low, high) in enumerate(
             (("temps", 0.0, 100.0), ("cfg_scales", -20.0, 20.0), ("decoding_steps", 1, most)), 1
         ):
             value = _number(str(row[column])) if len(row) == len(COLUMNS) else None
-            if value is None or not low <= value <= high:
-                raise UserError(f"{title}: {COLUMNS[column]} must be a number from {low:g} to {high:g}")
+            whole = key == "decoding_steps"
+            if value is None or not low <= value <= high or (whole and value != int(value)):
+                kind = "whole number" if whole else "number"
+                raise UserError(f"{title}: {COLUMNS[column]} must be a {kind} from {low:g} to {high:g}")
             if value != defaults[key]:
-                settings[key][name] = int(value) if key == "decoding_steps" else value
+                settings[key][name] = int(value) if whole else value
     return {key: values for key, values in settings.items() if values}
-
-
-def _defaults(sampler: Sampler) -> Any:
-    def defaults(name: str) -> dict[str, Any]:
-        modality: Modality = sampler.targets[name]
-        return default_settings(modality)
-
-    return defaults
 
 
 def is_given(target: Modality, inputs: Mapping[str, Modality]) -> bool:

@@ -25,9 +25,12 @@ from fourm.app.session import MAX_SEED, Limits, Request, Session, Sessions, Vers
 from fourm.generation.decoding import kind_of
 from fourm.generation.plotting import as_image, titles_of
 from fourm.generation.sampler import Sampler, Step
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.errors import MissingDependency, UserError, is_out_of_memory
 
 FOLDER = Path(__file__).parent
+KEPT_SECONDS = 600
+"""How long results can be downloaded; uploads are removed as soon as they are read."""
+
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
 _REGION = """<div class="editor"><div class="picture ${value.sharp ? 'sharp' : ''}"><img src="${value.picture}" alt="region">
 <svg viewBox="0 0 ${value.columns} ${value.rows}" preserveAspectRatio="none">${Array.from({length: value.rows * value.columns},
@@ -36,6 +39,7 @@ class="${value.cells.includes(i) ? 'on' : ''}"/>`).join("")}</svg></div>
 <div class="tools"><span>${value.cells.length} of ${value.rows * value.columns} tokens selected</span>
 <button type="button" data-tool="all">all</button><button type="button" data-tool="none">none</button></div></div>"""
 _EMPTY_REGION = {"picture": "", "rows": 1, "columns": 1, "cells": [], "sharp": False}
+_SCROLL = """() => document.getElementById("editor")?.scrollIntoView({block: "start", behavior: "smooth"})"""
 _CLICK = """element.addEventListener("click", (event) => {
   const edit = event.target.closest("[data-modality]");
   if (edit) trigger("click", {modality: edit.dataset.modality, sample: Number(edit.dataset.sample)});
@@ -99,21 +103,34 @@ class Page:
         mono = [self.gradio.themes.Font("ui-monospace"), self.gradio.themes.Font("monospace")]
         return self.gradio.themes.Default(primary_hue="blue", neutral_hue="gray", font=fonts, font_mono=mono)
 
+    def remove_old_files(self) -> None:
+        """Remove temporary files that are older than :data:`KEPT_SECONDS`, such as archives and broken uploads."""
+        for path in self.folder.rglob("*"):
+            try:
+                if path.is_file() and time.time() - path.stat().st_mtime > KEPT_SECONDS:
+                    path.unlink()
+            except FileNotFoundError:
+                continue  # somebody else has removed it
+
     # The layout.
 
     def _build(self) -> Any:
         gr = self.gradio
-        # Uploads are deleted as soon as they are read; archives when they are ten minutes old.
-        with gr.Blocks(
-            title=f"4M: {self.name}", analytics_enabled=False, delete_cache=(60, 600), fill_width=True
-        ) as blocks:
+        with gr.Blocks(title=f"4M: {self.name}", analytics_enabled=False, fill_width=True) as blocks:
             gr.HTML(self._head(), elem_id="head")
             with gr.Row(equal_height=False):
                 with gr.Column(scale=4, min_width=340):
                     form = self._form()
                 with gr.Column(scale=9, min_width=480):
+                    with gr.Row(elem_id="actions"):
+                        form["generate"] = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
+                        form["stop"] = gr.Button("Stop", min_width=70, elem_id="stop")
+                        form["undo"] = gr.Button("Undo", min_width=70, interactive=False, elem_id="undo")
+                        form["download"] = gr.DownloadButton(
+                            "Download", min_width=90, interactive=False, elem_id="download"
+                        )
                     status = gr.HTML(_idle("Ready."), elem_id="status")
-                    with gr.Group(visible=False) as editor:
+                    with gr.Column(visible=False, elem_id="editor") as editor:
                         parts = self._editor()
                     results = gr.HTML(cards.samples((), (), ()), elem_id="results", js_on_load=_CLICK)
             self._connect(blocks, form, status, editor, parts, results)
@@ -132,7 +149,7 @@ class Page:
         gr, form = self.gradio, {}
         if self.pictures:
             form["upload"] = gr.File(
-                label="Picture", file_count="single", type="filepath", height=110, elem_id="upload",
+                label="Picture", file_count="single", type="filepath", height=130, elem_id="upload",
                 file_types=[".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"],
             )  # fmt: skip
             form["kind"] = gr.Dropdown(
@@ -173,11 +190,6 @@ class Page:
                 form["top_k"] = gr.Number(0, label="top-k (0 = all)", precision=0, minimum=0, min_width=100)
                 form["top_p"] = gr.Number(0, label="top-p (0 = all)", minimum=0, maximum=1, step=0.05, min_width=100)
             form["reset"] = gr.Button("Defaults", size="sm", variant="secondary")
-        with gr.Row():
-            form["generate"] = gr.Button("Generate", variant="primary", min_width=110, elem_id="generate")
-            form["stop"] = gr.Button("Stop", min_width=70, elem_id="stop")
-            form["undo"] = gr.Button("Undo", min_width=70, interactive=False, elem_id="undo")
-        form["download"] = gr.DownloadButton("Download results", interactive=False, elem_id="download")
         return form
 
     def _editor(self) -> dict[str, Any]:
@@ -205,7 +217,7 @@ class Page:
                 )
                 with gr.Row():
                     parts["regenerate"] = gr.Button(
-                        "Regenerate the region", variant="primary", min_width=150, elem_id="regenerate"
+                        "Regenerate", variant="primary", min_width=110, elem_id="regenerate"
                     )
                     parts["close"] = gr.Button("Close", min_width=70, elem_id="close")
         parts["edited"] = gr.State()
@@ -263,10 +275,13 @@ class Page:
         """Return an event handler that calls ``function`` with the session of the user and the values of the form."""
 
         def handle(request, *values):
-            return function(self.sessions.get(_key(request)), *values)
+            try:
+                return function(self.sessions.get(_key(request)), *values)
+            except UserError as error:
+                raise self.gradio.Error(cards.escape(error), print_exception=False) from error
 
         def handle_event(request, event):
-            return function(self.sessions.get(_key(request)), event)
+            return handle(request, event)
 
         return self._typed(handle_event if types else handle, request=self.gradio.Request, **types)
 
@@ -350,6 +365,13 @@ class Page:
             except UserError as error:
                 yield _error(error), gr.skip(), gr.skip(), gr.skip()
                 return
+            except (MemoryError, RuntimeError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                text = "out of memory: generate fewer samples at a time, or fewer modalities"
+                yield _error(text), gr.skip(), gr.skip(), gr.skip()
+                return
+            assert version is not None  # there is at least one step
             word = "Finished" if version.complete else "Stopped"
             yield self._shown(session, version, _idle(f"{word} after {time.monotonic() - began:.1f} s."))
 
@@ -406,7 +428,7 @@ def _idle(text: str) -> str:
     return f'<p class="idle">{cards.escape(text)}</p>'
 
 
-def _error(error: Exception) -> str:
+def _error(error: Exception | str) -> str:
     return f'<p class="error">{cards.escape(error)}</p>'
 
 

@@ -168,11 +168,11 @@ class Session:
         side = round(tokens**0.5)
         return (side, side) if side * side == tokens else (1, tokens)
 
-    def picture_of(self, name: str, sample: int) -> np.ndarray | None:
+    def picture_of(self, name: str, sample: int) -> np.ndarray:
         """Return the picture (H, W, 3) of one of :meth:`editable`."""
         assert self.current is not None
         result = self.current.results[sample]
-        return as_image(result[name if name in result else str(self._pixels_of(name, result))])
+        return _image(result[name if name in result else str(self._pixels_of(name, result))])
 
     def conditions(self, name: str, sample: int = 0) -> tuple[list[str], list[str]]:
         """Return what can condition a region of ``name``, and what does so by default, which is what was given."""
@@ -246,7 +246,9 @@ class Session:
             complete=True,
         )  # fmt: skip
         request = replace(request, settings=settings)
-        return self._run(version, inputs, base, (name, *later), request, {"region": {name: sorted(set(cells))}})
+        return self._run(
+            version, inputs, base, (name, *later), request, {"sample": sample, "region": {name: sorted(set(cells))}}
+        )
 
     def archive(self) -> bytes:
         """Return a ZIP file of the current version: a folder per sample, and ``steps.json``.
@@ -333,9 +335,14 @@ class Session:
     def _tokens(self, name: str, result: Mapping[str, Decoded]) -> Any:
         if name in result:
             return result[name].tensor
-        pixels = as_image(result[str(self._pixels_of(name, result))])
-        assert pixels is not None
+        pixels = _image(result[str(self._pixels_of(name, result))])
         return read_value(Image.fromarray(pixels), self.sampler.targets[name], self.sampler.tokenizers, None, None)
+
+
+def _image(decoded: Decoded) -> np.ndarray:
+    image = as_image(decoded)
+    assert image is not None  # images of tokens always have a picture
+    return image
 
 
 def _over(base: Mapping[str, Decoded], step: Step) -> Any:
