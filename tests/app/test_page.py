@@ -67,7 +67,7 @@ def app(tmp_path_factory):
             assert process.wait(60) == 128 + signal.SIGTERM
             process.stdout.close()
         assert not list((folder / "tmp").glob("fourm-app-*"))
-        assert "Traceback" not in (folder / "log").read_text()
+        assert "fourm/app" not in (folder / "log").read_text()  # gradio logs tracebacks of the requests that it refuses
 
 
 @pytest.fixture
