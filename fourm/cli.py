@@ -37,6 +37,7 @@ COMMANDS = {
     "train-vqcontrolnet": Command("fourm.cli:train_vqcontrolnet", "train Stable Diffusion to decode a tokenizer"),
     "export": Command("fourm.train.export:main", "write the model of a checkpoint for FM.from_pretrained"),
     "generate": Command("fourm.generation.script:main", "generate any modalities from any others"),
+    "app": Command("fourm.app.command:main", "generate in the browser"),
     "fit-codebook": Command("fourm.vq.fit_codebook:main", "fit a codebook to the images of a data set"),
     "tokenize": Command("fourm.vq.save_tokens:main", "convert the images of a data set to tokens"),
     "check": Command("fourm.tools.check:main", "read every sample of a data set and report what is wrong"),

@@ -11,7 +11,7 @@ import fourm
 
 ROOT = Path(fourm.__file__).parent
 REPOSITORY = Path(__file__).parents[1]
-LAYER = {"utils": 0, "data": 1, "models": 2, "vq": 3, "generation": 4, "train": 4, "tools": 5, "demo": 6}
+LAYER = {"utils": 0, "data": 1, "models": 2, "vq": 3, "generation": 4, "train": 4, "tools": 5, "demo": 6, "app": 7}
 PUBLISHED_PATHS = {"fourm.models.generate", "fourm.utils.plotting_utils", "fourm.demo_4M_sampler"}
 """Import paths that users type, in lower layers than the modules whose names they provide."""
 COMMANDS_THAT_MOVED = {"fourm.data.check", "fourm.data.pack", "fourm.data.preview"}

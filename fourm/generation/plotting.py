@@ -70,7 +70,7 @@ def plot(
             axes.spines[:].set_visible(False)
             if name in sample:
                 _draw(axes, sample[name], sample, colors.get(name))
-    for axes, name in zip(grid[0], _titles(columns), strict=True):
+    for axes, name in zip(grid[0], titles_of(columns), strict=True):
         axes.set_title(name, fontsize=9, color=_INK)
     for axes_of_row, label in zip(grid, labels, strict=False):
         axes_of_row[0].set_ylabel(label, fontsize=9, color=_INK)
@@ -313,7 +313,7 @@ def _draw_background(axes: Axes, sample: Mapping[str, Decoded]) -> tuple[int, in
     return 100, 100
 
 
-def _titles(columns: Sequence[str]) -> list[str]:
+def titles_of(columns: Sequence[str]) -> list[str]:
     """Shorten ``tok_depth@224`` to ``depth``, unless another column has the same short name."""
     short = [name.split("@")[0].removeprefix("tok_").replace("_", " ") for name in columns]
     return [name if short.count(title) > 1 else title for name, title in zip(columns, short, strict=True)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,27 @@ from fourm.vq.tokenizer import CONFIG
 
 Result = dict[str, Decoded]
 """Maps each modality to its decoded value, the inputs first."""
+
+Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+"""One sample, or several with the same modalities."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """The state of a generation after a step.
+
+    Attributes:
+        target: The modality that the step generated tokens of.
+        number: Number of the step, from 1 to ``total``.
+        total: Number of steps of all targets.
+        results: Decodes the inputs, the finished targets, and the target of this step as far as it is known. Only
+            what has changed since the last call is decoded.
+    """
+
+    target: str
+    number: int
+    total: int
+    results: Callable[[], list[Result]]
 
 
 class Sampler:
@@ -113,9 +136,25 @@ class Sampler:
             loaded.compile_blocks(dynamic=True)
         return cls(loaded, images, vocabulary, class_names, dtype, detokenizer)
 
-    def __call__(
+    def __call__(self, inputs: Inputs, targets: str | Sequence[str], seed: Seed = None, **options: Any) -> list[Result]:
+        """Generate the targets one after another, each conditioned on the inputs and the targets before it.
+
+        Args:
+            inputs, targets, seed, options: See :meth:`generate_iter`.
+
+        Returns:
+            The inputs and generated targets of each sample.
+
+        Raises:
+            UserError: If the inputs, targets or settings do not fit the model.
+        """
+        for step in self.generate_iter(inputs, targets, seed, **options):  # noqa: B007
+            pass
+        return step.results()
+
+    def generate_iter(
         self,
-        inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]],
+        inputs: Inputs,
         targets: str | Sequence[str],
         seed: Seed = None,
         top_k: int | float = 0.0,
@@ -123,8 +162,8 @@ class Sampler:
         cfg_grow_conditioning: bool = True,
         verbose: bool = False,
         **settings: Any,
-    ) -> list[Result]:
-        """Generate the targets one after another, each conditioned on the inputs and the targets before it.
+    ) -> Iterator[Step]:
+        """Generate like :meth:`__call__`, but yield after every step.
 
         Args:
             inputs: Maps modalities to values, see :func:`fourm.generation.inputs.read_value`. A list of such samples
@@ -138,9 +177,6 @@ class Sampler:
             verbose: Show a progress bar.
             settings: See :func:`fourm.generation.settings.chained_schedule`, e.g. ``temps={"caption": 0}``.
 
-        Returns:
-            The inputs and generated targets of each sample.
-
         Raises:
             UserError: If the inputs, targets or settings do not fit the model.
         """
@@ -152,16 +188,25 @@ class Sampler:
         batch = make_batch(samples, self.info, self.tokenizers, self.text_tokenizer, device)
         missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in batch.items()}
         schedule = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
-        result = self.generation.generate(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
+        batches = self.generation.generate_iter(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
         generated = {step["target_domain"] for step in schedule}
         # Inputs that are results are returned as they are.
         unchanged = {n for n in batch.keys() - generated if all(isinstance(sample[n], Decoded) for sample in samples)}
-        changed = {name: entry for name, entry in result.items() if name not in unchanged}
-        decoded = decode(changed, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
-        return [
-            {name: sample[name] if name in unchanged else self._add_class_names(values[name]) for name in result}
-            for sample, values in zip(samples, decoded, strict=True)
-        ]
+        known: dict[str, tuple[Mapping[str, Tensor], list[Decoded]]] = {}
+
+        def read(state: Mapping[str, Mapping[str, Tensor]]) -> list[Result]:
+            for name, entry in state.items():
+                if name in unchanged:
+                    known[name] = entry, [sample[name] for sample in samples]
+                elif name not in known or any(entry[key] is not known[name][0][key] for key in entry):
+                    decoded = decode({name: entry}, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
+                    known[name] = entry, [self._add_class_names(sample[name]) for sample in decoded]
+            return [{name: known[name][1][index] for name in state} for index in range(len(samples))]
+
+        return (
+            Step(step["target_domain"], number, len(schedule), partial(read, state))
+            for number, (step, state) in enumerate(zip(schedule, batches, strict=True), 1)
+        )
 
     def schedule(
         self,

@@ -127,7 +127,7 @@ def run_cli(main: Callable[[], int | None]) -> None:
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         _fail(f"{names}: {reason(error)}" if names else reason(error))
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         _fail(
             "out of memory: use a smaller batch_size or num_workers, or less data "
@@ -158,7 +158,7 @@ def _stdout_is_closed() -> bool:
     return False
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out; torch has an exception class for this on GPUs, but not on CPUs."""
     return (
         isinstance(error, MemoryError)

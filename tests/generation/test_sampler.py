@@ -68,6 +68,20 @@ def test_a_sample_of_a_batch_depends_on_its_seed_alone(sampler):
     assert not same(results[0], results[2])
 
 
+def test_steps_show_what_is_known_and_decode_only_what_has_changed(sampler, folder):
+    missing, results = [], []
+    steps = sampler.generate_iter({"rgb": folder / "photo.png"}, ["depth", "normal", "caption"], seed=0)
+    for number, step in enumerate(steps, 1):
+        assert (step.number, step.total) == (number, 9)
+        (result,) = step.results()
+        results.append(result)
+        missing.append(result[step.target].dropped)
+    assert missing[:8] == [12, 8, 4, 0] * 2 and step.target == "caption"
+    assert same(result, sampler({"rgb": folder / "photo.png"}, ["depth", "normal", "caption"], seed=0)[0])
+    assert all(later["tok_depth@32"] is results[3]["tok_depth@32"] for later in results[4:])
+    assert results[0]["tok_depth@32"] is not results[1]["tok_depth@32"]
+
+
 def test_settings_reach_the_model(sampler):
     greedy = {"temps": {"rgb": 0}, "cfg_scales": 1.0, "decoding_steps": 1, "autoregression_schemes": "maskgit"}
     first, second = (sampler({"caption": "a cup"}, ["rgb"], seed=seed, **greedy)[0] for seed in (0, 1))

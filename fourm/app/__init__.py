@@ -1,0 +1,1 @@
+"""A page in the browser for generating with a model: ``fourm app``."""
