@@ -25,12 +25,14 @@ def test_published_configurations_are_known_in_any_folder(tmp_path, monkeypatch)
     assert Path(config.data_config).samefile(ROOT / in_repository.data_config)
     assert config.run_name == "default/4m/models/main/4m-b_mod7_500b"
     data = "cfgs/default/4m/data/cc12m/main/mix_mod7_all2all_rgb2all_a0.5.yaml"
-    assert Path(load_config(PretrainConfig, None, {"data_config": data}).data_config).is_file()
+    assert Path(
+        load_config(PretrainConfig, None, {"data_config": data, "epochs": 1, "epoch_size": 8}).data_config
+    ).is_file()
     generation = parse(["--config", "cfgs/default/generation/caption2rgb_448.yaml", "--output_dir", "out"])
     assert generation.sr is not None
     mine = tmp_path / CONFIG
     mine.parent.mkdir(parents=True)
-    mine.write_text("batch_size: 3")
+    mine.write_text("batch_size: 3\nepochs: 1\nepoch_size: 8\ndata_config: mine.yaml")
     assert load_config(PretrainConfig, CONFIG).batch_size == 3  # the working directory goes first
 
 

@@ -126,14 +126,15 @@ def test_weights_that_are_cut_off_or_missing_are_one_sentence(tmp_path):
 def test_a_file_with_its_configuration_in_the_header(tmp_path):
     model = toy_model()
     metadata = {key: str(value) for key, value in model.config.items()} | {"format": "pt", "comment": "made elsewhere"}
-    save_file(dict(model.state_dict()), tmp_path / "toy.safetensors", metadata)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}  # some share memory
+    save_file(weights, tmp_path / "toy.safetensors", metadata)
     state_dict, config = load_safetensors(str(tmp_path / "toy.safetensors"))
     assert config == model.config | {"comment": "made elsewhere"} and state_dict.keys() == model.state_dict().keys()
     assert load_safetensors(tmp_path / "toy.safetensors", return_config=False).keys() == state_dict.keys()
     torch.testing.assert_close(
         dict(FM.from_pretrained(str(tmp_path / "toy.safetensors")).state_dict()), dict(model.state_dict())
     )
-    save_file(dict(model.state_dict()), tmp_path / "bare.safetensors")
+    save_file(weights, tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="bare.safetensors: model config: the key 'domains_in' is required"):
         FM.from_pretrained(tmp_path / "bare.safetensors")
     with pytest.raises(UserError, match="nothing.safetensors does not exist"):
