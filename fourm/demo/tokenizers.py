@@ -26,11 +26,11 @@ from fourm.vq.tokenizer import CONFIG, WEIGHTS
 TRAINED = Path(__file__).with_name("trained")
 RECIPE = "cfgs/demo/tokenizer.yaml"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rgb": {"levels": [8, 8, 8, 4], "loss_fn": "mse", "out_conv": True},
-    "depth": {"levels": [8, 8, 8], "loss_fn": "l1", "out_conv": True},
-    "normal": {"levels": [8, 8, 8], "loss_fn": "l1", "out_conv": True},
+    "rgb": {"levels": [8, 8, 8, 4], "out_conv": True},
+    "depth": {"levels": [8, 8, 8]},
+    "normal": {"levels": [8, 8, 8], "out_conv": True},
     "semseg": {"levels": [8, 8, 8], "loss_fn": "cross_entropy", "n_labels": len(CLASSES), "n_channels": 16},
-    "canny_edge": {"levels": [8, 8, 8], "loss_fn": "mse", "out_conv": True},
+    "canny_edge": {"levels": [8, 8, 8]},
 }
 """Modality → the options of ``run_training_vqvae.py`` that it adds to :data:`RECIPE`."""
 
