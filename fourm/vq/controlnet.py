@@ -160,13 +160,19 @@ class ControlledUNet(nn.Module):
         )[0]
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Encode texts, which are cut off after T tokens, to (B, T, E)."""
-        length, device = self.empty_str_encoding.shape[1], self.empty_str_encoding.device
+    def encode_text(self, texts: Sequence[str], text_encoder: Any = None) -> Tensor:
+        """Encode texts, which are cut off after T tokens, to (B, T, E).
+
+        Args:
+            texts: B texts.
+            text_encoder: The model to encode them with; None for the own one.
+        """
+        text_encoder = text_encoder or self.text_encoder
+        length, device = self.empty_str_encoding.shape[1], next(text_encoder.parameters()).device
         ids = self.tokenizer(
             list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
-        return self.text_encoder(ids, position_ids=torch.arange(length, device=device)[None])[0]
+        return text_encoder(ids, position_ids=torch.arange(length, device=device)[None])[0]
 
 
 class VQControlNet(DiffusionVQ):
@@ -211,7 +217,8 @@ class VQControlNet(DiffusionVQ):
         for name, part in {"unet": decoder.unet, "text_encoder": decoder.text_encoder, "vae": self.vae}.items():
             part.load_state_dict(parts[name].state_dict())
         decoder.controlnet.load_state_dict(_controlnet(parts["unet"], self.latent_dim, self.pretrained_cn).state_dict())
-        decoder.empty_str_encoding.copy_(decoder.encode_text([""]))
+        # By the model that was read: the weights of the own text encoder may be shards.
+        decoder.empty_str_encoding.copy_(decoder.encode_text([""], parts["text_encoder"]))
 
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.decoder.unet, self.decoder.text_encoder, self.vae]

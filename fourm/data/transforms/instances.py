@@ -191,7 +191,7 @@ class InstanceMaskTransform(AbstractTransform):
 def _image_area(value: Mapping[str, Any]) -> float:
     """Return the area in pixels of the image that a file of instances describes."""
     image = value.get("image")
-    sides = [image.get(side) for side in ("width", "height")] if isinstance(image, Mapping) else []
+    sides: list[Any] = [image.get(side) for side in ("width", "height")] if isinstance(image, Mapping) else []
     if not sides or not all(isinstance(side, (int, float)) and 0 < side < 10**9 for side in sides):
         raise DataError(f"expected the width and height of the image under 'image', not {image!r:.80}")
     return float(sides[0] * sides[1])
