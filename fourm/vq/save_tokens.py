@@ -1,7 +1,7 @@
-"""Tokenize the images of a data set for training: ``(crops, tokens)`` per image, and the crops they stand for.
+"""Tokenizes the images of a data set: writes tokens (crops, tokens) for each image, and the crops that they stand for.
 
-What a run finds finished it keeps, so an interrupted one is simply started again. ``.made_with.json`` in the output folder
-says how its tokens were made; a run with other options does not add to them.
+Results that already exist are kept, so that an interrupted run can simply be started again. ``.made_with.json`` in the output
+folder records how its tokens were made; a run with other options does not add to them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _FEATURE_SIZE = 224  # pixels of the pictures of which tokenizers of global feat
 
 @dataclass(frozen=True, kw_only=True)
 class SaveTokensOptions(FeatureOptions):
-    """What to tokenize, and how."""
+    """Images and tokens"""
 
     tokenizer: AnyPath = option(
         "the tokenizer: its folder, a .safetensors file, or an id on the Hugging Face hub", alias="tokenizer_id"
@@ -175,14 +175,14 @@ def _output(options: SaveTokensOptions, name: str, size: str, task: str | None =
 
 
 def save_tokens(options: SaveTokensOptions) -> int:
-    """Do what ``options`` say. Processes that torchrun started share the images.
+    """Tokenize the images of a data set. Processes that torchrun started share the images.
 
     Returns:
-        The number of images tokenized by this call; with ``dry_run``, of those that would be.
+        The number of images that were tokenized, or that would be with ``dry_run``.
 
     Raises:
-        UserError: options that do not fit together or to what is there, images that cannot be read beyond
-            ``max_bad_fraction``, or a value that breaks the modality's contract.
+        UserError: The options contradict each other or the existing tokens, more than ``max_bad_fraction`` of the images
+            cannot be read, or a value breaks the contract of the modality.
     """
     rank, world_size, local_rank = torchrun_ranks()
     if options.overwrite and world_size > 1:
@@ -300,12 +300,12 @@ def _tokenized(batches: Iterable[CropBatch], encode: _Encoder, bar: tqdm) -> Res
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest signed integer type of at least 16 bits, as in published data sets, that holds every id."""
+    """Return the smallest signed integer type that can hold every id, of at least 16 bits as in published data sets."""
     return np.dtype(np.int16 if vocab_size <= 2**15 else np.int32)
 
 
 def _digest(weights: Path) -> str:
-    """What two tokenizers share only if they give the same tokens."""
+    """Return a digest that differs for tokenizers that may give different tokens."""
     config = weights.with_name(CONFIG)
     digest = hashlib.sha256(config.read_bytes() if config.exists() else b"")
     with weights.open("rb") as file:
@@ -315,7 +315,11 @@ def _digest(weights: Path) -> str:
 
 
 def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
-    """Raise a :class:`UserError` if ``folder`` holds tokens, of the parts ``kept``, that were made otherwise, or anything else."""
+    """Check that ``folder`` contains nothing but tokens, and that those of the parts ``kept`` were made with these options.
+
+    Raises:
+        UserError: It contains other files or other tokens.
+    """
     check_file(folder / RECORD)
     try:
         before = json.loads((folder / RECORD).read_bytes())
@@ -341,7 +345,7 @@ def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command ``save_vq_tokens.py``."""
+    """Run the command ``save_vq_tokens.py``."""
     options = parse_options(SaveTokensOptions, argv, "Tokenize the images of a data set.")
     count = save_tokens(options)
     print(f"{count} images {'would be' if options.dry_run else 'were'} tokenized")
