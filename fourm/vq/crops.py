@@ -156,7 +156,7 @@ class CropDataset(Dataset):
         return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
 
     def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
-        """The parts of an image that its crops (K, 5) stand for, as tokenizers see them."""
+        """Cut the crops (K, 5) from an image, and transform them to the input of a tokenizer."""
         image = self.transform.preprocess(value)
         target = (self.size, self.size)
         return [

@@ -174,9 +174,11 @@ class DiVAE(DiffusionVQ):
         Returns:
             The prediction of the decoder (B, C, H, W), the loss of the quantizer (1,) and, on request, its statistics.
         """
-        found = self.quantized(input_clean, part)
-        cond_mask = self.hidden_tokens(found.latents) if cond_mask is None else cond_mask
-        return outputs(self.decoder(input_noised, timesteps, found.latents, cond_mask), found, return_statistics)
+        quantized = self.quantized(input_clean, part)
+        cond_mask = self.hidden_tokens(quantized.latents) if cond_mask is None else cond_mask
+        return outputs(
+            self.decoder(input_noised, timesteps, quantized.latents, cond_mask), quantized, return_statistics
+        )
 
     @torch.no_grad()
     def decode_quant(  # type: ignore[override]
@@ -240,15 +242,15 @@ class DiVAE(DiffusionVQ):
 
     @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-        found = super().config_of_file(config, shapes)
+        derived = super().config_of_file(config, shapes)
         if conv := shapes.get("decoder.input_blocks.0.0.weight"):
             width = conv[0]
-            found["dec_type"] = "unet_patched" if width == 256 else f"unet_patched/Wi_{width}"
+            derived["dec_type"] = "unet_patched" if width == 256 else f"unet_patched/Wi_{width}"
         elif table := shapes.get("decoder.mid_block.mid_pos_emb"):
             configured = str(config.get("dec_type"))
             if not configured.startswith("uvit_") or uvit_size(configured).dim != table[1]:
-                found["dec_type"] = next((name for name, size in SIZES.items() if size.dim == table[1]), configured)
-        return found
+                derived["dec_type"] = next((name for name, size in SIZES.items() if size.dim == table[1]), configured)
+        return derived
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:

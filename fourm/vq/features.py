@@ -44,7 +44,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self._single = single
-        if single and not getattr(network, "cls_token", None) is not None:
+        if single and getattr(network, "cls_token", None) is None:
             raise UserError("'feature_network': it has no class token, which a global feature is")
 
     @torch.no_grad()

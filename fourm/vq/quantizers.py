@@ -251,7 +251,7 @@ class _GroupedLinear(nn.Module):
         return x.float() @ self.weight.float()  # FSDP may gather the weights in a lower precision
 
 
-_FSQ_RANGE = 1.5
+_FSQ_RANGE = 1.5  # FSQ penalises latents beyond it
 
 
 class FSQ(Quantizer):

@@ -35,7 +35,7 @@ _RENAMED = {
     "input_size_enc": "image_size_enc", "input_size_dec": "image_size_dec", "input_size_sd": "image_size_sd",
     "use_xformer": "enable_xformer", "domain": "modality",
 }  # fmt: skip
-"""Training options → those of the constructor."""
+"""Maps the names of training options to those of the constructor."""
 
 
 def load_tokenizer(place: str | Path, device: str | torch.device = "cpu", encoder_only: bool = False) -> ImageTokenizer:
@@ -99,7 +99,7 @@ def learned_class(names: Iterable[str]) -> type[vqvae.VQ]:
 
 
 def constructor_options(training: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a tokenizer that was trained with these options; sizes and channels follow from its weights."""
+    """Convert training options to constructor options; the weights determine the remaining sizes and channels."""
     options = dict(training)
     for name, value in training.items():
         if name in _RENAMED and value is not None:

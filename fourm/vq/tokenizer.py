@@ -108,9 +108,9 @@ class ImageTokenizer(nn.Module, ABC):
         """
 
     def to_grid(self, ids: Tensor) -> Tensor:
-        """Ids as they are saved, (B, L), or (B, G L) of several codebooks → as they are decoded, (B, h, w) or (B, G, h, w).
+        """Arrange saved ids for decoding, (B, L) → (B, h, w), or (B, G L) → (B, G, h, w) with G codebooks.
 
-        The grid is square; if it cannot be, it is one row.
+        The grid is square if L is a square number, and otherwise a single row.
         """
         places = ids.shape[1] // self.num_codebooks
         side = math.isqrt(places)
@@ -119,7 +119,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
-        """As :meth:`decode_tokens` with ``picture_options`` and others, for ids on any device: float32 on the CPU."""
+        """Decode ids on any device to float32 on the CPU, by :meth:`decode_tokens` with ``picture_options`` and ``options``."""
         return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:

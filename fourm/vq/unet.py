@@ -202,8 +202,8 @@ def unet_width(name: str) -> int:
     Raises:
         UserError: The name is not that of a UNet.
     """
-    found = _NAME.fullmatch(name)
-    width = int(found[1] or 256) if found else 0
+    match = _NAME.fullmatch(name)
+    width = int(match[1] or 256) if match else 0
     if not width or width % 32:
         raise UserError(
             f"'{name}' is no UNet: use unet_patched, or unet_patched/Wi_64 with a multiple of 32 as its width"
