@@ -144,6 +144,7 @@ def test_its_folder_and_its_export_tokenize_and_decode(alone, pictures, tmp_path
     stored = json.loads((alone / "config.json").read_text())
     assert stored["modality"] == "rgb" and stored["transform_options"] == {"imagenet_default_mean_and_std": False}
     assert tokenizer.tokenize(torch.zeros(1, 3, 48, 48)).shape == (1, 6, 6)
+    assert load_tokenizer(alone).training_facts["Data"] == [{"domain": "rgb", "sides in pixels": ["16", "32"]}]
 
 
 def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
