@@ -11,6 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from fourm.vq import metrics
 
 IOU = 0.5  # minimum overlap of a box with the object that it detects
 
@@ -22,20 +25,13 @@ def abs_rel(predicted: np.ndarray, true: np.ndarray) -> float:
     for such depth. A prediction that confuses far and near is fitted by a constant.
     Pixels that are nan in either map are ignored.
     """
-    known = np.isfinite(predicted) & np.isfinite(true)
-    p, t = predicted[known].astype(np.float64), true[known].astype(np.float64)
-    design = np.stack([p, np.ones_like(p)], axis=1) / t[:, None]  # least squares of the relative errors
-    scale, _ = np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
-    design = design if scale >= 0 else design[:, 1:]
-    fitted = design @ np.linalg.lstsq(design, np.ones_like(t), rcond=None)[0]
-    return float(np.abs(fitted - 1).mean())
+    p, t = (torch.from_numpy(depth)[None] for depth in (predicted, true))
+    return metrics.abs_rel(p, t, fit=True).item()
 
 
 def normal_angle(predicted: np.ndarray, true: np.ndarray) -> float:
     """Return the mean angle in degrees between normals (H, W, 3); normals of length 0 are unknown."""
-    lengths = np.linalg.norm(predicted, axis=-1) * np.linalg.norm(true, axis=-1)
-    cosine = (predicted * true).sum(-1)[lengths > 0] / lengths[lengths > 0]
-    return float(np.degrees(np.arccos(cosine.clip(-1, 1))).mean())
+    return metrics.mean_angle(*(torch.from_numpy(x).permute(2, 0, 1)[None] for x in (predicted, true))).item()
 
 
 def mean_iou(predicted: Iterable[np.ndarray], true: Iterable[np.ndarray]) -> float:

@@ -162,7 +162,7 @@ def read_weights(
     for source in sources.values():
         if source not in metadata:
             raise UserError(f"checkpoint {checkpoint} lacks {source}: its {CONFIG} belongs to a different model")
-    return config, _read_tensors(checkpoint, sources, metadata)
+    return config, read_tensors(checkpoint, sources, metadata)
 
 
 def read_metadata(checkpoint: Path) -> dict[str, Any]:
@@ -283,8 +283,17 @@ def _reader(checkpoint: Path) -> HuggingFaceStorageReader:
     return dcp.HuggingFaceStorageReader(str(checkpoint))
 
 
-def _read_tensors(checkpoint: Path, sources: dict[str, str], metadata: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield (name, tensor) in the order of ``sources``, which maps names to the names in the checkpoint."""
+def read_tensors(checkpoint: Path, sources: dict[str, str], metadata: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, tensor) in the order of ``sources``.
+
+    Args:
+        checkpoint: Folder of the checkpoint.
+        sources: Maps names to the names in the checkpoint.
+        metadata: The result of :func:`read_metadata`.
+
+    Raises:
+        UserError: If a value is not finite.
+    """
     from torch.distributed.checkpoint import load
 
     end = 0

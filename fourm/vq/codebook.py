@@ -1,4 +1,4 @@
-"""Vector quantisation by k-means: every place of a grid gets the number of the most similar vector in a codebook."""
+"""Vector quantization by k-means: each position of a grid gets the id of the nearest vector in a codebook."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ _CHUNK = 2**14  # items embedded at a time
 
 
 class Codebook(ImageTokenizer):
-    """What patches and features have in common. A subclass says what the items of an image are and how they compare.
+    """The base class of codebooks. A subclass defines the items of an image, and how they are embedded for comparison.
 
     Args:
-        depth: D, numbers that an item is compared by.
+        config: The configuration of the tokenizer.
+        depth: D, the dimension of an embedded item.
     """
 
     codebook: Tensor  # (K, D)
@@ -28,10 +29,10 @@ class Codebook(ImageTokenizer):
 
     @abstractmethod
     def items(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, h, w, …), what becomes a token each."""
+        """Return the items of images, (B, C, H, W) → (B, h, w, …); each becomes a token."""
 
     def embed(self, items: Tensor) -> Tensor:
-        """Items (n, …) → vectors (n, D)."""
+        """Embed items, (n, …) → vectors (n, D)."""
         return items.flatten(1)
 
     @torch.no_grad()
@@ -42,6 +43,6 @@ class Codebook(ImageTokenizer):
         return ids.view(items.shape[:3])
 
     def fit(self, pool: Tensor, *, epochs: int, generator: torch.Generator) -> kmeans.KMeansReport:
-        """Learn the codebook from items (N, …)."""
+        """Fit the codebook to items (N, …)."""
         self.codebook, report = kmeans.fit(pool, self.vocab_size, epochs=epochs, generator=generator, embed=self.embed)
         return report

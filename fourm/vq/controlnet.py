@@ -1,9 +1,9 @@
-"""A tokenizer that decodes by Stable Diffusion: a ControlNet (https://arxiv.org/abs/2302.05543) steers it by the tokens.
+"""A tokenizer that decodes with Stable Diffusion and a ControlNet (https://arxiv.org/abs/2302.05543), which reads the tokens.
 
-Stable Diffusion and ControlNet are those of diffusers and transformers; of a Stable Diffusion only safetensors are read.
+The models are those of diffusers and transformers. Only safetensors files of Stable Diffusion are read.
 
-Shapes: B images, H x W pixels, h x w tokens, L latent width, Z x Z positions of Stable Diffusion's latents, H/8 of its images,
-T = 77 words of a text, E numbers that stand for one.
+Shapes: B images, H x W pixels, h x w tokens, L latent width, Z x Z positions of Stable Diffusion's latents, with Z = H/8,
+T = 77 tokens of a text, E width of their embedding.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from fourm.vq.quantizers import WHOLE, Part
 from fourm.vq.vqvae import outputs
 
 _CHANNELS = (32, 96, 256)
-"""Of the convolutions through which the ControlNet reads the tokens, after L."""
+"""Channels, after L, of the convolutions with which the ControlNet reads the latents of the tokens."""
 _TEXT = ("decoder.text_encoder.text_model.", "decoder.text_encoder.")
-"""Beginnings of names of the text encoder's weights: in transformers until 4, and from 5 on."""
+"""Prefixes of the text encoder's weights: those of transformers up to version 4, and from version 5 on."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,14 +38,17 @@ class VQControlNetOptions(DiffusionOptions):
     sd_path: str = option(
         "Stable Diffusion 1.x: a folder, or an id on the Hugging Face hub", "runwayml/stable-diffusion-v1-5"
     )
-    image_size_sd: int | None = option("side of the decoded images, image_size by default", None, at_least=8)
-    pretrained_cn: bool = option("the ControlNet begins with the weights of Stable Diffusion", False)
+    image_size_sd: int | None = option("side length of the decoded images (default: image_size)", None, at_least=8)
+    pretrained_cn: bool = option("start the ControlNet from the weights of Stable Diffusion", False)
     enable_xformer: bool = option("ignored: attention is torch's", False)
     adapter: None = option("not supported", None)
 
 
 class StableDiffusion:
-    """What a folder or repository of Stable Diffusion holds, part by part.
+    """Reads the parts of Stable Diffusion from a folder or from the Hugging Face hub.
+
+    Args:
+        path: The folder or the id on the hub.
 
     Raises:
         MissingDependency: diffusers or transformers is not installed.
@@ -61,36 +64,36 @@ class StableDiffusion:
         self._text_classes = (transformers.CLIPTextModel, transformers.CLIPTextConfig, transformers.CLIPTokenizer)
 
     def models(self, weights: bool) -> dict[str, nn.Module]:
-        """The ``unet``, ``vae`` and ``text_encoder``.
+        """Build the ``unet``, ``vae`` and ``text_encoder``.
 
         Args:
-            weights: With the weights in the files; otherwise nothing but the configurations is read.
+            weights: Load the weights; otherwise only the configurations are read.
 
         Raises:
-            UserError: there are no such files.
+            UserError: The files do not exist.
         """
-        found = {}
+        models = {}
         for name, cls in {"unet": diffusers().UNet2DConditionModel, "vae": diffusers().AutoencoderKL}.items():
             if weights:
-                found[name] = self._read(cls.from_pretrained, name, use_safetensors=True, low_cpu_mem_usage=False)
+                models[name] = self._read(cls.from_pretrained, name, use_safetensors=True, low_cpu_mem_usage=False)
             else:
-                found[name] = cls.from_config(self._read(cls.load_config, name))
+                models[name] = cls.from_config(self._read(cls.load_config, name))
         model, config, _ = self._text_classes
         if weights:
-            found["text_encoder"] = self._read(model.from_pretrained, "text_encoder", use_safetensors=True)
+            models["text_encoder"] = self._read(model.from_pretrained, "text_encoder", use_safetensors=True)
         else:
-            found["text_encoder"] = model(self._read(config.from_pretrained, "text_encoder"))
-        for module in found["text_encoder"].modules():
+            models["text_encoder"] = model(self._read(config.from_pretrained, "text_encoder"))
+        for module in models["text_encoder"].modules():
             if hasattr(module, "position_ids"):
-                del module.position_ids  # a buffer that is in no file; encode_text makes it
-        return found
+                del module.position_ids  # this buffer is in no file; encode_text passes the positions instead
+        return models
 
     def tokenizer(self) -> Any:
-        """Text → ids; raises like :meth:`models`."""
+        """Load the tokenizer of texts; raises like :meth:`models`."""
         return self._read(self._text_classes[2].from_pretrained, "tokenizer")
 
     def scheduler(self, **options: Any) -> Any:
-        """The scheduler of diffusers, with ``options`` instead of those of the file; raises like :meth:`models`."""
+        """Load the scheduler, with ``options`` that replace those of the file; raises like :meth:`models`."""
         config = self._read(diffusers().PNDMScheduler.load_config, "scheduler")
         return diffusers().PNDMScheduler.from_config(config, **options)
 
@@ -103,7 +106,7 @@ class StableDiffusion:
 
 
 class ControlledUNet(nn.Module):
-    """Stable Diffusion's UNet and text encoder, which stay as they are, and a ControlNet."""
+    """The frozen UNet and text encoder of Stable Diffusion, with a ControlNet."""
 
     def __init__(self, unet: Any, text_encoder: Any, tokenizer: Any, cond_channels: int):
         super().__init__()
@@ -131,9 +134,9 @@ class ControlledUNet(nn.Module):
             timesteps: Integers (B,).
             cond: Latents of the tokens (B, L, h, w).
             cond_mask: (B, h, w) bool; latents at True count as unknown.
-            text: (B, T, E) from :meth:`encode_text`; the empty text by default.
-            cond_scale: Weight of the ControlNet.
-            unconditional: Without the text, and of the ControlNet only with what it adds in the middle of the UNet, as in the
+            text: (B, T, E) from :meth:`encode_text`; None for the empty text.
+            cond_scale: The weight of the ControlNet.
+            unconditional: Ignore the text, and all of the ControlNet except its output for the middle of the UNet, as in the
                 published guidance.
 
         Returns:
@@ -158,26 +161,32 @@ class ControlledUNet(nn.Module):
         )[0]
 
     @torch.no_grad()
-    def encode_text(self, texts: Sequence[str]) -> Tensor:
-        """Texts, cut off after 77 words → (B, T, E)."""
-        length, device = self.empty_str_encoding.shape[1], self.empty_str_encoding.device
+    def encode_text(self, texts: Sequence[str], text_encoder: Any = None) -> Tensor:
+        """Encode texts, which are cut off after T tokens, to (B, T, E).
+
+        Args:
+            texts: B texts.
+            text_encoder: The model to encode them with; None for the own one.
+        """
+        text_encoder = text_encoder or self.text_encoder
+        length, device = self.empty_str_encoding.shape[1], next(text_encoder.parameters()).device
         ids = self.tokenizer(
             list(texts), padding="max_length", max_length=length, truncation=True, return_tensors="pt"
         ).input_ids.to(device)
-        return self.text_encoder(ids, position_ids=torch.arange(length, device=device)[None])[0]
+        return text_encoder(ids, position_ids=torch.arange(length, device=device)[None])[0]
 
 
 class VQControlNet(DiffusionVQ):
-    """A tokenizer that decodes by Stable Diffusion.
+    """A tokenizer that decodes with Stable Diffusion.
 
-    What is noised, and what it decodes, are the latents of Stable Diffusion's VAE (B, 4, Z, Z), whose size is always that of
-    images of ``image_size_sd``; :meth:`vae_decode` makes images of them.
+    It noises and decodes the latents of Stable Diffusion's VAE (B, 4, Z, Z), whose size is always that of images of
+    ``image_size_sd`` pixels. :meth:`vae_decode` converts them to images.
 
     Args:
-        arguments: :class:`VQControlNetOptions`.
+        arguments: The fields of :class:`VQControlNetOptions`.
 
     Raises:
-        UserError: ``sd_path`` holds no Stable Diffusion.
+        UserError: ``sd_path`` does not contain Stable Diffusion.
         MissingDependency: diffusers or transformers is not installed.
     """
 
@@ -201,7 +210,7 @@ class VQControlNet(DiffusionVQ):
 
     @torch.no_grad()
     def init_weights(self) -> None:
-        """Initialise everything; the parts of Stable Diffusion get their weights from its files."""
+        """Initialise all weights; those of Stable Diffusion come from its files."""
         super().init_weights()
         decoder = self.decoder
         if decoder.empty_str_encoding.is_meta:
@@ -210,7 +219,8 @@ class VQControlNet(DiffusionVQ):
         for name, part in {"unet": decoder.unet, "text_encoder": decoder.text_encoder, "vae": self.vae}.items():
             part.load_state_dict(parts[name].state_dict())
         decoder.controlnet.load_state_dict(_controlnet(parts["unet"], self.latent_dim, self.pretrained_cn).state_dict())
-        decoder.empty_str_encoding.copy_(decoder.encode_text([""]))
+        # By the model that was read: the weights of the own text encoder may be shards.
+        decoder.empty_str_encoding.copy_(decoder.encode_text([""], parts["text_encoder"]))
 
     def _frozen_parts(self) -> list[nn.Module]:
         return [self.decoder.unet, self.decoder.text_encoder, self.vae]
@@ -223,7 +233,7 @@ class VQControlNet(DiffusionVQ):
 
     @cached_property
     def noise_scheduler(self) -> Any:
-        """The scheduler of diffusers that noises latents in training: Stable Diffusion's own."""
+        """Stable Diffusion's scheduler, which noises latents in training."""
         return self.stable_diffusion.scheduler()
 
     def forward(  # type: ignore[override]
@@ -237,24 +247,26 @@ class VQControlNet(DiffusionVQ):
         part: Part = WHOLE,
         return_statistics: bool = False,
     ) -> tuple[Any, ...]:
-        """A training step.
+        """Predict the noise in latents, in a training step.
 
         Args:
-            input_clean: (B, C, H, W), to be tokenized.
-            input_noised: (B, 4, Z, Z), latents from :meth:`vae_encode` with noise.
-            timesteps: Integers (B,), how much noise there is.
-            cond_mask: (B, h, w) bool, tokens that are hidden from the decoder; drawn at random by default, if the options
-                say so.
+            input_clean: The images to tokenize, (B, C, H, W).
+            input_noised: Noised latents from :meth:`vae_encode`, (B, 4, Z, Z).
+            timesteps: The noise levels, integers (B,).
+            cond_mask: The tokens to hide from the decoder, (B, h, w) bool; None draws them as the options say.
             orig_res: Ignored.
-            prompt: A text for all images, or one for each; the empty one by default.
+            prompt: A text for all images, or one for each; None for the empty text.
+            part: Which micro-batch of a training step this is.
+            return_statistics: Also return the statistics of the quantizer.
 
         Returns:
-            The predicted noise (B, 4, Z, Z), loss of the quantizer (1,), and its statistics if they are asked for.
+            The predicted noise (B, 4, Z, Z), the loss of the quantizer (1,) and, on request, its statistics.
         """
-        found = self.quantized(input_clean, part)
-        cond_mask = self.hidden_tokens(found.latents) if cond_mask is None else cond_mask
+        quantized = self.quantized(input_clean, part)
+        cond_mask = self.hidden_tokens(quantized.latents) if cond_mask is None else cond_mask
         text = self._text(prompt, len(input_noised))
-        return outputs(self.decoder(input_noised, timesteps, found.latents, cond_mask, text), found, return_statistics)
+        prediction = self.decoder(input_noised, timesteps, quantized.latents, cond_mask, text)
+        return outputs(prediction, quantized, return_statistics)
 
     @torch.no_grad()
     def decode_quant(  # type: ignore[override]
@@ -274,23 +286,23 @@ class VQControlNet(DiffusionVQ):
         seed: int | Sequence[int] | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Sample latents of Stable Diffusion from those of tokens.
+        """Sample latents of Stable Diffusion from latents of tokens.
 
         Args:
             quant: (B, L, h, w).
-            timesteps: Number of steps, 50 by default; the first one asks the decoder twice.
-            image_size: ``image_size_sd``, if anything: it is always that of the images.
-            vae_decode: Return images.
-            prompt: A text for all images, or one for each; the empty one by default.
-            guidance_scale: Above 1, how far to go beyond what would be predicted without text and tokens.
-            cond_scale: Weight of the tokens.
-            generator, verbose, scheduler_timesteps_mode, orig_res, seed, dtype: As of :meth:`DiVAE.decode_quant`.
+            timesteps: The number of steps, 50 by default; the first step runs the decoder twice.
+            image_size: Must be None or ``image_size_sd``, because all images have this size.
+            vae_decode: Decode the latents to images.
+            prompt: A text for all images, or one for each; None for the empty text.
+            guidance_scale: The scale of classifier-free guidance; values up to 1 switch it off.
+            cond_scale: The weight of the ControlNet.
+            generator, verbose, scheduler_timesteps_mode, orig_res, seed, dtype: See :meth:`DiVAE.decode_quant`.
 
         Returns:
-            (B, 4, Z, Z) or, with ``vae_decode``, (B, 3, H, W) in [-1, 1].
+            (B, 4, Z, Z), or (B, 3, H, W) in [-1, 1] with ``vae_decode``.
 
         Raises:
-            UserError: a number of steps, seeds, prompts or pixels that cannot be.
+            UserError: The number of steps, seeds or prompts, or the size is invalid.
         """
         if image_size not in (None, self.image_size_sd):
             raise UserError(f"images are always of {self.image_size_sd} pixels (image_size_sd), not {image_size}")
@@ -299,11 +311,11 @@ class VQControlNet(DiffusionVQ):
         text = self._text(prompt, len(quant))
 
         def predict(x: Tensor, t: Tensor) -> Tensor:
-            found = self.decoder(x, t, quant, text=text, cond_scale=cond_scale)
+            conditional = self.decoder(x, t, quant, text=text, cond_scale=cond_scale)
             if guidance_scale <= 1:
-                return found
-            without = self.decoder(x, t, quant, cond_scale=cond_scale, unconditional=True)
-            return without + guidance_scale * (found - without)
+                return conditional
+            unconditional = self.decoder(x, t, quant, cond_scale=cond_scale, unconditional=True)
+            return unconditional + guidance_scale * (conditional - unconditional)
 
         side = self.image_size_sd // 2 ** (len(self.vae.config.block_out_channels) - 1)
         shape = (len(quant), self.decoder.unet.config.in_channels, side, side)
@@ -314,12 +326,12 @@ class VQControlNet(DiffusionVQ):
 
     @torch.no_grad()
     def vae_encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] → latents (B, 4, H/8, W/8), a sample of those that stand for them."""
+        """Sample latents (B, 4, H/8, W/8) of images (B, 3, H, W) in [-1, 1]."""
         return self.vae.encode(x).latent_dist.sample(generator) * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def vae_decode(self, z: Tensor, clip: bool = True) -> Tensor:
-        """Latents (B, 4, Z, Z) → images (B, 3, 8 Z, 8 Z), in [-1, 1] if they are clipped."""
+        """Decode latents (B, 4, Z, Z) to images (B, 3, 8 Z, 8 Z), which are in [-1, 1] if ``clip``."""
         x = self.vae.decode(z / self.vae.config.scaling_factor).sample
         return x.clamp(-1, 1) if clip else x
 
@@ -340,7 +352,7 @@ class VQControlNet(DiffusionVQ):
 
 
 def _controlnet(unet: Any, cond_channels: int, pretrained: bool) -> Any:
-    """A ControlNet of the shape of ``unet``, which reads latents of tokens instead of pictures."""
+    """Build a ControlNet that fits ``unet`` and reads latents of tokens instead of pictures."""
     model = diffusers().ControlNetModel.from_unet(
         unet,
         conditioning_channels=cond_channels,
@@ -348,5 +360,5 @@ def _controlnet(unet: Any, cond_channels: int, pretrained: bool) -> Any:
         load_weights_from_unet=pretrained,
     )
     for convolution in model.controlnet_cond_embedding.blocks:
-        convolution.stride = (1, 1)  # pictures are eight times as large as what the UNet sees; latents are as large
+        convolution.stride = (1, 1)  # unlike pictures, the latents already have the resolution of the UNet
     return model

@@ -1,7 +1,8 @@
-"""The crops of an image that are tokenized: which they are, and the reading of their pixels by worker processes.
+"""Choose the crops of an image that are tokenized, and read their pixels in worker processes.
 
-A crop is (top, left, height, width, flip) in pixels of the original image (method: aligned augmentation). It depends on
-the seed, the sample's key and the image's size only, so whichever modality is tokenized first, all get the same ones.
+A crop is (top, left, height, width, flip) in pixels of the original image (method: aligned augmentation). It depends only on
+the seed, the key of the sample and the size of the image, so that all modalities get the same crops, in whatever order they
+are tokenized.
 """
 
 from __future__ import annotations
@@ -26,17 +27,21 @@ from fourm.utils.seeds import generator
 from fourm.vq.dataset import MAIN, PIXELS
 
 MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of the random crops: smallest share of the area, width / height
-WORKERS = min(4, os.cpu_count() or 1)  # processes that read images, unless somebody says otherwise
+WORKERS = min(4, os.cpu_count() or 1)  # default number of processes that read images
 
 
 def draw_crops(
     key: str, size: tuple[int, int], num_crops: int, hflip: float, seed: int, min_scale: float = MIN_SCALE
 ) -> np.ndarray:
-    """The crops of sample ``key``: the largest centred square, then random ones, each flipped with probability ``hflip``.
+    """Draw the crops of a sample: the largest centred square, and then random ones.
 
     Args:
+        key: The key of the sample.
         size: (height, width) of the image.
-        min_scale: smallest share of the image's area in a random crop.
+        num_crops: The number of crops.
+        hflip: The probability that a random crop is flipped.
+        seed: The seed of the random crops.
+        min_scale: The smallest share of the image's area in a random crop.
 
     Returns:
         (num_crops, 5) int32.
@@ -49,13 +54,14 @@ def draw_crops(
 
 
 def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTransform:
-    """How tokenizers see the images of ``modality``: its transform, with colours in [-1, 1].
+    """Return the transform of a modality for tokenizers, with colours in [-1, 1].
 
     Args:
-        options: fields of the transform to set, e.g. ``{"standardize_depth": False}``.
+        modality: A key of ``MODALITY_TRANSFORMS``.
+        options: Fields of the transform to set, for example ``{"standardize_depth": False}``.
 
     Raises:
-        UserError: a modality without pixels, or an option that its transform does not have.
+        UserError: The modality has no pixels, or its transform has no such option.
     """
     transform = MODALITY_TRANSFORMS.get(modality)
     if not isinstance(transform, ImageTransform):
@@ -75,7 +81,7 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
 
 
 class Skipped(NamedTuple):
-    """A sample that cannot be read."""
+    """The reason why a sample cannot be read."""
 
     reason: str
     message: str
@@ -85,7 +91,7 @@ class CropBatch(NamedTuple):
     """The crops of n samples.
 
     Attributes:
-        keys: of the samples.
+        keys: The keys of the samples.
         pixels: (n, K, C, size, size) float32, or features (n, K, C, h, w).
         crops: (n, K, 5) int32.
     """
@@ -97,17 +103,17 @@ class CropBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class CropDataset(Dataset):
-    """The crops of one sample per item; a sample that cannot be read is its error instead.
+    """A data set whose items are the crops of a sample, or the error of a sample that cannot be read.
 
     Attributes:
-        samples: with the member ``PIXELS`` and perhaps ``MAIN``.
-        transform: of the modality.
-        size: side in pixels that crops are resized to.
-        num_crops, hflip, seed: of the crops that have to be drawn.
-        stored: (K, 5) by key, of the samples whose crops were drawn before; or why they cannot be read.
-        min_scale: of the crops that have to be drawn.
-        resample_mode: how crops are resized, if not as the transform says.
-        only_stored: crops that are not stored are an error.
+        samples: Samples with the member ``PIXELS`` and perhaps ``MAIN``.
+        transform: The transform of the modality.
+        size: The side length in pixels to which crops are resized.
+        num_crops, hflip, seed, min_scale: See :func:`draw_crops`.
+        stored: The crops (K, 5) by key, for samples whose crops were drawn before, or the error of their file.
+        resample_mode: How crops are resized; None for the mode of the transform.
+        only_stored: Raise an error for samples without stored crops, instead of drawing crops.
+        files: The open files of this process.
     """
 
     samples: Sequence[RawSample]
@@ -128,7 +134,7 @@ class CropDataset(Dataset):
     def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray] | Skipped | UserError:
         sample = self.samples[index]
         try:
-            return self._read(RawSample(sample.key, sample.members))  # a fresh one, which does not keep what it decodes
+            return self._read(RawSample(sample.key, sample.members))  # a copy, so that decoded values are not kept
         except BadSample as problem:
             return Skipped(problem.reason, str(problem))
         except UserError as error:  # raised again outside the worker, without its traceback
@@ -150,7 +156,7 @@ class CropDataset(Dataset):
         return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
 
     def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
-        """The parts of an image that its crops (K, 5) stand for, as tokenizers see them."""
+        """Cut the crops (K, 5) from an image, and transform them to the input of a tokenizer."""
         image = self.transform.preprocess(value)
         target = (self.size, self.size)
         return [
@@ -163,7 +169,7 @@ class CropDataset(Dataset):
         ]
 
     def _crops(self, key: str, orig_size: tuple[int, int]) -> np.ndarray:
-        """The stored crops, which must fit; else those that the seed draws."""
+        """Return the stored crops, after checking them, or else draw them."""
         crops = self.stored.get(key)
         if crops is None and self.only_stored:
             raise UserError("it has no crop_settings, and force_load_crop does not let new crops be drawn")
@@ -185,7 +191,7 @@ class CropDataset(Dataset):
 
 
 class FeatureDataset(CropDataset):
-    """Features out of files: (C, h, w) of the centre crop, or (K, C, h, w), one map for each stored crop.
+    """Features from files: (C, h, w) of the centre crop, or (K, C, h, w) with one map for each stored crop.
 
     ``transform`` is a :class:`GridTransform` of several maps.
     """
@@ -196,7 +202,7 @@ class FeatureDataset(CropDataset):
         if len(maps) != len(crops):
             raise DataError(f"expected features of {len(crops)} crops (num_crops), not {len(maps)}")
         if len(maps) > 1 and key not in self.stored:
-            raise DataError("which crops its features were made of is not known: there is no crop_settings of it")
+            raise DataError("the crops of its features are not known, because it has no crop_settings")
         return list(self.transform.postprocess(self.transform.preprocess(maps)))
 
 
@@ -204,13 +210,18 @@ def read_crops(
     dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger, pin_memory: bool = False,
     log: str = "",
 ) -> Iterator[CropBatch]:  # fmt: skip
-    """The crops of all samples in their order, without the bad samples, which ``ledger`` counts.
+    """Yield the crops of all samples in order, without those that cannot be read, which ``ledger`` counts.
 
     Args:
-        batch_size: samples per batch; fewer if some are bad.
-        num_workers: processes; 0 = read in this one.
-        pin_memory: put batches where GPUs can fetch them from.
-        log: file to which a line is added for each bad sample.
+        dataset: The samples.
+        batch_size: Samples per batch; batches with bad samples are smaller.
+        num_workers: Number of worker processes; 0 reads in this process.
+        ledger: Counts and reports the bad samples.
+        pin_memory: Return the batches in pinned memory, from which GPUs can fetch them.
+        log: A file to which one line is added for each bad sample; empty for none.
+
+    Raises:
+        UserError: Too many samples are bad, or a sample contradicts the options.
     """
     loader = DataLoader(dataset, batch_size, num_workers=num_workers, collate_fn=_collate, pin_memory=pin_memory)
     for batch, problems in loader:

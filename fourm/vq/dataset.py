@@ -1,8 +1,8 @@
-"""A data set of images, and beside it what is computed for each of them, as parts that are finished one by one.
+"""A data set of images whose tokens are computed part by part.
 
-Every shard ``root/MODALITY/NAME.tar`` is a part, and what is computed for its images becomes a shard of the same name.
-All the files ``root/MODALITY/FOLDER/KEY.EXT`` are one part, and so are the results, in one file per image.
-Nothing takes its name before it is complete: what is there is finished, and a part is *pending* until all of it is there.
+Each shard ``root/MODALITY/NAME.tar`` is a part, and the results for its images become a shard of the same name. All the files
+``root/MODALITY/FOLDER/KEY.EXT`` together are one part, with one file of results per image. A file gets its final name only
+when it is complete, and a part is *pending* until all of its files exist.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
 
 PIXELS, MAIN = "pixels", "main"
-"""Members of a sample: the image that is tokenized, and the one in whose pixels crops are given, if that is another."""
+"""Members of a sample: the image that is tokenized, and another image whose pixels the crops refer to, if there is one."""
 
-_REMOVE_CROPS = "remove crop_settings and all tokens made with it, and they are made anew"
+_REMOVE_CROPS = "remove crop_settings and all tokens made with it, and tokenize again"
 
 Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
-"""Key, tokens (K, L) and crops (K, 5) of samples."""
+"""The key, tokens (K, L) and crops (K, 5) of each sample."""
 
 
 StoredCrops: TypeAlias = np.ndarray | BadSample
-"""(K, 5) of a sample, or what is wrong with their file. New ones would not fit the tokens that were made with them."""
+"""The crops (K, 5) of a sample, or the error of their file. They are not drawn anew, because tokens were made with them."""
 
 
 class ImageSet(ABC):
-    """Reads samples and writes, per sample, tokens (K, L) to an output folder and crops (K, 5) to ``crop_settings``.
+    """Reads samples, and writes their tokens (K, L) to an output folder and their crops (K, 5) to ``crop_settings``.
 
     Args:
-        root: the data set's folder.
-        folders: member (``PIXELS``, perhaps ``MAIN``) → folder below ``root``.
-        ledger: counts and reports what cannot be read.
+        root: The folder of the data set.
+        folders: The folder below ``root`` of each member, which are ``PIXELS`` and perhaps ``MAIN``.
+        ledger: Counts and reports the samples that cannot be read.
     """
 
     def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger):
@@ -56,27 +56,27 @@ class ImageSet(ABC):
 
     @abstractmethod
     def parts(self) -> list[str]:
-        """The names of all parts, in order."""
+        """Return the names of all parts, in order."""
 
     @abstractmethod
     def samples(self, part: str) -> list[RawSample]:
-        """All samples of a part."""
+        """Return all samples of a part."""
 
     @abstractmethod
     def pending(self, part: str, output: str) -> list[RawSample]:
-        """The samples of a part that have no tokens, or none with crops, in the folder ``output`` yet."""
+        """Return the samples of a part that still lack tokens in the folder ``output``, or crops."""
 
     @abstractmethod
     def tokenized(self, output: str) -> list[str]:
-        """The parts that have tokens in the folder ``output``, at least some; also those that are no longer there."""
+        """Return the parts with tokens in the folder ``output``, including parts whose images no longer exist."""
 
     @abstractmethod
     def crops(self, part: str) -> dict[str, StoredCrops]:
-        """The stored crops, by key; of a damaged file why its sample cannot be used."""
+        """Return the stored crops by key, or the error of a damaged file."""
 
     @abstractmethod
     def write(self, part: str, output: str, results: Results) -> int:
-        """Write (key, tokens, crops): crops, where none are stored yet, before the tokens that belong to them.
+        """Write tokens, after the crops that belong to them where these are not stored yet.
 
         Returns:
             The number of samples.
@@ -84,7 +84,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def remove(self, part: str, output: str) -> None:
-        """Delete a part's tokens."""
+        """Delete the tokens of a part."""
 
     def data_path(self, tail: str = "") -> str:
         return f"{self.root}/[{','.join(dict.fromkeys(self.folders.values()))}]{tail}"
@@ -94,15 +94,15 @@ def open_images(
     root: str | Path, folders: Mapping[str, str], shards: str | None, ledger: BadSampleLedger,
     share: tuple[int, int] = (0, 1),
 ) -> ImageSet:  # fmt: skip
-    """The data set at ``root``; shards if the folder of ``PIXELS`` holds any, else files.
+    """Open the data set at ``root``, as shards if the folder of ``PIXELS`` contains any, and otherwise as files.
 
     Args:
-        folders: as of :class:`ImageSet`.
-        shards: use only the shards of these names, e.g. ``shard-{00000..00099}.tar``.
-        share: rank and number of the processes that share the shards or files.
+        root, folders, ledger: See :class:`ImageSet`.
+        shards: Use only the shards with these names, for example ``shard-{00000..00099}.tar``.
+        share: The rank of this process and the number of processes that share the shards or files.
 
     Raises:
-        UserError: there are no images.
+        UserError: There are no images.
     """
     root = Path(root)
     folder = root / folders[PIXELS]
@@ -120,7 +120,7 @@ def open_images(
 
 
 class ShardSet(ImageSet):
-    """Images in tars; a part is a shard."""
+    """Images in shards; each shard is a part."""
 
     def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger, names: list[str]):
         super().__init__(root, folders, ledger)
@@ -162,7 +162,7 @@ class ShardSet(ImageSet):
             _write_tar(temporary, _keep_crops(results, crops))
             if not crops:
                 raise DataError(f"{self.root / self.folders[PIXELS] / part}: none of its images can be read")
-            stored = self.crops(part)  # by now: another process may have tokenized another modality meanwhile
+            stored = self.crops(part)  # read again, because another process may have tokenized another modality
             if not crops.keys() <= stored.keys():
                 kept = {key: own for key, own in stored.items() if not isinstance(own, BadSample)}
                 if len(kept) < len(stored):
@@ -177,7 +177,7 @@ class ShardSet(ImageSet):
 
 
 class FileSet(ImageSet):
-    """Images in single files; all of them are one part, without a name."""
+    """Images in single files; all of them are one part, whose name is empty."""
 
     def __init__(self, root: Path, folders: Mapping[str, str], ledger: BadSampleLedger, own: slice):
         super().__init__(root, folders, ledger)
@@ -193,7 +193,7 @@ class FileSet(ImageSet):
         finished = self._keys(output) & self._keys(CROP_SETTINGS)
         pending = [sample for sample in self._samples if sample.key not in finished]
         for _ in range(len(self._samples) - len(pending)):
-            self.ledger.read()  # else the bad images, which stay pending, would be a larger share of each further run
+            self.ledger.read()  # otherwise bad images, which stay pending, would be a larger share of every later run
         return pending
 
     def tokenized(self, output: str) -> list[str]:
@@ -238,14 +238,14 @@ def _shard_names(folder: Path) -> list[str]:
 
 
 def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
-    """Key and tokens of ``results``, whose crops are added to ``crops``."""
+    """Yield the key and tokens of ``results``, and add their crops to ``crops``."""
     for key, tokens, own in results:
         crops[key] = own
         yield key, tokens
 
 
 def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    # Without a time, the same content gives the same file. A path would be taken for a URL, also for one of a command.
+    # With a fixed time, the same content gives the same file. TarWriter would treat a path as a URL, which may be a command.
     with path.open("wb") as file, TarWriter(file, mtime=0) as tar:
         for key, array in arrays:
             tar.write({"__key__": key, "npy": _npy(array)})
@@ -262,5 +262,5 @@ def _read_crops(member: Member, key: str, files: OpenFiles) -> StoredCrops:
         return np.asarray(decode_value(f"crops.{member.extension}", files.read(member)), dtype=np.int32)
     except UserError:
         raise
-    except Exception as error:  # whatever a decoder stumbles over, the bytes are at fault
+    except Exception as error:  # of any type, because decoders raise many for damaged bytes
         return BadSample("unreadable crops", f"{member.path}: key '{key}': {error}")

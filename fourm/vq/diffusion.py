@@ -1,9 +1,9 @@
-"""Noise schedules and sampling of the tokenizers that decode by diffusion; the schedulers are those of diffusers.
+"""Noise schedules and sampling for tokenizers that decode by diffusion, with the schedulers of diffusers.
 
-A picture x0 and noise ε make x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε; ᾱ falls from almost 1 to 0 over T time steps. What a network
-predicts of x_t is x0 ("sample"), ε ("epsilon") or v = √ᾱ_t ε - √(1 - ᾱ_t) x0 ("v_prediction", Salimans & Ho,
-https://arxiv.org/abs/2202.00512). That ᾱ ends at 0, and that sampling begins at the last step, is after Lin et al.
-(https://arxiv.org/abs/2305.08891).
+A picture x0 is noised to x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε with noise ε, and ᾱ falls from almost 1 to 0 over T time steps. From
+x_t, a network predicts x0 ("sample"), ε ("epsilon") or v = √ᾱ_t ε - √(1 - ᾱ_t) x0 ("v_prediction", Salimans & Ho,
+https://arxiv.org/abs/2202.00512). As proposed by Lin et al. (https://arxiv.org/abs/2305.08891), ᾱ ends at 0 and sampling
+begins at the last step.
 
 Shapes: B images, C channels, H x W pixels, N_H x N_W tokens.
 """
@@ -26,19 +26,20 @@ from fourm.utils.errors import MissingDependency, UserError, did_you_mean
 DECODING_STEPS = 50
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
 BETAS = ("linear", "scaled_linear", "squaredcos_cap_v2")
-"""Schedules that diffusers has; "shifted_cosine:SHIFT" is the other one."""
+"""The schedules of diffusers; "shifted_cosine:SHIFT" is implemented here."""
 SHIFTED_COSINE = "shifted_cosine"
 PREDICTIONS = ("sample", "epsilon", "v_prediction")
 SPACINGS = ("trailing", "leading", "linspace")
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""Where the noise of a batch comes from: one generator, or one of every picture, or torch's global one."""
+"""The source of the noise of a batch: one generator, one generator per picture, or None for torch's global generator."""
 
 
 def diffusers() -> ModuleType:
-    """
+    """Import diffusers.
+
     Raises:
-        MissingDependency: it is not installed.
+        MissingDependency: It is not installed.
     """
     try:
         import diffusers
@@ -49,19 +50,19 @@ def diffusers() -> ModuleType:
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How pictures are noised, and how noise is turned into pictures.
+    """A noise schedule with its sampler.
 
     Attributes:
         sampler: "ddim" or "ddpm".
         num_train_timesteps: T.
         beta_schedule: "linear", "scaled_linear", "squaredcos_cap_v2", or "shifted_cosine:SHIFT" (Hoogeboom et al.,
-            https://arxiv.org/abs/2301.11093), which has less noise if SHIFT is below 1.
+            https://arxiv.org/abs/2301.11093), which is less noisy if SHIFT is below 1.
         prediction_type: "sample", "epsilon" or "v_prediction".
-        clip: While sampling, keep the predicted x0 in [-1, 1].
-        zero_terminal_snr: Rescale the schedule so that nothing of the picture is left at the last step.
+        clip: Clip the predicted x0 to [-1, 1] while sampling.
+        zero_terminal_snr: Rescale the schedule so that the last step is pure noise.
 
     Raises:
-        UserError: a value is none of those.
+        UserError: A value is not one of these.
     """
 
     sampler: str = "ddim"
@@ -78,14 +79,15 @@ class NoiseSchedule:
             _check("beta_schedule", self.beta_schedule, (*BETAS, f"{SHIFTED_COSINE}:0.5"))
 
     def scheduler(self, spacing: str = "trailing") -> Any:
-        """A new scheduler of diffusers.
+        """Return a new scheduler of diffusers.
 
         Args:
-            spacing: Which steps :func:`set_steps` chooses: "trailing", "leading" or "linspace". DDPM has "leading" alone.
+            spacing: The steps that :func:`set_steps` chooses: "trailing", "leading" or "linspace". DDPM always uses
+                "leading".
 
         Raises:
             MissingDependency: diffusers is not installed.
-            UserError: there is no such spacing.
+            UserError: There is no such spacing.
         """
         _check("scheduler_timesteps_mode", spacing, SPACINGS)
         options = {"timestep_spacing": spacing} if self.sampler == "ddim" else {}
@@ -111,7 +113,7 @@ class NoiseSchedule:
 
 
 def shifted_cosine(steps: int, shift: float) -> Tensor:
-    """ᾱ (T,) of the cosine schedule with its log-SNR lowered by 2 log ``shift``; 0 at the last step."""
+    """Return ᾱ (T,) of the cosine schedule with its log-SNR lowered by 2 log ``shift``; the last value is 0."""
     t = torch.linspace(0, 1, steps, dtype=torch.float64)
     log_snr = -2 * (torch.log(torch.tan(t * math.pi / 2)) + math.log(shift))
     alphas = log_snr.clamp(-15, 15).float().sigmoid()
@@ -120,31 +122,32 @@ def shifted_cosine(steps: int, shift: float) -> Tensor:
 
 
 def set_steps(scheduler: Any, steps: int) -> None:
-    """Choose the steps of a sampling.
+    """Choose the number of sampling steps.
 
     Raises:
-        UserError: there are fewer than 1, or more than in training.
+        UserError: The number is less than 1, or more than in training.
     """
     total = scheduler.config.num_train_timesteps
     if not 1 <= steps <= total:
         raise UserError(f"the number of decoding steps must be from 1 to {total}, not {steps}")
     scheduler.set_timesteps(steps)
     if isinstance(scheduler, diffusers().DDIMScheduler) and scheduler.config.timestep_spacing == "trailing":
-        # A step of DDIM is a whole number wide. Where that does not divide T, diffusers would begin steps elsewhere than
-        # the one before them ended.
+        # The width of a DDIM step is an integer. If it does not divide T, the steps of diffusers would not begin where the
+        # previous ones end.
         scheduler.timesteps = torch.arange(total, 0, -(total // steps)) - 1
 
 
 def generators(seed: int | Sequence[int] | None, generator: Generators, batch: int) -> Generators:
-    """Where the noise of ``batch`` pictures comes from.
+    """Return the source of the noise of ``batch`` pictures.
 
     Args:
-        seed: One of every picture, or the first one's, which the others' follow. A picture's noise depends on its own seed
-            alone, not on what else is in the batch.
-        generator: Instead of a seed.
+        seed: One seed per picture, or the seed of the first picture, from which the others count up. The noise of a picture
+            depends only on its own seed.
+        generator: A generator, instead of a seed.
+        batch: The number of pictures.
 
     Raises:
-        UserError: both are given, or not as many as there are pictures.
+        UserError: Both are given, or the number of seeds is not that of the pictures.
     """
     if seed is None:
         return generator
@@ -164,22 +167,24 @@ def sample(
     device: torch.device,
     verbose: bool = False,
 ) -> Tensor:
-    """From noise to pictures, by the steps that :func:`set_steps` chose.
+    """Sample pictures from noise, in the steps that :func:`set_steps` chose.
 
     The state between steps is float32, whatever the precision of ``predict``.
 
     Args:
-        predict: (x_t (B, C, H, W), steps (B,)) → what the schedule predicts, (B, C, H, W).
+        predict: Maps x_t (B, C, H, W) and steps (B,) to the prediction of the network (B, C, H, W).
         shape: (B, C, H, W).
-        generator: On the CPU, it gives the same noise whatever ``device`` is.
+        scheduler: A scheduler of diffusers.
+        generator: The source of the noise. A generator on the CPU gives the same noise on every device.
+        device: The device of the pictures.
         verbose: Show a progress bar.
 
     Returns:
-        ``shape``, float32.
+        Pictures of shape ``shape``, float32.
     """
     from diffusers.utils.torch_utils import randn_tensor
 
-    # Drawn on the CPU if there is no generator, too: torch.manual_seed then means the same on all devices.
+    # Without a generator the noise is drawn on the CPU too, so that torch.manual_seed has the same effect on all devices.
     source = generator[0] if isinstance(generator, list) else generator
     x = randn_tensor(tuple(shape), generator, source.device if source else torch.device("cpu"), torch.float32)
     x = x.to(device) * scheduler.init_noise_sigma
@@ -194,12 +199,13 @@ def sample(
 def conditioning_mask(
     probability: float, shape: tuple[int, int, int], device: torch.device, tokens: tuple[int, int] | None = None
 ) -> Tensor:
-    """Tokens that a decoder in training shall do without, drawn from torch's global generator.
+    """Choose the tokens that are hidden from a decoder in training, with torch's global generator.
 
     Args:
-        probability: That tokens of an image are masked.
+        probability: The probability that tokens of an image are masked.
         shape: (B, N_H, N_W).
-        tokens: How many of an image's tokens are masked then, at least and at most; all by default.
+        device: The device of the mask.
+        tokens: The minimum and the maximum number of tokens that are masked in such an image; None masks all.
 
     Returns:
         (B, N_H, N_W) bool, True = masked.

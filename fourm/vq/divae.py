@@ -35,7 +35,7 @@ from fourm.vq.weights import Shapes
 from fourm.vq.winograd import fast_convolutions
 
 _TWINS = ("decoder.downsample_mid.conv.", "decoder.downsample_mid.Conv2d_0.")
-"""Beginnings of the two names that one convolution of a U-ViT has in diffusers; files of safetensors may have either alone."""
+"""Prefixes of the two names of one convolution of a U-ViT in diffusers; safetensors files may contain either of them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,9 +80,10 @@ class DiVAEOptions(DiffusionOptions):
         self.noise_schedule()
 
     def noise_schedule(self) -> NoiseSchedule:
-        """
+        """Return the noise schedule that the options describe.
+
         Raises:
-            UserError: a name that is unknown.
+            UserError: A name is unknown.
         """
         return NoiseSchedule(
             sampler=self.scheduler.lower().removesuffix("scheduler"),  # DDIMScheduler is an accepted name, too
@@ -96,7 +97,7 @@ class DiVAEOptions(DiffusionOptions):
 
 
 class DiffusionVQ(VQ):
-    """What the tokenizers with a diffusion decoder share."""
+    """The base class of tokenizers with a diffusion decoder."""
 
     options_class: ClassVar[type[DiffusionOptions]] = DiffusionOptions
     picture_options = MappingProxyType({"seed": 0})  # the same tokens always give the same picture
@@ -106,7 +107,7 @@ class DiffusionVQ(VQ):
     masked_cfg_high: int | None
 
     def hidden_tokens(self, quant: Tensor) -> Tensor | None:
-        """Which tokens of latents (B, L, h, w) this training step hides from the decoder: (B, h, w) bool, or none."""
+        """Draw the tokens of latents (B, L, h, w) to hide from the decoder in a training step: (B, h, w) bool, or None."""
         if not self.training or not self.cls_free_guidance_dropout:
             return None
         batch, _, height, width = quant.shape
@@ -116,10 +117,10 @@ class DiffusionVQ(VQ):
 
 
 class DiVAE(DiffusionVQ):
-    """A tokenizer that decodes by diffusion.
+    """A tokenizer with a diffusion decoder in pixel space.
 
     Args:
-        arguments: :class:`DiVAEOptions`.
+        arguments: The fields of :class:`DiVAEOptions`.
     """
 
     options_class = DiVAEOptions
@@ -142,7 +143,7 @@ class DiVAE(DiffusionVQ):
 
     @cached_property
     def noise_scheduler(self) -> Any:
-        """The scheduler of diffusers that noises images in training.
+        """The scheduler of diffusers with which images are noised in training.
 
         Raises:
             MissingDependency: diffusers is not installed.
@@ -159,22 +160,25 @@ class DiVAE(DiffusionVQ):
         part: Part = WHOLE,
         return_statistics: bool = False,
     ) -> tuple[Any, ...]:
-        """A training step.
+        """Run the model in a training step.
 
         Args:
-            input_clean: (B, C, H, W), to be tokenized.
-            input_noised: (B, C, H, W), to be cleaned.
-            timesteps: Integers (B,), how much noise there is.
-            cond_mask: (B, h, w) bool, tokens that are hidden from the decoder; drawn at random by default, if the options
-                say so.
+            input_clean: The images to tokenize, (B, C, H, W).
+            input_noised: The noised images, (B, C, H, W).
+            timesteps: The noise levels, integers (B,).
+            cond_mask: The tokens to hide from the decoder, (B, h, w) bool; None draws them as the options say.
             orig_res: Ignored.
+            part: Which micro-batch of a training step this is.
+            return_statistics: Also return the statistics of the quantizer.
 
         Returns:
-            What the decoder predicts (B, C, H, W), loss of the quantizer (1,), and its statistics if they are asked for.
+            The prediction of the decoder (B, C, H, W), the loss of the quantizer (1,) and, on request, its statistics.
         """
-        found = self.quantized(input_clean, part)
-        cond_mask = self.hidden_tokens(found.latents) if cond_mask is None else cond_mask
-        return outputs(self.decoder(input_noised, timesteps, found.latents, cond_mask), found, return_statistics)
+        quantized = self.quantized(input_clean, part)
+        cond_mask = self.hidden_tokens(quantized.latents) if cond_mask is None else cond_mask
+        return outputs(
+            self.decoder(input_noised, timesteps, quantized.latents, cond_mask), quantized, return_statistics
+        )
 
     @torch.no_grad()
     def decode_quant(  # type: ignore[override]
@@ -195,22 +199,22 @@ class DiVAE(DiffusionVQ):
 
         Args:
             quant: (B, L, h, w).
-            timesteps: Number of steps, 50 by default.
-            scheduler: One of diffusers, instead of the model's own.
-            generator: Where the noise comes from; torch's global generator by default.
-            image_size: Side, or height and width, in pixels; by default as many pixels as the tokens stand for.
+            timesteps: The number of steps, 50 by default.
+            scheduler: A scheduler of diffusers, instead of the model's own.
+            generator: The source of the noise; None for torch's global generator.
+            image_size: The side length, or height and width, in pixels; None for the size that the tokens stand for.
             verbose: Show a progress bar.
             scheduler_timesteps_mode: "trailing", "leading" or "linspace".
             orig_res: Ignored.
-            seed: Instead of a generator: one of every image, or the first image's, which the others' follow. The noise of an
-                image then depends on its own seed alone.
-            dtype: Precision of the decoder, such as ``torch.bfloat16``; by default that of its weights.
+            seed: One seed per image, or the seed of the first image, from which the others count up, instead of a generator.
+                The noise of an image then depends only on its own seed.
+            dtype: The precision of the decoder, such as ``torch.bfloat16``; None for that of its weights.
 
         Returns:
             (B, C, H, W), float32.
 
         Raises:
-            UserError: a number of steps, seeds or pixels that cannot be.
+            UserError: The number of steps or seeds, or the size is invalid.
             MissingDependency: diffusers is not installed.
         """
         scheduler = scheduler or self.noise_schedule.scheduler(scheduler_timesteps_mode)
@@ -238,19 +242,19 @@ class DiVAE(DiffusionVQ):
 
     @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-        found = super().config_of_file(config, shapes)
+        derived = super().config_of_file(config, shapes)
         if conv := shapes.get("decoder.input_blocks.0.0.weight"):
             width = conv[0]
-            found["dec_type"] = "unet_patched" if width == 256 else f"unet_patched/Wi_{width}"
+            derived["dec_type"] = "unet_patched" if width == 256 else f"unet_patched/Wi_{width}"
         elif table := shapes.get("decoder.mid_block.mid_pos_emb"):
             configured = str(config.get("dec_type"))
             if not configured.startswith("uvit_") or uvit_size(configured).dim != table[1]:
-                found["dec_type"] = next((name for name, size in SIZES.items() if size.dim == table[1]), configured)
-        return found
+                derived["dec_type"] = next((name for name, size in SIZES.items() if size.dim == table[1]), configured)
+        return derived
 
 
 def precision(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager:
-    """Within it a network computes in ``dtype``; if there is none, as it does without."""
+    """Return a context in which networks compute in ``dtype``; None changes nothing."""
     if dtype is None:
         return contextlib.nullcontext()
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)

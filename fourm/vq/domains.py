@@ -1,4 +1,4 @@
-"""What can be tokenized: which files hold it, how many channels it has, and whether an encoder cuts it into patches."""
+"""The domains of tokenizers: their files, their channels, and whether an encoder cuts them into patches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from fourm.utils.errors import UserError, did_you_mean
 
 @dataclass(frozen=True)
 class Domain:
-    """
+    """The kind of images that a tokenizer is trained on.
+
     Attributes:
-        channels: Of the encoder's input; of class maps the width of the embedding of their classes.
-        kind: ``picture``: patches of pixels. ``classes``: the same of class ids. ``mask``: the same of one instance each, in
-            the range [0, 1]. ``map``: features of another network, one vector for each patch. ``vector``: a single one.
-        labels: Classes of a class map; 0 is "none".
-        transform: Key of ``MODALITY_TRANSFORMS``; None: the domain's name.
-        network: Of timm, which makes the features from pictures in colour; None: they are read from files.
-        options: Fields of the transform that differ from its defaults.
-        tokens: Its tokens' modality in 4M-21, without ``tok_`` and the size; None: the domain's name.
+        channels: The number of channels of the encoder's input; for class maps, the width of the embedding of a class.
+        kind: ``picture`` for pixels, ``classes`` for class ids, ``mask`` for masks of one instance in [0, 1], ``map`` for
+            features of another network with one vector per patch, and ``vector`` for a single vector.
+        labels: The number of classes of class maps; class 0 is "none".
+        transform: Key of ``MODALITY_TRANSFORMS``; None for the name of the domain.
+        network: The network of timm that extracts the features from RGB images; None reads them from files.
+        options: The fields of the transform that differ from its defaults.
+        tokens: The modality of its tokens in 4M-21, without ``tok_`` and the size; None for the name of the domain.
     """
 
     channels: int
@@ -32,7 +33,7 @@ class Domain:
 
     @property
     def is_picture(self) -> bool:
-        """Whether the encoder cuts it into patches."""
+        """Whether the encoder cuts the input into patches."""
         return self.kind in ("picture", "classes", "mask")
 
 
@@ -60,7 +61,8 @@ DOMAINS = {
 
 
 def domain_named(name: str) -> Domain:
-    """
+    """Return the domain with this name.
+
     Raises:
         UserError: There is no such domain.
     """

@@ -1,6 +1,6 @@
-"""Tokens of what a network sees: every place of its feature map becomes the number of the most similar feature.
+"""Tokens of features: each position of a network's feature map gets the id of the nearest vector in a codebook.
 
-Any model of timm is a backbone, so CLIP and DINOv2 are as well as a network of ImageNet.
+Any model of timm can be the backbone, for example CLIP, DINOv2 or a classifier of ImageNet.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from fourm.vq.tokenizer import TokenizerConfig
 
 @dataclass(frozen=True)
 class FeatureCodebookConfig(TokenizerConfig):
-    """
+    """The configuration of a feature codebook.
+
     Attributes:
-        backbone: name of the network in timm. Of its feature maps the deepest with a stride of ``patch_size`` is taken.
+        backbone: Name of the network in timm. Its deepest feature map with a stride of ``patch_size`` is used.
     """
 
     backbone: str = ""
@@ -36,13 +37,14 @@ class FeatureCodebookConfig(TokenizerConfig):
 
 
 class FeatureCodebook(Codebook):
-    """Vector quantisation of the features of a frozen network, compared by their direction.
+    """Vector quantization of the features of a frozen network, compared by their direction.
 
-    Colours in [-1, 1] go in; decoding gives features (B, D, h, w) of unit length. The network's weights are part of the
-    tokenizer.
+    The input is RGB in [-1, 1]; decoding returns features (B, D, h, w) of unit length. The weights of the network are part of
+    the tokenizer.
 
     Args:
-        backbone: of :func:`create_backbone`; None = one without weights, which a state dict brings.
+        config: The configuration.
+        backbone: A network from :func:`create_backbone`; None builds one whose weights a state dict provides.
 
     Raises:
         UserError: timm does not know the backbone, or it has no feature map of this stride.
@@ -51,14 +53,14 @@ class FeatureCodebook(Codebook):
     kind = "feature_codebook"
     Config = FeatureCodebookConfig
     config: FeatureCodebookConfig
-    mean: Tensor  # (3, 1, 1), as std: what the network's input is standardised by
+    mean: Tensor  # (3, 1, 1), like std: the standardisation of the network's input
     std: Tensor
 
     def __init__(self, config: FeatureCodebookConfig, backbone: nn.Module | None = None):
         network: Any = create_backbone(config) if backbone is None else backbone
         deepest = _deepest_map(network, config)
         super().__init__(config, network.feature_info[deepest]["num_chs"])
-        (self._map,) = network.prune_intermediate_layers([deepest])  # what follows on the map is not computed
+        (self._map,) = network.prune_intermediate_layers([deepest])  # the layers after the map are dropped
         self.backbone = network.eval().requires_grad_(False)
         self._one_size = bool(network.pretrained_cfg.get("fixed_input_size"))
         for name in ("mean", "std"):
@@ -83,41 +85,42 @@ class FeatureCodebook(Codebook):
 def create_backbone(
     config: FeatureCodebookConfig, weights: str | Path | None = None, download: bool = False
 ) -> nn.Module:
-    """The whole network.
+    """Create the backbone with all its layers.
 
     Args:
-        weights: a ``.safetensors`` or ``.pth`` file of its weights under timm's names.
-        download: take those that timm publishes for it.
+        config: The configuration of the tokenizer.
+        weights: A ``.safetensors`` or ``.pth`` file with the weights under timm's names; None for random weights.
+        download: Use the weights that timm publishes.
 
     Raises:
         UserError: timm does not know it, or its weights cannot be read or downloaded.
     """
-    import timm  # of its many networks only these tokenizers need one: importing them takes longer than torch
+    import timm  # imported here because it takes longer than importing torch
     from timm.models import load_checkpoint
 
     name = config.backbone
     if not timm.is_model(name):
         raise UserError(f"timm has no backbone '{name}'{did_you_mean(name, timm.list_models())}")
     plain: Any = timm.create_model(name)
-    _deepest_map(plain, config)  # before anything is downloaded
-    # Positions are resized to the size that a network is made for.
+    _deepest_map(plain, config)  # checks the stride before anything is downloaded
+    # timm resizes the position table of networks with a fixed size.
     size: dict[str, Any] = {"img_size": config.input_size} if plain.pretrained_cfg.get("fixed_input_size") else {}
     try:
         network = timm.create_model(name, pretrained=download, **size) if download or size else plain
         if weights is not None:
             load_checkpoint(network, str(weights), weights_only=True)
-    except Exception as error:  # whatever clients of the hub and readers of files raise
-        what = f"{weights} does not hold the weights of" if weights else "cannot make"
-        raise UserError(f"{what} backbone {name}: {' '.join(str(error).split())[:300]}") from error
+    except Exception as error:  # of any type, because many libraries may fail here
+        problem = f"{weights} does not hold the weights of" if weights else "cannot make"
+        raise UserError(f"{problem} backbone {name}: {' '.join(str(error).split())[:300]}") from error
     return network
 
 
 def _deepest_map(network: Any, config: FeatureCodebookConfig) -> int:
-    """Index of the deepest feature map whose stride is the patch size."""
+    """Return the index of the deepest feature map whose stride is the patch size."""
     strides = [info["reduction"] for info in network.feature_info]
     if config.patch_size not in strides:
-        found = ", ".join(map(str, sorted(set(strides))))
+        available = ", ".join(map(str, sorted(set(strides))))
         raise UserError(
-            f"backbone {config.backbone} has feature maps of stride {found}: patch_size must be one of them"
+            f"backbone {config.backbone} has feature maps of stride {available}: patch_size must be one of them"
         )
     return max(index for index, stride in enumerate(strides) if stride == config.patch_size)

@@ -30,26 +30,26 @@ class FeatureOptions(Options):
 
 
 class FeatureNetwork(nn.Module):
-    """A frozen vision transformer: pictures that are standardised as it expects them → its final features.
+    """A frozen vision transformer that computes the final features of pictures, which must be standardised for it.
 
-    The final norm is applied to every patch and so is, where the network has one, its projection to the space that it
-    shares with texts: in that space CLIP compares both.
+    Its final norm is applied to every patch, and so is its projection to the space in which CLIP compares pictures and texts,
+    if it has one.
 
     Args:
-        network: Of timm, with its weights.
-        single: Give the features of the whole picture, those of the class token, in place of those of its patches.
+        network: A network of timm, with its weights.
+        single: Return the features of the class token, which stand for the whole picture, instead of those of the patches.
     """
 
     def __init__(self, network: Any, single: bool = False):
         super().__init__()
         self.network = network.eval().requires_grad_(False)
         self._single = single
-        if single and not getattr(network, "cls_token", None) is not None:
+        if single and getattr(network, "cls_token", None) is None:
             raise UserError("'feature_network': it has no class token, which a global feature is")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) → (B, D, h, w), or (B, D, 1, 1) of the whole picture."""
+        """Compute features, (B, 3, H, W) → (B, D, h, w), or (B, D, 1, 1) for the whole picture."""
         height, width = (
             side // patch for side, patch in zip(x.shape[2:], self.network.patch_embed.patch_size, strict=True)
         )
@@ -61,11 +61,12 @@ class FeatureNetwork(nn.Module):
 
 
 def timm_network(name: str, weights: str = "", **arguments: Any) -> Any:
-    """A network of timm with its weights.
+    """Load a network of timm with its weights.
 
     Args:
-        weights: A ``.safetensors`` or ``.pth`` file of them under timm's names; empty: timm downloads them.
-        arguments: Of ``timm.create_model``.
+        name: The name of the network in timm.
+        weights: A ``.safetensors`` or ``.pth`` file of its weights under timm's names; if empty, timm downloads them.
+        arguments: Arguments of ``timm.create_model``.
 
     Raises:
         UserError: timm does not know it, or its weights cannot be read or downloaded.

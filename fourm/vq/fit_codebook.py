@@ -1,4 +1,4 @@
-"""Fit a codebook, of patches or of features, to the images of a data set."""
+"""Fits a codebook of patches or features to the images of a data set."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from fourm.vq.tokenizer import check_output
 
 @dataclass(frozen=True)
 class FitOptions:
-    """Which images, and which codebook."""
+    """Images and codebook"""
 
     data_root: AnyPath = option(
         "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
@@ -74,8 +74,11 @@ class FitOptions:
 def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
     """Fit the codebook and save it to ``options.output``.
 
+    Returns:
+        The codebook, and how well it fits.
+
     Raises:
-        UserError: options that do not fit together or to the images, or fewer items than codes; or ``output`` cannot be
+        UserError: The options contradict each other or the images, there are fewer items than codes, or ``output`` cannot be
             written.
     """
     check_output(options.output)
@@ -123,7 +126,7 @@ def _new_codebook(options: FitOptions, modality: str, num_channels: int) -> Code
 
 
 def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
-    """Up to ``num_images`` random ones, from as few random parts as hold so many."""
+    """Choose up to ``num_images`` random samples, from as few random parts as possible."""
     rng = generator(options.seed, "images")
     samples: list[RawSample] = []
     parts = images.parts()
@@ -135,7 +138,7 @@ def _choose_images(images: ImageSet, options: FitOptions) -> list[RawSample]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command ``fourm fit-codebook``."""
+    """Run the command ``fourm fit-codebook``."""
     options = parse_options(FitOptions, argv, "Fit a codebook, of patches or of features, to the images of a data set.")
     _, report = fit_codebook(options)
     print(

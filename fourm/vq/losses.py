@@ -1,6 +1,6 @@
-"""What a reconstruction is compared by: losses of tokenizers, and a perceptual one that compares what a network sees.
+"""The losses of tokenizers, among them a perceptual one that compares the features of a network.
 
-Shapes: B samples, C channels (or classes), h x w places.
+Shapes: B samples, C channels or classes, h x w pixels or positions.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fourm.utils.errors import UserError
 from fourm.utils.options import Options, option
+from fourm.vq.picture_network import PictureNetwork
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cosine_1d(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 minus the cosine between the channels of each place, (B, C, h, w) twice → scalar."""
+    """Return 1 minus the cosine similarity over the channels of each position, (B, C, h, w) each → scalar."""
     return 1 - F.cosine_similarity(prediction, target, dim=1).mean()
 
 
 def cosine(prediction: Tensor, target: Tensor) -> Tensor:
-    """1 minus the cosine between the places of each channel, (B, C, h, w) twice → scalar."""
+    """Return 1 minus the cosine similarity over the positions of each channel, (B, C, h, w) each → scalar."""
     return 1 - F.cosine_similarity(prediction.flatten(2), target.flatten(2), dim=2).mean()
 
 
 def binary_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Of masks with values in [0, 1], (B, C, h, w) twice → scalar; 0 for a perfect prediction."""
+    """Return the loss of masks with values in [0, 1], (B, C, h, w) each → scalar; 0 for a perfect prediction."""
     return F.binary_cross_entropy_with_logits(logits, target)
 
 
 def softmax_of_sigmoids(logits: Tensor, target: Tensor) -> Tensor:
-    """The formula that published SAM tokenizers were trained with in place of a binary cross-entropy.
+    """Return the loss that the published SAM tokenizers were trained with under the name of a binary cross-entropy.
 
-    The probabilities p and 1 - p go through a softmax once more, so that a perfect prediction still has a loss of 0.3133.
+    The probabilities p and 1 - p go through another softmax, so that a perfect prediction still has a loss of 0.3133.
     """
     p, y = logits.sigmoid().flatten(), target.flatten()
     return F.cross_entropy(torch.stack([p, 1 - p], dim=1), torch.stack([y, 1 - y], dim=1))
@@ -72,10 +73,10 @@ class PerceptualOptions(Options):
     """Perceptual loss"""
 
     percept_loss_weight: float = option("weight of the perceptual loss; 0 = none", 0.0, at_least=0, fixed=True)
-    percept_model: str = option("network of timm that looks at both pictures", "", fixed=True)
-    percept_weights: str = option("file of its weights under timm's names (default: those of timm)", "")
+    percept_model: str = option("network of timm whose features are compared", "", fixed=True)
+    percept_weights: str = option("file of its weights under timm's names (default: downloaded by timm)", "")
     percept_layers: str = option(
-        "its blocks that are compared, joined by '-'", "blocks.2-blocks.5-blocks.8-blocks.11", fixed=True
+        "blocks whose features are compared, joined by '-'", "blocks.2-blocks.5-blocks.8-blocks.11", fixed=True
     )
     percept_loss_fn: Literal["cosine", "l1"] = option("how features are compared", "cosine", fixed=True)
     dtype_percept: Literal["bfloat16", "bf16", "float16", "fp16", "float32", "fp32"] = option(
@@ -88,7 +89,7 @@ class PerceptualOptions(Options):
         self.blocks()
 
     def blocks(self) -> list[int]:
-        """The indices in ``percept_layers``."""
+        """Return the indices in ``percept_layers``."""
         names = self.percept_layers.split("-")
         if not all(name.removeprefix("blocks.").isdigit() for name in names):
             raise UserError(
@@ -98,21 +99,19 @@ class PerceptualOptions(Options):
         return [int(name.removeprefix("blocks.")) for name in names]
 
 
-class PerceptualLoss(nn.Module):
-    """How differently a vision transformer sees two pictures: a mean over samples, summed over some of its blocks.
-
-    Pictures in [-1, 1] are standardised as the network expects them and resized to its size.
+class PerceptualLoss(PictureNetwork):
+    """The difference between the features of two pictures: a mean over samples, summed over blocks of the network.
 
     Args:
-        network: Of timm, with its weights.
+        network: A vision transformer of timm, with its weights.
+        options: The blocks, and how their features are compared.
+
+    Raises:
+        UserError: The network has fewer blocks.
     """
 
-    mean: Tensor  # (3, 1, 1), as std
-    std: Tensor
-
     def __init__(self, network: Any, options: PerceptualOptions):
-        super().__init__()
-        self.network = network.eval().requires_grad_(False)
+        super().__init__(network)
         self._blocks, self._l1 = options.blocks(), options.percept_loss_fn == "l1"
         if max(self._blocks) >= len(network.blocks):
             raise UserError(
@@ -122,30 +121,30 @@ class PerceptualLoss(nn.Module):
         precision = options.dtype_percept
         long = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
         self._dtype = getattr(torch, long.get(precision, precision))
-        self._size = network.pretrained_cfg["input_size"][-1]
-        for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(network.pretrained_cfg[name]).view(3, 1, 1))
 
     def forward(self, prediction: Tensor, target: Tensor) -> Tensor:
-        """(B, 3, h, w) in [-1, 1] twice → scalar."""
+        """Compare pictures, (B, 3, h, w) in [-1, 1] each → scalar."""
         with torch.autocast(target.device.type, self._dtype, enabled=self._dtype != torch.float32):
             with torch.no_grad():
-                wanted = self._features(target)
-            seen = self._features(prediction)
+                target_features = self._features(target)
+            features = self._features(prediction)
         total = prediction.new_zeros(())
-        for one, other in zip(seen, wanted, strict=True):  # (B, tokens, D)
-            one, other = one.float(), other.float()
+        for own, other in zip(features, target_features, strict=True):  # (B, tokens, D)
+            own, other = own.float(), other.float()
             if self._l1:
-                difference = (F.normalize(one, dim=-1) - F.normalize(other, dim=-1)).abs().sum(-1).mean()
+                difference = (F.normalize(own, dim=-1) - F.normalize(other, dim=-1)).abs().sum(-1).mean()
             else:
-                difference = 1 - F.cosine_similarity(one, other, dim=-1).mean()
+                difference = 1 - F.cosine_similarity(own, other, dim=-1).mean()
             total = total + difference
         return total
 
     def _features(self, x: Tensor) -> list[Tensor]:
-        x = ((x.float() + 1) / 2 - self.mean) / self.std
-        x = F.interpolate(x, (self._size, self._size), mode="bilinear", antialias=True)
         outputs = self.network.forward_intermediates(
-            x, indices=self._blocks, norm=False, output_fmt="NLC", intermediates_only=True, return_prefix_tokens=True
+            self.prepare(x),
+            indices=self._blocks,
+            norm=False,
+            output_fmt="NLC",
+            intermediates_only=True,
+            return_prefix_tokens=True,
         )
         return [torch.cat([prefix, tokens], dim=1) for tokens, prefix in outputs]

@@ -1,4 +1,4 @@
-"""Encoders and decoders of vectors: global features, poses. On a grid they treat each position alone.
+"""MLPs that encode and decode vectors, such as global features and poses; each position of a grid is independent.
 
 Shapes: B samples, C channels, h x w positions, 1 x 1 for a vector, D width.
 """
@@ -20,7 +20,7 @@ _SIZE = re.compile(r"BottleneckMLP/B_(\d{1,3})-Wi_(\d{1,5})(?:-E_(\d{1,2}))?")
 
 @dataclass(frozen=True)
 class MLPSize:
-    """Blocks, their width, and how many times as wide their hidden layer is."""
+    """The number of blocks, their width, and the ratio of the width of their hidden layer to it."""
 
     depth: int
     dim: int
@@ -28,13 +28,13 @@ class MLPSize:
 
 
 def mlp_size(name: str) -> MLPSize:
-    """The size that a name stands for: ``BottleneckMLP/B_6-Wi_1024`` has 6 blocks of width 1024; ``-E_2`` sets the expansion.
+    """Parse the name of a size: ``BottleneckMLP/B_6-Wi_1024`` has 6 blocks of width 1024; ``-E_2`` sets the expansion.
 
     Raises:
-        UserError: it is none.
+        UserError: The name is not that of a size.
     """
-    found = _SIZE.fullmatch(name)
-    numbers = [int(number) for number in found.groups() if number] if found else []
+    match = _SIZE.fullmatch(name)
+    numbers = [int(number) for number in match.groups() if number] if match else []
     if not numbers or 0 in numbers or numbers[0] > MAX_BLOCKS:
         raise UserError(
             f"'{name}' is no size of an MLP such as BottleneckMLP/B_6-Wi_1024, with at most {MAX_BLOCKS} blocks"
@@ -43,9 +43,10 @@ def mlp_size(name: str) -> MLPSize:
 
 
 class BottleneckMLP(nn.Module):
-    """(B, C, h, w) → (B, C', h, w): residual MLPs between two linear maps.
+    """Residual MLPs between two linear maps, (B, C, h, w) → (B, C', h, w).
 
     Args:
+        size: The size of the residual MLPs.
         channels: C.
         out_channels: C'.
     """

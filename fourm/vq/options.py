@@ -1,4 +1,4 @@
-"""The options of learned tokenizers: the published constructor arguments, which ``config.json`` holds."""
+"""The options of learned tokenizers, which are the published constructor arguments and the keys of ``config.json``."""
 
 from __future__ import annotations
 
@@ -20,42 +20,44 @@ _WIDTH: Any = {"at_least": 1, "at_most": 2**20}
 class VQOptions(Options):
     """Encoder and quantizer"""
 
-    image_size: int = option("side of the images in pixels", 224, **_SIDE)
-    image_size_enc: int | None = option("side of the images that the encoder's positions are made for", None, **_SIDE)
-    n_channels: int = option("channels of the input; of the vectors of classes, if there are n_labels", 3, **_WIDTH)
-    n_labels: int | None = option("number of classes, of maps of classes", None, **_WIDTH)
-    enc_type: str = option("vit_{s,b,l}_enc, vit/B_3-Wi_192-H_6 or BottleneckMLP/B_6-Wi_1024", "vit_b_enc")
-    patch_proj: bool = option("the encoder makes patches of its input; otherwise each position is one", True)
-    post_mlp: bool = option("encoder and decoder end with an MLP", False)
-    patch_size: int = option("side of a patch in pixels", 16, **_SIDE)
-    quant_type: Literal["lucid", "memcodes", "fsq"] = option("quantizer, see fourm.vq.quantizers", "lucid")
-    codebook_size: int = option("codes", 16384, at_least=1, at_most=2**31)
-    num_codebooks: int = option("codebooks of memcodes", 1, at_least=1, at_most=2**10)
-    latent_dim: int = option("width of the latents", 32, **_WIDTH)
-    levels: list[int] = option("levels of fsq; codebook_size is their product, latent_dim their number", [])
-    norm_codes: bool = option("lucid: latents choose codes by direction", True)
-    norm_latents: bool = option("not supported", False)
-    sync_codebook: bool = option("ignored: a training run always sums over its processes", True)
-    ema_decay: float = option("lucid: share of the old codes in the new ones", 0.99, at_least=0, at_most=1)
-    threshold_ema_dead_code: float = option(
-        "lucid: codes that fewer latents of a step choose are replaced", 0.25, at_least=0
+    image_size: int = option("side length of the images in pixels", 224, **_SIDE)
+    image_size_enc: int | None = option(
+        "side length of the images that the encoder's position table is for", None, **_SIDE
     )
-    code_replacement_policy: str = option("lucid: they become latents of the step", "batch_random")
+    n_channels: int = option("channels of the input; with n_labels, width of the class embedding", 3, **_WIDTH)
+    n_labels: int | None = option("number of classes of class maps", None, **_WIDTH)
+    enc_type: str = option("vit_{s,b,l}_enc, vit/B_3-Wi_192-H_6 or BottleneckMLP/B_6-Wi_1024", "vit_b_enc")
+    patch_proj: bool = option("cut the input into patches; otherwise each position is a patch", True)
+    post_mlp: bool = option("end the encoder and the decoder with an MLP", False)
+    patch_size: int = option("side length of a patch in pixels", 16, **_SIDE)
+    quant_type: Literal["lucid", "memcodes", "fsq"] = option("quantizer, see fourm.vq.quantizers", "lucid")
+    codebook_size: int = option("number of codes", 16384, at_least=1, at_most=2**31)
+    num_codebooks: int = option("memcodes: number of codebooks", 1, at_least=1, at_most=2**10)
+    latent_dim: int = option("width of the latents", 32, **_WIDTH)
+    levels: list[int] = option("fsq: levels per channel, which determine codebook_size and latent_dim", [])
+    norm_codes: bool = option("lucid: compare latents and codes by their direction", True)
+    norm_latents: bool = option("not supported", False)
+    sync_codebook: bool = option("ignored: training always sums over its processes", True)
+    ema_decay: float = option("lucid: share of the old codes in the new ones after a step", 0.99, at_least=0, at_most=1)
+    threshold_ema_dead_code: float = option(
+        "lucid: replace codes that fewer latents per step choose; 0 = never", 0.25, at_least=0
+    )
+    code_replacement_policy: str = option("lucid: how codes are replaced", "batch_random")
     commitment_weight: float = option(
         "lucid: weight of the loss that pulls latents to codes; fsq: into the range of its levels", 1.0, at_least=0
     )
     kmeans_init: bool = option("not supported", False)
-    ckpt_path: str | None = option("weights to begin with", None)
+    ckpt_path: str | None = option("file of initial weights", None)
     ignore_keys: list[str] = option(
-        "beginnings of the names that are not loaded from ckpt_path",
+        "prefixes of the names that are not loaded from ckpt_path",
         ["decoder", "loss", "post_quant_conv", "post_quant_proj", "encoder.pos_emb"],
     )
-    freeze_enc: bool = option("encoder and quantizer stay as they are", False)
-    undo_std: bool = option("the input is standardised as for ImageNet, and the encoder's is to be in [-1, 1]", False)
-    modality: str = option("what is tokenized, a key of MODALITY_TRANSFORMS", "")
-    transform_options: dict = option("fields of its transform that differ from the defaults for tokenizers", {})
+    freeze_enc: bool = option("do not train the encoder and the quantizer", False)
+    undo_std: bool = option("convert ImageNet-standardised input to [-1, 1]", False)
+    modality: str = option("modality of the images, a key of MODALITY_TRANSFORMS", "")
+    transform_options: dict = option("fields of the modality's transform that differ from the defaults", {})
     feature_network: str = option(
-        "network of timm that made the features which it was trained on; 'none': they were read from files", ""
+        "network of timm that extracted the training features; 'none' if they were read from files", ""
     )
 
     def check(self) -> None:
@@ -76,16 +78,22 @@ class VQVAEOptions(VQOptions):
     """Encoder, quantizer and decoder"""
 
     dec_type: str = option("vit_{s,b,l}_dec, vit/B_3-Wi_192-H_6 or BottleneckMLP/B_6-Wi_1024", "vit_b_dec")
-    out_conv: bool = option("the decoder ends with convolutions", False)
-    image_size_dec: int | None = option("side of the images that the decoder's positions are made for", None, **_SIDE)
-    patch_size_dec: int | None = option("side of the decoder's patches", None, **_SIDE)
+    out_conv: bool = option("end the decoder with convolutional blocks", False)
+    image_size_dec: int | None = option(
+        "side length of the images that the decoder's position table is for", None, **_SIDE
+    )
+    patch_size_dec: int | None = option("side length of the decoder's patches in pixels", None, **_SIDE)
 
 
 def read_options(cls: type[T], given: Mapping[str, Any]) -> T:
-    """The options of a tokenizer. Unknown ones are ignored, as published files hold more than the models use.
+    """Read the options of a tokenizer. Unknown options are ignored, because published files contain unused ones.
+
+    Args:
+        cls: The class of the options.
+        given: The values by name; None stands for the default.
 
     Raises:
-        UserError: a value of the wrong type or out of its range.
+        UserError: A value has the wrong type or is out of its range.
     """
     hints = get_type_hints(cls)
     known = {

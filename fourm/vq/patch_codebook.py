@@ -1,4 +1,4 @@
-"""The simplest tokenizer: every patch of an image becomes the number of the most similar patch in a codebook."""
+"""The simplest tokenizer: each patch of an image gets the id of the nearest patch in a codebook."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from fourm.vq.tokenizer import TokenizerConfig
 
 @dataclass(frozen=True)
 class PatchCodebookConfig(TokenizerConfig):
-    """
+    """The configuration of a patch codebook.
+
     Attributes:
-        one_hot_classes: None for images of quantities. For maps of class ids (1 channel) their number: patches are then
-            compared by the classes of their pixels, and decoded to the most likely class of each.
+        one_hot_classes: The number of classes of maps of class ids (1 channel), whose patches are compared by the classes of
+            their pixels and decoded to the most likely class of each pixel; None for other images.
     """
 
     one_hot_classes: int | None = None
 
 
 class PatchCodebook(Codebook):
-    """Vector quantisation of raw patches; decoding looks them up. D = channels (or classes) * patch * patch."""
+    """Vector quantization of raw patches, with D = channels (or classes) * patch * patch."""
 
     kind = "patch_codebook"
     Config = PatchCodebookConfig
@@ -45,10 +46,10 @@ class PatchCodebook(Codebook):
         return x.argmax(1, keepdim=True).float() if self.config.one_hot_classes else x
 
     def embed(self, items: Tensor) -> Tensor:
-        """(n, C, p, p) → (n, D).
+        """Embed patches, (n, C, p, p) → (n, D).
 
         Raises:
-            DataError: a class id that is not among the classes.
+            DataError: A class id is not below ``one_hot_classes``.
         """
         classes = self.config.one_hot_classes
         if classes is None:

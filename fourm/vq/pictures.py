@@ -1,6 +1,6 @@
-"""Reconstructions to look at, beside their originals.
+"""Pictures of tokenizers: resizing them, and showing reconstructions beside their originals.
 
-Shapes: B samples, C channels or classes, h x w places.
+Shapes: B samples, C channels or classes, h x w pixels or positions.
 """
 
 from __future__ import annotations
@@ -12,15 +12,26 @@ from torch import Tensor
 
 from fourm.vq.domains import Domain
 
-_SIDE = 64  # in pixels, at least: features have a few places only
+_SIDE = 64  # the smallest height of a picture in pixels: a map of features has only a few positions
+
+
+def resized(images: Tensor, size: int) -> Tensor:
+    """Resize images (B, C, h, w), or integer class ids (B, h, w), to ``size`` pixels in height and width."""
+    if images.ndim == 3:
+        return F.interpolate(images[:, None].float(), (size, size), mode="nearest-exact")[:, 0].to(images.dtype)
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
 
 
 def side_by_side(domain: Domain, original: Tensor, reconstruction: Tensor) -> Tensor | None:
-    """Originals on the left, reconstructions on the right: (B, 3, h, 2 w) in [0, 1]; None of vectors, which nobody can see.
+    """Draw originals on the left and reconstructions on the right.
 
     Args:
-        original: What a tokenizer of ``domain`` is trained on, (B, C, h, w), or class ids (B, h, w).
-        reconstruction: (B, C, h, w); of classes and masks logits.
+        domain: The domain of the tokenizer.
+        original: (B, C, h, w), or class ids (B, h, w).
+        reconstruction: (B, C, h, w); for class maps and masks these are logits.
+
+    Returns:
+        (B, 3, height, 2 width) in [0, 1]; None for vectors, which cannot be shown.
     """
     if domain.kind == "vector":
         return None
@@ -40,19 +51,19 @@ def side_by_side(domain: Domain, original: Tensor, reconstruction: Tensor) -> Te
 
 
 def _in_range(original: Tensor, reconstruction: Tensor) -> list[Tensor]:
-    """[-1, 1] → [0, 1]; what reaches farther, as depth does, from its smallest to its largest value in each original."""
+    """Map [-1, 1] to [0, 1]; for images that exceed it, such as depth, map the range of each original instead."""
     low, high = original.amin((1, 2, 3), keepdim=True), original.amax((1, 2, 3), keepdim=True)
     low, high = low.where(low < -1, -torch.ones_like(low)), high.where(high > 1, torch.ones_like(high))
     return [(x - low) / (high - low) for x in (original, reconstruction)]
 
 
 def _class_colours(ids: Tensor) -> Tensor:
-    """(B, h, w) → (B, 3, h, w): always the same colour for a class, black for class 0."""
+    """Colour class ids, (B, h, w) → (B, 3, h, w): a class always has the same colour, and class 0 is black."""
     return torch.stack([ids * step % 256 / 255 for step in (67, 131, 197)], dim=1)
 
 
 def _principal_components(original: Tensor, reconstruction: Tensor) -> list[Tensor]:
-    """The three directions in which the originals differ most, as red, green and blue."""
+    """Show the three principal components of the originals as red, green and blue."""
     rows = rearrange(original.float(), "b c h w -> (b h w) c")
     mean = rows.mean(0)
     basis = torch.linalg.svd(rows - mean, full_matrices=False)[2][:3]  # (3, C)

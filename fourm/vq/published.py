@@ -1,4 +1,4 @@
-"""The published way to load a tokenizer: training options and weights in a ``.pth`` file."""
+"""Loads tokenizers in the published way, from a ``.pth`` file with weights and training options."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from fourm.utils.errors import UserError
-from fourm.vq.registry import constructor_options, find_weights, learned_class, load_tokenizer
+from fourm.vq.registry import constructor_options, learned_class, load_tokenizer
 from fourm.vq.vqvae import VQ
 from fourm.vq.weights import load_model, open_weights
 
@@ -25,24 +25,25 @@ def get_image_tokenizer(
     verbose: bool = True,
     return_None_on_fail: bool = False,
 ) -> tuple[VQ | None, argparse.Namespace | None]:
-    """A learned tokenizer in evaluation mode, and the options that it was trained with.
+    """Load a learned tokenizer in evaluation mode, and the options that it was trained with.
 
     Args:
-        tokenizer_id: of the file ``tokenizers_root/tokenizer_id.pth``, which is read without running anything in it; or
-            whatever :func:`fourm.vq.load_tokenizer` takes.
-        encoder_only: load a :class:`VQ`, which tokenizes.
-        verbose: log what is loaded.
-        return_None_on_fail: return ``(None, None)`` if it cannot be loaded.
+        tokenizer_id: Names the file ``tokenizers_root/tokenizer_id.pth``, which is read without running code in it. If there
+            is no such file, any ``place`` of :func:`fourm.vq.load_tokenizer`.
+        tokenizers_root: The folder of the files.
+        encoder_only: Load a :class:`VQ`, which can only tokenize.
+        device: The device of the tokenizer.
+        verbose: Log the class and the file.
+        return_None_on_fail: Return ``(None, None)`` if the tokenizer cannot be loaded.
 
     Raises:
-        UserError: it cannot be loaded.
+        UserError: The tokenizer cannot be loaded.
     """
     path = Path(tokenizers_root) / f"{tokenizer_id}.pth"
     try:
         if not path.exists():
-            place = find_weights(tokenizer_id)
-            model: Any = VQ.from_pretrained(place.parent) if encoder_only else load_tokenizer(tokenizer_id)
-            return model.to(device), argparse.Namespace(**model.config)
+            tokenizer: Any = load_tokenizer(tokenizer_id, device, encoder_only)
+            return tokenizer, argparse.Namespace(**tokenizer.config)
         with open_weights(path) as file:
             cls = VQ if encoder_only else learned_class(file.shapes)
             model = load_model(cls, file, constructor_options(file.header), device)

@@ -1,7 +1,8 @@
-"""Quantizers: latents → ids, and ids → the vectors that a decoder gets.
+"""Quantizers map latents to token ids, and token ids to the latents that a decoder reads.
 
-They know nothing of processes. In training a forward pass gives *statistics*, which the training sums over the micro-batches and
-processes of a step and hands to :meth:`Quantizer.update`: all processes then have the same codebook, that of the whole batch.
+They know nothing about processes. In training, a forward pass returns *statistics*. The training loop sums them over the
+micro-batches and processes of a step and passes the sums to :meth:`Quantizer.update`, so that all processes have the same
+codebook as a single process with the whole batch.
 
 Shapes: B images, L latent width, h x w positions, n = B h w latents, K codes, G codebooks.
 """
@@ -20,14 +21,15 @@ from torch.nn import functional as F
 
 from fourm.utils.errors import UserError
 
-_SCORES = 2**24  # latent-code pairs compared at a time: 64 MB
+_SCORES = 2**24  # number of latent-code pairs that are compared at a time, 64 MB
 
 
 @dataclass(frozen=True)
 class Part:
-    """Which micro-batch of a training step this is: number ``index`` of ``count``, those of all processes together.
+    """The number ``index`` of a micro-batch among the ``count`` micro-batches of a step, over all processes.
 
-    Each offers some of its latents in place of codes that are not used; so that sums can collect them, it must know which.
+    Each micro-batch proposes latents as replacements of dead codes. The proposals are collected by a sum, for which each
+    micro-batch fills rows of its own.
     """
 
     index: int = 0
@@ -40,13 +42,13 @@ WHOLE = Part()
 
 @dataclass(frozen=True)
 class Quantized:
-    """What becomes of latents.
+    """Quantized latents.
 
     Attributes:
-        latents: (B, L, h, w), what the decoder gets; their gradient reaches the encoder.
-        loss: (1,), keeps the encoder close to the codes.
-        ids: (B, h, w), or (B, G, h, w) with several codebooks.
-        statistics: for :meth:`Quantizer.update`, once they are summed; none in evaluation mode.
+        latents: The input of the decoder, (B, L, h, w); its gradient passes through to the encoder.
+        loss: (1,), the loss that keeps the encoder close to the codes.
+        ids: The token ids, (B, h, w), or (B, G, h, w) with several codebooks.
+        statistics: Tensors whose sums over a step are passed to :meth:`Quantizer.update`; empty in evaluation mode.
     """
 
     latents: Tensor
@@ -56,11 +58,11 @@ class Quantized:
 
 
 class Quantizer(nn.Module, ABC):
-    """(B, L, h, w) → :class:`Quantized`; always computed in float32.
+    """Maps latents (B, L, h, w) to :class:`Quantized` ones, always in float32.
 
     Attributes:
-        codebook_size: K, ids are in [0, K).
-        num_codebooks: G, ids of one position.
+        codebook_size: K; ids are in [0, K).
+        num_codebooks: G, the number of ids at each position.
     """
 
     codebook_size: int
@@ -72,23 +74,23 @@ class Quantizer(nn.Module, ABC):
 
     @abstractmethod
     def quantize(self, z: Tensor, part: Part) -> Quantized:
-        """The latents (B, L, h, w) in float32."""
+        """Quantize latents (B, L, h, w) in float32."""
 
     @abstractmethod
     def embed(self, ids: Tensor) -> Tensor:
-        """Ids (B, h, w), or (B, G, h, w) → (B, L, h, w), as :attr:`Quantized.latents` in evaluation mode."""
+        """Look up ids, (B, h, w) or (B, G, h, w) → latents (B, L, h, w), as in evaluation mode."""
 
     def update(self, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:
-        """Change the codebook, in place.
+        """Update the codebook in place.
 
         Args:
-            statistics: sums of :attr:`Quantized.statistics` over a step.
-            skipped: 1 if nothing must change, otherwise 0; on the device.
+            statistics: The sums of :attr:`Quantized.statistics` over a step.
+            skipped: 1 on the device if nothing must change, otherwise 0.
         """
 
 
 class CosineCodebook(nn.Module):
-    """The buffers of :class:`LucidQuantizer`, under their published names. ``initted`` is 1: the codes can be used."""
+    """The buffers of :class:`LucidQuantizer` under their published names; ``initted`` is always 1."""
 
     initted: Tensor
     cluster_size: Tensor
@@ -110,15 +112,16 @@ class CosineCodebook(nn.Module):
 class LucidQuantizer(Quantizer):
     """A codebook whose codes follow the mean direction of the latents that choose them (arXiv 1711.00937, 2110.04627).
 
-    Latents choose by direction, but are replaced by the code as it is: its length is below 1 where its latents disagree.
+    Latents choose a code by its direction but are replaced by the code itself, whose length is below 1 if the directions
+    of its latents differ.
 
     Args:
         codebook_size: K.
         latent_dim: L.
-        ema_decay: share of the old codes in the new ones.
-        commitment_weight: of the loss that pulls latents to their codes.
-        threshold_ema_dead_code: a code that fewer latents choose in a step, on average, becomes one of the step's
-            latents; 0 = never. The average begins at 0, so that the first steps replace most codes: that is what
+        ema_decay: The share of the old codes in the new ones.
+        commitment_weight: The weight of the loss that pulls latents to their codes.
+        threshold_ema_dead_code: A code that fewer latents per step choose, on average, is replaced by one of the latents of
+            the step; 0 keeps all codes. The average starts at 0, so that the first steps replace most codes, which
             initialises them.
     """
 
@@ -148,15 +151,17 @@ class LucidQuantizer(Quantizer):
 
     @torch.no_grad()
     def _nearest(self, directions: Tensor) -> Tensor:
-        """(n, L) → ids (n,)."""
+        """Return the ids of the nearest codes, (n, L) → (n,)."""
         codes = F.normalize(self._codebook.embed, dim=-1).T
         rows = max(1, _SCORES // self.codebook_size)
         return torch.cat([(chunk @ codes).argmax(1) for chunk in directions.split(rows)])
 
     @torch.no_grad()
     def _statistics(self, directions: Tensor, ids: Tensor, part: Part) -> dict[str, Tensor]:
-        """How many latents chose each code, the sum of their directions, and latents (K, L) of the whole step to replace codes
-        by, of which each micro-batch fills rows of its own."""
+        """Return the number of latents that chose each code, the sums of their directions, and candidates for dead codes.
+
+        The candidates (K, L) are latents of the whole step, of which each micro-batch fills rows of its own.
+        """
         counts = directions.new_zeros(self.codebook_size).index_add_(0, ids, torch.ones_like(directions[:, 0]))
         sums = torch.zeros_like(self._codebook.embed).index_add_(0, ids, directions)
         if not self.threshold:
@@ -182,9 +187,10 @@ class LucidQuantizer(Quantizer):
 
 
 class MemcodesQuantizer(Quantizer):
-    """Several codebooks of keys and values, learned by gradient: each part of the latent retrieves the value of the best key.
+    """Several codebooks of keys and values that are learned by gradient descent.
 
-    Training adds Gumbel noise to the scores (arXiv 1611.01144).
+    The latent is split into one part per codebook, and each part retrieves the value of its best key. Training adds Gumbel
+    noise to the scores (arXiv 1611.01144).
 
     Args:
         codebook_size: K.
@@ -192,7 +198,7 @@ class MemcodesQuantizer(Quantizer):
         num_codebooks: G.
 
     Raises:
-        UserError: L is no multiple of G.
+        UserError: L is not a multiple of G.
     """
 
     def __init__(self, codebook_size: int, latent_dim: int, num_codebooks: int):
@@ -226,12 +232,12 @@ class MemcodesQuantizer(Quantizer):
 
     def embed(self, ids: Tensor) -> Tensor:
         ids = ids if ids.ndim == 4 else ids[:, None]
-        found = _pick(self.to_v(self.codes), rearrange(ids, "b g h w -> g (b h w)"))
-        return rearrange(found, "g (b h w) c -> b (g c) h w", b=len(ids), h=ids.shape[2])
+        values = _pick(self.to_v(self.codes), rearrange(ids, "b g h w -> g (b h w)"))
+        return rearrange(values, "g (b h w) c -> b (g c) h w", b=len(ids), h=ids.shape[2])
 
 
 class _GroupedLinear(nn.Module):
-    """(G, K, c) → (G, K, c), a linear map for each codebook."""
+    """A linear map for each codebook, (G, K, c) → (G, K, c)."""
 
     def __init__(self, groups: int, width: int):
         super().__init__()
@@ -242,27 +248,28 @@ class _GroupedLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x.float() @ self.weight.float()  # FSDP may hold them in less precision
+        return x.float() @ self.weight.float()  # FSDP may gather the weights in a lower precision
 
 
-_FSQ_RANGE = 1.5
+_FSQ_RANGE = 1.5  # FSQ penalises latents beyond it
 
 
 class FSQ(Quantizer):
-    """Finite scalar quantization (arXiv 2309.15505): each number of the latent is rounded to one of a few levels.
+    """Finite scalar quantization (arXiv 2309.15505): each channel of the latent is rounded to one of a few levels.
 
-    There is no codebook to learn and no code that dies: the recommended choice for new tokenizers. The one thing that can
-    go wrong is that all latents drift to where tanh is flat, such as when the decoder learns the mean of the images through
-    them; then they share one code for good. The loss is the mean square of the part of each number beyond ±1.5, where
-    tanh is 0.9, and is 0 for latents that use their levels. K is the product of the levels; the paper (table 1) recommends at least 5 of each: 8, 6, 5 for about 2^8 codes, 8, 5, 5, 5 for 2^10, 7, 5, 5, 5, 5
-    for 2^12, 8, 8, 8, 6, 5 for 2^14.
+    It is recommended for new tokenizers, because it has no codebook to learn and no dead codes. Its one risk is that all
+    latents drift to where tanh is flat, for example while the decoder learns the mean of the images through them; then they
+    share one code for good. The loss prevents this: it is the mean square of the part of each channel beyond ±1.5, where
+    tanh is 0.9, and is 0 for latents that use their levels. K is the product of the levels. Table 1 of the paper recommends
+    at least 5 levels per channel: 8, 6, 5 for about 2^8 codes; 8, 5, 5, 5 for 2^10; 7, 5, 5, 5, 5 for 2^12; 8, 8, 8, 6, 5
+    for 2^14.
 
     Args:
-        levels: of each of the L numbers.
-        commitment_weight: Weight of the loss.
+        levels: The number of levels of each of the L channels.
+        commitment_weight: The weight of the loss.
 
     Raises:
-        UserError: as :func:`fsq_codebook_size`.
+        UserError: See :func:`fsq_codebook_size`.
     """
 
     levels: Tensor
@@ -272,7 +279,7 @@ class FSQ(Quantizer):
         self._weight = commitment_weight
         self.codebook_size = fsq_codebook_size(levels)
         self._levels = tuple(levels)
-        # It follows from the configuration: it is in no file, and there from the beginning even on the meta device.
+        # The levels follow from the configuration, so that they are in no file, and have values even on the meta device.
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32, device="cpu"), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -281,7 +288,7 @@ class FSQ(Quantizer):
 
     def quantize(self, z: Tensor, part: Part) -> Quantized:
         levels = self.levels[:, None, None]
-        # tanh bounds each number to as many whole numbers as it has levels; an even number of them is not centred around 0.
+        # tanh limits each channel to as many integers as it has levels. An even number of them is not centred around 0.
         reach = (levels - 1) * 1.001 / 2
         offset = (1 - levels % 2) / 2
         bounded = torch.tanh(z + torch.atanh(offset / reach)) * reach - offset
@@ -297,16 +304,16 @@ class FSQ(Quantizer):
         return (digits - levels // 2) / (levels // 2)
 
     def _place_values(self) -> Tensor:
-        """(L,), by how much an id grows with a level: of the first number 1."""
+        """Return the place value of each channel in an id, (L,); that of the first channel is 1."""
         levels = self.levels.long()
         return levels.cumprod(0) // levels
 
 
 def fsq_codebook_size(levels: Sequence[int]) -> int:
-    """The number of codes of :class:`FSQ`.
+    """Return the number of codes of :class:`FSQ`.
 
     Raises:
-        UserError: there are no levels, fewer than 3 of one number, or 2^31 codes or more.
+        UserError: There are no levels, fewer than 3 levels in a channel, or 2^31 codes or more.
     """
     size = math.prod(levels)
     if not levels or min(levels) < 3 or size >= 2**31:
@@ -317,13 +324,15 @@ def fsq_codebook_size(levels: Sequence[int]) -> int:
 
 
 def _pick(values: Tensor, ids: Tensor) -> Tensor:
-    """Rows (G, n, c) of values (G, K, c)."""
+    """Pick rows (G, n, c) from values (G, K, c) by ids (G, n)."""
     return values.gather(1, ids[..., None].expand(-1, -1, values.shape[-1]))
 
 
 def _draw(count: int, wanted: int, device: torch.device) -> Tensor:
-    """``wanted`` of ``count`` indices, each at most once if there are enough; from torch's generator, which a training run seeds
-    by the number of the micro-batch."""
+    """Draw ``wanted`` of ``count`` indices, without repetition if there are enough.
+
+    The numbers come from torch's global generator, which a training run seeds with the number of the micro-batch.
+    """
     if count < wanted:
         return torch.randint(count, (wanted,), device=device)
     return torch.randperm(count, device=device)[:wanted]

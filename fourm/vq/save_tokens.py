@@ -1,7 +1,7 @@
-"""Tokenize the images of a data set for training: ``(crops, tokens)`` per image, and the crops they stand for.
+"""Tokenizes the images of a data set: writes tokens (crops, tokens) for each image, and the crops that they stand for.
 
-What a run finds finished it keeps, so an interrupted one is simply started again. ``.made_with.json`` in the output folder
-says how its tokens were made; a run with other options does not add to them.
+Results that already exist are kept, so that an interrupted run can simply be started again. ``.made_with.json`` in the output
+folder records how its tokens were made; a run with other options does not add to them.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ from fourm.vq.tokenizer import CONFIG, ImageTokenizer
 log = logging.getLogger(__name__)
 
 RECORD = ".made_with.json"
-_FEATURE_SIZE = 224  # pixels of the pictures of which tokenizers of global features were trained
+_FEATURE_SIZE = 224  # side length in pixels of the training pictures of tokenizers of global features
 
 
 @dataclass(frozen=True, kw_only=True)
 class SaveTokensOptions(FeatureOptions):
-    """What to tokenize, and how."""
+    """Images and tokens"""
 
     tokenizer: AnyPath = option(
         "the tokenizer: its folder, a .safetensors file, or an id on the Hugging Face hub", alias="tokenizer_id"
@@ -66,11 +66,11 @@ class SaveTokensOptions(FeatureOptions):
     )
     split: str = option("part of the data set, if DATA_ROOT has a folder for each: train", "")
     modality: str | None = option(
-        "folder of the images (default: the tokenizer's modality; rgb, if a network makes features of them)", None,
+        "folder of the images (default: the tokenizer's modality, or rgb if a network extracts features from them)", None,
         alias="task",
     )  # fmt: skip
     output_modality: str | None = option("folder for the tokens (default: tok_MODALITY@INPUT_SIZE)", None)
-    folder_suffix: str = option("instead, the published way: the tokens' folder is MODALITY_SUFFIX", "")
+    folder_suffix: str = option("write the tokens to MODALITY_SUFFIX instead, as the published script does", "")
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
     main_modality: str | None = option("folder of the images in whose pixels crops are given (default: MODALITY)", None)
     input_size: int | None = option(
@@ -80,40 +80,40 @@ class SaveTokensOptions(FeatureOptions):
         "crops per image; the first is the centre crop, the others are random", 10, at_least=1, at_most=10_000,
         alias="n_crops",
     )  # fmt: skip
-    min_crop_scale: float = option("smallest share of an image's area in a random crop", MIN_SCALE, above=0, at_most=1)
+    min_crop_scale: float = option("smallest share of the image's area in a random crop", MIN_SCALE, above=0, at_most=1)
     hflip: float = option("share of the random crops that are flipped", 0.5, at_least=0, at_most=1)
     seed: int = option("seed of the random crops", 0, at_least=0, at_most=2**62)
-    force_load_crop: bool = option("an image without stored crops is an error; no crops are drawn", False)
+    force_load_crop: bool = option("stop at an image without stored crops, instead of drawing crops", False)
     resample_mode: Literal["nearest", "bilinear", "bicubic"] | None = option(
-        "how crops are resized (default: as the modality's are in training)", None
+        "how crops are resized (default: as in training)", None
     )
     batch_size: int = option("crops that are tokenized at a time", 64, at_least=1, at_most=10**6)
     batch_size_dataloader: int | None = option(
-        "images that are read at a time (default: as many as have batch_size crops)", None, at_least=1, at_most=10**6
+        "images that are read at a time (default: enough for batch_size crops)", None, at_least=1, at_most=10**6
     )
-    bf16: bool = option("compute in bfloat16: faster on a GPU, but some tokens are others than in float32", False)
+    bf16: bool = option("compute in bfloat16, which is faster on a GPU but changes some of the tokens", False)
     num_workers: int = option("processes that read images; 0 = none but this one", WORKERS, at_least=0, at_most=512)
-    pin_mem: bool = option("read into memory from which GPUs fetch faster, if there is a GPU", True)
+    pin_mem: bool = option("read into pinned memory, from which GPUs copy faster", True)
     device: str = option("'auto' = cuda where there is one, else cpu", "auto")
     max_bad_fraction: float = option(
         "stop when more than this share of the images cannot be read", 0.01, at_least=0, at_most=1
     )
-    corrupt_samples_log: AnyPath = option("file to which the images that cannot be read are added, one a line", "")
+    corrupt_samples_log: AnyPath = option("file to which a line is added for each image that cannot be read", "")
     overwrite: bool = option("tokenize again what is finished", False)
     dry_run: bool = option("say what would be done, and stop", False, alias="dryrun")
-    verbose: bool = option("ignored: a terminal shows the progress anyway", False)
+    verbose: bool = option("ignored: the progress is always shown in a terminal", False)
 
 
 @dataclass(frozen=True)
 class TokenizerInput:
-    """What a tokenizer gets to see.
+    """The input of a tokenizer and how it is read.
 
     Attributes:
-        folder: Of what is read.
-        output: Folder of the tokens.
-        size: Side in pixels of the crops.
-        transform: Of what is read.
-        network: Of timm, which makes features of the pictures that are read; empty if there is none.
+        folder: The folder of the images or features.
+        output: The folder of the tokens.
+        size: The side length of the crops in pixels.
+        transform: The transform of the images or features.
+        network: The network of timm that extracts the features from the images; empty if there is none.
         are_features: Whether features are read from files.
     """
 
@@ -126,15 +126,15 @@ class TokenizerInput:
 
 
 def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> TokenizerInput:
-    """How the input of ``tokenizer`` comes from files.
+    """Determine how the input of ``tokenizer`` is read.
 
     Raises:
-        UserError: It is not known whose tokenizer it is, its input does not come from images, or ``options`` do not fit it.
+        UserError: The modality of the tokenizer is not known, it does not tokenize images, or ``options`` do not fit it.
     """
     info = tokenizer.info
     modality = info.modality or options.modality
     if not modality:
-        raise UserError(f"{options.tokenizer} does not tell whose images it is for: name their 'modality'")
+        raise UserError(f"{options.tokenizer} does not name the modality that it tokenizes: set 'modality'")
     domain, transform = DOMAINS.get(modality), MODALITY_TRANSFORMS.get(modality)
     if not isinstance(transform, GridTransform):
         if options.feature_network:
@@ -152,7 +152,7 @@ def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> To
     output = _output(options, tokens, "" if tokenizer.takes_vectors else f"@{size}", modality)
     if network != "none":
         folder = "rgb" if options.modality in (None, modality) else options.modality
-        # The networks were trained on colours as ImageNet's are standardised, and so were the tokenizers of their features.
+        # The networks and the tokenizers of their features were trained on ImageNet-standardised colours.
         rgb = tokenizer_transform("rgb", {"imagenet_default_mean_and_std": True})
         return TokenizerInput(folder, output, size, rgb, network)
     if options.main_modality is None:
@@ -168,21 +168,21 @@ def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> To
 
 
 def _output(options: SaveTokensOptions, name: str, size: str, task: str | None = None) -> str:
-    """The folder of the tokens."""
+    """Return the folder of the tokens."""
     if options.folder_suffix:
         return f"{options.modality or task or name}_{options.folder_suffix}"
     return options.output_modality or f"tok_{name}{size}"
 
 
 def save_tokens(options: SaveTokensOptions) -> int:
-    """Do what ``options`` say. Processes that torchrun started share the images.
+    """Tokenize the images of a data set. Processes that torchrun started share the images.
 
     Returns:
-        The number of images tokenized by this call; with ``dry_run``, of those that would be.
+        The number of images that were tokenized, or that would be with ``dry_run``.
 
     Raises:
-        UserError: options that do not fit together or to what is there, images that cannot be read beyond
-            ``max_bad_fraction``, or a value that breaks the modality's contract.
+        UserError: The options contradict each other or the existing tokens, more than ``max_bad_fraction`` of the images
+            cannot be read, or a value breaks the contract of the modality.
     """
     rank, world_size, local_rank = torchrun_ranks()
     if options.overwrite and world_size > 1:
@@ -241,10 +241,10 @@ def save_tokens(options: SaveTokensOptions) -> int:
 def _feature_network(
     source: TokenizerInput, options: SaveTokensOptions, tokenizer: ImageTokenizer
 ) -> FeatureNetwork | None:
-    """The network that makes the features which are tokenized.
+    """Build the network that extracts the features which are tokenized; None if there is none.
 
     Raises:
-        UserError: Its features are not those of the tokenizer.
+        UserError: The tokenizer takes another number of features, or the size is not a multiple of the patch size.
     """
     if not source.network:
         return None
@@ -262,7 +262,7 @@ def _feature_network(
 
 
 class _Encoder:
-    """Crops → tokens, in float32 unless ``bf16`` is set."""
+    """Tokenizes crops, in float32 unless ``bf16`` is set."""
 
     def __init__(self, tokenizer: ImageTokenizer, network: FeatureNetwork | None, options: SaveTokensOptions):
         self.tokenizer, self._network = tokenizer, network
@@ -274,7 +274,7 @@ class _Encoder:
             )
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """(B, C, H, W) → ids (B, h, w), or (B, G, h, w) of G codebooks, on the CPU."""
+        """Tokenize crops, (B, C, H, W) → ids (B, h, w), or (B, G, h, w) with G codebooks, on the CPU."""
         device = self.tokenizer.device
         # By default, convolutions on GPUs round float32 to TF32.
         with torch.autocast(device.type, torch.bfloat16, self._bf16), cudnn.flags(enabled=True, allow_tf32=False):
@@ -300,12 +300,12 @@ def _tokenized(batches: Iterable[CropBatch], encode: _Encoder, bar: tqdm) -> Res
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest signed integer type of at least 16 bits, as in published data sets, that holds every id."""
+    """Return the smallest signed integer type that can hold every id, of at least 16 bits as in published data sets."""
     return np.dtype(np.int16 if vocab_size <= 2**15 else np.int32)
 
 
 def _digest(weights: Path) -> str:
-    """What two tokenizers share only if they give the same tokens."""
+    """Return a digest that differs for tokenizers that may give different tokens."""
     config = weights.with_name(CONFIG)
     digest = hashlib.sha256(config.read_bytes() if config.exists() else b"")
     with weights.open("rb") as file:
@@ -315,7 +315,11 @@ def _digest(weights: Path) -> str:
 
 
 def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
-    """Raise a :class:`UserError` if ``folder`` holds tokens, of the parts ``kept``, that were made otherwise, or anything else."""
+    """Check that ``folder`` contains nothing but tokens, and that those of the parts ``kept`` were made with these options.
+
+    Raises:
+        UserError: It contains other files or other tokens.
+    """
     check_file(folder / RECORD)
     try:
         before = json.loads((folder / RECORD).read_bytes())
@@ -341,7 +345,7 @@ def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command ``save_vq_tokens.py``."""
+    """Run the command ``save_vq_tokens.py``."""
     options = parse_options(SaveTokensOptions, argv, "Tokenize the images of a data set.")
     count = save_tokens(options)
     print(f"{count} images {'would be' if options.dry_run else 'were'} tokenized")

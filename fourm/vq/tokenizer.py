@@ -1,4 +1,4 @@
-"""What every tokenizer of images is: pixels ↔ a grid of token ids, and the two files that keep it.
+"""The interface of image tokenizers, which convert between pixels and grids of token ids, and their files.
 
 Shapes: B images, C channels, H x W pixels, h x w = H/patch x W/patch tokens.
 """
@@ -27,16 +27,16 @@ WEIGHTS, CONFIG = "model.safetensors", "config.json"
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """What all tokenizers have in common; ``config.json`` holds it beside the tokenizer's type.
+    """The configuration that all tokenizers share; ``config.json`` stores it together with the tokenizer's type.
 
     Attributes:
-        modality: whose images it was trained on, a key of ``MODALITY_TRANSFORMS``.
-        vocab_size: number of token ids.
-        patch_size: side in pixels of what one token stands for.
-        num_channels: channels of its input.
-        input_size: side in pixels of the images it was trained on; others work if ``patch_size`` divides them.
-        value_range: smallest and largest value of the images it was trained on.
-        transform_options: fields of the modality's transform that differ from the defaults for tokenizers.
+        modality: The modality of the training images, a key of ``MODALITY_TRANSFORMS``.
+        vocab_size: The number of token ids.
+        patch_size: The side length in pixels of the patch that one token stands for.
+        num_channels: The number of channels of the input.
+        input_size: The side length in pixels of the training images; other multiples of ``patch_size`` work too.
+        value_range: The smallest and the largest value of the training images.
+        transform_options: The fields of the modality's transform that differ from the defaults for tokenizers.
     """
 
     modality: str
@@ -63,20 +63,21 @@ class TokenizerConfig:
 
 
 class ImageTokenizer(nn.Module, ABC):
-    """Base class. A subclass names its ``kind`` and ``Config``, takes a config and keeps all that it learned in its
-    state dict; ``fourm.vq.registry`` lists it.
+    """The base class of tokenizers.
 
-    Values go in, and come out, as the modality's transform gives them (``fourm.vq.crops.tokenizer_transform``).
+    A subclass sets ``kind`` and ``Config``, is built from a config, keeps everything that it learns in its state dict, and is
+    listed in ``fourm.vq.registry``. Inputs and outputs have the values that the modality's transform gives them
+    (``fourm.vq.crops.tokenizer_transform``).
 
     Attributes:
-        config: what it is built from.
-        info: what all tokenizers have in common.
-        input_patch: side of the part of the input that becomes a token; 1 if the input is a map of features.
-        takes_vectors: whether a sample is a single vector, (D, 1, 1).
-        num_codebooks: G, how many ids describe each place.
-        feature_network: network of timm that makes the features that it takes; ``none`` if they come from files, and
-            empty if nobody said so.
-        picture_options: options with which :meth:`decode_tokens` gives what people look at.
+        config: The configuration that the tokenizer is built from.
+        info: The part of the configuration that all tokenizers share.
+        input_patch: The side length of the part of the input that becomes a token; 1 if the input is a map of features.
+        takes_vectors: Whether a sample is a single vector, (D, 1, 1).
+        num_codebooks: G, the number of ids for each place.
+        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read from
+            files, and empty if that is not known.
+        picture_options: The options of :meth:`decode_tokens` for pictures to look at.
     """
 
     kind: ClassVar[str]
@@ -97,19 +98,19 @@ class ImageTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size); (B, G, h, w) if G codebooks describe each place."""
+        """Tokenize images, (B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size); (B, G, h, w) with G codebooks."""
 
     @abstractmethod
     def decode_tokens(self, ids: Tensor, /) -> Tensor:
-        """Ids (B, h, w) → (B, C, H, W) float; from tokens of features (B, D, h, w).
+        """Decode ids, (B, h, w) → images (B, C, H, W) float; tokens of features become features (B, D, h, w).
 
-        Maps of classes may come out as one channel of ids, or as a channel of logits for each class.
+        Class maps are decoded to one channel of class ids, or to one channel of logits for each class.
         """
 
     def to_grid(self, ids: Tensor) -> Tensor:
-        """Ids as they are saved, (B, L), or (B, G L) of several codebooks → as they are decoded, (B, h, w) or (B, G, h, w).
+        """Arrange saved ids for decoding, (B, L) → (B, h, w), or (B, G L) → (B, G, h, w) with G codebooks.
 
-        The grid is square; if it cannot be, it is one row.
+        The grid is square if L is a square number, and otherwise a single row.
         """
         places = ids.shape[1] // self.num_codebooks
         side = math.isqrt(places)
@@ -118,18 +119,19 @@ class ImageTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
-        """As :meth:`decode_tokens` with ``picture_options`` and others, for ids on any device: float32 on the CPU."""
+        """Decode ids on any device to float32 on the CPU, by :meth:`decode_tokens` with ``picture_options`` and ``options``."""
         return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""
+        """Cut images into patches, (B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""
         self.check_images(x)
         return rearrange(x, "b c (h p) (w q) -> b h w c p q", p=self.patch_size, q=self.patch_size)
 
     def check_images(self, x: Tensor) -> None:
-        """
+        """Check the shape of images (B, C, H, W).
+
         Raises:
-            DataError: images with other channels, or of a size that patches do not fill.
+            DataError: The number of channels is wrong, or the height or width is not a multiple of ``input_patch``.
         """
         p = self.input_patch
         if x.ndim != 4 or x.shape[1] != self.num_channels or x.shape[2] % p or x.shape[3] % p:
@@ -139,10 +141,10 @@ class ImageTokenizer(nn.Module, ABC):
             )
 
     def save(self, folder: str | Path) -> None:
-        """Write ``model.safetensors`` and ``config.json``; a tokenizer at ``folder`` is replaced as a whole.
+        """Write ``model.safetensors`` and ``config.json``; a tokenizer that is already there is replaced.
 
         Raises:
-            UserError: as :func:`check_output`.
+            UserError: See :func:`check_output`.
         """
         with atomic_folder(folder, _own_files(Path(folder))) as temporary:
             tensors = {name: tensor.contiguous() for name, tensor in self.state_dict().items()}
@@ -156,16 +158,16 @@ class ImageTokenizer(nn.Module, ABC):
 
 
 def check_output(folder: str | Path) -> None:
-    """See, before it is fitted, whether a tokenizer can be saved to ``folder``.
+    """Check, before a tokenizer is fitted, that it can be saved to ``folder``.
 
     Raises:
-        UserError: the folder holds anything but a tokenizer, or cannot be written to.
+        UserError: The folder contains anything but a tokenizer, or cannot be written to.
     """
     check_folder(folder, _own_files(Path(folder)))
 
 
 def _own_files(folder: Path) -> tuple[str, ...]:
-    """The names of a tokenizer's files, if there is one at ``folder``; models have files of the same names."""
+    """Return the names of the files if ``folder`` contains a tokenizer; a model has files of the same names."""
     try:
         content = json.loads((folder / CONFIG).read_bytes())
     except (OSError, ValueError, RecursionError):

@@ -1,6 +1,6 @@
-"""The data that tokenizers are trained on: one domain of a data set, cropped at random, and a seed for each sample.
+"""The training data of tokenizers: one domain of a data set, in random crops, with a seed for each sample.
 
-Reading, the order of the samples and their positions are those of :mod:`fourm.data.unified_datasets`.
+Samples are read and ordered as in :mod:`fourm.data.unified_datasets`.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fourm.data.modality_transforms import transforms_for
 from fourm.data.options import RemoteDataOptions
 from fourm.data.presence import presence
 from fourm.data.raw_sample import RawSample
+from fourm.data.transforms.image import standardise_depth
 from fourm.data.unified_datasets import SampleDataset, Source, name_file_in_errors, open_source
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.options import option
@@ -30,39 +31,46 @@ from fourm.vq.domains import Domain, domain_named
 from fourm.vq.features import FeatureOptions
 
 RATIO = (3 / 4, 4 / 3)  # width / height of random crops
+_BOUNDED = ("rgb", "normal", "canny_edge", "sam_edge")  # domains whose values lie in [-1, 1]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageDataOptions(RemoteDataOptions, FeatureOptions):
     """Images"""
 
-    domain: str = option("what is tokenized: rgb, depth, semseg_coco, CLIP-B16, ...", "rgb", fixed=True)
+    domain: str = option("kind of images to tokenize: rgb, depth, semseg_coco, CLIP-B16, ...", "rgb", fixed=True)
     data_path: AnyPath = option(
-        "training data: a folder with a folder of the domain's files in it, or, with use_wds, shards of them", ""
+        "training data: a folder that contains a folder with the name of the domain, or shards with use_wds", ""
     )
     eval_data_path: AnyPath = option("validation data: a folder, or shards (default: no evaluation)", "")
-    use_wds: bool = option("data_path is shards: root/[rgb]/shard-{00000..00099}.tar, or a folder of them", False)
+    use_wds: bool = option("data_path names shards, root/[rgb]/shard-{00000..00099}.tar, or their folder", False)
     n_labels: int | None = option(
-        "classes of a class map, 'none' included (default: the domain's)", None, at_least=2, at_most=10**5, fixed=True
+        "number of classes of class maps, including 'none' (default: the domain's)",
+        None,
+        at_least=2,
+        at_most=10**5,
+        fixed=True,
     )
     n_channels: int | None = option(
-        "channels of the features in files (default: the domain's)", None, at_least=1, at_most=10**5, fixed=True
+        "number of channels of features in files (default: the domain's)", None, at_least=1, at_most=10**5, fixed=True
     )
-    input_size_min: int = option("smallest side of the pictures in pixels", 224, at_least=1, at_most=10_000, fixed=True)
-    input_size_max: int = option("largest side; what is read", 512, at_least=1, at_most=10_000, fixed=True)
+    input_size_min: int = option("smallest size of the pictures in pixels", 224, at_least=1, at_most=10_000, fixed=True)
+    input_size_max: int = option(
+        "largest size, to which pictures are cropped", 512, at_least=1, at_most=10_000, fixed=True
+    )
     resolution_step: int = option(
-        "each step trains on a random side: input_size_min plus a multiple of this", 32, at_least=1, fixed=True
+        "each step trains at a random size: input_size_min plus a multiple of this", 32, at_least=1, fixed=True
     )
     input_size_eval: int | None = option(
-        "side at which to evaluate, beside the smallest and the largest", None, at_least=1, at_most=10_000
+        "another size to evaluate, in addition to the smallest and the largest one", None, at_least=1, at_most=10_000
     )
-    mask_size: int = option("side of the masks of instances", 64, at_least=1, at_most=10_000, fixed=True)
+    mask_size: int = option("size of the masks of instances in pixels", 64, at_least=1, at_most=10_000, fixed=True)
     min_crop_scale: float = option(
         "minimum share of a picture's area in a random crop", 0.2, above=0, at_most=1, fixed=True
     )
     hflip: float = option("share of the pictures that are mirrored", 0.5, at_least=0, at_most=1, fixed=True)
     imagenet_default_mean_and_std: bool = option(
-        "standardise pictures in colour as ImageNet's are, not to [-1, 1]", False, fixed=True
+        "standardise RGB pictures with the mean and deviation of ImageNet instead of to [-1, 1]", False, fixed=True
     )
 
     def check(self) -> None:
@@ -83,30 +91,30 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
 
     @property
     def labels(self) -> int | None:
-        """Classes of a class map; None of what is no class map."""
+        """The number of classes of class maps; None for other domains."""
         info = self.domain_info
         return (self.n_labels or info.labels) if info.kind == "classes" else None
 
     @property
     def channels(self) -> int:
-        """Channels of the encoder's input."""
+        """The number of channels of the encoder's input."""
         return self.n_channels or self.domain_info.channels
 
     @property
     def network(self) -> str:
-        """The network of timm that makes the features; empty if they, or pixels, are read from files."""
+        """The network of timm that extracts the features; empty if features or pixels are read from files."""
         return "" if self.feature_network == "none" else self.feature_network or self.domain_info.network or ""
 
     @property
     def are_cropped(self) -> bool:
-        """Whether what is read are whole pictures, of which random crops at random sizes are used."""
+        """Whether the files are pictures, of which random crops at random sizes are used."""
         return bool(self.network) or self.domain_info.kind in ("picture", "classes")
 
     def sizes(self) -> list[int]:
-        """The sides in pixels of what is trained on, in ascending order; of features those of the pictures.
+        """Return the sizes in pixels of training, in ascending order; for features, those of the pictures.
 
         Raises:
-            UserError: There are none.
+            UserError: The smallest and the largest size do not fit ``resolution_step``.
         """
         if self.domain_info.kind == "mask":
             return [self.mask_size]
@@ -118,11 +126,31 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
             )
         return sizes
 
-    def dataset(self, training: bool, size: int) -> DatasetConfig:
-        """The data set.
+    def evaluated_sizes(self) -> list[int]:
+        """Return the sizes in pixels of evaluations, in ascending order."""
+        sizes = self.sizes()
+        return sorted({sizes[0], sizes[-1], self.input_size_eval or sizes[0]})
 
-        Args:
-            size: Side of the pictures in pixels, or of a grid of features.
+    def loaded_size(self, training: bool) -> int:
+        """Return the size in pixels of the images that are read, or the side of a grid of features."""
+        info = self.domain_info
+        if info.kind == "mask":
+            return self.mask_size
+        if not self.are_cropped:
+            return 1 if info.kind == "vector" else self.input_size_max // self.patch_size  # type: ignore[attr-defined]
+        return max(self.sizes()[-1], 0 if training else self.evaluated_sizes()[-1])
+
+    @property
+    def bounded(self) -> bool:
+        """Whether the values of the images lie in [-1, 1]."""
+        return self.domain in _BOUNDED and not self.imagenet_default_mean_and_std
+
+    def keeps_depth(self, training: bool) -> bool:
+        """Return whether the samples also hold their depth before it is standardised, for metrics."""
+        return self.domain == "depth" and not training
+
+    def dataset(self, training: bool) -> DatasetConfig:
+        """Return the configuration of the training or the validation data.
 
         Raises:
             UserError: Its path is not set.
@@ -130,7 +158,7 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
         path = self.data_path if training else self.eval_data_path
         if not path:
             raise UserError(f"'{'data_path' if training else 'eval_data_path'}' is not set")
-        modality = self._modality(size)
+        modality = self._modality(training)
         use_wds = self.use_wds if training else path.endswith(".tar") or self.use_wds and _holds_shards(path, modality)
         if use_wds and not path.endswith(".tar"):
             path = f"{path}/[{modality.path}]/*.tar"
@@ -141,19 +169,20 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
             target_tokens_range=(0, 0), remote=self.remote(),
         )  # fmt: skip
 
-    def _modality(self, size: int) -> Modality:
-        """Its name is that of the transform, because the files of a domain need not be read as those of a modality are."""
+    def _modality(self, training: bool) -> Modality:
+        """Return the modality of the files. It has the name of the transform that reads them."""
         info = self.domain_info
         name, folder, channels = info.transform or self.domain, self.domain, self.channels
         if self.network:
             name, folder, channels = "rgb", "rgb", 3
+        options = {"standardize_depth": False} if self.keeps_depth(training) else self.transform_options()
         return Modality(
-            name, "img", input_size=size, patch_size=1, num_channels=channels, path=folder,
-            transform_options=self.transform_options(),
+            name, "img", input_size=self.loaded_size(training), patch_size=1, num_channels=channels, path=folder,
+            transform_options=options,
         )  # fmt: skip
 
     def transform_options(self) -> dict[str, Any]:
-        """Options of the transform of what is read."""
+        """Return the options of the transform that reads the files."""
         if self.domain == "rgb" or self.network:
             return {"imagenet_default_mean_and_std": self.imagenet_default_mean_and_std or bool(self.network)}
         return self.domain_info.options
@@ -165,14 +194,17 @@ def _holds_shards(path: str, modality: Modality) -> bool:
 
 @dataclass
 class TokenizerSamples(SampleDataset):
-    """Samples of one modality: a row is ``{modality: {"tensor": (C, H, W), "seed": ()}}``, class maps are (H, W).
+    """Samples of one modality, as rows ``{modality: {"tensor": (C, H, W), "seed": ()}}``; class maps are (H, W).
 
     Attributes:
-        labels: Number of classes of class maps.
+        labels: The number of classes of class maps.
+        keep_depth: The values are depth that is not standardised yet: it is kept under ``"depth"``, and standardised
+            under ``"tensor"``.
     """
 
-    masking: Any = None  # the whole of a sample is used
+    masking: Any = None  # tokenizers use whole samples
     labels: int | None = None
+    keep_depth: bool = False
 
     def masked(self, sample: RawSample, rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
         raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
@@ -183,12 +215,18 @@ class TokenizerSamples(SampleDataset):
                 raise DataError(
                     f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name
                 )
-        return {name: {"tensor": value, "seed": rng.integers(2**62)}}
+        row = {"tensor": value, "seed": rng.integers(2**62)}
+        return {name: row | ({"tensor": standardise_depth(value), "depth": value} if self.keep_depth else {})}
 
 
 @dataclass(frozen=True)
 class FirstSamples:
-    """The first samples of a source, for evaluations."""
+    """The first samples of a source, for evaluations.
+
+    Attributes:
+        source: The source.
+        number: The number of samples; None uses all.
+    """
 
     source: Source
     number: int | None
@@ -201,21 +239,25 @@ class FirstSamples:
 
 
 def open_samples(
-    config: DatasetConfig, labels: int | None, training: bool, max_bad_fraction: float, first: int | None = None
-) -> TokenizerSamples:
-    """The samples of a data set.
+    config: DatasetConfig, labels: int | None, training: bool, max_bad_fraction: float, first: int | None = None,
+    keep_depth: bool = False,
+) -> TokenizerSamples:  # fmt: skip
+    """Open the samples of a data set.
 
     Args:
-        labels: Of class maps, see :class:`TokenizerSamples`.
-        first: Use only so many; None: all.
+        config: The data set, with one modality.
+        labels, keep_depth: See :class:`TokenizerSamples`.
+        training: Whether to crop at random.
+        max_bad_fraction: The share of unreadable samples above which reading stops.
+        first: The number of samples to use; None uses all.
 
     Raises:
-        UserError: Its files are not there, or of a type that cannot be read.
+        UserError: The files do not exist, or are of a type that cannot be read.
     """
     source = open_source(config, BadSampleLedger(config.name, max_bad_fraction))
     return TokenizerSamples(
         config.name, FirstSamples(source, first), config.modalities,
         build_sample_transform(config, training, raw_pixels=True), shuffle_buffer=config.wds_shuffle_buffer_tar,
-        max_bad_fraction=max_bad_fraction, labels=labels,
+        max_bad_fraction=max_bad_fraction, labels=labels, keep_depth=keep_depth,
         presence=presence("error", config.modalities, transforms_for(config.modalities), config.main_augment_domain),
     )  # fmt: skip

@@ -16,18 +16,20 @@ class EncoderOptions(Options):
     """Encoder"""
 
     encoder_type: str = option("vit_s_enc, vit_b_enc, vit_l_enc, or BottleneckMLP/B_6-Wi_1024", "vit_s_enc", fixed=True)
-    patch_size: int = option("side in pixels of what one token stands for", 16, at_least=1, at_most=10_000, fixed=True)
-    post_mlp: bool = option("end encoder and decoder with one more MLP", True, fixed=True)
+    patch_size: int = option(
+        "side length in pixels of the patch that a token stands for", 16, at_least=1, at_most=10_000, fixed=True
+    )
+    post_mlp: bool = option("end the encoder and the decoder with an MLP", True, fixed=True)
     input_size_enc: int | None = option(
-        "side in pixels that the encoder's table of positions is for (default: input_size_max)", None, at_least=1,
+        "image size in pixels of the encoder's position table (default: input_size_max)", None, at_least=1,
         at_most=10_000, fixed=True,
     )  # fmt: skip
-    undo_std: bool = option("turn pictures standardised as ImageNet's back to [-1, 1]", False, fixed=True)
-    freeze_enc: bool = option("train the decoder only", False, fixed=True)
+    undo_std: bool = option("convert ImageNet-standardised pictures to [-1, 1]", False, fixed=True)
+    freeze_enc: bool = option("train only the decoder", False, fixed=True)
     full_ckpt: InputPath = option(
         "start from this whole tokenizer: a run folder, .safetensors, .pth, s3:// URL, or a hub id", ""
     )
-    encoder_ckpt: InputPath = option("the same, but only its encoder and quantizer", "")
+    encoder_ckpt: InputPath = option("the same, but start only from its encoder and quantizer", "")
 
     def check(self) -> None:
         if self.full_ckpt and self.encoder_ckpt:
@@ -39,30 +41,30 @@ class QuantizerOptions(Options):
     """Quantizer"""
 
     quantizer_type: Literal["lucid", "memcodes", "fsq"] = option("kind of codebook", "lucid", fixed=True)
-    codebook_size: int = option("codes", 8192, at_least=2, at_most=2**24, fixed=True)
-    num_codebooks: int = option("codes for each place (memcodes)", 1, at_least=1, at_most=1024, fixed=True)
+    codebook_size: int = option("number of codes", 8192, at_least=2, at_most=2**24, fixed=True)
+    num_codebooks: int = option("number of codes per position (memcodes)", 1, at_least=1, at_most=1024, fixed=True)
     latent_dim: int = option("width of a code", 32, at_least=1, at_most=2**16, fixed=True)
     levels: list[int] = option(
-        "fsq: levels of each number of a code, in place of codebook_size and latent_dim", [], fixed=True
+        "fsq: number of levels of each channel, instead of codebook_size and latent_dim", [], fixed=True
     )
     norm_codes: bool = option("compare latents and codes by their direction", True, fixed=True)
     norm_latents: bool = option("normalise latents before they are quantized", False, fixed=True)
     quantizer_ema_decay: float = option("share of a code that each step keeps", 0.8, at_least=0, at_most=1, fixed=True)
     coef_ema_dead_code: float = option(
-        "a code is dead when it is used so many times less than if all were used alike; 0 = never", 4.0, at_least=0,
+        "replace codes that are used this many times less often than on average; 0 = never", 4.0, at_least=0,
         fixed=True,
     )  # fmt: skip
     code_replacement_policy: Literal["batch_random", "linde_buzo_gray"] = option(
-        "a dead code becomes a random latent of the step, or a copy of a code that is used much", "batch_random",
+        "how codes are replaced: by random latents of the step, or by copies of frequent codes", "batch_random",
         fixed=True,
     )  # fmt: skip
     commitment_weight: float = option(
-        "weight of the latents' distance from their codes; for fsq, from the range of its levels",
+        "weight of the distance between latents and their codes; for fsq, of that from the range of its levels",
         1.0,
         at_least=0,
         fixed=True,
     )
-    kmeans_init: bool = option("find the first codes by k-means in the first batch", False, fixed=True)
+    kmeans_init: bool = option("initialise the codes by k-means on the first batch", False, fixed=True)
 
     def check(self) -> None:
         if self.quantizer_type == "fsq":
@@ -74,7 +76,7 @@ class QuantizerOptions(Options):
             object.__setattr__(self, "latent_dim", len(self.levels))
 
     def quantizer_arguments(self) -> dict[str, Any]:
-        """Those of the model's constructor."""
+        """Return the arguments of the quantizer for the model's constructor."""
         return {
             "quant_type": self.quantizer_type, "codebook_size": self.codebook_size, "num_codebooks": self.num_codebooks,
             "latent_dim": self.latent_dim, "levels": self.levels, "norm_codes": self.norm_codes, "norm_latents": self.norm_latents,
@@ -88,16 +90,16 @@ class DecoderOptions(Options):
     """Decoder"""
 
     decoder_type: str = option(
-        "vit_b_dec and the like, BottleneckMLP/B_6-Wi_1024; of a diffusion model unet_patched or uvit_b_p4_f16",
+        "vit_s_dec, vit_b_dec, vit_l_dec or BottleneckMLP/B_6-Wi_1024; diffusion: unet_patched or uvit_b_p4_f16",
         "vit_b_dec",
         fixed=True,
     )
-    out_conv: bool = option("let two convolutional blocks at full resolution follow", False, fixed=True)
+    out_conv: bool = option("end the decoder with two convolutional blocks at full resolution", False, fixed=True)
     input_size_dec: int | None = option(
-        "side in pixels that the decoder is for (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
+        "image size in pixels of the decoder (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
     )
     patch_size_dec: int | None = option(
-        "side of its patches (default: patch_size); of unet_patched always 4", None, at_least=1, at_most=10_000,
+        "side length of its patches (default: patch_size); for unet_patched always 4", None, at_least=1, at_most=10_000,
         fixed=True,
     )  # fmt: skip
 
@@ -106,7 +108,7 @@ class DecoderOptions(Options):
 class ConditionOptions(Options):
     """Conditioning of a diffusion model"""
 
-    num_train_timesteps: int = option("noise levels", 1000, at_least=1, at_most=10**6, fixed=True)
+    num_train_timesteps: int = option("number of noise levels", 1000, at_least=1, at_most=10**6, fixed=True)
     cls_free_guidance_dropout: float = option(
         "share of the samples whose tokens are hidden in training", 0.0, at_least=0, at_most=1, fixed=True
     )
@@ -116,7 +118,7 @@ class ConditionOptions(Options):
     num_eval_timesteps: int = option("denoising steps of evaluations", 50, at_least=1, at_most=1000)
 
     def condition_arguments(self) -> dict[str, Any]:
-        """Those of the model's constructor."""
+        """Return the arguments of the conditioning for the model's constructor."""
         names = ("cls_free_guidance_dropout", "masked_cfg", "masked_cfg_low", "masked_cfg_high")
         return {name: getattr(self, name) for name in names}
 
@@ -131,7 +133,7 @@ class DiffusionOptions(ConditionOptions):
     prediction_type: Literal["sample", "epsilon", "v_prediction", "v_prediction-epsilon_loss"] = option(
         "what the decoder predicts: the picture, the noise or the velocity", "sample", fixed=True
     )
-    zero_terminal_snr: bool = option("let nothing of the picture be left at the last noise level", True, fixed=True)
+    zero_terminal_snr: bool = option("make the last noise level pure noise", True, fixed=True)
     conditioning: Literal["concat"] = option("how a U-ViT sees the tokens", "concat", fixed=True)
     dec_transformer_dropout: float = option("dropout in a U-ViT", 0.2, at_least=0, below=1, fixed=True)
     thresholding: bool | None = option(
@@ -141,10 +143,10 @@ class DiffusionOptions(ConditionOptions):
     eval_noise_schedule: Literal["DDIMScheduler", "DDPMScheduler"] = option("sampler of evaluations", "DDIMScheduler")
 
     def diffusion_arguments(self, bounded: bool) -> dict[str, Any]:
-        """Those of the model's constructor.
+        """Return the arguments of the diffusion decoder for the model's constructor.
 
         Args:
-            bounded: Whether values lie in [-1, 1].
+            bounded: Whether the values of the images lie in [-1, 1].
         """
         names = (
             "num_train_timesteps", "beta_schedule", "zero_terminal_snr", "conditioning", "dec_transformer_dropout",
@@ -174,27 +176,18 @@ class ControlNetOptions(ConditionOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerEvaluationOptions(Options):
-    """Evaluation of tokenizers"""
-
-    num_eval_metrics_samples: int | None = option("samples to evaluate on (default: all)", None, at_least=1)
-    batch_size_eval: int | None = option("samples per batch of an evaluation (default: batch_size)", None, at_least=1)
-    num_logged_images: int | None = option(
-        "originals and reconstructions in the picture of an evaluation; 0 or null = no picture", 16, at_least=0
-    )
-
-
-@dataclass(frozen=True, kw_only=True)
 class PublishedOptions(Options):
     """Published keys of tokenizers that change nothing"""
 
-    min_lr: float = option("the final learning rate is 256 min_blr / batch; only 0 is taken", 0.0, at_least=0)
-    warmup_lr: float = option("the warm-up begins at 0", 1e-6, at_least=0)
-    model_ema_update_freq: int = option("the moving average is updated in every step", 1, at_least=1)
-    epoch_eval: bool = option("step_eval decides", False)
-    eval_metrics_freq: int = option("every evaluation has the metrics", 0, at_least=0)
-    eval_image_log_freq: int = option("every evaluation has its picture", 0, at_least=0)
-    standardize_surface_normals: bool = option("normals are in [-1, 1]", False)
+    min_lr: float = option("only 0 is accepted: set min_blr, the final learning rate per 256 samples", 0.0, at_least=0)
+    warmup_lr: float = option("ignored: the warm-up begins at 0", 1e-6, at_least=0)
+    model_ema_update_freq: int = option(
+        "only 1 is accepted: the moving average is updated in every step", 1, at_least=1
+    )
+    epoch_eval: bool = option("ignored: step_eval decides", False)
+    eval_metrics_freq: int = option("ignored: every evaluation has the metrics", 0, at_least=0)
+    eval_image_log_freq: int = option("ignored: every evaluation has its picture", 0, at_least=0)
+    standardize_surface_normals: bool = option("only false is accepted: normals are in [-1, 1]", False)
 
     def check(self) -> None:
         if self.min_lr:

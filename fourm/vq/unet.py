@@ -22,14 +22,14 @@ from fourm.vq.winograd import Conv3x3
 _NAME = re.compile(r"unet_patched(?:/Wi_(\d{1,4}))?")
 PATCH = 4
 MULTIPLIERS = (1, 2, 2, 2)
-"""Channels of each level, in units of the first one's; a level has half the side of the one before it."""
+"""Channels of each level, relative to the first; each level has half the resolution of the one before it."""
 BLOCKS = 3
-"""Residual blocks of a level; on the way up there is one more."""
+"""Residual blocks of each level of the encoder; the decoder has one more."""
 LEVELS_WITH_ATTENTION = (2, 3)
 
 
 class GroupNorm(nn.GroupNorm):
-    """32 groups, computed in float32 whatever the precision."""
+    """Group normalisation with 32 groups, always in float32."""
 
     def __init__(self, channels: int):
         super().__init__(32, channels)
@@ -56,7 +56,7 @@ class ResidualBlock(nn.Module):
         self.skip_connection = nn.Identity() if channels == out_channels else nn.Conv2d(channels, out_channels, 1)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, D, h, w), time (B, T) → (B, D', h, w)."""
+        """Transform x (B, D, h, w), with time (B, T), to (B, D', h, w)."""
         y = self.in_layers(x) + self.emb_layers(time)[:, :, None, None]
         return self.skip_connection(x) + self.out_layers(y)
 
@@ -96,7 +96,7 @@ class Upsample(nn.Module):
 
 
 class Stage(nn.Sequential):
-    """Layers in a row, of which the residual blocks take the time step too."""
+    """A sequence of layers, whose residual blocks also get the time step."""
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:  # type: ignore[override]
         for layer in self:
@@ -113,7 +113,7 @@ class PatchedUNet(nn.Module):
     """
 
     multiple = PATCH * 2 ** (len(MULTIPLIERS) - 1)
-    """Height and width of pictures, in pixels, are multiples of this."""
+    """The height and width of pictures must be multiples of this number of pixels."""
 
     def __init__(self, channels: int, cond_channels: int, width: int = 256):
         super().__init__()
@@ -150,7 +150,7 @@ class PatchedUNet(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise everything: every block begins as the identity, and the whole predicts 0."""
+        """Initialise all parameters, so that every block begins as the identity, and the network predicts 0."""
         for module in self.modules():
             if hasattr(module, "reset_parameters"):
                 module.reset_parameters()  # type: ignore[operator]
@@ -162,11 +162,11 @@ class PatchedUNet(nn.Module):
         set_to_zero(self.out[-1])
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Tensor, cond_mask: Tensor | None = None) -> Tensor:
-        """Predict what the noise schedule wants to know of noised pictures.
+        """Predict the picture, the noise or the velocity, depending on the noise schedule.
 
         Args:
             x: Noised pictures (B, C, H, W).
-            timesteps: Integers (B,).
+            timesteps: The noise levels, integers (B,).
             cond: Latents of the tokens (B, L, N_H, N_W), of any grid.
             cond_mask: (B, N_H, N_W) bool; latents at True count as unknown.
 
@@ -195,14 +195,15 @@ class PatchedUNet(nn.Module):
 
 
 def unet_width(name: str) -> int:
-    """The channels of the first level that a name stands for: 256 for ``unet_patched``, of which the published weights are,
-    and one's own for ``unet_patched/Wi_64``, a multiple of 32.
+    """Parse the name of a UNet, and return the number of channels of its first level.
+
+    It is 256 for ``unet_patched``, as in the published weights; ``unet_patched/Wi_64`` sets another multiple of 32.
 
     Raises:
-        UserError: it is none.
+        UserError: The name is not that of a UNet.
     """
-    found = _NAME.fullmatch(name)
-    width = int(found[1] or 256) if found else 0
+    match = _NAME.fullmatch(name)
+    width = int(match[1] or 256) if match else 0
     if not width or width % 32:
         raise UserError(
             f"'{name}' is no UNet: use unet_patched, or unet_patched/Wi_64 with a multiple of 32 as its width"
@@ -211,9 +212,10 @@ def unet_width(name: str) -> int:
 
 
 def check_sides(x: Tensor, multiple: int) -> None:
-    """
+    """Check the size of pictures (B, C, H, W).
+
     Raises:
-        UserError: the height or width of pictures (B, C, H, W) is not a multiple of ``multiple``.
+        UserError: The height or width is not a multiple of ``multiple``.
     """
     if x.shape[2] % multiple or x.shape[3] % multiple:
         raise UserError(
@@ -222,13 +224,13 @@ def check_sides(x: Tensor, multiple: int) -> None:
 
 
 def set_to_zero(layer: nn.Module) -> None:
-    """All parameters of ``layer``."""
+    """Set all parameters of ``layer`` to 0."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
 
 
 def embed_timesteps(timesteps: Tensor, size: int) -> Tensor:
-    """Integers (B,) → (B, size) float32: cosines, then sines, at frequencies from 1 down to 1/10000."""
+    """Embed integers, (B,) → (B, size) float32: cosines, then sines, at frequencies from 1 down to 1/10000."""
     half = size // 2
     frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, dtype=torch.float32, device=timesteps.device))
     angles = timesteps[:, None].float() * frequencies

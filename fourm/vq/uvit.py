@@ -1,10 +1,10 @@
-"""A U-ViT: convolutions at the high resolutions, a transformer at the lowest one (Hoogeboom et al., simple diffusion,
-https://arxiv.org/abs/2301.11093). It predicts a picture from a noised one and the latents of its tokens.
+"""A U-ViT: convolutions at high resolutions and a transformer at the lowest one (https://arxiv.org/abs/2301.11093).
 
-The convolutional blocks are those of diffusers. Names of layers are those of the published code.
+It predicts a picture from a noised one and the latents of its tokens. The convolutional blocks are those of diffusers, and
+the layers have their published names.
 
-Shapes: B images, C channels, H x W pixels, h x w = H/16 x W/16 positions of the transformer, L numbers in a token's
-latent, D features of the transformer, F features of the lowest convolutions, T numbers that embed the time step.
+Shapes: B images, C channels, H x W pixels, h x w = H/16 x W/16 positions of the transformer, L latent width, D width of the
+transformer, F channels of the lowest convolutions, T width of the embedding of the time step.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from fourm.vq.unet import check_sides, embed_timesteps, set_to_zero
 from fourm.vq.vit import ViTSize, vit_size
 
 WIDTHS = (128, 256)
-"""Features of the convolutions at 1/4 and 1/8 of the side."""
+"""Channels of the convolutions at 1/4 and 1/8 of the resolution."""
 LAYERS = 2
-"""Residual blocks at each of them; on the way up there is one more."""
+"""Residual blocks at each resolution of the encoder; the decoder has one more."""
 PATCH = 4
 TABLE_SIDE = 32
 MASK_STD = 0.02
@@ -37,16 +37,17 @@ SIZES = {
     "uvit_l_p4_f16": ViTSize(1024, 24, 16),
     "uvit_h_p4_f16": ViTSize(1280, 32, 16),
 }
-"""Of the transformer."""
+"""The sizes of the transformer by the name of the U-ViT."""
 _OWN_SIZE = "uvit_p4_f16"
 
 
 def uvit_size(name: str) -> ViTSize:
-    """The transformer that a name stands for: one of :data:`SIZES`, or of one's own: ``uvit_p4_f16/B_3-Wi_192-H_6`` has 3
-    blocks of width 192 with 6 heads.
+    """Parse the name of a U-ViT: one of :data:`SIZES`, or a size of your own.
+
+    ``uvit_p4_f16/B_3-Wi_192-H_6`` has a transformer with 3 blocks of width 192 with 6 heads.
 
     Raises:
-        UserError: it is none.
+        UserError: The name is not that of a U-ViT.
     """
     if name.startswith(_OWN_SIZE):
         return vit_size("vit" + name.removeprefix(_OWN_SIZE))
@@ -56,19 +57,20 @@ def uvit_size(name: str) -> ViTSize:
 
 
 class UViT(nn.Module):
-    """
+    """A U-ViT that predicts a picture.
+
     Args:
         channels: C.
         cond_channels: L.
-        size: Of the transformer.
-        dropout: Probability, in the transformer.
+        size: The size of the transformer.
+        dropout: The dropout probability in the transformer.
 
     Raises:
         MissingDependency: diffusers is not installed.
     """
 
     multiple = PATCH * 2 ** len(WIDTHS)
-    """Height and width of pictures, in pixels, are multiples of this."""
+    """The height and width of pictures must be multiples of this number of pixels."""
 
     def __init__(self, channels: int, cond_channels: int, size: ViTSize, dropout: float = 0.0):
         super().__init__()
@@ -103,7 +105,7 @@ class UViT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialise everything: every block begins as the identity."""
+        """Initialise all parameters, so that every block begins as the identity."""
         from diffusers.models.resnet import ResnetBlock2D
 
         init_weights(self)
@@ -114,7 +116,7 @@ class UViT(nn.Module):
                 set_to_zero(module.adaLN_gate)
 
     def forward(self, x: Tensor, timesteps: Tensor, cond: Tensor, cond_mask: Tensor | None = None) -> Tensor:
-        """As :meth:`fourm.vq.unet.PatchedUNet.forward`."""
+        """Predict as in :meth:`fourm.vq.unet.PatchedUNet.forward`."""
         check_sides(x, self.multiple)
         dtype = self.conv_in.weight.dtype
         time = self.time_embedding(embed_timesteps(timesteps, WIDTHS[0]).to(dtype))
@@ -131,7 +133,7 @@ class UViT(nn.Module):
 
 
 class Transformer(nn.Module):
-    """The middle of the U-ViT, where features meet the latents of the tokens."""
+    """The transformer in the middle of the U-ViT, which reads the latents of the tokens."""
 
     mid_pos_emb: Tensor
 
@@ -147,13 +149,13 @@ class Transformer(nn.Module):
         self.mid_proj_out = nn.Linear(size.dim, channels)
 
     def reset_parameters(self) -> None:
-        """Initialise what is this module's own."""
+        """Initialise the parameters and buffers of this module alone."""
         table = sincos_table((TABLE_SIDE, TABLE_SIDE), self.mid_pos_emb.shape[1])
         self.mid_pos_emb.copy_(rearrange(table, "1 (h w) d -> 1 d h w", h=TABLE_SIDE))
         nn.init.normal_(self.mask_token, std=MASK_STD)
 
     def forward(self, x: Tensor, time: Tensor, cond: Tensor, cond_mask: Tensor | None) -> Tensor:
-        """x (B, F, h, w), time (B, T), cond (B, L, N_H, N_W), cond_mask (B, N_H, N_W) → (B, F, h, w)."""
+        """Transform x (B, F, h, w), with time (B, T), cond (B, L, N_H, N_W) and cond_mask (B, N_H, N_W)."""
         grid = x.shape[2:]
         cond = rearrange(F.interpolate(cond, grid, mode="nearest"), "b l h w -> b (h w) l")
         cond = self.mid_cond_proj(cond)
@@ -170,8 +172,7 @@ class Transformer(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block that the time step scales, shifts and gates (adaLN of Peebles & Xie,
-    https://arxiv.org/abs/2212.09748)."""
+    """A transformer block that the time step scales, shifts and gates (adaLN, https://arxiv.org/abs/2212.09748)."""
 
     def __init__(self, dim: int, num_heads: int, time_channels: int, dropout: float):
         super().__init__()
@@ -185,7 +186,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        """x (B, N, D), time (B, T) after its activation → (B, N, D)."""
+        """Transform x (B, N, D), with time (B, T) after its activation."""
         shift1, scale1, shift2, scale2 = self.adaLN_modulation(time)[:, None].chunk(4, dim=-1)
         gate1, gate2 = self.adaLN_gate(time)[:, None].chunk(2, dim=-1)
         x = x + gate1 * self.dropout(self.attn(self.norm1(x) * (1 + scale1) + shift1))

@@ -1,4 +1,4 @@
-"""Vision transformers on either side of the tokens: pixels → features of patches, and back (arXiv 2312.06647, appendix).
+"""Vision transformers that encode pixels to features of patches, and decode them (arXiv 2312.06647, appendix).
 
 Shapes: B images, C channels, H x W pixels, p side of a patch, h x w = H/p x W/p patches, D width.
 """
@@ -34,11 +34,12 @@ _OWN_SIZE = re.compile(r"vit/B_(\d{1,3})-Wi_(\d{1,5})-H_(\d{1,3})")
 
 
 def vit_size(name: str) -> ViTSize:
-    """The size that a name stands for: ``vit_b``, with ``_enc`` or ``_dec`` behind it or not, or one's own:
+    """Parse the name of a size: ``vit_b``, ``vit_b_enc`` or ``vit_b_dec``, or a size of your own.
+
     ``vit/B_3-Wi_192-H_6`` has 3 blocks of width 192 with 6 heads.
 
     Raises:
-        UserError: it is none.
+        UserError: The name is not that of a size.
     """
     if own := _OWN_SIZE.fullmatch(name):
         depth, dim, heads = map(int, own.groups())
@@ -58,14 +59,15 @@ def vit_size(name: str) -> ViTSize:
 
 
 class ViT(nn.Module):
-    """What encoder and decoder share: positions, blocks and a last MLP.
+    """The part that encoder and decoder share: positions, blocks and a final MLP.
 
     Args:
-        grid: (h, w) that the positions are made for; other grids get resized ones.
-        post_mlp: end with a residual tanh MLP.
+        size: The size of the transformer.
+        grid: (h, w) of the position table, which is resized for other grids.
+        post_mlp: End with a residual tanh MLP.
     """
 
-    pos_emb: Tensor  # (1, D, h, w), row and column count from 0; never trained
+    pos_emb: Tensor  # (1, D, h, w), with rows and columns counted from 0; not trained
 
     def __init__(self, size: ViTSize, grid: tuple[int, int], post_mlp: bool):
         super().__init__()
@@ -83,7 +85,7 @@ class ViT(nn.Module):
         self.pos_emb.copy_(rearrange(table, "1 (h w) d -> 1 d h w", h=self.grid[0]))
 
     def transform(self, x: Tensor) -> Tensor:
-        """(B, D, h, w) → (B, h w, D)."""
+        """Apply the transformer, (B, D, h, w) → (B, h w, D)."""
         positions = self.pos_emb
         if positions.shape[2:] != x.shape[2:]:
             positions = F.interpolate(positions, x.shape[2:], mode="bicubic", align_corners=False)
@@ -93,14 +95,15 @@ class ViT(nn.Module):
         return self.finish(tokens) if self.has_post_mlp else tokens
 
     def finish(self, tokens: Tensor) -> Tensor:
-        """The last MLP."""
+        """Apply the final MLP, (B, h w, D) → (B, h w, D)."""
         return tokens + self.post_mlp(self.norm_mlp(tokens))
 
 
 class ViTEncoder(ViT):
-    """(B, C, H, W) → (B, D, h, w). Whatever the precision, its last MLP is computed in float32, as tokens depend on it.
+    """Encodes (B, C, H, W) → (B, D, h, w). The final MLP always runs in float32, because the tokens depend on it.
 
     Args:
+        size, grid, post_mlp: See :class:`ViT`.
         channels: C.
         patch_size: p; 1 if each position of the input is a patch.
     """
@@ -110,7 +113,7 @@ class ViTEncoder(ViT):
         self.proj = nn.Conv2d(channels, size.dim, patch_size, patch_size)
 
     def finish(self, tokens: Tensor) -> Tensor:
-        fc1, fc2 = self.post_mlp.fc1, self.post_mlp.fc2  # whose weights FSDP may hold in less precision
+        fc1, fc2 = self.post_mlp.fc1, self.post_mlp.fc2  # FSDP may gather their weights in a lower precision
         with torch.autocast(tokens.device.type, enabled=False):
             tokens = tokens.float()
             hidden = torch.tanh(F.linear(self.norm_mlp(tokens), fc1.weight.float(), fc1.bias.float()))
@@ -122,12 +125,13 @@ class ViTEncoder(ViT):
 
 
 class ViTDecoder(ViT):
-    """(B, D, h, w) → (B, C, H, W).
+    """Decodes (B, D, h, w) → (B, C, H, W).
 
     Args:
+        size, grid, post_mlp: See :class:`ViT`.
         channels: C.
         patch_size: p.
-        out_conv: refine the pixels by two convolutional blocks.
+        out_conv: Refine the pixels with two convolutional blocks.
     """
 
     def __init__(
@@ -145,7 +149,7 @@ class ViTDecoder(ViT):
 
 
 class ConvNeXtBlock(nn.Module):
-    """(B, C, H, W) → the same, a small residual step away (arXiv 2201.03545)."""
+    """A residual convolutional block (arXiv 2201.03545), (B, C, H, W) → (B, C, H, W)."""
 
     def __init__(self, channels: int):
         super().__init__()

@@ -1,7 +1,8 @@
-"""Learned tokenizers (arXiv 2312.06647, section 2 and appendix): input → encoder → quantizer → ids, and back by a decoder.
+"""Learned tokenizers (arXiv 2312.06647, section 2 and appendix): an encoder, a quantizer and a decoder.
 
-:class:`VQ` is the first half, which all share. :class:`VQVAE` decodes by a plain network; :class:`DiVAE` and :class:`VQControlNet`
-by diffusion. Arguments, methods and names of weights are those of the published tokenizers.
+All share the encoder and the quantizer of :class:`VQ`. :class:`VQVAE` decodes with a plain network, :class:`DiVAE` and
+:class:`VQControlNet` decode by diffusion. The arguments, the methods and the names of the weights are those of the published
+tokenizers.
 
 Shapes: B images, C channels, H x W pixels, h x w tokens, L latent width, G codebooks.
 """
@@ -35,21 +36,21 @@ from fourm.vq.vit import SIZES, ViTDecoder, ViTEncoder, vit_size
 from fourm.vq.weights import Shapes, download, load_model, open_weights
 
 _DIFFUSION = {"DiVAE": "fourm.vq.divae", "VQControlNet": "fourm.vq.controlnet"}
-_NOT_OF_THE_MODEL = ("ckpt_path", "ignore_keys")  # options that only say how it begins
+_NOT_OF_THE_MODEL = ("ckpt_path", "ignore_keys")  # options that only set the initial weights
 
 
 class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
-    """Encoder and quantizer.
+    """An encoder and a quantizer.
 
-    A subclass with a decoder names its ``options_class``, makes the decoder in :meth:`build_decoder`, and defines
+    A subclass with a decoder sets ``options_class``, builds the decoder in :meth:`build_decoder`, and implements
     :meth:`decode_quant` and ``forward``.
 
     Args:
-        config: the options as a mapping, instead of ``arguments``. Unknown ones are ignored.
-        arguments: :class:`VQOptions`; each is an attribute, too.
+        config: The options as a mapping, instead of ``arguments``. Unknown options are ignored.
+        arguments: The fields of :class:`VQOptions`; each becomes an attribute.
 
     Raises:
-        UserError: an option that is out of range, or options that do not go together.
+        UserError: An option is out of range, or options contradict each other.
     """
 
     title = "learned tokenizer"
@@ -108,10 +109,10 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
         return vit.dim, ViTEncoder(vit, options.n_channels, grid, self.input_patch, options.post_mlp)
 
     def build_decoder(self, options: Any) -> None:
-        """Make ``decoder`` and what belongs to it."""
+        """Build the decoder and its projections."""
 
     def init_weights(self) -> None:
-        """Initialise everything; also for a model built on the meta device, after ``to_empty``."""
+        """Initialise all parameters and buffers, for a model built on the meta device after ``to_empty``."""
         for part in self._encoding_parts():
             init_weights(part, std=1.0)
 
@@ -129,10 +130,13 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
     # Encoding
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """What :meth:`encode` gets → what the encoder gets: colours in [-1, 1], classes as vectors.
+        """Convert the input of :meth:`encode` to that of the encoder: colours in [-1, 1], and embeddings of class ids.
+
+        Args:
+            x: (B, C, H, W); class maps are (B, H, W) or (B, 1, H, W).
 
         Raises:
-            DataError: another shape than (B, C, H, W); maps of classes are (B, H, W) or (B, 1, H, W).
+            DataError: The input has another shape.
         """
         x = x[:, None] if self.n_labels and x.ndim == 3 else x
         self.check_images(x)
@@ -144,24 +148,26 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
         return rearrange(self.cls_emb(x[:, 0].long()), "b h w c -> b c h w") if self.n_labels else x
 
     def quantized(self, x: Tensor, part: Part = WHOLE) -> Quantized:
-        """(B, C, H, W) → latents, loss, ids and, in training, statistics; without a graph if the encoder is frozen.
+        """Encode and quantize (B, C, H, W), without gradients if the encoder is frozen.
 
         Args:
-            part: which micro-batch of a training step this is.
+            x: The input, see :meth:`prepare_input`.
+            part: Which micro-batch of a training step this is.
         """
         with torch.no_grad() if self.freeze_enc else nullcontext():
             return self.quantize(self.quant_proj(self.encoder(self.prepare_input(x))), part)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, C, H, W) → latents (B, L, h, w), loss (1,), ids (B, h, w) or (B, G, h, w)."""
-        found = self.quantized(x)
-        return found.latents, found.loss, found.ids
+        """Encode (B, C, H, W) → latents (B, L, h, w), loss (1,), ids (B, h, w) or (B, G, h, w)."""
+        quantized = self.quantized(x)
+        return quantized.latents, quantized.loss, quantized.ids
 
     @torch.no_grad()
     def tokenize(self, x: Tensor) -> Tensor:
-        """
+        """Return the ids of (B, C, H, W), (B, h, w) or (B, G, h, w).
+
         Raises:
-            DataError: another shape, or a class that is not among the classes.
+            DataError: The input has another shape, or contains a class id of at least ``n_labels``.
         """
         if self.n_labels and (x.min() < 0 or x.max() >= self.n_labels):
             raise DataError(
@@ -171,57 +177,58 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
 
     @property
     def modality_name(self) -> str:
-        """For messages."""
+        """The name of the modality in messages."""
         return self.info.modality or "this tokenizer"
 
     # Decoding
 
     def tokens_to_embedding(self, tokens: Tensor) -> Tensor:
-        """Ids (B, h, w) or (B, G, h, w) → latents (B, L, h, w)."""
+        """Look up ids, (B, h, w) or (B, G, h, w) → latents (B, L, h, w)."""
         return self.quantize.embed(tokens)
 
     def decode_quant(self, quant: Tensor, **options: Any) -> Tensor:
-        """Latents (B, L, h, w) → (B, C, H, W); of maps of classes, logits for each class."""
+        """Decode latents, (B, L, h, w) → (B, C, H, W); for class maps the channels are logits of the classes."""
         raise UserError("VQ is the encoder half of a tokenizer: load it as VQVAE, DiVAE or VQControlNet to decode")
 
     def decode_tokens(self, tokens: Tensor, **options: Any) -> Tensor:
-        """Ids (B, h, w) or (B, G, h, w) → as :meth:`decode_quant`, which gets the options."""
+        """Decode ids, (B, h, w) or (B, G, h, w), with the options of :meth:`decode_quant`."""
         return self.decode_quant(self.tokens_to_embedding(tokens), **options)
 
     def autoencode(self, x: Tensor, **options: Any) -> Tensor:
-        """(B, C, H, W) → its reconstruction, as :meth:`decode_quant`, which gets the options."""
+        """Reconstruct (B, C, H, W), with the options of :meth:`decode_quant`."""
         return self.decode_quant(self.encode(x)[0], **options)
 
     def forward(self, x: Tensor, part: Part = WHOLE, return_statistics: bool = False) -> tuple[Any, ...]:
-        """(B, C, H, W) → latents, loss of the quantizer (1,), and its statistics if they are asked for."""
-        found = self.quantized(x, part)
-        return outputs(found.latents, found, return_statistics)
+        """Return latents, the loss of the quantizer (1,) and, if ``return_statistics``, its statistics."""
+        quantized = self.quantized(x, part)
+        return outputs(quantized.latents, quantized, return_statistics)
 
     @property
     def colorize(self) -> Tensor:
-        """(3, n_labels, 1, 1), a colour for each class; always the same."""
+        """A fixed colour for each class, (3, n_labels, 1, 1)."""
         colours = torch.randn(3, self.n_labels or self.num_channels, 1, 1, generator=torch.Generator().manual_seed(0))
         return colours.to(self.device)
 
     def to_rgb(self, x: Tensor) -> Tensor:
-        """Scores of classes (B, n_labels, H, W) → (B, 3, H, W) in [0, 1], to be looked at."""
+        """Show scores of classes (B, n_labels, H, W) as colours (B, 3, H, W) in [0, 1]."""
         y = F.conv2d(x, self.colorize.to(x))
         return (y - y.min()) / (y.max() - y.min()).clamp(min=1e-8)
 
     # Files
 
     def save(self, folder: str | Path) -> None:
-        """As :meth:`save_pretrained`."""
+        """Save the tokenizer with :meth:`save_pretrained`."""
         self.save_pretrained(folder)
 
     def init_from_ckpt(self, path: str | Path, ignore_keys: Sequence[str] = ()) -> None:
-        """Load what the model and a file of weights have in common.
+        """Load the weights that the model and a file have in common.
 
         Args:
-            ignore_keys: beginnings of names that are not loaded.
+            path: The file of weights.
+            ignore_keys: Prefixes of the names that are not loaded.
 
         Raises:
-            UserError: the file cannot be read, a tensor has another shape, or there is nothing in common.
+            UserError: The file cannot be read, a tensor has another shape, or no weight is in common.
         """
         own, loaded = self.state_dict(), 0
         with open_weights(Path(path)) as file:
@@ -260,37 +267,37 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
 
     @classmethod
     def names_in_file(cls, name: str) -> tuple[str, ...]:
-        """The names that a weight of the model may have in a file, its own first."""
+        """Return the names that a weight of the model may have in a file, its own first."""
         return (name,)
 
     @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-        """The options that follow from the shapes of weights; those that do not are as in ``config``."""
-        found: dict[str, Any] = {}
+        """Return the options that follow from the shapes of the weights, where they differ from ``config``."""
+        derived: dict[str, Any] = {}
         if positions := shapes.get("encoder.pos_emb"):
-            _, found["n_channels"], _, patch = shapes["encoder.proj.weight"]
-            found["patch_proj"] = patch > 1
+            _, derived["n_channels"], _, patch = shapes["encoder.proj.weight"]
+            derived["patch_proj"] = patch > 1
             side = patch if patch > 1 else int(config.get("patch_size") or VQOptions.patch_size)
-            found |= {"patch_size": side} | _image_size_of_file("enc", config, positions[2] * side)
-            found["post_mlp"] = "encoder.norm_mlp.weight" in shapes
-            found |= _vit_of_file("enc", config, shapes)
+            derived |= {"patch_size": side} | _image_size_of_file("enc", config, positions[2] * side)
+            derived["post_mlp"] = "encoder.norm_mlp.weight" in shapes
+            derived |= _vit_of_file("enc", config, shapes)
         elif linear := shapes.get("encoder.linear_in.weight"):
-            found["n_channels"] = linear[1]
-            found["enc_type"] = _mlp_of_file("enc", config, shapes)
+            derived["n_channels"] = linear[1]
+            derived["enc_type"] = _mlp_of_file("enc", config, shapes)
         if labels := shapes.get("cls_emb.weight"):
-            found["n_labels"] = labels[0]
+            derived["n_labels"] = labels[0]
         if codes := shapes.get("quantize._codebook.embed"):
-            found |= {"quant_type": "lucid", "codebook_size": codes[0], "latent_dim": codes[1], "num_codebooks": 1}
-            found["norm_codes"] = "quantize._codebook.embed_avg" not in shapes
+            derived |= {"quant_type": "lucid", "codebook_size": codes[0], "latent_dim": codes[1], "num_codebooks": 1}
+            derived["norm_codes"] = "quantize._codebook.embed_avg" not in shapes
         elif codes := shapes.get("quantize.codes"):
             books, size, width = codes
-            found |= {
+            derived |= {
                 "quant_type": "memcodes",
                 "codebook_size": size,
                 "latent_dim": books * width,
                 "num_codebooks": books,
             }
-        return found
+        return derived
 
     @classmethod
     def from_file(cls, path: Path, map_location: str = "cpu", **arguments: Any) -> Any:
@@ -315,10 +322,10 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
 
 
 class VQVAE(VQ):
-    """A tokenizer with a plain decoder; of maps of classes it decodes logits.
+    """A tokenizer with a plain decoder; for class maps it decodes logits.
 
     Args:
-        arguments: :class:`VQVAEOptions`.
+        arguments: The fields of :class:`VQVAEOptions`.
     """
 
     options_class = VQVAEOptions
@@ -345,30 +352,30 @@ class VQVAE(VQ):
         init_weights(self.post_quant_proj)
 
     def decode_quant(self, quant: Tensor, **options: Any) -> Tensor:
-        """As of the base class; options of other decoders are ignored."""
+        """Decode latents as in the base class; the options of other decoders are ignored."""
         return self.decoder(self.post_quant_proj(quant))
 
     def forward(self, x: Tensor, part: Part = WHOLE, return_statistics: bool = False) -> tuple[Any, ...]:
-        """(B, C, H, W) → reconstruction, loss of the quantizer (1,), and its statistics if they are asked for."""
-        found = self.quantized(x, part)
-        return outputs(self.decode_quant(found.latents), found, return_statistics)
+        """Return the reconstruction, the loss of the quantizer (1,) and, if ``return_statistics``, its statistics."""
+        quantized = self.quantized(x, part)
+        return outputs(self.decode_quant(quantized.latents), quantized, return_statistics)
 
     @classmethod
     def config_of_file(cls, config: Mapping[str, Any], shapes: Shapes) -> dict[str, Any]:
-        found = super().config_of_file(config, shapes)
+        derived = super().config_of_file(config, shapes)
         if positions := shapes.get("decoder.pos_emb"):
-            patch = int(config.get("patch_size_dec") or found.get("patch_size") or VQOptions.patch_size)
-            found |= _image_size_of_file("dec", {**config, **found}, positions[2] * patch)
-            found["out_conv"] = "decoder.out_conv.0.gamma" in shapes
-            found |= _vit_of_file("dec", config, shapes)
+            patch = int(config.get("patch_size_dec") or derived.get("patch_size") or VQOptions.patch_size)
+            derived |= _image_size_of_file("dec", {**config, **derived}, positions[2] * patch)
+            derived["out_conv"] = "decoder.out_conv.0.gamma" in shapes
+            derived |= _vit_of_file("dec", config, shapes)
         elif "decoder.linear_in.weight" in shapes:
-            found["dec_type"] = _mlp_of_file("dec", config, shapes)
-        return found
+            derived["dec_type"] = _mlp_of_file("dec", config, shapes)
+        return derived
 
 
-def outputs(decoded: Tensor, found: Quantized, return_statistics: bool) -> tuple[Any, ...]:
-    """What ``forward`` returns: the published pair, or with the statistics a training task needs."""
-    return (decoded, found.loss, found.statistics) if return_statistics else (decoded, found.loss)
+def outputs(decoded: Tensor, quantized: Quantized, return_statistics: bool) -> tuple[Any, ...]:
+    """Return the results of ``forward``: the published pair and, for training, the statistics of the quantizer."""
+    return (decoded, quantized.loss, quantized.statistics) if return_statistics else (decoded, quantized.loss)
 
 
 def _build_quantizer(options: VQOptions) -> Quantizer:
@@ -383,7 +390,7 @@ def _build_quantizer(options: VQOptions) -> Quantizer:
 
 
 def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:
-    """The size of an encoder (``enc``) or decoder (``dec``), unless the configured one is right."""
+    """Return the type of the encoder (``enc``) or decoder (``dec``) as an option, unless the configured one is right."""
     root = f"{side}oder"
     dim, depth = shapes[f"{root}.pos_emb"][1], _count(f"{root}.blocks.", shapes)
     configured = config.get(f"{side}_type")
@@ -395,8 +402,10 @@ def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[s
 
 
 def _image_size_of_file(side: str, config: Mapping[str, Any], pixels: int) -> dict[str, int]:
-    """The size of images that the positions of an encoder (``enc``) or decoder (``dec``) are made for, unless the configured
-    one is right; where no size is configured, it is that of the images, too."""
+    """Return the image size of the position table of the encoder (``enc``) or decoder (``dec``), as an option.
+
+    The result is empty if the configured size is right. If no size is configured, it also becomes ``image_size``.
+    """
     if not config.get("image_size"):
         return {"image_size": pixels, f"image_size_{side}": pixels}
     configured = config.get(f"image_size_{side}") or config["image_size"]
@@ -404,7 +413,7 @@ def _image_size_of_file(side: str, config: Mapping[str, Any], pixels: int) -> di
 
 
 def _mlp_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> str:
-    """The size of an encoder (``enc``) or decoder (``dec``)."""
+    """Return the type of the MLP that is the encoder (``enc``) or decoder (``dec``)."""
     root, configured = f"{side}oder", config.get(f"{side}_type")
     width = shapes[f"{root}.linear_in.weight"][0]
     hidden = shapes.get(f"{root}.blocks.0.block.0.weight", (width, width))[0]
@@ -415,12 +424,12 @@ def _mlp_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> str:
 
 
 def _count(prefix: str, shapes: Shapes) -> int:
-    """How many modules a list has."""
+    """Return the number of modules in the list whose names start with ``prefix``."""
     return len({name.removeprefix(prefix).partition(".")[0] for name in shapes if name.startswith(prefix)})
 
 
 def __getattr__(name: str) -> Any:
-    """The tokenizers that decode by diffusion; their modules build on this one, so that they come when they are asked for."""
+    """Import the tokenizers with a diffusion decoder on demand, because their modules import this one."""
     if name in _DIFFUSION:
         return getattr(importlib.import_module(_DIFFUSION[name]), name)
     raise AttributeError(f"module {__name__} has no attribute {name}")

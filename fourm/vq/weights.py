@@ -1,7 +1,7 @@
-"""Files with the weights of learned tokenizers: what is in them, and a tokenizer made of it.
+"""Files with the weights of learned tokenizers, and how a tokenizer is built from them.
 
-A file decides over shapes: ``config.json`` beside it may be silent or wrong about them. Published files hold more than a class
-needs, such as the decoder for one who only encodes.
+The shapes in a file override its ``config.json``, which may lack them or contradict them. Published files may hold more
+tensors than a class needs, for example a decoder for a class that only encodes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourm.models.model_card import read_facts
-from fourm.utils.checkpoints import CONFIG, WEIGHTS, layout
+from fourm.utils.checkpoints import CHECKSUMS, CONFIG, MODEL, WEIGHTS, layout, read_metadata, read_tensors, verify
 from fourm.utils.errors import UserError
 from fourm.utils.finite import check_finite
 from fourm.utils.weight_files import parse_header
@@ -31,12 +31,13 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class WeightsFile:
-    """An open file.
+    """An open file of weights.
 
     Attributes:
-        header: what stands beside the tensors: a configuration, training options, or nothing.
-        shapes: name → shape of each tensor.
-        tensor: name → tensor.
+        path: The path of the file.
+        header: The configuration or the training options that the file holds beside its tensors; may be empty.
+        shapes: The shape of each tensor by name.
+        tensor: Returns the tensor with a name.
     """
 
     path: Path
@@ -47,12 +48,18 @@ class WeightsFile:
 
 @contextlib.contextmanager
 def open_weights(path: Path) -> Iterator[WeightsFile]:
-    """Open a ``.safetensors`` or a ``.pth`` file; of the latter nothing but tensors and options is read.
+    """Open a ``.safetensors`` file, a ``.pth`` file, or the checkpoint of a training run.
+
+    Args:
+        path: The file; for a checkpoint, its ``checksums.json``. Pickled files are read without running code in them.
 
     Raises:
-        UserError: it is not there, or damaged.
+        UserError: The file does not exist, or is damaged.
     """
     try:
+        if path.name == CHECKSUMS:
+            yield _read_checkpoint(path.parent)
+            return
         if path.suffix != ".safetensors":
             yield _read_pickle(path)
             return
@@ -63,6 +70,15 @@ def open_weights(path: Path) -> Iterator[WeightsFile]:
         raise UserError(f"{path} does not exist") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path} is damaged, or holds no weights: {_brief(error)}") from error
+
+
+def _read_checkpoint(checkpoint: Path) -> WeightsFile:
+    verify(checkpoint)
+    metadata = read_metadata(checkpoint)
+    sources = {name.removeprefix(MODEL): name for name in metadata if name.startswith(MODEL)}
+    tensors = dict(read_tensors(checkpoint, sources, metadata))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    return WeightsFile(checkpoint, {}, shapes, tensors.__getitem__)
 
 
 def _read_pickle(path: Path) -> WeightsFile:
@@ -87,13 +103,17 @@ def _read_pickle(path: Path) -> WeightsFile:
 
 
 def download(repository: str, **options: Any) -> Path:
-    """The local copy of the weights in a repository of the hub; its ``config.json`` is beside them, if there is one.
+    """Download the weights of a repository on the hub, and its ``config.json`` if it has one.
 
     Args:
-        options: of ``hf_hub_download``: revision, cache_dir, token …
+        repository: ``OWNER/NAME``.
+        options: Options of ``hf_hub_download``, such as revision, cache_dir and token.
+
+    Returns:
+        The local path of the weights; ``config.json`` is in the same folder.
 
     Raises:
-        UserError: there are none, or the hub cannot be reached.
+        UserError: The repository has no weights, or the hub cannot be reached.
     """
     try:
         path = Path(hf_hub_download(repository, WEIGHTS, **options))
@@ -105,13 +125,16 @@ def download(repository: str, **options: Any) -> Path:
 
 
 def load_model(cls: Any, file: WeightsFile, config: Mapping[str, Any], device: str | torch.device = "cpu") -> Any:
-    """The tokenizer of class ``cls`` in a file, in evaluation mode and in float32; what it does not need is not read.
+    """Build the tokenizer in a file, in evaluation mode and in float32. Only the tensors that it needs are read.
 
     Args:
-        config: as far as it is known.
+        cls: The class of the tokenizer.
+        file: The open file.
+        config: The configuration, which may be incomplete.
+        device: The device of the tokenizer.
 
     Raises:
-        UserError: a tensor is missing, has another shape, or values that are not finite.
+        UserError: A tensor is missing, has another shape, or has values that are not finite.
     """
 
     def build(config: dict[str, Any]) -> Any:
@@ -122,11 +145,11 @@ def load_model(cls: Any, file: WeightsFile, config: Mapping[str, Any], device: s
     weights = {}
     for name, tensor in model.state_dict().items():
         source = next((other for other in model.names_in_file(name) if other in file.shapes), name)
-        found = file.shapes.get(source)
-        if found != tuple(tensor.shape):
-            what = f"no {name}" if found is None else f"{name} of shape {found}, not {tuple(tensor.shape)}"
+        shape, expected = file.shapes.get(source), tuple(tensor.shape)
+        if shape != expected:
+            problem = f"no {name}" if shape is None else f"{name} of shape {shape}, not {expected}"
             raise UserError(
-                f"{file.path}: these are not the weights of its {cls.__name__} configuration: there is {what}"
+                f"{file.path}: these are not the weights of its {cls.__name__} configuration: there is {problem}"
             )
         weights[name] = file.tensor(source).to(device, tensor.dtype, copy=True)
         check_finite(name, weights[name], file.path)

@@ -1,8 +1,8 @@
-"""Convolutions by 3x3 with a quarter of the multiplications, for decoding on a CPU.
+"""3x3 convolutions with a quarter of the multiplications, for decoding on a CPU.
 
 Winograd's algorithm F(4x4, 3x3) (Lavin & Gray, https://arxiv.org/abs/1509.09308): a tile of 6x6 inputs and the 3x3 weights
 are transformed to 36 numbers each, whose products, summed over the channels, are transformed to a tile of 4x4 outputs. The
-sums over channels are matrix products. Rounding errors are those of float32, about five times as large as otherwise.
+sums over channels are matrix products. The rounding errors are about five times those of a direct convolution in float32.
 
 Shapes: B images, C and D input and output channels, H x W positions, R x S = H/4 x W/4 tiles.
 """
@@ -20,23 +20,23 @@ from einops import rearrange
 from torch import Tensor, nn
 
 _TILE, _INPUT = 4, 6
-"""Side of a tile of outputs, and of the inputs that it depends on."""
+"""Side lengths of a tile of outputs and of the inputs that it depends on."""
 _POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
-"""Where the polynomials are evaluated, besides infinity; these give a quarter of the usual points' rounding error."""
+"""Points, besides infinity, at which the polynomials are evaluated; the rounding error is a quarter of that with the usual points."""
 _MIN_SIDE = 20
-"""Smaller maps have so few tiles that reading the transformed weights, four times as large, takes too long."""
+"""Smaller maps have so few tiles that reading the transformed weights, which are four times as large, takes too long."""
 
 _transformed: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("_transformed", default=None)
 
 
 class Conv3x3(nn.Conv2d):
-    """A convolution of float32 on a CPU uses the algorithm within :func:`fast_convolutions`, if its input is large."""
+    """A 3x3 convolution that uses the algorithm inside :func:`fast_convolutions` if its input is large."""
 
     def __init__(self, channels: int, out_channels: int, stride: int = 1):
         super().__init__(channels, out_channels, 3, stride, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, H, W) → (B, D, H/stride, W/stride)."""
+        """Convolve x, (B, C, H, W) → (B, D, H/stride, W/stride)."""
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return super().forward(x)
         transformed = _transformed.get()
@@ -49,9 +49,9 @@ class Conv3x3(nn.Conv2d):
 
 @contextlib.contextmanager
 def fast_convolutions(network: nn.Module) -> Iterator[None]:
-    """Use the algorithm within it, if the weights of ``network`` are float32 on a CPU and autocast is off.
+    """Use the algorithm inside this context, if the weights of ``network`` are float32 on a CPU and autocast is off.
 
-    Transformed weights are kept until its end, four times as many numbers as the weights of these convolutions.
+    Until it ends, it keeps the transformed weights, which are four times as large as the weights of the convolutions.
     """
     weight = next(network.parameters())
     usable = weight.device.type == "cpu" and weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
@@ -63,7 +63,7 @@ def fast_convolutions(network: nn.Module) -> Iterator[None]:
 
 
 def _matrices() -> tuple[Tensor, Tensor, Tensor]:
-    """The transforms of inputs (36, 36), of weights (36, 9) and of products (16, 36): of rows and columns at once."""
+    """Return the transforms of inputs (36, 36), weights (36, 9) and products (16, 36), for rows and columns at once."""
     points = np.array(_POINTS)
     others = [np.delete(points, i) for i in range(len(points))]
     inputs, weights, outputs = np.zeros((_INPUT, _INPUT)), np.zeros((_INPUT, 3)), np.zeros((_TILE, _INPUT))
@@ -82,13 +82,13 @@ _TO_INPUTS, _TO_WEIGHTS, _TO_OUTPUTS = _matrices()
 
 
 def _transform_weight(weight: Tensor) -> Tensor:
-    """(D, C, 3, 3) → (36, C, D)."""
+    """Transform a weight, (D, C, 3, 3) → (36, C, D)."""
     numbers = _TO_WEIGHTS @ rearrange(weight, "d c p q -> (p q) (c d)")
     return numbers.view(_INPUT**2, weight.shape[1], weight.shape[0])
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x (B, C, H, W), weight of :func:`_transform_weight` → (B, D, H, W), channels last in memory."""
+    """Convolve x, (B, C, H, W) → (B, D, H, W) with channels last in memory; see :func:`_transform_weight` for the weight."""
     batch, channels, height, width = x.shape
     rows, columns = -(-height // _TILE), -(-width // _TILE)
     x = x.permute(0, 2, 3, 1)

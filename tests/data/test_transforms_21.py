@@ -9,6 +9,7 @@ from fourm.data.modality_transforms import (
     CodebooksTransform,
     GridTransform,
     HumanPoseTransform,
+    InstanceMaskTransform,
     MaskTransform,
     SAMInstanceTransform,
     ScalarTransform,
@@ -246,3 +247,19 @@ def test_tokens_of_features_have_their_sizes():
             run(transform, np.zeros((2, count + 1), int), index=0)
         with pytest.raises(DataError, match="token id 8192"):
             run(transform, np.full((2, count), 8192), index=0)
+
+
+def test_small_instances_are_ignored_where_the_file_tells_the_size_of_the_image():
+    transform = InstanceMaskTransform(size=8)
+    outlines = [{"points": [[x, 0], [x + side, 0], [x + side, side]]} for x, side in ((0, 4), (10, 5), (20, 0))]
+    assert [outline[0, 0] for outline in transform.preprocess(outlines)] == [0, 10]
+    image = {"width": 250, "height": 200}  # 0.05 % of it are 25 pixels
+    (kept,) = transform.preprocess({"image": image, "annotations": outlines})
+    assert kept[0].tolist() == [10, 0]
+    with pytest.raises(UnreadableValue, match=r"no instance with a box of at least 0\.05% of the image"):
+        transform.preprocess({"image": image, "annotations": outlines[:1]})
+    for wrong in ({}, {"width": 4}, {"width": -1, "height": 2}, [4, 4]):
+        with pytest.raises(DataError, match="expected the width and height of the image under 'image'"):
+            transform.preprocess({"image": wrong, "annotations": outlines})
+    with pytest.raises(DataError, match="expected a list of outlines, not None"):
+        transform.preprocess({"image": image})

@@ -1,5 +1,6 @@
 """A tokenizer is trained by the loop of 4M, from pictures in a folder to a folder that tokenizes and decodes."""
 
+import contextlib
 import json
 
 import numpy as np
@@ -15,8 +16,12 @@ from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
 from fourm.train.tasks.diffusion_tokenizer import DiVAETraining
 from fourm.train.tasks.tokenizer import VQVAETraining
+from fourm.utils.checkpoints import newest_checkpoint
 from fourm.utils.errors import UserError
+from fourm.utils.model_store import copy_checkpoint
+from fourm.utils.s3 import S3Store
 from fourm.vq import load_tokenizer
+from tests.data.object_store import BUCKET, ObjectStore
 from tests.train.tokenizer_data import write_config, write_pictures
 from tests.train.toy_run import kill, log_lines, losses, run_in_process, run_ranks, start_ranks, wait_for_step
 
@@ -56,11 +61,22 @@ def test_it_learns_and_its_codes_come_to_be_used(alone):
     assert ((lengths > 0.3) & (lengths < 1.01)).all()
 
 
+@pytest.fixture(scope="module")
+def together(pictures, tmp_path_factory):
+    """The same run by two processes under DDP."""
+    config = write_config(tmp_path_factory.mktemp("together"), pictures, batch_size=2)
+    run_ranks(config, strategy=DDP, task=VQVAETraining)
+    return config.parent / "out"
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", [DDP, FSDP])
-def test_two_processes_train_it_as_one(alone, pictures, tmp_path, strategy):
-    run_ranks(write_config(tmp_path, pictures, batch_size=2), strategy=strategy, task=VQVAETraining)
-    out = tmp_path / "out"
+def test_two_processes_train_it_as_one(alone, pictures, tmp_path, strategy, request):
+    if strategy is DDP:
+        out = request.getfixturevalue("together")
+    else:
+        run_ranks(write_config(tmp_path, pictures, batch_size=2), strategy=strategy, task=VQVAETraining)
+        out = tmp_path / "out"
     assert losses(out) == pytest.approx(losses(alone), rel=1e-3)
     weights, wanted = load_file(out / "model.safetensors"), load_file(alone / "model.safetensors")
     assert weights.keys() == wanted.keys()
@@ -72,17 +88,43 @@ def test_two_processes_train_it_as_one(alone, pictures, tmp_path, strategy):
             assert two[kind]["metrics"] == pytest.approx(results["metrics"], rel=1e-2)
 
 
-@pytest.mark.dist
-def test_killed_it_resumes_with_the_same_losses_and_codes(alone, pictures, tmp_path):
-    config = write_config(tmp_path, pictures, batch_size=2, accum_iter=2, num_streams=2, save_every_minutes=1e-9)
-    ranks = start_ranks(config, strategy=DDP, processes=1, task=VQVAETraining)
-    wait_for_step(config, 7, ranks)
-    kill(ranks)
-    assert "resumed from" in run_in_process(config, task=VQVAETraining)
-    assert losses(tmp_path / "out") == losses(alone)
+def assert_same_end(one, other):
+    """The runs had the same losses and ended with the same weights and moving averages, bit by bit."""
+    assert losses(one) == losses(other)
     for folder in (".", "ema"):
-        weights, wanted = (load_file(out / folder / "model.safetensors") for out in (tmp_path / "out", alone))
-        assert all(torch.equal(tensor, wanted[name]) for name, tensor in weights.items())
+        weights, expected = (load_file(out / folder / "model.safetensors") for out in (one, other))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in weights.items())
+
+
+@contextlib.contextmanager
+def killed(config, processes, step, task):
+    """Kill a run with SIGKILL once it has a checkpoint of ``step``, and resume it to its end after the context."""
+    ranks = start_ranks(config, strategy=DDP, processes=processes, task=task)
+    wait_for_step(config, step, ranks)
+    kill(ranks)
+    yield config.parent / "out"
+    run_ranks(config, strategy=DDP, processes=processes, task=task)
+    assert "resumed from" in (config.parent / "out" / "log.txt").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_it_resumes_with_the_same_losses_and_codes(pictures, tmp_path, processes, request):
+    whole, keys = "together", {"batch_size": 2, "save_every_minutes": 1e-9}
+    if processes == 1:
+        whole, keys = "alone", keys | {"accum_iter": 2, "num_streams": 2}
+    config = write_config(tmp_path, pictures, **keys)
+    with killed(config, processes, 7, VQVAETraining) as out:
+        # An unfinished run is a tokenizer, and so is each of its checkpoints.
+        unfinished, checkpoint = load_tokenizer(out), newest_checkpoint(out)
+        x = torch.rand(2, 3, 32, 32) * 2 - 1
+        ids = load_tokenizer(checkpoint, encoder_only=True).tokenize(x)
+        assert torch.equal(unfinished.tokenize(x), ids) and unfinished.info.modality == "rgb"
+        assert unfinished.decode_tokens(ids).shape == x.shape
+        export([str(checkpoint), str(tmp_path / "exported")])
+        assert torch.equal(load_tokenizer(tmp_path / "exported").tokenize(x), ids)
+    assert_same_end(tmp_path / "out", request.getfixturevalue(whole))
 
 
 def test_its_folder_and_its_export_tokenize_and_decode(alone, pictures, tmp_path):
@@ -102,6 +144,7 @@ def test_its_folder_and_its_export_tokenize_and_decode(alone, pictures, tmp_path
     stored = json.loads((alone / "config.json").read_text())
     assert stored["modality"] == "rgb" and stored["transform_options"] == {"imagenet_default_mean_and_std": False}
     assert tokenizer.tokenize(torch.zeros(1, 3, 48, 48)).shape == (1, 6, 6)
+    assert load_tokenizer(alone).training_facts["Data"] == [{"domain": "rgb", "sides in pixels": ["16", "32"]}]
 
 
 def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
@@ -184,11 +227,22 @@ def test_a_divae_learns_and_its_folder_decodes(divae):
     assert decoded.shape == (1, 3, 32, 32) and decoded.abs().max() <= 1
 
 
+@pytest.fixture(scope="module")
+def divae_together(pictures, tmp_path_factory):
+    """The same run by two processes under DDP."""
+    config = write_config(tmp_path_factory.mktemp("divae_together"), pictures, **DIVAE)
+    run_ranks(config, strategy=DDP, task=DiVAETraining)
+    return config.parent / "out"
+
+
 @pytest.mark.dist
 @pytest.mark.parametrize("strategy", [DDP, FSDP])
-def test_two_processes_train_a_divae_as_one(divae, pictures, tmp_path, strategy):
-    run_ranks(write_config(tmp_path, pictures, **DIVAE), strategy=strategy, task=DiVAETraining)
-    out = tmp_path / "out"
+def test_two_processes_train_a_divae_as_one(divae, pictures, tmp_path, strategy, request):
+    if strategy is DDP:
+        out = request.getfixturevalue("divae_together")
+    else:
+        run_ranks(write_config(tmp_path, pictures, **DIVAE), strategy=strategy, task=DiVAETraining)
+        out = tmp_path / "out"
     assert losses(out) == pytest.approx(losses(divae), rel=1e-2)
     one, two = (evaluations(place)[0] for place in (divae, out))
     for kind in ("32px", "32px_ema"):
@@ -196,14 +250,15 @@ def test_two_processes_train_a_divae_as_one(divae, pictures, tmp_path, strategy)
 
 
 @pytest.mark.dist
-def test_a_divae_that_was_killed_resumes_with_the_same_losses(divae, pictures, tmp_path):
-    keys = DIVAE | {"accum_iter": 2, "num_streams": 2, "save_every_minutes": 1e-9, "keep_last": 1}
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_divae_that_was_killed_resumes_with_the_same_losses(pictures, tmp_path, processes, request):
+    whole, keys = "divae_together", DIVAE | {"save_every_minutes": 1e-9, "keep_last": 1}
+    if processes == 1:
+        whole, keys = "divae", keys | {"accum_iter": 2, "num_streams": 2}
     config = write_config(tmp_path, pictures, **keys)
-    ranks = start_ranks(config, strategy=DDP, processes=1, task=DiVAETraining)
-    wait_for_step(config, 2, ranks)
-    kill(ranks)
-    assert "resumed from" in run_in_process(config, task=DiVAETraining)
-    assert losses(tmp_path / "out") == losses(divae)
+    with killed(config, processes, 2, DiVAETraining) as out:
+        assert type(load_tokenizer(out)).__name__ == "DiVAE"
+    assert_same_end(tmp_path / "out", request.getfixturevalue(whole))
 
 
 @pytest.mark.parametrize(
@@ -217,6 +272,9 @@ def test_a_divae_that_was_killed_resumes_with_the_same_losses(divae, pictures, t
         ({"domain": "semseg"}, "'n_labels' is not set"),
         ({"data_path": ""}, "'data_path' is not set"),
         ({"loss_fn": "mes"}, "'loss_fn' must be one of .* \\(did you mean 'mse'\\?\\)"),
+        ({"ms_ssim": True}, "'ms_ssim' needs pictures of at least 176 pixels"),
+        ({"domain": "depth", "fid_network": "test_vit"}, "'fid_network' compares pictures .* which depth is not"),
+        ({"fid_network": "test_vitt"}, "timm has no network 'test_vitt' \\(did you mean"),
         ({"encoder_type": "vit_x_enc"}, "unknown vision transformer 'vit_x_enc' \\(did you mean"),
     ],
 )
@@ -261,6 +319,40 @@ def test_a_perceptual_loss_is_part_of_the_total(pictures, tmp_path):
     assert first["loss"] == pytest.approx(sum(first["losses"].values()), rel=1e-4)
 
 
+def test_depth_is_evaluated_by_its_relative_error(pictures, tmp_path):
+    for path in pictures.rglob("*.png"):
+        split, _, *rest = path.relative_to(pictures).parts
+        target = tmp_path.joinpath(split, "depth", *rest)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((np.asarray(Image.open(path).convert("L"), np.uint16) + 20) * 200).save(target)
+    keys = {"domain": "depth", "epochs": 1, "epoch_size": 8, "model_ema": False}
+    run_in_process(write_config(tmp_path, tmp_path, **keys), task=VQVAETraining)
+    for results in log_lines(tmp_path / "out")[-1]["eval"]["depth"].values():
+        errors = results["per_modality"]
+        assert errors.keys() == {"reconstruction", "l1", "mse", "abs_rel", "abs_rel_fitted"}
+        assert errors["reconstruction"] == pytest.approx(errors["mse"])  # of standardised depth, as in training
+        assert 0 < errors["abs_rel_fitted"] < 1.2 * errors["abs_rel"] < 5
+
+
+@pytest.mark.dist
+def test_fid_and_ms_ssim_are_reported_whatever_the_number_of_processes(alone, pictures, tmp_path):
+    save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
+    keys = {
+        "fid_network": "test_vit", "fid_weights": f"{tmp_path}/vit.safetensors", "ms_ssim": True, "input_size_eval": 176,
+        "finetune": str(alone), "epochs": 1, "epoch_size": 8, "blr": 0.0, "model_ema": False, "quantizer_ema_decay": 1.0,
+        "coef_ema_dead_code": 0,
+    }  # fmt: skip
+    run_in_process(write_config(tmp_path / "one", pictures, **keys), task=VQVAETraining)
+    run_ranks(write_config(tmp_path / "two", pictures, **keys), strategy=DDP, task=VQVAETraining)
+    one, two = (evaluations(tmp_path / name / "out")[0] for name in ("one", "two"))
+    assert one.keys() == {"16px", "32px", "176px"}
+    for size, results in one.items():
+        assert results["metrics"]["fid"] > 0 and ("ms_ssim" in results["per_modality"]) == (size == "176px")
+        assert two[size]["metrics"] == pytest.approx(results["metrics"], rel=1e-3)
+    assert 0 < one["176px"]["per_modality"]["ms_ssim"] < 1
+    assert "no MS-SSIM at 16 and 32 pixels: it needs 176" in (tmp_path / "two" / "out" / "log.txt").read_text()
+
+
 def test_shards_are_trained_on_as_folders_are(pictures, tmp_path):
     pack(["shards", str(pictures / "train"), str(tmp_path / "train"), "--shard_size", "5"])
     for path in (f"{tmp_path}/train", f"{tmp_path}/train/[rgb]/shard-{{00000..00003}}.tar"):
@@ -269,6 +361,37 @@ def test_shards_are_trained_on_as_folders_are(pictures, tmp_path):
         assert "dry run: one step" in run_in_process(config, "--dry_run", task=VQVAETraining)
     with pytest.raises(UserError, match="'epoch_size' is not set"):
         run_in_process(write_config(tmp_path / "b", pictures, **keys, epoch_size=-1), "--dry_run", task=VQVAETraining)
+
+
+def test_remote_shards_are_trained_on_as_local_ones_and_the_tokenizer_is_loaded_from_there(
+    alone, pictures, tmp_path, monkeypatch
+):
+    for name, value in {"AWS_ACCESS_KEY_ID": "toy-key", "AWS_SECRET_ACCESS_KEY": "toy-secret"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for split in ("train", "val"):
+        pack(["shards", str(pictures / split), str(tmp_path / "data" / split), "--shard_size", "5"])
+    store = ObjectStore(tmp_path / "data")
+    try:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_S3", store.endpoint)
+        keys = {"use_wds": True, "epochs": 1, "data_cache_dir": f"{tmp_path}/shards", "batch_size": 8}
+        for name, root in (("local", f"{tmp_path}/data"), ("remote", f"s3://{BUCKET}")):
+            paths = {
+                "data_path": f"{root}/train/[rgb]/shard-{{00000..00003}}.tar",
+                "eval_data_path": f"{root}/val/[rgb]/shard-{{00000..00001}}.tar",
+            }  # fmt: skip
+            run_in_process(write_config(tmp_path / name, pictures, **keys, **paths), task=VQVAETraining)
+        assert losses(tmp_path / "remote" / "out") == losses(tmp_path / "local" / "out")
+        assert evaluations(tmp_path / "remote" / "out") == evaluations(tmp_path / "local" / "out")
+        for name in ("config.json", "model.safetensors"):
+            S3Store().upload(alone / name, f"s3://{BUCKET}/finished/{name}")
+        copy_checkpoint(newest_checkpoint(alone), f"s3://{BUCKET}/unfinished", S3Store(), 0)
+        x = torch.rand(2, 3, 32, 32) * 2 - 1
+        ids = load_tokenizer(alone).tokenize(x)
+        for place in ("finished", "unfinished"):
+            assert torch.equal(load_tokenizer(f"s3://{BUCKET}/{place}").tokenize(x), ids)
+    finally:
+        store.kill()
 
 
 def test_an_epoch_of_a_folder_is_its_number_of_pictures(pictures, tmp_path):

@@ -1,7 +1,5 @@
 """VQControlNet on a tiny, random Stable Diffusion: sampling and guidance against plain loops, what is trained, files."""
 
-import json
-import string
 import sys
 
 import diffusers
@@ -13,46 +11,23 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from fourm.generation.decode_dict import decode_dict
+from fourm.train.fsdp import FSDP
+from fourm.train.parallel import DDP
 from fourm.train.tasks.diffusion_tokenizer import VQControlNetTraining
 from fourm.utils.errors import MissingDependency, UserError
 from fourm.vq import load_tokenizer
 from fourm.vq.controlnet import StableDiffusion
 from fourm.vq.vqvae import VQControlNet
 from tests.train.tokenizer_data import write_config, write_pictures
-from tests.train.toy_run import log_lines, losses, run_in_process
+from tests.train.toy_run import kill, log_lines, losses, run_in_process, run_ranks, start_ranks, wait_for_step
+from tests.vq.stable_diffusion import write_stable_diffusion
 
 IDS = torch.tensor([[[3, 7], [0, 9]], [[5, 5], [1, 2]]])
 
 
 @pytest.fixture(scope="module")
 def stable_diffusion(tmp_path_factory) -> str:
-    """A folder as Stable Diffusion's, with latents of 4 x 4 for images of 32 x 32."""
-    folder = tmp_path_factory.mktemp("stable-diffusion")
-    torch.manual_seed(0)
-    diffusers.UNet2DConditionModel(
-        block_out_channels=(32, 64), layers_per_block=1, cross_attention_dim=32, attention_head_dim=4, norm_num_groups=8,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-    ).save_pretrained(folder / "unet")  # fmt: skip
-    diffusers.AutoencoderKL(
-        block_out_channels=(32,) * 4, down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1, norm_num_groups=8,
-    ).save_pretrained(folder / "vae")  # fmt: skip
-    config = transformers.CLIPTextConfig(
-        vocab_size=54, hidden_size=32, intermediate_size=37, num_hidden_layers=2, num_attention_heads=4,
-        bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    transformers.CLIPTextModel(config).save_pretrained(folder / "text_encoder")
-    diffusers.PNDMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", skip_prk_steps=True, set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")  # fmt: skip
-    words = ["<|startoftext|>", "<|endoftext|>", *(c + end for end in ("", "</w>") for c in string.ascii_lowercase)]
-    tokenizer = folder / "tokenizer"
-    tokenizer.mkdir()
-    (tokenizer / "vocab.json").write_text(json.dumps({word: i for i, word in enumerate(words)}))
-    (tokenizer / "merges.txt").write_text("#version: 0.2\n")
-    (tokenizer / "tokenizer_config.json").write_text('{"tokenizer_class": "CLIPTokenizer", "model_max_length": 77}')
-    return str(folder)
+    return write_stable_diffusion(tmp_path_factory.mktemp("stable-diffusion"))
 
 
 def toy(stable_diffusion: str, **options) -> VQControlNet:
@@ -240,23 +215,55 @@ def test_what_to_install_if_transformers_is_not_there(monkeypatch):
         StableDiffusion("anywhere")
 
 
-def test_it_is_trained_by_the_loop_and_its_folder_decodes(stable_diffusion, tmp_path):
-    pictures = write_pictures(tmp_path / "pictures", train=8, val=2)
+def write_run(folder, stable_diffusion, **keys):
+    pictures = folder / "pictures" if (folder / "pictures").exists() else write_pictures(folder / "pictures", 8, 2)
     keys = {
         "sd_path": stable_diffusion, "input_size_max": 32, "input_size_sd": 32, "max_input_size": True, "pretrained_cn": True,
-        "freeze_enc": True, "epoch_size": 8, "epochs": 1, "num_eval_timesteps": 2, "model_ema": False, "find_unused_params": False,
-    }  # fmt: skip
-    config = write_config(tmp_path, pictures, **keys)
+        "freeze_enc": True, "epoch_size": 16, "epochs": 1, "num_eval_timesteps": 2, "model_ema": False, "blr": 0.05,
+    } | keys  # fmt: skip
+    config = write_config(folder, pictures, **keys)
     content = yaml.safe_load(config.read_text())
     del content["decoder_type"]
     config.write_text(yaml.safe_dump(content))
+    return config
+
+
+@pytest.fixture(scope="module")
+def alone(stable_diffusion, tmp_path_factory):
+    """A run of one process with accumulation, of which two processes do half of each step."""
+    config = write_run(
+        tmp_path_factory.mktemp("alone"), stable_diffusion, batch_size=2, accum_iter=2, num_streams=2
+    )  # fmt: skip
     run_in_process(config, task=VQControlNetTraining)
-    out = tmp_path / "out"
-    assert len(losses(out)) == 2
-    results = log_lines(out)[-1]["eval"]["rgb"]
+    return config.parent / "out"
+
+
+def test_it_is_trained_by_the_loop_and_its_folder_decodes(alone, stable_diffusion):
+    assert len(losses(alone)) == 4
+    results = log_lines(alone)[-1]["eval"]["rgb"]
     assert results.keys() == {"16px", "32px"} and results["32px"]["samples"] == 2
-    weights, start = load_file(out / "model.safetensors"), toy(stable_diffusion).state_dict()
-    changed = [name for name in start if "unet" in name or name.startswith("vae.")]
-    assert all(torch.equal(weights[name], start[name]) for name in changed)
-    decoded = load_tokenizer(out).decode_tokens(IDS, timesteps=2, seed=0, vae_decode=True)
+    weights, start = load_file(alone / "model.safetensors"), toy(stable_diffusion).state_dict()
+    frozen = [name for name in start if "unet" in name or name.startswith("vae.")]
+    assert all(torch.equal(weights[name], start[name]) for name in frozen)
+    trained = "decoder.controlnet.controlnet_mid_block.weight"
+    assert not torch.equal(weights[trained], start[trained])
+    decoded = load_tokenizer(alone).decode_tokens(IDS, timesteps=2, seed=0, vae_decode=True)
     assert decoded.shape == (2, 3, 32, 32)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("strategy", [DDP, FSDP])
+def test_two_processes_train_it_as_one_and_resume_after_kill(alone, stable_diffusion, tmp_path, strategy):
+    config = write_run(tmp_path, stable_diffusion, batch_size=2, save_every_minutes=1e-9, keep_last=1)
+    ranks = start_ranks(config, strategy=strategy, task=VQControlNetTraining)
+    wait_for_step(config, 2, ranks)
+    kill(ranks)
+    run_ranks(config, strategy=strategy, task=VQControlNetTraining)
+    assert "resumed from" in (tmp_path / "out" / "log.txt").read_text()
+    assert losses(tmp_path / "out") == pytest.approx(losses(alone), rel=1e-3)
+    weights, expected = (load_file(out / "model.safetensors") for out in (tmp_path / "out", alone))
+    assert weights.keys() == expected.keys()
+    for name, tensor in weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-2, atol=1e-4)
+    one, two = (log_lines(out)[-1]["eval"]["rgb"]["32px"]["per_modality"] for out in (alone, tmp_path / "out"))
+    assert two == pytest.approx(one, rel=2e-2)

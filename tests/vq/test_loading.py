@@ -339,7 +339,7 @@ def test_images_are_tokenized_by_a_learned_tokenizer(tmp_path):
     assert len(tokens) == 4 and all(ids.shape == (2, 16) and ids.dtype == np.int16 for ids in tokens.values())
     assert len(np.unique(np.concatenate([*tokens.values()]))) > 2
     toy(n_channels=1).save(tmp_path / "nameless")
-    with pytest.raises(UserError, match="name their 'modality'"):
+    with pytest.raises(UserError, match="does not name the modality that it tokenizes: set 'modality'"):
         save_tokens(SaveTokensOptions(tokenizer=str(tmp_path / "nameless"), **given))
     again = SaveTokensOptions(tokenizer=str(tmp_path / "nameless"), modality="depth", output_modality="tok", **given)
     assert save_tokens(again) == 4

@@ -12,8 +12,18 @@ from safetensors.torch import save_file
 from fourm.utils.errors import UserError
 from fourm.vq.domains import DOMAINS
 from fourm.vq.features import FeatureNetwork, timm_network
+from fourm.vq.frechet import FrechetDistance, PooledFeatures
 from fourm.vq.losses import LOSSES, PerceptualLoss, PerceptualOptions
-from fourm.vq.metrics import code_counts, codebook_metrics, metrics_of, region_counts, region_metrics, sample_metrics
+from fourm.vq.metrics import (
+    abs_rel,
+    code_counts,
+    codebook_metrics,
+    metrics_of,
+    ms_ssim,
+    region_counts,
+    region_metrics,
+    sample_metrics,
+)
 from fourm.vq.pictures import side_by_side
 
 
@@ -115,6 +125,46 @@ def test_metrics_of_known_errors():
     assert sample_metrics(["iou"], logits, mask)["iou"].item() == 0.5
     assert metrics_of(DOMAINS["normal"], "normal", True) == ["l1", "mse", "psnr", "angle"]
     assert metrics_of(DOMAINS["depth"], "depth", False) == ["l1", "mse"]
+
+
+def test_relative_errors_of_depth():
+    torch.manual_seed(0)
+    depth = torch.rand(2, 1, 4, 4) + 0.1
+    depth[0, 0, 0] = 0  # unknown
+    standardised = (depth - 0.5) / 0.2
+    errors = sample_metrics(["abs_rel", "abs_rel_fitted"], standardised, standardised, depth)
+    assert all(value.item() == pytest.approx(0, abs=1e-5) for value in errors.values())
+    # 0.1 of the standardised depth is 0.02 of the depth, a shift that the fit removes.
+    shifted = sample_metrics(["abs_rel", "abs_rel_fitted"], standardised + 0.1, standardised, depth)
+    expected = [(0.02 / d[d > 0]).mean().item() for d in depth]
+    assert shifted["abs_rel"].item() == pytest.approx(sum(expected) / 2, rel=1e-4)
+    assert shifted["abs_rel_fitted"].item() == pytest.approx(0, abs=1e-5)
+    assert abs_rel(torch.ones(1, 4), torch.zeros(1, 4)).item() == 0  # nothing is known
+
+
+def test_ms_ssim_is_highest_for_equal_pictures():
+    torch.manual_seed(0)
+    x = F.interpolate(torch.rand(2, 3, 22, 22) * 2 - 1, (176, 176), mode="bilinear")
+    assert ms_ssim(x, x).item() == pytest.approx(1, abs=1e-4)
+    noisy, noisier = (ms_ssim(x + size * torch.randn_like(x), x).item() for size in (0.1, 0.5))
+    assert noisier < noisy < 0.99
+
+
+def test_the_frechet_distance_is_that_of_two_gaussians_whatever_the_batches(weights):
+    network = timm_network("test_vit", weights)
+    torch.manual_seed(0)
+    target, prediction = torch.rand(24, 1, 32, 32) * 2 - 1, torch.rand(24, 1, 32, 32)
+    real, fake = (PooledFeatures(network)(x.expand(-1, 3, -1, -1)).double() for x in (target, prediction))
+    covariances = [features.T.cov() for features in (real, fake)]
+    eigenvalues = torch.linalg.eigvals(covariances[0] @ covariances[1])
+    expected = (real.mean(0) - fake.mean(0)).square().sum() + sum(c.trace() for c in covariances)
+    expected = (expected - 2 * eigenvalues.sqrt().real.sum()).item()
+    distance = FrechetDistance(network)
+    for sizes in ((24,), (5, 19)):
+        parts = [distance.statistics(*pair) for pair in zip(prediction.split(sizes), target.split(sizes), strict=True)]
+        sums = {name: sum(part[name] for part in parts) for name in parts[0]}
+        assert distance.distance(sums) == pytest.approx(expected, rel=1e-3) and expected > 0
+    assert math.isnan(distance.distance(distance.statistics(prediction[:1], target[:1])))
 
 
 def test_figures_of_codes_and_classes_add_up_over_batches():

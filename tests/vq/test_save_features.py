@@ -134,7 +134,7 @@ def test_features_in_files_are_tokenized(tmp_path, data):
         save(*several)
     for key in maps:
         (data / f"crop_settings/{key}.npy").unlink()
-    with pytest.raises(DataError, match="which crops its features were made of is not known"):
+    with pytest.raises(DataError, match="the crops of its features are not known"):
         save(*several)
     for key in maps:
         write_npy(data / f"crop_settings/{key}.npy", np.array([[0, 12, 72, 72, 0], [0, 0, 72, 72, 1]]))

@@ -330,11 +330,14 @@ class DepthTransform(ImageTransform):
             if not (np.isfinite(maximum) and (maximum == 0 or maximum > 1)):
                 raise UnreadableValue(f"expected depth in 16-bit units, up to 65535, but the maximum is {maximum}")
         depth = depth / np.float32(65535)
-        if self.standardize_depth:
-            middle = np.sort(depth, axis=None)
-            middle = middle[int(_TRUNCATED * middle.size) : int((1 - _TRUNCATED) * middle.size)]
-            depth = (depth - middle.mean()) / np.sqrt(middle.var(ddof=1) + np.float32(1e-6))
-        return self._as_input_type(value, depth[None])
+        return self._as_input_type(value, (standardise_depth(depth) if self.standardize_depth else depth)[None])
+
+
+def standardise_depth(depth: np.ndarray) -> np.ndarray:
+    """Subtract the mean and divide by the standard deviation of the middle 80 % of the values, float32 of any shape."""
+    middle = np.sort(depth, axis=None)
+    middle = middle[int(_TRUNCATED * middle.size) : int((1 - _TRUNCATED) * middle.size)]
+    return (depth - middle.mean()) / np.sqrt(middle.var(ddof=1) + np.float32(1e-6))
 
 
 @dataclass(frozen=True)

@@ -143,25 +143,36 @@ class BodyPoseTransform(AbstractTransform):
 class InstanceMaskTransform(AbstractTransform):
     """One random instance, drawn into its bounding box: float32 (1, size, size), 1 inside and 0 outside.
 
-    A file holds a list of outlines: ``[[x, y], ...]``, or ``{"points": [[x, y], ...]}``.
+    A file holds a list of outlines: ``[[x, y], ...]``, or ``{"points": [[x, y], ...]}``. It may also tell how large the
+    image is: ``{"image": {"width": 640, "height": 480}, "annotations": [...]}``. Instances that are too small are then
+    ignored.
 
     Attributes:
         size: Side of the mask in pixels.
+        min_share: The smallest share of the image that the bounding box of an instance covers.
     """
 
     size: int = 64
+    min_share: float = 0.0005
 
     def preprocess(self, value: Any) -> list[np.ndarray]:
-        """Return the outlines whose box is not empty."""
+        """Return the outlines whose box is large enough, and not empty."""
+        min_area = 0.0
+        if isinstance(value, Mapping):
+            min_area, value = self.min_share * _image_area(value), value.get("annotations")
         if not isinstance(value, (list, tuple)):
             raise DataError(f"expected a list of outlines, not {value!r:.80}")
         outlines = [np.asarray(item["points"] if isinstance(item, Mapping) else item, np.float32) for item in value]
         for outline in outlines:
             if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
                 raise DataError(f"expected an outline of shape (3 or more, 2), not {outline.shape}")
-        kept = [outline for outline in outlines if (np.ptp(outline, axis=0) > 0).all() and np.isfinite(outline).all()]
+        kept = [
+            outline for outline in outlines
+            if np.isfinite(outline).all() and (box := np.ptp(outline, axis=0).astype(float)).all() and box.prod() >= min_area
+        ]  # fmt: skip
         if not kept:
-            raise UnreadableValue("it has no instance with a box that is not empty")
+            least = f" of at least {self.min_share:.2%} of the image" if min_area else " that is not empty"
+            raise UnreadableValue(f"it has no instance with a box{least}")
         return kept
 
     def choose(self, value: list[np.ndarray], generator: np.random.Generator) -> np.ndarray:
@@ -175,6 +186,15 @@ class InstanceMaskTransform(AbstractTransform):
 
     def bind(self, modality: Mapping[str, Any]) -> InstanceMaskTransform:
         return replace(self, size=modality["input_size"])
+
+
+def _image_area(value: Mapping[str, Any]) -> float:
+    """Return the area in pixels of the image that a file of instances describes."""
+    image = value.get("image")
+    sides: list[Any] = [image.get(side) for side in ("width", "height")] if isinstance(image, Mapping) else []
+    if not sides or not all(isinstance(side, (int, float)) and 0 < side < 10**9 for side in sides):
+        raise DataError(f"expected the width and height of the image under 'image', not {image!r:.80}")
+    return float(sides[0] * sides[1])
 
 
 # Crop sides by which a polygon may extend beyond its crop, because the smallest crops have such large images.

@@ -1,6 +1,6 @@
-"""Training of tokenizers that decode by diffusion: DiVAEs, and ControlNets that let Stable Diffusion decode tokens.
+"""Training of tokenizers with a diffusion decoder: DiVAEs, and ControlNets for Stable Diffusion.
 
-Shapes: B samples, C channels, H x W pixels, T noise levels.
+Shapes: B samples, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourm.train.tasks.tokenizer import TokenizerConfig, TokenizerTraining, Values, resized
+from fourm.train.tasks.tokenizer import TokenizerConfig, TokenizerTraining, Values
 from fourm.vq.controlnet import VQControlNet
 from fourm.vq.divae import DiVAE
+from fourm.vq.pictures import resized
 from fourm.vq.training_options import ControlNetOptions, DecoderOptions, DiffusionOptions
 
 
@@ -26,15 +27,19 @@ class DiVAEConfig(DecoderOptions, DiffusionOptions, TokenizerConfig):
 class VQControlNetConfig(ControlNetOptions, TokenizerConfig):
     """All keys of ``run_training_vqcontrolnet.py``"""
 
+    def loaded_size(self, training: bool) -> int:
+        size = super().loaded_size(training)
+        return max(size, self.input_size_sd or 0) if self.max_input_size else size
+
 
 class DiVAETraining(TokenizerTraining[DiVAEConfig]):
-    """Train a DiVAE: an encoder, a quantizer and a diffusion model that decodes."""
+    """Trains a DiVAE: an encoder, a quantizer and a diffusion decoder."""
 
     name, config_class, model_class, format = "divae", DiVAEConfig, DiVAE, DiVAE.model_format()
 
     def model_arguments(self) -> dict[str, Any]:
         config = self.config
-        return super().model_arguments() | config.diffusion_arguments(self._bounded) | {
+        return super().model_arguments() | config.diffusion_arguments(config.bounded) | {
             "dec_type": config.decoder_type, "image_size_dec": config.input_size_dec,
         }  # fmt: skip
 
@@ -42,25 +47,24 @@ class DiVAETraining(TokenizerTraining[DiVAEConfig]):
         schedule = getattr(model, "module", model).noise_scheduler
         noised, noise, steps = noise_at_random(schedule, values.images, values.seeds)
         prediction, *others = model(values.images, noised, steps, part=values.part, **options)
-        kind = self.config.prediction_type
-        if kind == "v_prediction-epsilon_loss":
-            prediction, kind = noise_of_velocity(schedule, prediction.float(), noised, steps), "epsilon"
-        return (prediction, target_of(kind, schedule, values.images, noise, steps)), *others
+        prediction_type = self.config.prediction_type
+        if prediction_type == "v_prediction-epsilon_loss":
+            prediction, prediction_type = implied_noise(schedule, prediction.float(), noised, steps), "epsilon"
+        return (prediction, diffusion_target(prediction_type, schedule, values.images, noise, steps)), *others
 
-    def _reconstruction(
-        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _reconstruction(self, model: nn.Module, values: Values, prediction: Tensor, target: Tensor) -> Tensor:
         assert values.seeds is not None
         options = {"timesteps": self.config.num_eval_timesteps, "seed": values.seeds.tolist(), "verbose": False}
-        return model.autoencode(values.images, **options).float(), values.images  # type: ignore[operator]
+        return model.autoencode(values.images, **options).float()  # type: ignore[operator]
 
 
 class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
-    """Train a ControlNet, by which Stable Diffusion decodes the tokens of a frozen tokenizer."""
+    """Trains a ControlNet, with which Stable Diffusion decodes the tokens of a frozen tokenizer."""
 
     name, config_class, model_class, format = (
         "vqcontrolnet", VQControlNetConfig, VQControlNet, VQControlNet.model_format(),
     )  # fmt: skip
+    forward_methods = (*TokenizerTraining.forward_methods, "vae_encode")
 
     def model_arguments(self) -> dict[str, Any]:
         config = self.config
@@ -69,41 +73,34 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
             "enable_xformer": config.use_xformer,
         }  # fmt: skip
 
-    def _loaded_size(self, training: bool) -> int:
-        size = super()._loaded_size(training)
-        return max(size, self.config.input_size_sd or 0) if self.config.max_input_size else size
-
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
-        plain: Any = getattr(model, "module", model)
-        with torch.no_grad():
-            clean = plain.vae_encode(resized(values.loaded, plain.image_size_sd))
-        noised, noise, steps = noise_at_random(plain.noise_scheduler, clean, values.seeds)
+        unwrapped: Any = getattr(model, "module", model)
+        clean = unwrapped.vae_encode(resized(values.loaded, unwrapped.image_size_sd))
+        noised, noise, steps = noise_at_random(unwrapped.noise_scheduler, clean, values.seeds)
         prediction, *others = model(values.images, noised, steps, part=values.part, **options)
         return (prediction, noise), *others
 
-    def _reconstruction(
-        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
+    def _reconstruction(self, model: nn.Module, values: Values, prediction: Tensor, target: Tensor) -> Tensor:
         assert values.seeds is not None
         config = self.config
         decoded = model.autoencode(  # type: ignore[operator]
             values.images, timesteps=config.num_eval_timesteps, guidance_scale=config.guidance_scale,
             cond_scale=config.cond_scale, seed=values.seeds.tolist(), vae_decode=True, verbose=False,
         )  # fmt: skip
-        return resized(decoded.float(), values.images.shape[-1]), values.images
+        return resized(decoded.float(), values.images.shape[-1])
 
 
 def noise_at_random(schedule: Any, clean: Tensor, seeds: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """Noise for each sample at a random level.
+    """Add noise to each sample, at a random noise level.
 
     Args:
-        schedule: Of diffusers.
+        schedule: A scheduler of diffusers.
         clean: (B, C, H, W).
-        seeds: (B,), one for each sample, so that an evaluation is the same in whatever batches; None: the noise comes from
-            torch's global generator.
+        seeds: One seed per sample, (B,), with which an evaluation does not depend on the batches; None draws from torch's
+            global generator.
 
     Returns:
-        What is noised and the noise, (B, C, H, W) float32 each, and the levels (B,).
+        The noised samples and the noise, (B, C, H, W) float32 each, and the noise levels (B,) int64.
     """
     levels = schedule.config.num_train_timesteps
     if seeds is None:
@@ -117,14 +114,14 @@ def noise_at_random(schedule: Any, clean: Tensor, seeds: Tensor | None) -> tuple
     return schedule.add_noise(clean.float(), noise, steps), noise, steps
 
 
-def target_of(kind: str, schedule: Any, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-    """What a network of this ``prediction_type`` should predict, (B, C, H, W)."""
-    if kind == "v_prediction":
+def diffusion_target(prediction_type: str, schedule: Any, clean: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+    """Return the target of a network with this ``prediction_type``, (B, C, H, W)."""
+    if prediction_type == "v_prediction":
         return schedule.get_velocity(clean.float(), noise, steps)
-    return noise if kind == "epsilon" else clean
+    return noise if prediction_type == "epsilon" else clean
 
 
-def noise_of_velocity(schedule: Any, velocity: Tensor, noised: Tensor, steps: Tensor) -> Tensor:
-    """The noise that a predicted velocity implies, (B, C, H, W)."""
+def implied_noise(schedule: Any, velocity: Tensor, noised: Tensor, steps: Tensor) -> Tensor:
+    """Return the noise that a predicted velocity implies, (B, C, H, W)."""
     alphas = schedule.alphas_cumprod.to(velocity.device)[steps].view(-1, 1, 1, 1)
     return alphas.sqrt() * velocity + (1 - alphas).sqrt() * noised

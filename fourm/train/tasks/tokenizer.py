@@ -1,6 +1,9 @@
-"""Training of learned tokenizers: what all have in common, and VQ-VAEs.
+"""Training of learned tokenizers: the part that all kinds share, and VQ-VAEs.
 
-Those that decode by diffusion are in :mod:`fourm.train.tasks.diffusion_tokenizer`.
+Tokenizers with a diffusion decoder are in :mod:`fourm.train.tasks.diffusion_tokenizer`, the data in
+:mod:`fourm.train.tasks.tokenizer_batches`, and the metrics in :mod:`fourm.vq.evaluation`.
+
+Shapes: B samples, C channels, H x W pixels.
 """
 
 from __future__ import annotations
@@ -9,43 +12,32 @@ import contextlib
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader
-from fourm.data.identity import dataset_facts
-from fourm.data.unified_datasets import Batch, EvalBatches, TrainBatches
+from fourm.data.unified_datasets import Batch
 from fourm.models.model_card import Tables
 from fourm.train.config import RunConfig
+from fourm.train.step_cost import count_cost
 from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
-from fourm.train.tasks.pretrain import normalise
+from fourm.train.tasks.tokenizer_batches import TokenizerBatches
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 from fourm.utils.ranks import torchrun_ranks
-from fourm.utils.seeds import generator
 from fourm.utils.urls import redact_url
-from fourm.vq.features import FeatureNetwork, timm_network
+from fourm.vq.evaluation import EvaluationMetrics, TokenizerEvaluationOptions
+from fourm.vq.features import timm_network
 from fourm.vq.losses import LOSSES, LossOptions, PerceptualLoss, PerceptualOptions
-from fourm.vq.metrics import code_counts, codebook_metrics, metrics_of, region_counts, region_metrics, sample_metrics
-from fourm.vq.pictures import side_by_side
+from fourm.vq.pictures import resized, side_by_side
 from fourm.vq.quantizers import Part
-from fourm.vq.training_data import ImageDataOptions, open_samples
-from fourm.vq.training_options import (
-    DecoderOptions,
-    EncoderOptions,
-    PublishedOptions,
-    QuantizerOptions,
-    TokenizerEvaluationOptions,
-)
+from fourm.vq.training_data import ImageDataOptions
+from fourm.vq.training_options import DecoderOptions, EncoderOptions, PublishedOptions, QuantizerOptions
 from fourm.vq.vqvae import VQ, VQVAE
 
 log = logging.getLogger("fourm")
@@ -53,11 +45,10 @@ log = logging.getLogger("fourm")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(
-    ImageDataOptions, EncoderOptions, QuantizerOptions, LossOptions, TokenizerEvaluationOptions, PublishedOptions, RunConfig
+    TokenizerEvaluationOptions, ImageDataOptions, EncoderOptions, QuantizerOptions, LossOptions, PublishedOptions, RunConfig
 ):  # fmt: skip
-    """What the trainings of all tokenizers have in common."""
+    """The options that the trainings of all tokenizers share."""
 
-    # Of a folder the number of samples is known.
     epoch_size: int = option(
         "samples that make an epoch (default: those of the folder)", -1, at_least=1, unset=-1, fixed=True,
         alias="dataset_size",
@@ -74,333 +65,256 @@ Config = TypeVar("Config", bound=TokenizerConfig)
 
 @dataclass(frozen=True)
 class Values:
-    """What :meth:`TokenizerTraining.loss` reads.
+    """The inputs of :meth:`TokenizerTraining.loss`.
 
     Attributes:
-        images: (B, C, H, W), or class maps (B, H, W), at the size of this step.
-        loaded: The same as they are read.
+        images: The input of the encoder at the size of this step, (B, C, H, W), or class ids (B, H, W).
+        loaded: The images as they were read, which may be larger.
         part: Which micro-batch of its step this is.
-        seeds: One for each sample of an evaluation, (B,) on the host; None in training.
+        seeds: One seed per sample of an evaluation, (B,) on the host; None in training.
+        depth: In an evaluation of depth, the depth before it was standardised, (B, 1, H, W); otherwise None.
     """
 
     images: Tensor
     loaded: Tensor
     part: Part
-    seeds: Tensor | None
+    seeds: Tensor | None = None
+    depth: Tensor | None = None
 
 
 class TokenizerTraining(Task[Config], Generic[Config]):
-    """What the trainings of all tokenizers have in common.
+    """The training of any learned tokenizer.
+
+    A subclass implements :meth:`_forward`, and may add losses and change the reconstruction of evaluations.
 
     Attributes:
-        model_class: What is trained.
+        model_class: The class of the model.
+        forward_methods: The methods of the model, besides ``forward``, that are called from outside.
     """
 
     model_class: ClassVar[type[VQ]]
+    forward_methods: ClassVar[tuple[str, ...]] = ("autoencode",)
 
     def __init__(self, config: Config):
-        self.config = config
-        self._train = None if config.plan or config.eval else self._samples(training=True)
-        changed: dict[str, Any] = {}
+        changes: dict[str, Any] = {}
+        self._batches = TokenizerBatches(config)
         if config.epoch_size < 0:
-            changed["epoch_size"] = self._samples_of_an_epoch()
+            changes["epoch_size"] = self._batches.samples_per_epoch()
         if not (config.finetune or config.eval):
-            changed["finetune"] = config.full_ckpt or config.encoder_ckpt
-        super().__init__(dataclasses.replace(config, **changed))
+            changes["finetune"] = config.full_ckpt or config.encoder_ckpt
+        super().__init__(dataclasses.replace(config, **changes))
         self.losses = ["reconstruction", "codebook"]
-        self._sizes = config.sizes()
         self.num_pictures = config.num_logged_images or 0
-        self._features: FeatureNetwork | None = None
-        self._costs: dict[int, tuple[float, float]] = {}
+        self._metrics = EvaluationMetrics(config)
+        self._costs: dict[int, StepCost] = {}
         self._rank, self._world_size = 0, 1
-
-    def _samples_of_an_epoch(self) -> int:
-        config = self.config
-        if config.eval:
-            return 1
-        if self._train is None or config.use_wds:
-            raise UserError(
-                "'epoch_size' is not set: how many samples make an epoch? Only those of folders are counted"
-            )
-        return len(self._train.source.all(BadSampleLedger(config.domain, config.max_bad_fraction)))
 
     # The model
 
     def build_model(self) -> VQ:
         with torch.device("meta"):
             model = self.model_class(**self.model_arguments())
-        model.forward_methods = ["autoencode"]  # type: ignore[assignment]
+        model.forward_methods = self.forward_methods  # type: ignore[assignment]
         return model
 
     def model_arguments(self) -> dict[str, Any]:
-        """Arguments of the model's constructor."""
+        """Return the arguments of the model's constructor."""
         config, info = self.config, self.config.domain_info
-        size = 1 if info.kind == "vector" else self._sizes[-1]
+        size = 1 if info.kind == "vector" else config.sizes()[-1]
         return {
             "image_size": size, "image_size_enc": config.input_size_enc or size, "n_channels": config.channels,
             "n_labels": config.labels, "enc_type": config.encoder_type, "patch_proj": info.is_picture,
             "post_mlp": config.post_mlp, "patch_size": config.patch_size, "freeze_enc": config.freeze_enc,
-            "undo_std": config.undo_std, "threshold_ema_dead_code": self._threshold(),
+            "undo_std": config.undo_std, "threshold_ema_dead_code": self._dead_code_threshold(),
             "modality": info.transform or config.domain,
             "transform_options": {} if config.network else config.transform_options(),
             "feature_network": config.network or ("none" if info.kind in ("map", "vector") else ""),
         } | config.quantizer_arguments()  # fmt: skip
 
-    def _threshold(self) -> float:
-        """How many latents of a step choose a code of which it is not dead, at least."""
+    def _dead_code_threshold(self) -> float:
+        """Return how many latents of a step must choose a code, on average, to keep it alive; 0 keeps all codes."""
         config = self.config
         if not config.coef_ema_dead_code:
             return 0.0
         samples = config.batch_size * config.accum_iter * torchrun_ranks()[1]
-        side = (self._sizes[0] + self._sizes[-1]) // 2 // config.patch_size
-        places = 1 if config.domain_info.kind == "vector" else side**2
-        return samples * places / config.codebook_size / config.coef_ema_dead_code
+        sizes = config.sizes()
+        side = (sizes[0] + sizes[-1]) // 2 // config.patch_size
+        latents = samples * (1 if config.domain_info.kind == "vector" else side**2)
+        return latents / config.codebook_size / config.coef_ema_dead_code
 
     def blocks(self, model: nn.Module) -> list[nn.Module]:
         assert isinstance(model, VQ)
-        return [block for part in (model.encoder, model.decoder) for block in _repeated(part)]
+        lists = ("blocks", "input_blocks", "middle_block", "output_blocks")
+        return [block for part in (model.encoder, model.decoder) for name in lists for block in getattr(part, name, ())]
 
     def changing_buffers(self, model: nn.Module) -> list[str]:
         if self.config.freeze_enc:
             return []
-        return [
-            name for name, _ in model.named_buffers() if name.endswith(("_codebook.cluster_size", "_codebook.embed"))
-        ]
+        endings = ("_codebook.cluster_size", "_codebook.embed")
+        return [name for name, _ in model.named_buffers() if name.endswith(endings)]
 
     def facts(self) -> Tables:
-        return {"Data": [{"domain": self.config.domain, "sides in pixels": [*map(str, self._sizes)]}]}
+        return {"Data": [{"domain": self.config.domain, "sides in pixels": [*map(str, self.config.sizes())]}]}
 
     def describe(self) -> None:
         config = self.config
-        log.info(
-            "%s of %s, sides of %s pixels",
-            config.domain,
-            redact_url(config.data_path),
-            ", ".join(map(str, self._sizes)),
-        )
+        sides = ", ".join(map(str, config.sizes()))
+        log.info("%s of %s, sides of %s pixels", config.domain, redact_url(config.data_path), sides)
         log.info("%s: %d codes of width %d", config.quantizer_type, config.codebook_size, config.latent_dim)
 
     def select_weights(self, weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """Of ``encoder_ckpt`` the encoder and the quantizer. Positions of another size are computed anew.
+        """Select the encoder and the quantizer for ``encoder_ckpt``; position tables of another size are built anew.
 
         Raises:
-            UserError: They are those of a frozen encoder, whose tokens would be others.
+            UserError: The position table of a frozen encoder has another size, so that its tokens would change.
         """
-        if self.config.encoder_ckpt:
+        config = self.config
+        if config.encoder_ckpt:
             parts = ("encoder.", "quant_proj.", "quantize.", "cls_emb.")
             weights = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
-        for name, tensor in weights.items():
-            if name == "encoder.pos_emb" and self.config.freeze_enc and tensor.shape != own[name].shape:
-                raise UserError(
-                    f"the frozen encoder was trained with 'input_size_enc' {tensor.shape[-1] * self.config.patch_size}: set it, "
-                    "because other positions give other tokens"
-                )
-        return {
-            name: tensor for name, tensor in weights.items()
-            if not (name.endswith("pos_emb") and name in own and tensor.shape != own[name].shape)
+        resized_tables = {
+            name for name, tensor in weights.items()
+            if name.endswith("pos_emb") and name in own and tensor.shape != own[name].shape
         }  # fmt: skip
+        if config.freeze_enc and "encoder.pos_emb" in resized_tables:
+            size = weights["encoder.pos_emb"].shape[-1] * config.patch_size
+            raise UserError(
+                f"the frozen encoder was trained with 'input_size_enc' {size}: set it, because other positions give other "
+                "tokens"
+            )
+        return {name: tensor for name, tensor in weights.items() if name not in resized_tables}
 
     # A step
-
-    def _samples(self, training: bool) -> Any:
-        config = self.config
-        first = None if training else config.num_eval_metrics_samples
-        data = config.dataset(training, self._loaded_size(training))
-        return open_samples(data, config.labels, training, config.max_bad_fraction, first)
-
-    def _loaded_size(self, training: bool) -> int:
-        """Side in pixels of the pictures that are read, or of a grid of features."""
-        config, info = self.config, self.config.domain_info
-        if info.kind == "mask":
-            return config.mask_size
-        if not config.are_cropped:
-            return 1 if info.kind == "vector" else config.input_size_max // config.patch_size
-        return max(config.sizes()[-1], 0 if training else self._evaluated_sizes()[-1])
 
     def train_batches(
         self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
         pin_memory: bool,
     ) -> BatchLoader:  # fmt: skip
-        config = self.config
         self._rank, self._world_size = rank, world_size
-        assert self._train is not None
-        batches = TrainBatches(
-            [self._train], [1.0], self._train.modalities, batch_size=config.batch_size,
-            batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=config.seed,
-            start_batch=start_batch, positions=draws, num_streams=config.streams(world_size),
-        )  # fmt: skip
-        return BatchLoader(batches, config.num_workers, pin_memory)
+        return self._batches.train_loader(rank, world_size, batches_per_epoch, start_batch, draws, pin_memory)
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
-        """The size of the pictures is the same for all micro-batches and processes of a step."""
-        config = self.config
-        step, micro = divmod(batch.number, config.accum_iter)
-        size = self._sizes[int(generator(config.seed, "size", step).integers(len(self._sizes)))]
-        part = Part(micro * self._world_size + self._rank, config.accum_iter * self._world_size)
-        return self._inputs(batch, device, size, part, training=True)
+        """Prepare images of the same size in all micro-batches and processes of a step."""
+        step, micro_batch = divmod(batch.number, self.config.accum_iter)
+        size = self._batches.step_size(step)
+        loaded = self._batches.loaded(batch, device)
+        part = Part(micro_batch * self._world_size + self._rank, self.config.accum_iter * self._world_size)
+        values = Values(self._batches.encoder_input(loaded, size), loaded, part)
+        return self._inputs(values, size, self.losses)
 
-    def _inputs(self, batch: Batch, device: torch.device, size: int, part: Part, training: bool) -> Inputs:
-        config = self.config
-        ((name, entry),) = batch.mod_dict.items()
-        loaded = entry["tensor"].to(device, non_blocking=True)
-        if loaded.dtype == torch.uint8:
-            loaded = normalise(loaded, *batch.scaling[name])
-        images = loaded
-        if config.are_cropped and images.shape[-1] != size:
-            images = resized(images, size)
-        if config.network:
-            images = self._feature_network(device)(images)
-        names = self.losses if training else [*self._evaluated_losses(), *self._metrics()]
-        return Inputs(
-            Values(images, loaded, part, None if training else entry["seed"]), dict.fromkeys(names, len(images)),
-            samples=len(images), flops=len(images) * self._cost_of_sample(size)[0],
-        )  # fmt: skip
-
-    def _feature_network(self, device: torch.device) -> FeatureNetwork:
-        config = self.config
-        if self._features is None:
-            network = timm_network(config.network, config.feature_weights, dynamic_img_size=True)
-            self._features = FeatureNetwork(network, config.domain_info.kind == "vector").to(device)
-        return self._features
+    def _inputs(self, values: Values, size: int, names: Sequence[str]) -> Inputs:
+        samples = len(values.images)
+        return Inputs(values, dict.fromkeys(names, samples), samples, flops=samples * self._cost_of_sample(size).flops)
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Losses:
         values: Values = inputs.values
         if values.seeds is not None:
-            return self._evaluated(model, values)
-        compared, code_loss, statistics = self._forward(model, values, return_statistics=True)
-        means = self._losses_of(compared, code_loss)
+            return self._evaluation_losses(model, values)
+        (prediction, target), code_loss, statistics = self._forward(model, values, return_statistics=True)
+        means = self._means(prediction, target, code_loss)
         return Losses(torch.stack([*means.values()]).sum(), means, statistics)
-
-    def _evaluated(self, model: nn.Module, values: Values) -> Losses:
-        """With the metrics of a reconstruction."""
-        assert isinstance(model, VQ)
-        with kept_outputs(model.quantize) as outputs:
-            compared, code_loss, *_ = self._forward(model, values)
-            prediction, target = self._reconstruction(model, values, compared)
-        losses, classes = self._losses_of(compared, code_loss), self.config.labels
-        means = {name: losses[name] for name in self._evaluated_losses()}
-        quantizer, ids = model.quantize, outputs[0].ids
-        statistics = {"codes": code_counts(ids, quantizer.num_codebooks, quantizer.codebook_size)}
-        if classes:
-            statistics |= region_counts(prediction, target, classes)
-        metrics = sample_metrics(self._metrics(), prediction, target)
-        pictures = side_by_side(self.config.domain_info, target, prediction) if self.num_pictures else None
-        return Losses(torch.stack([*means.values()]).sum(), means | metrics, statistics, pictures)
 
     @abstractmethod
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
-        """What is compared, as (prediction, target), and what else the model returns beside the prediction."""
+        """Run the forward pass.
 
-    def _losses_of(self, compared: tuple[Tensor, Tensor], code_loss: Tensor) -> dict[str, Tensor]:
-        """Name in :attr:`losses` → its share of the total."""
-        prediction, target = compared
+        Args:
+            options: Keyword arguments of the model's ``forward``.
+
+        Returns:
+            The prediction and its target, as a pair, and then the other results of the model.
+        """
+
+    def _means(self, prediction: Tensor, target: Tensor, code_loss: Tensor) -> dict[str, Tensor]:
+        """Compute the weighted losses, by the names in :attr:`losses`."""
         reconstruction = LOSSES[self.config.loss_fn](prediction.float(), target)
         return {"reconstruction": reconstruction, "codebook": self.config.codebook_weight * code_loss.sum()}
-
-    def _reconstruction(
-        self, model: nn.Module, values: Values, compared: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """The reconstruction of an evaluation, float32, and its target."""
-        return compared[0].float(), compared[1]
 
     def update(self, model: nn.Module, statistics: Mapping[str, Tensor], skipped: Tensor) -> None:
         assert isinstance(model, VQ)
         if statistics:  # a frozen quantizer has none
             model.quantize.update(statistics, skipped)
 
-    # Around it
-
-    def _evaluated_sizes(self) -> list[int]:
-        sizes = self.config.sizes()
-        return sorted({sizes[0], sizes[-1], self.config.input_size_eval or sizes[0]})
+    # Evaluations
 
     def evaluations(self, rank: int, world_size: int, is_main: bool) -> list[Evaluation]:
-        """The validation set at the smallest and the largest size, and at ``input_size_eval``."""
+        """Return one evaluation for each of the smallest size, the largest size and ``input_size_eval``."""
         config = self.config
         if not config.eval_data_path:
             return []
-        batches = EvalBatches(
-            self._samples(training=False), batch_size=config.batch_size_eval or config.batch_size, rank=rank,
-            world_size=world_size, seed=config.seed,
-        )  # fmt: skip
-        loader = BatchLoader(batches, config.num_workers)
-        sizes = self._evaluated_sizes() if config.are_cropped else [self._sizes[-1]]
-        return [Evaluation(config.domain, f"{size}px", loader, partial(self._prepared, size)) for size in sizes]
+        loader = self._batches.eval_loader(rank, world_size)
+        self._metrics.load_networks()
+        sizes = config.evaluated_sizes() if config.are_cropped else config.sizes()[-1:]
+        return [
+            Evaluation(config.domain, f"{size}px", loader, partial(self._prepare_evaluation, size)) for size in sizes
+        ]
 
-    def _prepared(
+    def _prepare_evaluation(
         self, size: int, model: nn.Module, batch: Batch | None, device: torch.device, generator: torch.Generator
     ) -> Inputs:
-        return self._inputs(batch or self._nothing(), device, size, Part(), training=False)
+        batch = batch or self._batches.empty()
+        (entry,) = batch.mod_dict.values()
+        loaded = self._batches.loaded(batch, device)
+        depth = resized(entry["depth"].to(device), size) if "depth" in entry else None
+        values = Values(self._batches.encoder_input(loaded, size), loaded, Part(), entry["seed"], depth)
+        return self._inputs(values, size, [*self._evaluation_loss_names(), *self._metrics.names(size)])
 
-    def _nothing(self) -> Batch:
-        """A batch of one sample without content."""
-        size = self._loaded_size(training=False)
-        tensor = torch.zeros(1, 3, size, size) if self.config.network else self._zeros(size)
-        return Batch({self.config.domain: {"tensor": tensor, "seed": torch.zeros(1, dtype=torch.int64)}}, position={})
+    def _evaluation_losses(self, model: nn.Module, values: Values) -> Losses:
+        """Compute the losses and the metrics of the reconstruction."""
+        assert isinstance(model, VQ)
+        with recorded_outputs(model.quantize) as outputs:
+            (prediction, target), code_loss, *_ = self._forward(model, values)
+            reconstruction = self._reconstruction(model, values, prediction, target)
+        losses = self._means(prediction, target, code_loss)
+        means = {name: losses[name] for name in self._evaluation_loss_names()}
+        images = values.images
+        pictures = side_by_side(self.config.domain_info, images, reconstruction) if self.num_pictures else None
+        return Losses(
+            torch.stack([*means.values()]).sum(),
+            means | self._metrics.means(reconstruction, images, values.depth),
+            self._metrics.statistics(reconstruction, images, outputs[0].ids, model.quantize),
+            pictures,
+        )
 
-    def _metrics(self) -> list[str]:
-        return metrics_of(self.config.domain_info, self.config.domain, self._bounded)
+    def _reconstruction(self, model: nn.Module, values: Values, prediction: Tensor, target: Tensor) -> Tensor:
+        """Return the reconstruction of ``values.images`` in an evaluation, in float32.
 
-    @property
-    def _bounded(self) -> bool:
-        """Whether values lie in [-1, 1]."""
-        config = self.config
-        return config.domain in ("rgb", "normal", "canny_edge", "sam_edge") and not config.imagenet_default_mean_and_std
+        Args:
+            prediction, target: The pair from :meth:`_forward`.
+        """
+        return prediction.float()
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """As in training: the sum of the losses, without the metrics."""
-        return sum(sums[name] / targets[name] for name in self._evaluated_losses())
+        """Return the sum of the losses, as in training; metrics are not part of it."""
+        return sum(sums[name] / targets[name] for name in self._evaluation_loss_names())
 
-    def _evaluated_losses(self) -> list[str]:
-        """Quantizers have a loss in training only."""
+    def _evaluation_loss_names(self) -> list[str]:
+        """Return the names of the losses of the reconstruction, which are those without that of the quantizer."""
         return [name for name in self.losses if name != "codebook"]
 
     def evaluation_metrics(self, statistics: Mapping[str, Tensor]) -> dict[str, float]:
-        """How the codebook is used and, of class maps, how well the regions of classes fit."""
-        return codebook_metrics(statistics["codes"]) | region_metrics(statistics)
+        return self._metrics.summarise(statistics)
+
+    # Facts
 
     def identity(self) -> dict[str, dict[str, Any]]:
-        if self._train is None:
-            return {"data": {}}
-        return {"data": dataset_facts(self.config.dataset(True, self._loaded_size(True)))}
+        return {"data": self._batches.facts()}
 
     def step_cost(self, model: nn.Module) -> StepCost:
-        """Of a batch at the largest size."""
-        flops, activations = self._cost_of_sample(self._sizes[-1])
-        return StepCost(self.config.batch_size * flops, self.config.batch_size * activations)
+        """Return the cost of a batch at the largest size."""
+        cost = self._cost_of_sample(self.config.sizes()[-1])
+        return StepCost(self.config.batch_size * cost.flops, self.config.batch_size * cost.activations)
 
-    def _cost_of_sample(self, size: int) -> tuple[float, float]:
-        """Operations of forward and backward pass, and bytes that the latter needs, of one sample: counted, not computed."""
-        if size in self._costs:
-            return self._costs[size]
-        saved: dict[int, torch.UntypedStorage] = {}  # which stay there, so that no other gets the same id
-
-        def keep(tensor: Tensor) -> Tensor:
-            if not isinstance(tensor, nn.Parameter):
-                saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
-            return tensor
-
-        model = self.build_model().eval()
-        with FakeTensorMode(allow_non_fake_inputs=True):  # unlike the meta device, it knows autocast
-            model.to_empty(device="cpu")
-            hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-            with FlopCounterMode(display=False) as counter, hooks:
-                self._forward(model, Values(sample := self._zeros(size), sample, Part(), None))
-        activations = sum(storage.nbytes() for storage in saved.values())
-        self._costs[size] = 3.0 * counter.get_total_flops(), float(activations)
+    def _cost_of_sample(self, size: int) -> StepCost:
+        if size not in self._costs:
+            model = self.build_model().eval()
+            image = self._batches.blank_input(size)
+            self._costs[size] = count_cost(model, lambda: self._forward(model, Values(image, image, Part())))
         return self._costs[size]
-
-    def _zeros(self, size: int) -> Tensor:
-        """One sample of what the encoder gets, made of pictures of this size."""
-        config, info = self.config, self.config.domain_info
-        if info.kind == "classes":
-            return torch.zeros(1, size, size, dtype=torch.int64)
-        side = size if info.is_picture else 1 if info.kind == "vector" else size // config.patch_size
-        return torch.zeros(1, config.channels, side, side)
 
 
 class VQVAETraining(TokenizerTraining[VQVAEConfig]):
-    """Train a VQ-VAE: an encoder, a quantizer and a decoder that reconstruct pictures, class maps, features or vectors."""
+    """Trains a VQ-VAE: an encoder, a quantizer and a decoder for pictures, class maps, features or vectors."""
 
     name, config_class, model_class, format = "vqvae", VQVAEConfig, VQVAE, VQVAE.model_format()
 
@@ -421,11 +335,11 @@ class VQVAETraining(TokenizerTraining[VQVAEConfig]):
         prediction, *others = model(values.images, values.part, **options)
         return (prediction, values.images), *others
 
-    def _losses_of(self, compared: tuple[Tensor, Tensor], code_loss: Tensor) -> dict[str, Tensor]:
-        losses = super()._losses_of(compared, code_loss)
+    def _means(self, prediction: Tensor, target: Tensor, code_loss: Tensor) -> dict[str, Tensor]:
+        means = super()._means(prediction, target, code_loss)
         if weight := self.config.percept_loss_weight:
-            losses["perceptual"] = weight * self._perceptual_loss(compared[1].device)(*compared)
-        return losses
+            means["perceptual"] = weight * self._perceptual_loss(target.device)(prediction, target)
+        return means
 
     def _perceptual_loss(self, device: torch.device) -> PerceptualLoss:
         if self._perceptual is None:
@@ -434,25 +348,12 @@ class VQVAETraining(TokenizerTraining[VQVAEConfig]):
         return self._perceptual
 
 
-def resized(images: Tensor, size: int) -> Tensor:
-    """Pictures (B, C, H, W), or class maps (B, H, W) of whole numbers, at another side in pixels."""
-    if images.ndim == 3:
-        return F.interpolate(images[:, None].float(), (size, size), mode="nearest-exact")[:, 0].to(images.dtype)
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
-
-
 @contextlib.contextmanager
-def kept_outputs(module: nn.Module) -> Iterator[list[Any]]:
-    """The outputs of a module's forward passes within it; the model's own do not contain them."""
+def recorded_outputs(module: nn.Module) -> Iterator[list[Any]]:
+    """Record the outputs of a module in all forward passes within the context."""
     outputs: list[Any] = []
     handle = module.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     try:
         yield outputs
     finally:
         handle.remove()
-
-
-def _repeated(part: Any) -> Iterator[nn.Module]:
-    """The blocks of an encoder or decoder."""
-    for name in ("blocks", "input_blocks", "middle_block", "output_blocks"):
-        yield from getattr(part, name, ())
