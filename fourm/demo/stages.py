@@ -242,12 +242,12 @@ entropy is the lowest loss of any model that knows only how often each token occ
 {generated.markdown(scores)}
 
 This table compares what the model generates from the RGB of {demo.generated_scenes} validation scenes with the truth.
-Depth is compared after fitting scale and shift. *Tokens of the truth* is the limit that the codebooks set. The *guess*
+Depth is compared after fitting scale and shift. *Tokens of the truth* is the limit that the tokenizers set. The *guess*
 is the mean, or most frequent, value of each pixel in {SHARD_SIZE} training scenes, and the boxes and the caption of
 another scene.
 
 {"PASSED" if passed else "FAILED"}. To pass, the losses of depth, normals, segmentation, captions and boxes must be
-clearly below the entropy (at most {report.CLEAR_RATIO} of it), and the generated depth, normals, segmentation and
+clearly below the entropy (by at least {report.CLEAR_GAIN} nats), and the generated depth, normals, segmentation and
 objects in captions must be better than the guess.
 The model was trained for {facts["steps"]} steps; the training was stopped on purpose at step {facts["stopped_at"]} and
 resumed. Seconds: {_list_seconds(seconds)}.

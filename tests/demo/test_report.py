@@ -35,7 +35,7 @@ def test_only_modalities_that_must_be_learned_decide():
     good = [ModalityResult(f"{name}@64" if "tok" in name else name, 10, 2.0, 1.0) for name in report.MUST_LEARN]
     assert report.passed([*good, ModalityResult("tok_canny_edge@64", 10, 2.0, 5.0)])
     for i in range(len(good)):
-        bad = ModalityResult(good[i].modality, 10, 2.0, 1.95)
+        bad = ModalityResult(good[i].modality, 10, 2.0, 1.75)
         assert bad.verdict == "below" and not report.passed([*good[:i], bad, *good[i + 1 :]])
     assert ModalityResult("caption", 10, 2.0, 2.1).verdict == "NOT below"
 
