@@ -84,7 +84,7 @@ def mean_angle(prediction: Tensor, target: Tensor) -> Tensor:
 
 
 def abs_rel(prediction: Tensor, depth: Tensor, fit: bool = False) -> Tensor:
-    """Return the mean of \|p − t\| / t over the pixels of depth maps; unknown pixels are ignored.
+    """Return the mean of abs(p − t) / t over the pixels of depth maps; unknown pixels are ignored.
 
     Args:
         prediction: p, (B, …).
