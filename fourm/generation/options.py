@@ -136,7 +136,7 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
         if file:
             defaults = load_yaml(file)
             if key == "sr_config":
-                defaults = {f"sr_{name.removeprefix('sr_')}": value for name, value in defaults.items()}
+                defaults = {f"sr_{str(name).removeprefix('sr_')}": value for name, value in defaults.items()}
             content = _read(defaults, file, file) | content
     content = without_published(content, files)
     where = path or "command line"

@@ -76,7 +76,9 @@ def renamed(content: Mapping[str, Any]) -> dict[str, Any]:
     """Rename the keys of one file, or of the command line, and drop those that configure Weights & Biases."""
     known = {item.name for item in fields(PublishedOptions)}
     result = {
-        _NAMES.get(key, key): value for key, value in content.items() if key in known or not key.startswith("wandb_")
+        _NAMES.get(key, key): value
+        for key, value in content.items()
+        if key in known or not str(key).startswith("wandb_")  # keys of a YAML file may be numbers
     }
     if result.get("sheet_samples") == "all":
         result["sheet_samples"] = _ALL_SAMPLES

@@ -146,7 +146,7 @@ def test_cards_escape_what_users_and_models_wrote():
             "caption": Decoded("caption", evil),
             "det": Decoded("det", [{"boxes": [0, 0, 1, 1], "class_name": evil}]),
             "metadata": Decoded("metadata", {evil: 1.0}),
-            "human_poses": Decoded("human_poses", [evil]),
+            "scalar": Decoded("scalar", [evil]),
             "tok_semseg@32": Decoded("semseg", np.zeros((2, 2), int), names=(evil,)),
             evil: Decoded("caption", evil),
         }
