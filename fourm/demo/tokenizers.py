@@ -17,7 +17,7 @@ from typing import Any
 from fourm.demo import network
 from fourm.demo.scene import CLASSES
 from fourm.demo.training import command, train
-from fourm.utils.errors import run_cli
+from fourm.utils.errors import UserError, run_cli
 from fourm.utils.files import atomic_folder
 from fourm.vq import load_tokenizer
 from fourm.vq.fit_codebook import FitOptions, fit_codebook
@@ -46,23 +46,23 @@ def make_tokenizer(
         data: Folder of the demo's data.
         folder: The folder of the tokenizer.
         recipe: Training configuration of learned tokenizers.
-        epochs: Train a learned tokenizer for this number of epochs; 0 uses the one that comes with the package.
+        epochs: Train a learned tokenizer for this number of epochs, where the package has one; 0 uses that one.
         seed: Seed of the training or fitting.
         workers: Number of processes that read data.
 
     Returns:
         A description of the tokenizer.
     """
-    if epochs and modality in OPTIONS:
-        options = OPTIONS[modality] | {"domain": modality, "epochs": epochs, "seed": seed, "output_dir": folder}
-        paths = {"data_path": data / "train", "eval_data_path": data / "val"}
-        if not (folder / WEIGHTS).exists():
-            train(command("train-vqvae", recipe, **paths, **options), folder)
-    elif not folder.exists():
+    if not (folder / WEIGHTS).exists():
         if not _fits(TRAINED / modality, declared):
             return _fit(modality, declared, data, folder, seed, workers)
-        with atomic_folder(folder) as temporary:
-            shutil.copytree(TRAINED / modality, temporary, dirs_exist_ok=True)
+        if epochs:
+            options = OPTIONS[modality] | {"domain": modality, "epochs": epochs, "seed": seed, "output_dir": folder}
+            paths = {"data_path": data / "train", "eval_data_path": data / "val"}
+            train(command("train-vqvae", recipe, **paths, **options), folder)
+        else:
+            with atomic_folder(folder) as temporary:
+                shutil.copytree(TRAINED / modality, temporary, dirs_exist_ok=True)
     info = load_tokenizer(folder).info
     return f"{info.vocab_size} ids for patches of {info.patch_size} pixels"
 
@@ -98,7 +98,10 @@ def _fit(modality: str, declared: Mapping[str, Any], data: Path, folder: Path, s
 
 def main(argv: list[str] | None = None) -> None:
     """Save the tokenizer of a finished training run in half precision, without what only the training needs."""
-    run, folder = sys.argv[1:] if argv is None else argv
+    arguments = sys.argv[1:] if argv is None else argv
+    if len(arguments) != 2:
+        raise UserError("give the run folder of a tokenizer, and the folder to save it in")
+    run, folder = arguments
     load_tokenizer(run).half().save(folder)
 
 

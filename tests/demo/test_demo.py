@@ -93,7 +93,8 @@ def test_tokenizers_are_trained_or_fitted_where_none_is_shipped(out, tmp_path):
         tmp_path / "trained/model.safetensors"
     ).stat().st_size
     codebook = {**declared, "vocab_size": 8}
-    made = make_tokenizer("semseg", codebook, out / "data", tmp_path / "fitted", recipe, 0, seed=0, workers=1)
+    # Even if learned tokenizers are to be trained: their recipe does not give these tokens.
+    made = make_tokenizer("semseg", codebook, out / "data", tmp_path / "fitted", recipe, 1, seed=0, workers=1)
     assert made.startswith("codebook, 8 of 8 codes used") and load_tokenizer(tmp_path / "fitted").vocab_size == 8
 
 
@@ -113,6 +114,8 @@ def test_a_folder_made_with_other_options_is_refused(out):
 
 
 def test_bad_options_are_named():
+    with pytest.raises(UserError, match="^give the run folder of a tokenizer"):
+        save_in_half_precision(["only one"])
     with pytest.raises(UserError, match="did you mean 'tokenize'"):
         parse(["--stages", "render,tokenise"])
     with pytest.raises(UserError, match="train_scenes"):
