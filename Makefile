@@ -24,7 +24,7 @@ demo: install
 	$(BIN)/python -m fourm demo
 
 notebook: install
-	OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py --notebook notebooks/generation.ipynb
+	for notebook in notebooks/*.ipynb; do OMP_NUM_THREADS=1 $(BIN)/python notebooks/execute.py --notebook $$notebook || exit; done
 
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -234,21 +234,21 @@ class GenerationSampler(nn.Module):
                 for (weights, domains), group in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
                     batches = [{**batch, target: entry} for batch in batches]
                     inputs = [emptied(batches[0], info, domains), *batches[1:]]
-                    with self._running(), torch.inference_mode():
+                    with self.running(), torch.inference_mode():
                         weighted = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
                         conditions = Conditions(self.model, weighted)
                     for step in group:
                         options = StepOptions(
                             target, step["num_tokens"], step["temperature"], sampler, noise, sentinels, max_tokens
                         )
-                        with self._running():
+                        with self.running():
                             entry = SCHEMES[step["scheme"]](conditions, entry, options)
                         batches = [{**batch, target: entry} for batch in batches]
                         progress.update()
                         yield {name: dict(value) for name, value in batches[0].items()}
 
     @contextmanager
-    def _running(self) -> Iterator[None]:
+    def running(self) -> Iterator[None]:
         """Run the model in evaluation mode and at the requested precision."""
         training = self.model.training
         if training:

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from fourm.data.modality_info import Modality, as_modality
+from fourm.generation.batch_entries import emptied
 from fourm.generation.chained_generation import GenerationSampler
 from fourm.generation.decoding import CLASSES, DETOKENIZER, Decoded, Detokenizer, Tokenizers, decode, decode_modality
 from fourm.generation.inputs import find_modality, make_batch
@@ -181,11 +182,10 @@ class Sampler:
             UserError: If the inputs, targets or settings do not fit the model.
         """
         targets = [targets] if isinstance(targets, str) else targets
-        samples = [self._readable(sample) for sample in ([inputs] if isinstance(inputs, Mapping) else inputs)]
-        if not samples or not samples[0] or not targets:
-            raise UserError("generation needs at least one input and one target")
-        device = self.generation.model.mask_token.device
-        batch = make_batch(samples, self.info, self.tokenizers, self.text_tokenizer, device)
+        samples = [self._readable(sample) for sample in _as_list(inputs)]
+        if not targets:
+            raise UserError("generation needs at least one target")
+        batch = self._batch(samples)
         missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in batch.items()}
         schedule = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
         batches = self.generation.generate_iter(batch, schedule, top_k, top_p, self.text_tokenizer, verbose, seed)
@@ -199,14 +199,82 @@ class Sampler:
                 if name in unchanged:
                     known[name] = entry, [sample[name] for sample in samples]
                 elif name not in known or any(entry[key] is not known[name][0][key] for key in entry):
-                    decoded = decode({name: entry}, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
-                    known[name] = entry, [self._add_class_names(sample[name]) for sample in decoded]
+                    known[name] = entry, [sample[name] for sample in self._decode({name: entry})]
             return [{name: known[name][1][index] for name in state} for index in range(len(samples))]
 
         return (
             Step(step["target_domain"], number, len(schedule), partial(read, state))
             for number, (step, state) in enumerate(zip(schedule, batches, strict=True), 1)
         )
+
+    def multi_guided(
+        self,
+        conditions: Sequence[Inputs],
+        weights: Sequence[float],
+        targets: str | Sequence[str],
+        seed: Seed = None,
+        top_k: int | float = 0.0,
+        top_p: float = 0.0,
+        cfg_grow_conditioning: bool = True,
+        verbose: bool = False,
+        **settings: Any,
+    ) -> list[Result]:
+        """Generate under several weighted conditions: logits = uncond + Σ w_i·(cond_i − uncond).
+
+        Args:
+            conditions: The inputs of each condition, as in :meth:`generate_iter`. Their modalities may differ, but all
+                conditions have the same number of samples.
+            weights: Weight of each condition. One condition of weight s is guidance of scale s, and a negative weight
+                leads away from its condition.
+            targets, seed, top_k, top_p, cfg_grow_conditioning, verbose: See :meth:`generate_iter`.
+            settings: See :meth:`generate_iter`; ``weights`` take the place of ``cfg_scales``.
+
+        Returns:
+            The generated targets of each sample.
+
+        Raises:
+            UserError: If the conditions, weights, targets or settings do not fit together, or do not fit the model.
+        """
+        if not conditions or len(conditions) != len(weights):
+            raise UserError(f"every condition needs a weight, but there are {len(conditions)} and {len(weights)}")
+        if "cfg_scales" in settings:
+            raise UserError("weights take the place of cfg_scales; leave cfg_scales out")
+        batches = [self._batch(inputs) for inputs in conditions]
+        everything = {name: entry for batch in batches for name, entry in batch.items()}
+        # Conditions differ from the unconditional inputs in nothing but their own content.
+        unconditional = emptied(everything, self.info, everything)
+        missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in everything.items()}
+        steps = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
+        schedule = [{**step, "cfg_scale": list(weights)} for step in steps]
+        state = self.generation.generate_multi_guided(
+            unconditional, [{**unconditional, **batch} for batch in batches], schedule, top_k, top_p,
+            self.text_tokenizer, verbose, seed,
+        )  # fmt: skip
+        return self._decode({step["target_domain"]: state[step["target_domain"]] for step in schedule})
+
+    def read(self, inputs: Inputs) -> list[Result]:
+        """Return the inputs as the model reads them, for example a picture after its tokenizer.
+
+        Args:
+            inputs: See :meth:`generate_iter`.
+
+        Raises:
+            UserError: If the inputs do not fit the model.
+        """
+        return self._decode(self._batch(inputs))
+
+    @torch.inference_mode()
+    def features(self, inputs: Inputs) -> Tensor:
+        """Return one vector per sample, (B, D) on the CPU: the mean of the encoder's output over the input tokens.
+
+        Args:
+            inputs: See :meth:`generate_iter`.
+
+        Raises:
+            UserError: If the inputs do not fit the model.
+        """
+        with self.generation.running():
+            return self.generation.model.pooled(self._batch(inputs)).float().cpu()
 
     def schedule(
         self,
@@ -239,6 +307,14 @@ class Sampler:
         conditions = [name for name in given if name not in edited]
         return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning)
 
+    def _batch(self, inputs: Inputs) -> dict[str, Any]:
+        """Return the batch that has all of ``inputs`` as input, on the device of the model."""
+        samples = [self._readable(sample) for sample in _as_list(inputs)]
+        if not samples or not samples[0]:
+            raise UserError("the model needs at least one input")
+        device = self.generation.model.mask_token.device
+        return make_batch(samples, self.info, self.tokenizers, self.text_tokenizer, device)
+
     def _readable(self, sample: Mapping[str, Any]) -> dict[str, Any]:
         """Return the sample by full names, without results that the model cannot read."""
         readable = {}
@@ -251,8 +327,18 @@ class Sampler:
                     raise
         return readable
 
+    def _decode(self, batch: Mapping[str, Mapping[str, Tensor]]) -> list[Result]:
+        return [
+            {name: self._add_class_names(value) for name, value in sample.items()}
+            for sample in decode(batch, self.info, self.tokenizers, self.text_tokenizer, self.detokenizer)
+        ]
+
     def _add_class_names(self, value: Decoded) -> Decoded:
         return dataclasses.replace(value, names=self.class_names) if value.kind in CLASSES else value
+
+
+def _as_list(inputs: Inputs) -> Sequence[Mapping[str, Any]]:
+    return [inputs] if isinstance(inputs, Mapping) else inputs
 
 
 def _read_tensor(value: Tensor, modality: Modality) -> Any:

@@ -25,7 +25,7 @@ from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNor
 from fourm.models.hub import Hub4M, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.model_card import Tables
-from fourm.models.token_selection import Selection, TokenSelection, select_tokens
+from fourm.models.token_selection import Selection, TokenSelection, select_inputs, select_tokens
 from fourm.utils.config import Range, check_keys, convert_arguments, convert_fields
 from fourm.utils.errors import UserError, did_you_mean
 from fourm.utils.memory import check_memory
@@ -186,6 +186,15 @@ class FourM(Encoder):
         inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
         targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
         return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+
+    def pooled(self, mod_dict: ModDict) -> Tensor:
+        """Encode all inputs of a batch and return the mean of the output over the input tokens, (B, D)."""
+        inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
+        x, emb, padding = self.embed_encoder(mod_dict, select_inputs(mod_dict, inputs))
+        tokens, valid = (
+            part[:, self.num_register_tokens :] for part in (self.encode(x + emb, padding), ~padding[..., None])
+        )
+        return (tokens * valid).sum(1) / valid.sum(1).clamp(min=1)
 
     def context(self, encoded: Tensor, emb: Tensor) -> Tensor:
         """Return what the decoder attends to, (B, R + N, D): the projected encoder output plus ``emb``."""

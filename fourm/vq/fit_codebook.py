@@ -16,6 +16,7 @@ from fourm.utils.device import choose_device
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
+from fourm.utils.plugin import PluginOptions, load_plugin
 from fourm.utils.seeds import generator
 from fourm.vq.codebook import Codebook
 from fourm.vq.crops import WORKERS, CropDataset, read_crops, tokenizer_transform
@@ -27,7 +28,7 @@ from fourm.vq.tokenizer import check_output
 
 
 @dataclass(frozen=True)
-class FitOptions:
+class FitOptions(PluginOptions):
     """Images and codebook"""
 
     data_root: AnyPath = option(
@@ -81,6 +82,7 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
         UserError: The options contradict each other or the images, there are fewer items than codes, or ``output`` cannot be
             written.
     """
+    load_plugin(options.plugin)
     check_output(options.output)
     modality = options.transform or options.modality
     transform = tokenizer_transform(modality, options.transform_options)

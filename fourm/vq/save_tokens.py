@@ -29,6 +29,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
+from fourm.utils.plugin import PluginOptions, load_plugin
 from fourm.utils.ranks import torchrun_ranks
 from fourm.vq.crops import (
     MIN_SCALE,
@@ -52,7 +53,7 @@ _FEATURE_SIZE = 224  # side length in pixels of the training pictures of tokeniz
 
 
 @dataclass(frozen=True, kw_only=True)
-class SaveTokensOptions(FeatureOptions):
+class SaveTokensOptions(FeatureOptions, PluginOptions):
     """Images and tokens"""
 
     tokenizer: AnyPath = option(
@@ -184,6 +185,7 @@ def save_tokens(options: SaveTokensOptions) -> int:
         UserError: The options contradict each other or the existing tokens, more than ``max_bad_fraction`` of the images
             cannot be read, or a value breaks the contract of the modality.
     """
+    load_plugin(options.plugin)
     rank, world_size, local_rank = torchrun_ranks()
     if options.overwrite and world_size > 1:
         raise UserError("'overwrite': several processes would remove each other's tokens; remove their folder yourself")

@@ -232,3 +232,57 @@ def test_pixels_may_be_a_tensor_and_a_single_target_a_string(sampler):
     assert torch.equal(mine[target].tensor, theirs[target].tensor)
     with pytest.raises(UserError, match="a tensor must be 3 x .* normalised numbers or a picture in 8 bits"):
         sampler({modality.name: pixels[:, 1:]}, target)
+
+
+def test_one_weighted_condition_is_guidance(sampler, folder):
+    inputs = [{"rgb": folder / "photo.png", "caption": "a red cup"}, {"rgb": folder / "photo.png", "caption": "duck"}]
+    plain = sampler(inputs, ["depth", "semseg"], seed=3, cfg_scales=2.5)
+    weighted = sampler.multi_guided([inputs], [2.5], ["depth", "semseg"], seed=3)
+    assert [[*sample] for sample in weighted] == [["tok_depth@32", "tok_semseg@32"]] * 2
+    for one, other in zip(plain, weighted, strict=True):
+        assert all(one[name].tensor.equal(other[name].tensor) for name in other)
+    assert weighted[0]["tok_semseg@32"].names == CLASSES
+
+
+def test_conditions_may_be_of_different_modalities_and_lead_away(sampler, folder):
+    photo, words = {"rgb": folder / "photo.png"}, {"caption": "a red cup"}
+    settings = {"targets": "normal", "seed": 0, "temps": 1.0}
+    results = [
+        sampler.multi_guided([photo, words], weights, **settings)[0]["tok_normal@32"].tensor
+        for weights in ([4, 0], [0, 4], [4, 4], [4, -4])
+    ]
+    assert not any(results[i].equal(results[j]) for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize(
+    ("weights", "settings", "message"),
+    [
+        ([1.0], {}, "every condition needs a weight, but there are 2 and 1"),
+        ([1.0, 1.0], {"cfg_scales": 2}, "weights take the place of cfg_scales"),
+    ],
+)
+def test_conditions_that_do_not_fit_are_named(sampler, weights, settings, message):
+    with pytest.raises(UserError, match=message):
+        sampler.multi_guided([{"caption": "cup"}, {"caption": "duck"}], weights, "depth", **settings)
+
+
+def test_features_are_the_mean_over_the_inputs_of_a_sample_alone(sampler, folder):
+    texts = ["a red cup and a yellow duck", "duck"]  # of different lengths, so that one is padded
+    both = sampler.features([{"caption": text} for text in texts])
+    assert both.shape == (2, 32) and both.dtype == torch.float32
+    alone = torch.cat([sampler.features({"caption": text}) for text in texts])
+    torch.testing.assert_close(both, alone)
+    assert not torch.allclose(both[0], both[1], atol=1e-3)
+    model, batch = sampler.generation.model, sampler._batch({"caption": texts[0]})
+    x, emb, padding = model.embed_encoder(
+        batch, model.select_tokens(batch, batch["caption"]["tensor"].shape[1], 1).encoder
+    )
+    torch.testing.assert_close(alone[:1], model.encode(x + emb, padding).mean(1).detach())
+
+
+def test_what_is_read_is_what_the_model_gets(sampler, folder):
+    inputs = {"depth": torch.arange(16), "tok_rgb": folder / "photo.png", "caption": "a red cup"}
+    (read,) = sampler.read(inputs)
+    assert [read[name].kind for name in read] == ["depth", "rgb", "caption"]
+    assert read["tok_depth@32"].tensor.flatten().equal(inputs["depth"])
+    torch.testing.assert_close(sampler.features(read), sampler.features(inputs))

@@ -381,3 +381,18 @@ def test_ids_of_plain_entries_are_checked_too(number, message):
             decoder_depth=1,
             num_heads=2,
         )
+
+
+def test_pooled_features_are_the_mean_over_input_tokens_without_registers_and_padding():
+    model = toy_model(num_register_tokens=2).eval()
+    batch = toy_batch(model, size=2)
+    batch["text"]["input_mask"][0] = True  # sample 0 has fewer inputs, so that it is padded
+    pooled = model.pooled(batch)
+    for index in range(2):
+        sample = {
+            name: {key: value[index : index + 1] for key, value in entry.items()} for name, entry in batch.items()
+        }
+        count = sum(int((~sample[name]["input_mask"].bool()).sum()) for name in model.encoder_embeddings)
+        x, emb, padding = model.embed_encoder(sample, model.select_tokens(sample, count, 1).encoder)
+        assert not padding.any()
+        torch.testing.assert_close(pooled[index], model.encode(x + emb, padding)[0, 2:].mean(0))

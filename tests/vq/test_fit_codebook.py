@@ -1,10 +1,13 @@
 """fourm fit-codebook: from images on disk to a codebook that tells what is on them."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from fourm.data import MODALITY_TRANSFORMS
 from fourm.utils.errors import UserError
 from fourm.vq import fit_codebook, load_tokenizer, save_tokens
 from tests.vq.image_files import read_files, write_files
@@ -55,6 +58,32 @@ def test_a_folder_of_another_name(tmp_path):
         fit(tmp_path, "lidar")
     fit(tmp_path, "lidar", transform="depth")
     assert load_tokenizer(tmp_path / "codebook").config.modality == "depth"
+
+
+def test_a_transform_of_a_plugin(tmp_path, monkeypatch):
+    write_files(tmp_path, "depth", 6)
+    (tmp_path / "half_depth.py").write_text(
+        "from fourm.data import MODALITY_TRANSFORMS\n"
+        "from fourm.data.modality_transforms import DepthTransform\n"
+        "class HalfDepth(DepthTransform):\n"
+        "    def postprocess(self, value):\n"
+        "        return super().postprocess(value) / 2\n"
+        "MODALITY_TRANSFORMS['half_depth'] = HalfDepth(standardize_depth=False)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    try:
+        fit(tmp_path, "depth", plugin="half_depth", transform="half_depth")
+        assert load_tokenizer(tmp_path / "codebook").codebook.max() < 0.51
+        del MODALITY_TRANSFORMS["half_depth"], sys.modules["half_depth"]  # as in a new process
+        save_tokens.main(
+            ["--tokenizer", str(tmp_path / "codebook"), "--data_root", str(tmp_path), "--num_crops", "1",
+             "--modality", "depth", "--num_workers", "0", "--plugin", "half_depth", "--output_modality", "tok_half"]
+        )  # fmt: skip
+        assert len(read_files(tmp_path / "tok_half")) == 6
+    finally:
+        MODALITY_TRANSFORMS.pop("half_depth", None)
+        sys.modules.pop("half_depth", None)
 
 
 def test_maps_of_classes(tmp_path):
