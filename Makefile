@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 # rendered, files read, models built. A minute.
 QUICK := tests/test_architecture.py tests/test_cli.py tests/test_published_configs.py tests/utils tests/data/test_options.py \
 	tests/data/test_data_config.py tests/data/test_tar.py tests/train/test_config.py tests/models/test_registry.py \
-	tests/demo/test_render.py tests/demo/test_simulator.py tests/test_publishing.py
+	tests/demo/test_render.py tests/demo/test_simulator.py tests/demo/test_shipped.py tests/test_publishing.py
 
 .PHONY: demo notebook test test-quick package test-package docs lint install
 

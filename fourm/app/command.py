@@ -15,13 +15,12 @@ import torch
 from fourm.app.page import Page
 from fourm.app.session import Limits
 from fourm.demo.scene import CLASSES
+from fourm.demo.shipped import MODEL
 from fourm.generation.sampler import Sampler
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import InputPath
 from fourm.utils.plugin import load_plugin
-
-DEMO = "demo_run"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +28,9 @@ class AppOptions(Limits):
     """Options of the app."""
 
     model: InputPath = option(
-        "run folder, folder of a demo, folder with a model, s3:// URL of one of these, or id on the hub", DEMO
+        "run folder, folder of a demo, folder with a model, s3:// URL of one of these, or id on the hub (default: the "
+        "model that comes with the package)",
+        str(MODEL),
     )
     tokenizers: InputPath | dict[str, InputPath] | None = option(
         "folder with one tokenizer per modality of images, or a mapping from modality to folder or hub id", None
@@ -52,12 +53,10 @@ def load(options: AppOptions) -> Sampler:
     model, tokenizers, names = options.model, options.tokenizers, options.class_names
     vocabulary = options.text_tokenizer
     folder = Path(model)
-    if model == DEMO and not folder.is_dir():
-        raise UserError(f"there is no folder {DEMO}: make it with 'fourm demo', or name another model: fourm app MODEL")
     if (folder / "demo.json").is_file():
         if not (folder / "training").is_dir():
             raise UserError(f"{folder} has no trained model yet; finish it with 'fourm demo --out {folder}'")
-        model, tokenizers = str(folder / "training"), tokenizers or str(folder / "codebooks")
+        model, tokenizers = str(folder / "training"), tokenizers or str(folder / "tokenizers")
         vocabulary, names = vocabulary or str(folder / "vocabulary.json"), names or [*CLASSES]
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
     return Sampler.load(model, tokenizers, vocabulary, names, options.device, dtype)
@@ -69,7 +68,8 @@ def main(argv: list[str] | None = None) -> None:
     load_plugin(options.plugin)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     with tempfile.TemporaryDirectory(prefix="fourm-app-") as folder:
-        page = Page(load(options), options, Path(options.model).resolve().name, Path(folder))
+        name = "demo" if options.model == str(MODEL) else Path(options.model).resolve().name
+        page = Page(load(options), options, name, Path(folder))
         url = page.launch(options.host, options.port)
         print(f"{url} (Ctrl-C stops the app)", flush=True)
         try:

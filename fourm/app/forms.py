@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fourm.data.images import EncodedImage, UnreadableImage
-from fourm.data.modality_info import Modality
 from fourm.generation.decoding import Decoded, decode, kind_of
 from fourm.generation.inputs import find_modality, make_batch
 from fourm.generation.plotting import titles_of
 from fourm.generation.sampler import Sampler
-from fourm.generation.settings import default_settings
 from fourm.utils.errors import UserError
 
 MAX_CHARACTERS = 4000
@@ -61,11 +59,9 @@ def text_modalities(sampler: Sampler) -> list[str]:
 
 
 def target_modalities(sampler: Sampler) -> list[str]:
-    """Return the targets: the RGB first, texts last. Texts need the vocabulary."""
+    """Return the targets: the default ones in their order, then the others. Texts need the vocabulary."""
     names = [name for name, m in sampler.targets.items() if m.type != "seq" or sampler.text_tokenizer]
-    return sorted(
-        names, key=lambda name: (sampler.targets[name].type != "img", kind_of(sampler.targets[name]) != "rgb")
-    )
+    return [*dict.fromkeys([*sampler.default_targets, *names])]
 
 
 def read_picture(path: str | Path, name: str, sampler: Sampler, max_bytes: int) -> Decoded:
@@ -168,9 +164,7 @@ def default_rows(sampler: Sampler) -> list[list[Any]]:
     names = target_modalities(sampler)
     return [
         [title, defaults["temps"], defaults["cfg_scales"], defaults["decoding_steps"]]
-        for title, defaults in zip(
-            titles_of(names), (default_settings(sampler.targets[name]) for name in names), strict=True
-        )
+        for title, defaults in zip(titles_of(names), map(sampler.default_settings, names), strict=True)
     ]
 
 
@@ -184,7 +178,7 @@ def read_settings(rows: Iterable[Sequence[Any]], sampler: Sampler) -> dict[str, 
     settings: dict[str, dict[str, Any]] = {"temps": {}, "cfg_scales": {}, "decoding_steps": {}}
     for name, title, row in zip(names, titles_of(names), rows, strict=False):
         modality = sampler.targets[name]
-        defaults = default_settings(modality)
+        defaults = sampler.default_settings(name)
         most = (modality.max_tokens or 1) if modality.type == "img" else 1
         for column, (key, low, high) in enumerate(
             (("temps", 0.0, 100.0), ("cfg_scales", -20.0, 20.0), ("decoding_steps", 1, most)), 1
@@ -197,11 +191,3 @@ def read_settings(rows: Iterable[Sequence[Any]], sampler: Sampler) -> dict[str, 
             if value != defaults[key]:
                 settings[key][name] = int(value) if whole else value
     return {key: values for key, values in settings.items() if values}
-
-
-def is_given(target: Modality, inputs: Mapping[str, Modality]) -> bool:
-    """Return whether one of the inputs has the same content as the target, such as the pixels of its tokens."""
-    return any(
-        name == target.name or (kind_of(m), m.type, m.input_size) == (kind_of(target), "img", target.input_size)
-        for name, m in inputs.items()
-    )

@@ -164,8 +164,9 @@ class Page:
                 max_lines=6, max_length=MAX_CHARACTERS, elem_id=f"text-{name}",
             )  # fmt: skip
         form["targets"] = gr.Dropdown(
-            [*zip(titles_of(self.targets), self.targets, strict=True)], value=self.targets, multiselect=True,
-            label="Generate, in this order", info="What is given is not generated.", elem_id="targets",
+            [*zip(titles_of(self.targets), self.targets, strict=True)], value=[*self.sampler.default_targets],
+            multiselect=True, label="Generate, in this order", info="What is given is not generated.",
+            elem_id="targets",
         )  # fmt: skip
         with gr.Row():
             form["samples"] = gr.Number(
@@ -187,8 +188,13 @@ class Page:
                 column_count=(len(COLUMNS), "fixed"), show_label=False, wrap=False, max_height=420, elem_id="settings",
             )  # fmt: skip
             with gr.Row():
-                form["top_k"] = gr.Number(0, label="top-k (0 = all)", precision=0, minimum=0, min_width=100)
-                form["top_p"] = gr.Number(0, label="top-p (0 = all)", minimum=0, maximum=1, step=0.05, min_width=100)
+                form["top_k"] = gr.Number(
+                    self.sampler.defaults.top_k or 0, label="top-k (0 = all)", precision=0, minimum=0, min_width=100
+                )
+                form["top_p"] = gr.Number(
+                    self.sampler.defaults.top_p or 0, label="top-p (0 = all)", minimum=0, maximum=1, step=0.05,
+                    min_width=100,
+                )  # fmt: skip
             form["reset"] = gr.Button("Defaults", size="sm", variant="secondary")
         return form
 

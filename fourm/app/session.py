@@ -19,9 +19,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fourm.app.forms import is_given
 from fourm.generation.decoding import Decoded, kind_of
-from fourm.generation.inputs import read_value
+from fourm.generation.inputs import is_given, read_value
 from fourm.generation.plotting import as_image, titles_of
 from fourm.generation.results import write_result
 from fourm.generation.sampler import Result, Sampler, Step

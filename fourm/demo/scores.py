@@ -71,6 +71,18 @@ def box_iou(a: Sequence[float], b: Sequence[float]) -> float:
     return width * height / max(area - width * height, 1e-12)
 
 
+def named_objects(text: str, names: Iterable[str]) -> set[str]:
+    """Return those of ``names`` that a text contains. The longest match counts: a robot arm is not a robot."""
+    pattern = "|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True))
+    return set(re.findall(pattern, text))
+
+
+def precision_recall(predicted: Sequence[set[str]], true: Sequence[set[str]]) -> tuple[float, float]:
+    """Return precision and recall of the objects of all scenes together."""
+    both = sum(len(p & t) for p, t in zip(predicted, true, strict=True))
+    return both / max(sum(map(len, predicted)), 1), both / max(sum(map(len, true)), 1)
+
+
 def word_precision_recall(
     predicted: Sequence[str], true: Sequence[str], names: Sequence[str]
 ) -> tuple[float, float, float]:
@@ -79,10 +91,7 @@ def word_precision_recall(
     Args:
         predicted: Generated captions.
         true: True captions.
-        names: Names of objects. The longest match counts: a robot arm is not a robot.
+        names: Names of objects; see :func:`named_objects`.
     """
-    pattern = re.compile("|".join(rf"\b{re.escape(name)}\b" for name in sorted(names, key=len, reverse=True)))
-    pairs = [(set(pattern.findall(p)), set(pattern.findall(t))) for p, t in zip(predicted, true, strict=True)]
-    both = sum(len(p & t) for p, t in pairs)
-    num_predicted, num_true = (sum(len(words) for words in side) for side in zip(*pairs, strict=True))
-    return both / max(num_predicted, 1), both / max(num_true, 1), sum(p == t for p, t in pairs) / len(pairs)
+    p, t = ([named_objects(text, names) for text in texts] for texts in (predicted, true))
+    return *precision_recall(p, t), sum(a == b for a, b in zip(p, t, strict=True)) / len(p)

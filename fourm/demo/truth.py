@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,34 +26,42 @@ TEXTS = ("det", "caption", "color_palette", "metadata")
 KINDS = (*PICTURES, "feature", *TEXTS)
 
 
-def read_scenes(root: Path, shard: str | None = None) -> list[RawSample]:
-    """Read the samples of a split, or those of one shard."""
-    wanted = {kind: kind for kind in (*PICTURES, *TEXTS)}
+def read_scenes(root: Path, shard: str | None = None, kinds: Sequence[str] = (*PICTURES, *TEXTS)) -> list[RawSample]:
+    """Read the samples of a split, which is in folders or shards.
+
+    Args:
+        root: Folder of the split.
+        shard: Read only this shard.
+        kinds: What to read of each sample.
+    """
+    wanted = {kind: kind for kind in kinds}
     ledger = BadSampleLedger(str(root), max_bad_fraction=0.0)
     data_path = f"{root}/[{','.join(wanted)}]"
-    if shard is None:
+    shards = [shard] if shard else sorted(path.name for path in (root / kinds[0]).glob("*.tar"))
+    if not shards:
         return Folders(data_path, wanted, None, ledger).all(ledger)
-    return Shards(f"{data_path}/{shard}", wanted).all(ledger)
+    return [sample for name in shards for sample in Shards(f"{data_path}/{name}", wanted).all(ledger)]
 
 
 def truth(sample: RawSample, size: int) -> DecodedScene:
-    """Return the true values of a scene at ``size`` × ``size`` pixels, with depth in metres."""
+    """Return the true values of a scene at ``size`` × ``size`` pixels, with depth in metres, as far as they were read."""
     values = sample.values(OpenFiles(), keep_pixels=False)
-    pictures = {}
+    scene: dict[str, Decoded] = {}
     for kind in PICTURES:
-        transform = tokenizer_transform(kind, {"standardize_depth": False} if kind == "depth" else {})
-        pixels = read_pixels(values[kind], transform, size)
-        pixels = pixels if pixels.ndim == 3 else pixels[None]
-        pictures[kind] = decode_pixels(kind, pixels[None].float(), ((0.5,), (0.5,)))
-    pictures["depth"] = Decoded("depth", pictures["depth"].value * FAR)
-    pictures["semseg"] = Decoded("semseg", pictures["semseg"].value, names=CLASSES)
-    return {
-        **pictures,
-        "det": Decoded("det", values["det"]["instances"]),
-        "caption": Decoded("caption", values["caption"]),
-        "color_palette": Decoded("color_palette", values["color_palette"][0]["7"]),
-        "metadata": Decoded("metadata", values["metadata"]),
-    }
+        if kind in values:
+            transform = tokenizer_transform(kind, {"standardize_depth": False} if kind == "depth" else {})
+            pixels = read_pixels(values[kind], transform, size)
+            pixels = pixels if pixels.ndim == 3 else pixels[None]
+            scene[kind] = decode_pixels(kind, pixels[None].float(), ((0.5,), (0.5,)))
+    if "depth" in scene:
+        scene["depth"] = Decoded("depth", scene["depth"].value * FAR)
+    if "semseg" in scene:
+        scene["semseg"] = Decoded("semseg", scene["semseg"].value, names=CLASSES)
+    texts: dict[str, Callable[[Any], Any]] = {
+        "det": lambda value: value["instances"], "caption": str, "color_palette": lambda value: value[0]["7"],
+        "metadata": dict,
+    }  # fmt: skip
+    return scene | {kind: Decoded(kind, read(values[kind])) for kind, read in texts.items() if kind in values}
 
 
 def guesses(scenes: Sequence[DecodedScene], count: int) -> list[DecodedScene]:

@@ -11,6 +11,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from fourm.data.data_config import split_domains
 from fourm.data.decoding import EncodedImage, decode_value
 from fourm.data.image_augmenter import center_crop
 from fourm.data.modality_info import Modality
@@ -46,6 +47,24 @@ def find_modality(name: str, known: Mapping[str, Modality], role: str, avoid: Co
         options = [*known, *(value.removeprefix("tok_") for value in short.values())]
         raise UserError(f"'{name}' is not {role} of this model{did_you_mean(name, options)}")
     return min(matches, key=lambda m: (m in avoid, not known[m].is_pixels, known[m].input_size or 0))
+
+
+def split_names(names: str | Sequence[str], known: Mapping[str, Modality], where: str) -> tuple[str, ...]:
+    """Split full or short names joined by ``-``.
+
+    Raises:
+        UserError: If a name is unknown or repeated, or there is none.
+    """
+    short = {name.split("@")[0].removeprefix("tok_") for name in known} | {name.split("@")[0] for name in known}
+    return split_domains(names, {*known, *short}, where)
+
+
+def is_given(target: Modality, inputs: Mapping[str, Modality]) -> bool:
+    """Return whether one of the inputs has the same content as the target, such as the pixels of its tokens."""
+    return any(
+        name == target.name or (kind_of(m), m.type, m.input_size) == (kind_of(target), "img", target.input_size)
+        for name, m in inputs.items()
+    )
 
 
 def make_batch(

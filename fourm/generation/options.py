@@ -9,13 +9,16 @@ with ``sr_``. Keys of the published files that are called otherwise here are in
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fourm.generation.decoding import Detokenizer
+from fourm.generation.prompts import check_prompts
 from fourm.generation.published_options import PublishedOptions, renamed, without_published
-from fourm.utils.config import check_keys, convert_fields, load_yaml, make, resolve_options
+from fourm.generation.settings import TargetSettings
+from fourm.utils.config import check_keys, convert, convert_fields, load_yaml, make, resolve_options
 from fourm.utils.errors import UserError
 from fourm.utils.options import flat_options, option, option_group, parse_overrides
 from fourm.utils.paths import AnyPath, InputPath, expand_path, shipped
@@ -23,7 +26,7 @@ from fourm.vq.diffusion import DECODING_STEPS
 
 
 @dataclass(frozen=True, kw_only=True)
-class StageOptions:
+class StageOptions(TargetSettings):
     """The model, inputs, targets and settings of one stage."""
 
     model: InputPath = option("run folder, folder with a model, s3:// URL of one of these, or id on the hub")
@@ -34,37 +37,24 @@ class StageOptions:
     cond_domains: str | None = option(
         "input modalities, joined by '-' (default: all known ones that the model reads)", None
     )
-    target_domains: str = option("modalities to generate, in this order, joined by '-'")
-    tokens_per_target: Any = option(
-        "number of tokens; this and the following keys take one value, or one per target joined by '-'", None
+    target_domains: str | None = option(
+        "modalities to generate, in this order, joined by '-' (default: those of the model's generation.yaml)", None
     )
-    autoregression_schemes: Any = option("maskgit or roar (images), autoregressive (sequences)", None)
-    decoding_steps: Any = option("number of decoding steps (images)", None)
-    token_decoding_schedules: Any = option("tokens per step: linear or cosine (images)", None)
-    temps: Any = option("sampling temperatures; 0 = always the most likely token", None)
-    temp_schedules: Any = option("temperature schedules: constant, linear or onex:MIN:POWER", None)
-    cfg_scales: Any = option("guidance scales; 1 = no guidance", None)
-    cfg_schedules: Any = option("guidance schedules: constant", None)
     cfg_grow_conditioning: bool = option("let finished targets guide the targets after them", True)
-    top_k: int | float = option(
-        "sample only from the most likely tokens: a count, or a fraction of the vocabulary; 0 = all", 0.0,
-        at_least=0, at_most=10**8,
-    )  # fmt: skip
-    top_p: float = option(
-        "sample only from the most likely tokens with this total probability; 0 = all", 0.0, at_least=0, at_most=1
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(StageOptions):
     """The first stage, its data, and the output of both stages."""
 
-    cond_domains: str = option("input modalities, joined by '-'")
+    cond_domains: str | None = option(
+        "input modalities, joined by '-' (default: those of the model's generation.yaml)", None
+    )
     data: InputPath | list[str] = option(
         "folder with one folder per modality, folder of pictures, one picture, or prompts (a list, a .txt or a .tsv file)"
     )
-    output_dir: AnyPath = option("folder of the results")
-    class_names: list[str] = option("names of the classes of segmentations", [])
+    output_dir: AnyPath = option("folder of the results (default of prompts: generated/PROMPT-SEED)")
+    class_names: list[str] = option("names of the classes of segmentations (default: the model's)", [])
     model_config: InputPath | None = option("YAML file with further keys of the models", None)
     data_config: InputPath | None = option("YAML file with further keys of the data", None, short="-dc")
     gen_config: InputPath | None = option("YAML file with further keys of the targets and settings", None, short="-gc")
@@ -115,9 +105,16 @@ class GenerationOptions(StageOptions):
         return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 
 
+DEMO_MODEL = "fourm/demo/trained/model"
+"""The model that comes with the package, as a path for :func:`shipped`."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class AllOptions(GenerationOptions, PublishedOptions):
     """All keys of the command line and of files"""
+
+    demo: bool = option("use the model that comes with the package, with its settings", False)
+    prompt: str | None = option("one prompt, instead of data", None)
 
 
 def parse(argv: list[str] | None = None) -> GenerationOptions:
@@ -140,6 +137,9 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
             content = _read(defaults, file, file) | content
     content = without_published(content, files)
     where = path or "command line"
+    if "output_dir" not in content and isinstance(content.get("data"), list):
+        name = re.sub(r"\W+", "_", content["data"][0]).strip("_")[:60]
+        content["output_dir"] = f"generated/{name or 'prompt'}-{content.get('seed', 0)}"
     second = {name: content.pop(f"sr_{name}") for name in flat_options(StageOptions) if f"sr_{name}" in content}
     if second:
         content["sr"] = make(StageOptions, second, f"{where}: second stage, keys with sr_")
@@ -150,11 +150,26 @@ def _read(content: Mapping[str, Any], where: str, config: str | None) -> dict[st
     """Convert the values of flat keys; paths may also be relative to the folder of ``config``."""
     content = renamed(content)
     check_keys(content, flat_options(AllOptions), where)
+    content = _without_shortcuts(content, where)
     second = {key.removeprefix("sr_"): value for key, value in content.items() if _is_second(key)}
     first = {key: value for key, value in content.items() if not _is_second(key)}
     values = convert_fields(AllOptions, first, where, config)
     second = convert_fields(StageOptions, second, f"{where}: second stage, keys with sr_", config)
     return {**values, **{f"sr_{key}": value for key, value in second.items()}}
+
+
+def _without_shortcuts(content: dict[str, Any], where: str) -> dict[str, Any]:
+    """Replace ``demo`` by its model and ``prompt`` by data."""
+    for key, other in (("demo", "model"), ("prompt", "data")):
+        if content.get(key) not in (None, False) and content.get(other) is not None:
+            raise UserError(f"{where}: '{key}' and '{other}' exclude each other; leave out one of them")
+    content = dict(content)
+    if convert(content.pop("demo", None) or False, bool, f"{where}: 'demo'"):
+        content["model"] = shipped(DEMO_MODEL)
+    prompt = content.pop("prompt", None)
+    if prompt is not None:
+        content["data"] = check_prompts([prompt], where)
+    return content
 
 
 def _is_second(key: str) -> bool:

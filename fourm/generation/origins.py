@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 from torch import nn
 
 from fourm.data.raw_sample import OpenFiles
+from fourm.generation.defaults import Defaults
 from fourm.generation.stages import Stage
 
 _VALUES_PER_TENSOR = 16  # few are enough, because training changes all of them
@@ -38,7 +41,7 @@ def digest_of_inputs(inputs: Mapping[str, Any]) -> str:
 
 
 def digest_of_models(stages: Sequence[Stage]) -> str:
-    """Compute a digest of the models and tokenizers, from a few values of each tensor, and of the vocabularies."""
+    """Compute a digest of the models and tokenizers, from a few values of each tensor, vocabularies and defaults."""
     parts = []
     for sampler in (stage.sampler for stage in stages):
         modules: list[nn.Module] = [sampler.generation.model]
@@ -46,6 +49,9 @@ def digest_of_models(stages: Sequence[Stage]) -> str:
         parts += [_module_bytes(module) for module in modules]
         vocabulary = sampler.text_tokenizer
         parts.append(b"" if vocabulary is None else vocabulary.to_str().encode())
+        if sampler.defaults != Defaults():
+            own = replace(sampler.defaults, tokenizers=None, text_tokenizer=None)  # without paths
+            parts.append(json.dumps(asdict(own)).encode())
     return _digest(*parts)
 
 

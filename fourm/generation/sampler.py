@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from tokenizers import Tokenizer
@@ -17,9 +17,21 @@ from torch import Tensor
 from fourm.data.modality_info import Modality, as_modality
 from fourm.generation.batch_entries import emptied
 from fourm.generation.chained_generation import GenerationSampler
-from fourm.generation.decoding import CLASSES, DETOKENIZER, Decoded, Detokenizer, Tokenizers, decode, decode_modality
-from fourm.generation.inputs import find_modality, make_batch
-from fourm.generation.settings import chained_schedule
+from fourm.generation.decoding import (
+    CLASSES,
+    DETOKENIZER,
+    Decoded,
+    Detokenizer,
+    Tokenizers,
+    decode,
+    decode_modality,
+    kind_of,
+)
+from fourm.generation.defaults import FILE, Defaults, read_defaults
+from fourm.generation.inputs import find_modality, is_given, make_batch, split_names
+from fourm.generation.plotting import plot
+from fourm.generation.prompts import check_prompts
+from fourm.generation.settings import COLUMNS, chained_schedule, default_settings, per_target
 from fourm.generation.token_sampling import Seed
 from fourm.models.fm import FM, FourM
 from fourm.models.from_checkpoint import load_model
@@ -32,10 +44,16 @@ from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import load_tokenizer
 from fourm.vq.tokenizer import CONFIG
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Result = dict[str, Decoded]
 """Maps each modality to its decoded value, the inputs first."""
 
-Inputs = Mapping[str, Any] | Sequence[Mapping[str, Any]]
+Sample = Mapping[str, Any] | str
+"""Maps modalities to values; a text alone is a caption."""
+
+Inputs = Sample | Sequence[Sample]
 """One sample, or several with the same modalities."""
 
 
@@ -67,6 +85,11 @@ class Sampler:
         class_names: Names of the class ids of segmentations.
         dtype: Autocast precision; None disables autocast.
         detokenizer: How images are decoded by diffusion.
+        defaults: What is generated, and how, unless a call says otherwise.
+
+    Attributes:
+        inputs, targets: The modalities that the model reads and generates.
+        default_targets: What a call generates that names no targets, in this order, as far as it is not given.
     """
 
     def __init__(
@@ -77,6 +100,7 @@ class Sampler:
         class_names: Sequence[str] = (),
         dtype: torch.dtype | None = None,
         detokenizer: Detokenizer = DETOKENIZER,
+        defaults: Defaults | None = None,
     ):
         self.detokenizer = detokenizer
         self.generation = GenerationSampler(model.eval(), dtype)
@@ -86,6 +110,9 @@ class Sampler:
         self.inputs = {name: as_modality(name, info[name]) for name in model.encoder_embeddings}
         self.targets = {name: as_modality(name, info[name]) for name in model.decoder_embeddings}
         self.info = {**self.inputs, **self.targets}
+        self.defaults = defaults or Defaults()
+        self.default_targets = self._read_default_targets()
+        self._own_settings = self._read_own_settings()
 
     @classmethod
     def load(
@@ -100,7 +127,7 @@ class Sampler:
         compile: bool = False,
         detokenizer: Detokenizer = DETOKENIZER,
     ) -> Sampler:
-        """Load a model and its tokenizers.
+        """Load a model and its tokenizers. What is not given here is taken from the ``generation.yaml`` of its folder.
 
         Args:
             model: A run folder (the newest checkpoint is used while the run is unfinished), a folder with
@@ -123,21 +150,25 @@ class Sampler:
         """
         torch_device = choose_device(device)
         model = download_if_remote(model, find_model)
+        defaults = read_defaults(model)
+        tokenizers, class_names = tokenizers or defaults.tokenizers, class_names or defaults.class_names
         places = _tokenizer_places(tokenizers)
         images: Tokenizers = {name: load_tokenizer(place, torch_device) for name, place in places.items()}
-        path = text_tokenizer or _vocabulary_path(Path(model))
+        path = text_tokenizer or defaults.text_tokenizer or vocabulary_path(Path(model))
         vocabulary = load_text_tokenizer(path) if path else None
         if like is not None:
             images, class_names = {**like.tokenizers, **images}, class_names or like.class_names
             if vocabulary and like.text_tokenizer and vocabulary.get_vocab() != like.text_tokenizer.get_vocab():
                 raise UserError(f"{model}: its text vocabulary is {path}, not that of the model before it")
             vocabulary = vocabulary or like.text_tokenizer
-        loaded = _load_model(model).to(torch_device)
+        loaded = load_fm(model).to(torch_device)
         if compile:
             loaded.compile_blocks(dynamic=True)
-        return cls(loaded, images, vocabulary, class_names, dtype, detokenizer)
+        return cls(loaded, images, vocabulary, class_names, dtype, detokenizer, defaults)
 
-    def __call__(self, inputs: Inputs, targets: str | Sequence[str], seed: Seed = None, **options: Any) -> list[Result]:
+    def __call__(
+        self, inputs: Inputs, targets: str | Sequence[str] | None = None, seed: Seed = None, **options: Any
+    ) -> list[Result]:
         """Generate the targets one after another, each conditioned on the inputs and the targets before it.
 
         Args:
@@ -153,13 +184,17 @@ class Sampler:
             pass
         return step.results()
 
+    def plot(self, results: Sequence[Result] | Result, title: str = "", labels: Sequence[str] = ()) -> Figure:
+        """Draw results: see :func:`fourm.generation.plot`."""
+        return plot(results, title, labels)
+
     def generate_iter(
         self,
         inputs: Inputs,
-        targets: str | Sequence[str],
+        targets: str | Sequence[str] | None = None,
         seed: Seed = None,
-        top_k: int | float = 0.0,
-        top_p: float = 0.0,
+        top_k: int | float | None = None,
+        top_p: float | None = None,
         cfg_grow_conditioning: bool = True,
         verbose: bool = False,
         **settings: Any,
@@ -167,13 +202,14 @@ class Sampler:
         """Generate like :meth:`__call__`, but yield after every step.
 
         Args:
-            inputs: Maps modalities to values, see :func:`fourm.generation.inputs.read_value`. A list of such samples
-                with the same modalities is one batch. Results may be inputs, too; those that the model cannot read are
-                ignored.
-            targets: One or several modalities. Here and in ``inputs``, ``depth`` stands for ``tok_depth@224``. If an
-                image is also an input, its tokens that are −1 are generated.
+            inputs: Maps modalities to values, see :func:`fourm.generation.inputs.read_value`; a text alone is a caption.
+                A list of such samples with the same modalities is one batch. Results may be inputs, too; those that the
+                model cannot read are ignored.
+            targets: One or several modalities; None means those of ``default_targets`` that are not given. Here and in
+                ``inputs``, ``depth`` stands for ``tok_depth@224``. If an image is also an input, its tokens that are −1
+                are generated.
             seed: See :class:`GenerationSampler`; sample b uses ``seed + b``.
-            top_k, top_p: See :class:`fourm.generation.token_sampling.TokenSampler`.
+            top_k, top_p: See :class:`fourm.generation.token_sampling.TokenSampler`; None means the model's defaults.
             cfg_grow_conditioning: Let finished targets guide the targets after them.
             verbose: Show a progress bar.
             settings: See :func:`fourm.generation.settings.chained_schedule`, e.g. ``temps={"caption": 0}``.
@@ -181,10 +217,13 @@ class Sampler:
         Raises:
             UserError: If the inputs, targets or settings do not fit the model.
         """
-        targets = [targets] if isinstance(targets, str) else targets
         samples = [self._readable(sample) for sample in _as_list(inputs)]
+        if targets is None and samples:
+            targets = self.remaining_targets(samples[0])
+        targets = [targets] if isinstance(targets, str) else targets
         if not targets:
             raise UserError("generation needs at least one target")
+        top_k, top_p = self._top(top_k, top_p)
         batch = self._batch(samples)
         missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in batch.items()}
         schedule = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
@@ -213,8 +252,8 @@ class Sampler:
         weights: Sequence[float],
         targets: str | Sequence[str],
         seed: Seed = None,
-        top_k: int | float = 0.0,
-        top_p: float = 0.0,
+        top_k: int | float | None = None,
+        top_p: float | None = None,
         cfg_grow_conditioning: bool = True,
         verbose: bool = False,
         **settings: Any,
@@ -246,6 +285,7 @@ class Sampler:
         missing = {name: int(entry["input_mask"].sum(1).max()) for name, entry in everything.items()}
         steps = self.schedule(missing, targets, cfg_grow_conditioning, **settings)
         schedule = [{**step, "cfg_scale": list(weights)} for step in steps]
+        top_k, top_p = self._top(top_k, top_p)
         state = self.generation.generate_multi_guided(
             unconditional, [{**unconditional, **batch} for batch in batches], schedule, top_k, top_p,
             self.text_tokenizer, verbose, seed,
@@ -305,7 +345,45 @@ class Sampler:
         steps = {name: max(count // 4, 1) for name, count in edited.items()}
         settings = {"tokens_per_target": edited, "decoding_steps": steps, **settings}
         conditions = [name for name in given if name not in edited]
-        return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning)
+        return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning, own=self._own_settings)
+
+    def default_settings(self, target: str) -> dict[str, Any]:
+        """Return the settings that a target has if a call gives none; see :func:`fourm.generation.settings.chained_schedule`."""
+        return default_settings(self.targets[target]) | self._own_settings.get(target, {})
+
+    def remaining_targets(self, given: Iterable[str]) -> list[str]:
+        """Return those of ``default_targets`` whose content is not among the inputs ``given``, which are full names."""
+        inputs = {name: self.inputs[name] for name in given}
+        return [name for name in self.default_targets if not is_given(self.targets[name], inputs)]
+
+    def _read_default_targets(self) -> tuple[str, ...]:
+        """Return the targets of ``defaults``, and otherwise all: RGB first, texts last. Texts need the vocabulary."""
+        if self.defaults.target_domains:
+            names = split_names(self.defaults.target_domains, self.targets, f"{FILE}: target_domains")
+            return tuple(find_modality(name, self.targets, "a target") for name in names)
+        names = tuple(name for name, m in self.targets.items() if m.type != "seq" or self.text_tokenizer)
+        return tuple(sorted(names, key=lambda n: (self.targets[n].type != "img", kind_of(self.targets[n]) != "rgb")))
+
+    def _read_own_settings(self) -> dict[str, dict[str, Any]]:
+        """Return target → settings of ``defaults``. As in a call, a temperature is constant if it has no schedule."""
+        own: dict[str, dict[str, Any]] = {name: {} for name in self.targets}
+        for key, value in self.defaults.settings().items():
+            names = self.default_targets
+            if isinstance(value, Mapping):
+                value = {find_modality(name, self.targets, "a target"): v for name, v in value.items()}
+                names = tuple(own)
+            settings = per_target(value, COLUMNS[key], names, f"{FILE}: '{key}'")
+            for name, setting in zip(names, settings, strict=True):
+                if setting is not None:
+                    own[name][key] = setting
+        return {name: {"temp_schedules": "constant"} | s if "temps" in s else s for name, s in own.items()}
+
+    def _top(self, top_k: int | float | None, top_p: float | None) -> tuple[int | float, float]:
+        """Return ``top_k`` and ``top_p``, where None means the model's defaults."""
+        return (
+            (self.defaults.top_k or 0.0) if top_k is None else top_k,
+            (self.defaults.top_p or 0.0) if top_p is None else top_p,
+        )
 
     def _batch(self, inputs: Inputs) -> dict[str, Any]:
         """Return the batch that has all of ``inputs`` as input, on the device of the model."""
@@ -315,8 +393,10 @@ class Sampler:
         device = self.generation.model.mask_token.device
         return make_batch(samples, self.info, self.tokenizers, self.text_tokenizer, device)
 
-    def _readable(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+    def _readable(self, sample: Sample) -> dict[str, Any]:
         """Return the sample by full names, without results that the model cannot read."""
+        if isinstance(sample, str):
+            sample = {find_modality("caption", self.inputs, "an input"): check_prompts([sample], "the caption")[0]}
         readable = {}
         for name, value in sample.items():
             try:
@@ -337,8 +417,8 @@ class Sampler:
         return dataclasses.replace(value, names=self.class_names) if value.kind in CLASSES else value
 
 
-def _as_list(inputs: Inputs) -> Sequence[Mapping[str, Any]]:
-    return [inputs] if isinstance(inputs, Mapping) else inputs
+def _as_list(inputs: Inputs) -> Sequence[Sample]:
+    return [inputs] if isinstance(inputs, (Mapping, str)) else inputs
 
 
 def _read_tensor(value: Tensor, modality: Modality) -> Any:
@@ -358,14 +438,15 @@ def _read_tensor(value: Tensor, modality: Modality) -> Any:
     return decode_modality(pixels.detach().float().cpu(), known, modality, {}, None)
 
 
-def _load_model(model: str | Path) -> FM:
+def load_fm(model: str | Path) -> FM:
+    """Load a model from any place that :meth:`Sampler.load` takes and that is not in a store."""
     folder = Path(model)
     if folder.is_dir() and not (folder / WEIGHTS).exists():
         return load_model(newest_checkpoint(folder))
     return FM.from_pretrained(str(folder if folder.is_dir() else model))
 
 
-def _vocabulary_path(folder: Path) -> str | None:
+def vocabulary_path(folder: Path) -> str | None:
     """Return the path of the text vocabulary that a run folder or a checkpoint names.
 
     Raises:

@@ -17,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.data_config import split_domains
 from fourm.data.folders import Folders
 from fourm.data.layout import existing_folders
 from fourm.data.modality_info import Modality
 from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.generation.inputs import find_modality
+from fourm.generation.defaults import read_defaults
+from fourm.generation.inputs import find_modality, split_names
 from fourm.generation.options import GenerationOptions, parse
 from fourm.generation.origins import digest_of_inputs, digest_of_models
 from fourm.generation.plotting import plot
@@ -121,6 +121,10 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
     known: list[str] = []
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
     for prefix, part in options.stages().items():
+        defaults = read_defaults(part.model)
+        for key in ("target_domains",) if stages else ("cond_domains", "target_domains"):
+            if not getattr(part, key) and not getattr(defaults, key):
+                raise UserError(f"the key '{prefix}{key}' is required")
         sampler = Sampler.load(
             part.model, part.tokenizers, part.text_tokenizer, options.class_names, options.device, dtype,
             like=stages[-1].sampler if stages else None, compile=options.compile, detokenizer=options.detokenizer(),
@@ -135,9 +139,12 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
         }
         if not readable:
             raise UserError(f"{prefix}model: {part.model} reads none of {', '.join(known)}, the only known modalities")
-        names = _split(part.cond_domains or [*readable], readable, f"{prefix}cond_domains")
+        given = part.cond_domains or (None if stages else defaults.cond_domains) or [*readable]
+        names = split_names(given, readable, f"{prefix}cond_domains")
         conditions = tuple(find_modality(name, readable, "an input") for name in names)
-        targets = _split(part.target_domains, sampler.targets, f"{prefix}target_domains")
+        targets: Sequence[str] = sampler.remaining_targets(conditions)
+        if part.target_domains:
+            targets = split_names(part.target_domains, sampler.targets, f"{prefix}target_domains")
         settings = {key: value for key in COLUMNS if (value := getattr(part, key)) is not None}
         settings["cfg_grow_conditioning"] = part.cfg_grow_conditioning
         try:
@@ -227,12 +234,6 @@ def _only_condition(conditions: Mapping[str, Modality], modality_type: str, data
         needed = "one text" if modality_type == "seq" else "one modality of images"
         raise UserError(f"data: {data} need {needed} in cond_domains, not {', '.join(conditions)}")
     return next(iter(conditions))
-
-
-def _split(names: str | Sequence[str], known: Mapping[str, Modality], where: str) -> tuple[str, ...]:
-    """Split full or short names joined by ``-``."""
-    short = {name.split("@")[0].removeprefix("tok_") for name in known} | {name.split("@")[0] for name in known}
-    return split_domains(names, {*known, *short}, where)
 
 
 def _check_output(out: Path) -> None:

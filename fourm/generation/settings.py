@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from fourm.data.modality_info import Modality, as_modality
@@ -10,6 +11,7 @@ from fourm.generation.decoding import CLASSES, kind_of
 from fourm.generation.schedules import build_chained_generation_schedules
 from fourm.utils.config import check_keys, convert
 from fourm.utils.errors import UserError
+from fourm.utils.options import option
 
 COLUMNS: dict[str, type] = {
     "tokens_per_target": int,
@@ -22,6 +24,29 @@ COLUMNS: dict[str, type] = {
     "cfg_schedules": str,
 }
 """Arguments of :func:`build_chained_generation_schedules` that have one value per target, and their types."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetSettings:
+    """Settings of the targets"""
+
+    tokens_per_target: Any = option(
+        "number of tokens; this and the following keys take one value, or one per target joined by '-'", None
+    )
+    autoregression_schemes: Any = option("maskgit or roar (images), autoregressive (sequences)", None)
+    decoding_steps: Any = option("number of decoding steps (images)", None)
+    token_decoding_schedules: Any = option("tokens per step: linear or cosine (images)", None)
+    temps: Any = option("sampling temperatures; 0 = always the most likely token", None)
+    temp_schedules: Any = option("temperature schedules: constant, linear or onex:MIN:POWER", None)
+    cfg_scales: Any = option("guidance scales; 1 = no guidance", None)
+    cfg_schedules: Any = option("guidance schedules: constant", None)
+    top_k: int | float | None = option(
+        "sample only from the most likely tokens: a count, or a fraction of the vocabulary; 0 = all", None,
+        at_least=0, at_most=10**8,
+    )  # fmt: skip
+    top_p: float | None = option(
+        "sample only from the most likely tokens with this total probability; 0 = all", None, at_least=0, at_most=1
+    )
 
 
 def default_settings(target: Modality) -> dict[str, Any]:
@@ -58,6 +83,7 @@ def chained_schedule(
     settings: Mapping[str, Any],
     cfg_grow_conditioning: bool = True,
     where: str = "settings",
+    own: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> list[dict[str, Any]]:
     """Build the schedule of a chain of targets.
 
@@ -66,16 +92,18 @@ def chained_schedule(
         targets: Modalities to generate, in this order.
         modality_info: The modalities of the model.
         settings: Any of :data:`COLUMNS`: one value for all targets, or one per target, as a list, as values joined by
-            ``-``, or as a mapping by target. The rest comes from :func:`default_settings`, but a given temperature
-            stays constant unless its schedule is given, too.
+            ``-``, or as a mapping by target. The rest comes from ``own`` and :func:`default_settings`, but a given
+            temperature stays constant unless its schedule is given, too.
         cfg_grow_conditioning: Let finished targets guide the targets after them.
         where: What error messages refer to.
+        own: The model's own default settings of targets.
 
     Raises:
         UserError: If the settings do not fit the targets.
     """
     check_keys(settings, COLUMNS, where)
-    defaults = [default_settings(as_modality(name, modality_info[name])) for name in targets]
+    own = own or {}
+    defaults = [default_settings(as_modality(name, modality_info[name])) | dict(own.get(name, {})) for name in targets]
     columns = {}
     for key, value_type in COLUMNS.items():
         given = per_target(settings.get(key), value_type, targets, f"{where}: '{key}'")

@@ -63,13 +63,13 @@ def expand_path(path: str, where: str = "path") -> str:
 
 
 def shipped(path: str) -> str:
-    """Return where a published configuration ``cfgs/…`` or the vocabulary ``fourm/…`` is, which a package brings with it.
+    """Return where a published configuration ``cfgs/…``, or a vocabulary or model ``fourm/…``, is in the package.
 
-    A file of this name in the working directory goes first. Other paths are returned unchanged.
+    A file or folder of this name in the working directory goes first. Other paths are returned unchanged.
     """
     if path.startswith(("cfgs/", "fourm/")) and not os.path.lexists(path):
         for folder in (PACKAGE, PACKAGE.parent):  # installed; in the repository
-            if (folder / path).is_file():
+            if (folder / path).exists():
                 return str(folder / path)
     return path
 

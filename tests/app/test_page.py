@@ -12,11 +12,18 @@ from pathlib import Path
 
 import pytest
 
-from fourm.app.command import main
+from fourm.app.command import AppOptions, load
+from fourm.app.forms import default_rows
 from fourm.app.page import import_gradio
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.demo.scene import CLASSES
+from fourm.demo.shipped import MODEL
+from fourm.generation.decoding import kind_of
+from fourm.utils.config import load_yaml
+from fourm.utils.errors import MissingDependency
+from fourm.utils.options import parse_options
 from tests.app.toy_app import DEPTH, RGB, SEMSEG, write_photo
 from tests.generation.test_sampler import write_run
+from tests.generation.toy_tokenizers import CHANNELS
 
 REPOSITORY = Path(__file__).parents[2]
 CHROMIUM = next(
@@ -32,11 +39,24 @@ def test_the_missing_package_is_named(monkeypatch, tmp_path):
         import_gradio(tmp_path)
 
 
-def test_without_a_model_the_demo_is_needed(monkeypatch, tmp_path):
+def test_without_a_model_the_shipped_one_is_used_with_its_settings(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(UserError, match="there is no folder demo_run: make it with 'fourm demo'"):
-        main([])
+    options = parse_options(AppOptions, ["--device", "cpu"], "", positional=("model",))
+    sampler = load(options)
+    settings = load_yaml(MODEL / "generation.yaml")
+    assert "-".join(kind_of(sampler.targets[name]) for name in sampler.default_targets) == settings["target_domains"]
+    assert sampler.class_names == CLASSES
+    rows = {row[0]: row[1:] for row in default_rows(sampler)}
+    assert rows["rgb"] == [settings["temps"]["rgb"], settings["cfg_scales"]["rgb"], settings["decoding_steps"]["rgb"]]
+
+
+def test_the_folder_of_a_demo_is_a_model(tmp_path):
+    write_run(tmp_path)
+    (tmp_path / "run").rename(tmp_path / "training")
+    (tmp_path / "words.json").rename(tmp_path / "vocabulary.json")
+    (tmp_path / "demo.json").write_text("{}")
+    sampler = load(AppOptions(model=str(tmp_path), device="cpu"))
+    assert {*CHANNELS} == sampler.tokenizers.keys() and sampler.class_names == CLASSES
 
 
 @pytest.fixture(scope="module")
