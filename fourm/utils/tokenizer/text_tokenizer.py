@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -115,7 +116,7 @@ class TextEncoder:
         )
         added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
         self._names_with_space = [content for content in added if " " in content]
-        self._cache: dict[str, list[int]] = {}
+        self._cache = _PartIds(tokenizer)
 
     def __call__(self, text: str) -> list[int]:
         """Return the ids of ``text``, without any special tokens around it.
@@ -126,16 +127,7 @@ class TextEncoder:
         text = escape_control_tokens(text)
         if len(text) > _MAX_SPLIT_CHARS or not self._can_split(text):
             return self._tokenizer.encode(text, add_special_tokens=False).ids
-        ids: list[int] = []
-        for part in self._split(text):
-            part_ids = self._cache.get(part)
-            if part_ids is None:
-                part_ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
-                if len(self._cache) >= _MAX_CACHED:
-                    self._cache.clear()
-                self._cache[part] = part_ids
-            ids += part_ids
-        return ids
+        return list(chain.from_iterable(map(self._cache.__getitem__, self._split(text))))
 
     def _can_split(self, text: str) -> bool:
         """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
@@ -151,3 +143,18 @@ class TextEncoder:
                 text = text[:start] + text[start:end].replace(" ", _JOINT) + text[end:]
                 start = lower.find(name, end)
         return text.split(" ")
+
+
+class _PartIds(dict[str, list[int]]):
+    """The ids of the parts of texts, which are computed at the first access."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, part: str) -> list[int]:
+        ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
+        if len(self) >= _MAX_CACHED:
+            self.clear()
+        self[part] = ids
+        return ids
