@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader, note_reading
-from fourm.data.collate import MaskedSample, collate
+from fourm.data.collate import MaskedSample, collate, single
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
@@ -245,12 +245,15 @@ def read_sample(
 
 
 class TrainBatches(IterableDataset):
-    """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share."""
+    """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share.
+
+    With ``batch_size`` None, each is a single sample without a batch dimension.
+    """
 
     def __init__(
         self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
-        batch_size: int, batches_per_epoch: int | None, rank: int, world_size: int, seed: int, start_batch: int = 0,
-        positions: Mapping[int, int] | None = None, num_streams: int | None = None,
+        batch_size: int | None, batches_per_epoch: int | None, rank: int, world_size: int, seed: int,
+        start_batch: int = 0, positions: Mapping[int, int] | None = None, num_streams: int | None = None,
     ):  # fmt: skip
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
@@ -273,9 +276,14 @@ class TrainBatches(IterableDataset):
                         self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_streams, draws
                     )
                 samples = streams[stream]
-                rows = [next(samples) for _ in range(self.batch_size)]
+                mod_dict = self._next(samples)
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _collect_reports(ledgers)
-                yield Batch(_collate(rows, self.modalities), position, scaling, k)
+                yield Batch(mod_dict, position, scaling, k)
+
+    def _next(self, samples: Stream) -> dict[str, dict[str, Tensor]]:
+        if self.batch_size is None:
+            return single(next(samples), self.modalities)
+        return _collate([next(samples) for _ in range(self.batch_size)], self.modalities)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
