@@ -124,7 +124,7 @@ class SampleDataset:
         transforms = self.transform.transforms_dict.items()
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
-    def present(self, sample: RawSample, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    def present(self, sample: RawSample, raw: dict[str, Any]) -> dict[str, Any]:
         """Return the usable values of ``sample``.
 
         Raises:
@@ -140,6 +140,20 @@ class SampleDataset:
             raise BadSample("missing value", message, tolerated=self.presence.missing != "error")
         return {name: raw[name] for name in usable}
 
+    def prepared(self, sample: RawSample) -> dict[str, Any]:
+        """Read the usable values of a sample, and preprocess them; this is done once for all repeats of the sample.
+
+        Raises:
+            BadSample: The sample cannot be read.
+            DataError: The sample violates the contract of one of its modalities.
+        """
+
+        def prepare(raw: dict[str, Any]) -> dict[str, Any]:
+            return self.transform.preprocess(self.present(sample, raw))
+
+        with name_file_in_errors(sample):
+            return sample.prepared(self._files, prepare, keep=self.repeats > 1)
+
     def masked(self, sample: RawSample, rng: np.random.Generator) -> MaskedSample:
         """Read, transform and mask a sample.
 
@@ -147,11 +161,11 @@ class SampleDataset:
             BadSample: The sample cannot be read.
             DataError: The sample violates the contract of one of its modalities.
         """
-        raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
-        budgets = self.masking.draw_budgets(rng, raw if self.presence.missing == "allow" else None)
+        values = self.prepared(sample)
+        budgets = self.masking.draw_budgets(rng, values if self.presence.missing == "allow" else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
         with name_file_in_errors(sample):
-            return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
+            return self.masking.apply(self.transform.augment(values, rng, skip=unseen), budgets, rng)
 
 
 @contextmanager
