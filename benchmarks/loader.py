@@ -28,13 +28,13 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from toy_shards import ToySamples, photographs, vocabulary, write_shards
 
 import fourm
 from fourm.data import build_wds_fm_pretraining_dataloader, unified_datasets
-from fourm.data.collate import ModDict
 from fourm.data.data_config import build_sample_transform, load_data_config
-from fourm.data.images import EncodedImage
+from fourm.data.decoding import EncodedImage
 from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_transforms import MODALITY_TRANSFORMS, PixelTransform, UnifiedDataTransform
 from fourm.data.raw_sample import OpenFiles, RawSample
@@ -44,6 +44,7 @@ from fourm.data.unified_datasets import build_train_loader
 from fourm.utils.errors import run_cli
 from fourm.utils.tokenizer import TextEncoder
 
+Sample = dict[str, dict[str, Tensor]]
 DATA = Path(__file__).parent.parent / "cfgs/default/4m/data"
 PUBLISHED = {
     7: "cc12m/main/mix_mod7_all2all_rgb2all_a0.5.yaml",
@@ -57,6 +58,8 @@ STAGES = (
     (RawSample, "values", "read"),
     (OpenFiles, "read", "read_files"),
     (UnifiedMasking, "draw_budgets", "budgets"),
+    (UnifiedDataTransform, "preprocess", "preprocess"),
+    (UnifiedDataTransform, "augment", "transform"),
     (UnifiedDataTransform, "__call__", "transform"),
     (EncodedImage, "pixels", "transform_decode"),
     (image, "resize", "transform_resize"),
@@ -64,6 +67,7 @@ STAGES = (
     (UnifiedMasking, "apply", "masking"),
     (TextEncoder, "__call__", "masking_text"),
     (unified_datasets, "collate", "collate"),
+    (unified_datasets, "single", "collate"),
 )
 """Class or module, function, and the stage that it is; ``read_files`` is a part of ``read``."""
 TIMES: defaultdict[str, float] = defaultdict(float)
@@ -105,14 +109,14 @@ def timed(owner: Any, method: str, stage: str) -> None:
     setattr(owner, method, wrapper)
 
 
-def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterator[ModDict]:
+def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterator[Sample]:
     """Return the batches of a training run."""
     loaded = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens)
     stream = {"batches_per_epoch": 10**9, "rank": 0, "world_size": 1, "seed": 0}
     return (batch.mod_dict for batch in build_train_loader(loaded, tokenizer, **stream, **options))
 
 
-def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 0) -> Iterator[ModDict]:
+def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 0) -> Iterator[Sample]:
     """Return single samples of the published function, with the data set's crops, buffers and repeats."""
     (dataset,) = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens).train.values()
     augmenter = build_sample_transform(dataset, training=True).image_augmenter
@@ -125,7 +129,7 @@ def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 
     return iter(loader)
 
 
-def measure(loader: Iterator[ModDict], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
+def measure(loader: Iterator[Sample], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
     """Yield samples/s, milliseconds per sample and stage, MB of a batch, and growth of the resident memory in MB."""
     count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and contain their maximum number of decoded samples
@@ -146,7 +150,7 @@ def measure(loader: Iterator[ModDict], samples: int, batch_size: int, num_worker
     }
 
 
-def measure_memory(loader: Iterator[ModDict], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
+def measure_memory(loader: Iterator[Sample], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
     """Yield the resident memory of the worker processes in MB after each tenth of the samples."""
     for tenth in range(1, 11):
         for _ in range(samples // batch_size // 10):
@@ -178,7 +182,8 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for owner, method, stage in STAGES:
-        timed(owner, method, stage)
+        if hasattr(owner, method):  # other versions of the code may have other steps
+            timed(owner, method, stage)
     tokenizer, batch_size = options.text_tokenizer_path, 1 if options.single else options.batch_size
     num_workers = options.num_workers or int(options.memory_samples is not None)
     with tempfile.TemporaryDirectory() as folder:
