@@ -142,7 +142,7 @@ def in_mode(image: Image.Image, mode: str) -> Image.Image:
 
 @functools.cache
 def _simplejpeg() -> ModuleType | None:
-    """Return the optional package that decodes JPEGs to the same pixels as Pillow in two thirds of the time."""
+    """Return the optional package that decodes JPEGs to the same pixels as Pillow in less time."""
     try:
         import simplejpeg
     except ImportError:
