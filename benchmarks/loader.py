@@ -2,12 +2,14 @@
 
     OMP_NUM_THREADS=1 python benchmarks/loader.py
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4
+    OMP_NUM_THREADS=1 python benchmarks/loader.py --single
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4 --memory_samples 100000
 
 It uses the published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, and 128/128 and 256/256 tokens. It prints
-one JSON line per number of modalities and number of repeats: samples/s, the time of each stage, and the growth of
-memory during the measurement. With ``--memory_samples`` it prints ten lines with the resident memory of the worker
-processes instead.
+one JSON line per number of modalities and number of repeats: samples/s, the processor time of each stage, and the
+growth of memory during the measurement. With ``--single``, samples come one by one, with normalised pixels, from
+``build_wds_fm_pretraining_dataloader``. With ``--memory_samples`` it prints ten lines with the resident memory of the
+worker processes instead. ``benchmarks/loader_trees.py`` compares two versions of the code.
 """
 
 from __future__ import annotations
@@ -26,17 +28,23 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 from toy_shards import ToySamples, photographs, vocabulary, write_shards
 
 import fourm
-from fourm.data import unified_datasets
-from fourm.data.data_config import load_data_config
+from fourm.data import build_wds_fm_pretraining_dataloader, unified_datasets
+from fourm.data.data_config import build_sample_transform, load_data_config
+from fourm.data.decoding import EncodedImage
 from fourm.data.masking import UnifiedMasking
-from fourm.data.modality_transforms import UnifiedDataTransform
-from fourm.data.raw_sample import RawSample
-from fourm.data.unified_datasets import Batch, build_train_loader
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, PixelTransform, UnifiedDataTransform
+from fourm.data.raw_sample import OpenFiles, RawSample
+from fourm.data.shards import Shards
+from fourm.data.transforms import image
+from fourm.data.unified_datasets import build_train_loader
 from fourm.utils.errors import run_cli
+from fourm.utils.tokenizer import TextEncoder
 
+Sample = dict[str, dict[str, Tensor]]
 DATA = Path(__file__).parent.parent / "cfgs/default/4m/data"
 PUBLISHED = {
     7: "cc12m/main/mix_mod7_all2all_rgb2all_a0.5.yaml",
@@ -46,12 +54,22 @@ PUBLISHED = {
 TOKENS = {7: 128, 21: 256}
 """Number of modalities → token budget of inputs and of targets."""
 STAGES = (
+    (Shards, "_join", "index"),
     (RawSample, "values", "read"),
+    (OpenFiles, "read", "read_files"),
     (UnifiedMasking, "draw_budgets", "budgets"),
+    (UnifiedDataTransform, "preprocess", "preprocess"),
+    (UnifiedDataTransform, "augment", "transform"),
     (UnifiedDataTransform, "__call__", "transform"),
+    (EncodedImage, "pixels", "transform_decode"),
+    (image, "resize", "transform_resize"),
+    (PixelTransform, "postprocess", "transform_normalise"),
     (UnifiedMasking, "apply", "masking"),
+    (TextEncoder, "__call__", "masking_text"),
     (unified_datasets, "collate", "collate"),
+    (unified_datasets, "single", "collate"),
 )
+"""Class or module, function, and the stage that it is; ``read_files`` is a part of ``read``."""
 TIMES: defaultdict[str, float] = defaultdict(float)
 TOKENIZER = Path(fourm.__file__).parent / "utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
 
@@ -78,26 +96,40 @@ def config(root: Path, data_path: str, modalities: int, repeats: int) -> Path:
 
 
 def timed(owner: Any, method: str, stage: str) -> None:
-    """Add the time spent in a method to ``TIMES[stage]``."""
+    """Add the processor time spent in a method to ``TIMES[stage]``."""
     original = getattr(owner, method)
 
     def wrapper(*args, **kwargs):
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             return original(*args, **kwargs)
         finally:
-            TIMES[stage] += time.perf_counter() - start
+            TIMES[stage] += time.process_time() - start
 
     setattr(owner, method, wrapper)
 
 
-def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterator[Batch]:
+def batches(data: Path, tokenizer: Path, tokens: int, **options: Any) -> Iterator[Sample]:
+    """Return the batches of a training run."""
     loaded = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens)
     stream = {"batches_per_epoch": 10**9, "rank": 0, "world_size": 1, "seed": 0}
-    return iter(build_train_loader(loaded, tokenizer, **stream, **options))
+    return (batch.mod_dict for batch in build_train_loader(loaded, tokenizer, **stream, **options))
 
 
-def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
+def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 0) -> Iterator[Sample]:
+    """Return single samples of the published function, with the data set's crops, buffers and repeats."""
+    (dataset,) = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens).train.values()
+    augmenter = build_sample_transform(dataset, training=True).image_augmenter
+    loader = build_wds_fm_pretraining_dataloader(
+        dataset.data_path, list(dataset.modalities), dataset.modalities, MODALITY_TRANSFORMS, augmenter, tokenizer,
+        tokens, tokens, num_gpus=1, num_workers=num_workers, batch_size=None, epoch_size=None,
+        sampling_weights=dataset.sampling_weights, shuffle_buffer_load=dataset.wds_shuffle_buffer_tar,
+        shuffle_buffer_repeat=dataset.wds_shuffle_buffer_repeat, n_repeats=dataset.wds_n_repeats,
+    )  # fmt: skip
+    return iter(loader)
+
+
+def measure(loader: Iterator[Sample], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
     """Yield samples/s, milliseconds per sample and stage, MB of a batch, and growth of the resident memory in MB."""
     count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and contain their maximum number of decoded samples
@@ -113,12 +145,12 @@ def measure(loader: Iterator[Batch], samples: int, batch_size: int, num_workers:
         "samples_per_s": round(count * batch_size / seconds, 1),
         **({} if num_workers else {"samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1)}),
         **milliseconds,
-        "batch_mb": round(sum(t.nbytes for entry in batch.mod_dict.values() for t in entry.values()) / 1e6, 2),
+        "batch_mb": round(sum(t.nbytes for entry in batch.values() for t in entry.values()) / 1e6, 2),
         "memory_growth_mb": round(_resident_mb(os.getpid()) - memory, 1),
     }
 
 
-def measure_memory(loader: Iterator[Batch], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
+def measure_memory(loader: Iterator[Sample], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
     """Yield the resident memory of the worker processes in MB after each tenth of the samples."""
     for tenth in range(1, 11):
         for _ in range(samples // batch_size // 10):
@@ -142,6 +174,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--num_workers", type=int, default=0, help="0 runs in this process, with times per stage")
+    parser.add_argument("--single", action="store_true", help="single samples instead of batches")
     parser.add_argument("--float_pixels", action="store_true", help="normalize in the loader instead of on the device")
     parser.add_argument("--text_tokenizer_path", type=Path, default=TOKENIZER)
     parser.add_argument("--shards", type=int, default=10)
@@ -149,8 +182,9 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     for owner, method, stage in STAGES:
-        timed(owner, method, stage)
-    tokenizer, batch_size = options.text_tokenizer_path, options.batch_size
+        if hasattr(owner, method):  # other versions of the code may have other steps
+            timed(owner, method, stage)
+    tokenizer, batch_size = options.text_tokenizer_path, 1 if options.single else options.batch_size
     num_workers = options.num_workers or int(options.memory_samples is not None)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
@@ -158,10 +192,14 @@ def main() -> None:
             shards = root / str(modalities)
             data_path = write_samples(shards, tokenizer, modalities, options.shards, options.per_shard)
             for repeats in options.repeats:
-                loader = batches(
-                    config(root, data_path, modalities, repeats), tokenizer, TOKENS[modalities],
-                    batch_size=batch_size, num_workers=num_workers, raw_pixels=not options.float_pixels,
-                )  # fmt: skip
+                data = config(root, data_path, modalities, repeats)
+                if options.single:
+                    loader = single_samples(data, tokenizer, TOKENS[modalities], num_workers)
+                else:
+                    loader = batches(
+                        data, tokenizer, TOKENS[modalities], batch_size=batch_size, num_workers=num_workers,
+                        raw_pixels=not options.float_pixels,
+                    )  # fmt: skip
                 if options.memory_samples is None:
                     results = measure(loader, options.samples, batch_size, num_workers)
                 else:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, time_to_loss
+from benchmarks import gpu, loader_trees, time_to_loss
 from tests.train.toy_run import write_run
 from tests.warm_python import warm_python
 
@@ -68,11 +68,23 @@ def test_the_loader_and_the_memory_of_its_worker_are_measured_with_all_modalitie
     small = ["--repeats", "2", "--batch_size", "2", "--shards", "1", "--per_shard", "3"]
     seven, all_of_them = lines("benchmarks/loader.py", *small, "--modalities", "7", "21", "--samples", "8")
     assert (seven["modalities"], all_of_them["modalities"]) == (7, 21) and seven["batch_mb"] < all_of_them["batch_mb"]
-    for line in (seven, all_of_them):
-        assert all(line[f"{stage}_ms"] > 0 for stage in ("read", "budgets", "transform", "masking", "collate"))
+    (single,) = lines("benchmarks/loader.py", *small, "--single", "--samples", "8")
+    for line in (seven, all_of_them, single):
+        stages = ("read", "preprocess", "budgets", "transform", "masking", "collate")
+        assert all(line[f"{stage}_ms"] > 0 for stage in stages)
     steps = lines("benchmarks/loader.py", *small, "--modalities", "21", "--memory_samples", "40")
     assert [step["samples"] for step in steps] == [*range(4, 44, 4)]
     assert all(step["num_workers"] == 1 and step["workers_resident_mb"] > 100 for step in steps)
+
+
+@pytest.mark.slow
+def test_two_versions_of_the_loader_are_compared_on_equal_samples(capsys, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    toy = {"--shards": 1, "--per_shard": 3, "--warm_up": 2, "--samples": 4, "--rounds": 2, "--repeats": 2}
+    loader_trees.main(["--before", str(ROOT), *(str(part) for option in toy.items() for part in option)])
+    (line,) = map(json.loads, capsys.readouterr().out.splitlines())
+    assert line["equal"] is True and line["modalities"] == 7 and line["repeats"] == 2
+    assert line["ratio"] == sorted(line["ratio"]) and line["before"] > 0 and line["now"] > 0
 
 
 @pytest.mark.slow

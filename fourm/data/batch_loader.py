@@ -53,15 +53,24 @@ class BatchIterator(Iterator):
         self._notes = RawArray("c", _NOTE_BYTES * max(1, num_workers))
         self._endless = not hasattr(batches, "__len__")
         self._item: Any = _PENDING
+        self._workers: list[BaseProcess] = []
+        self._items: Iterator[Any] = iter(_ErrorsAsItems(batches, self._notes))
+        if num_workers:
+            self._items = self._start_workers(batches, num_workers, pin_memory)
+        elif pin_memory and torch.cuda.is_available():
+            self._items = (batch.pin_memory() for batch in self._items)
+
+    def _start_workers(self, batches: IterableDataset, num_workers: int, pin_memory: bool) -> Iterator[Any]:
         loader = DataLoader(
             _ErrorsAsItems(batches, self._notes), batch_size=None, collate_fn=_identity, num_workers=num_workers,
-            pin_memory=pin_memory, worker_init_fn=_ignore_foreign_signals, timeout=_POLL_SECONDS if num_workers else 0,
+            pin_memory=pin_memory, worker_init_fn=_ignore_foreign_signals, timeout=_POLL_SECONDS,
             generator=torch.Generator(),  # otherwise the DataLoader would draw from the global one
         )  # fmt: skip
         before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
-        self._items: Iterator[Any] = iter(loader)
-        self._workers: list[BaseProcess] = [child for child in active_children() if child not in before]
+        items = iter(loader)
+        self._workers = [child for child in active_children() if child not in before]
         _remove_loader_handler(handler)
+        return items
 
     def ready(self) -> bool:
         """Wait about a second for the next batch.

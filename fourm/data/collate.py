@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fourm.data.modality_info import Modality
+from fourm.data.span_masking import padded
 
 MaskedSample = Mapping[str, Mapping[str, np.ndarray]]
 ModDict = Mapping[str, Mapping[str, Tensor]]
@@ -41,6 +42,21 @@ def collate(
         if modality.type == "img" and not modality.is_pixels:
             batch[name]["tensor"] = batch[name]["tensor"].flatten(1)
     return batch
+
+
+def single(sample: MaskedSample, modality_info: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
+    """Return one masked sample as tensors: what :func:`collate` returns for it, without the leading dimension."""
+    result = {}
+    for name, modality in modality_info.items():
+        row = dict(sample[name] if name in sample else _masked_row(modality, None))
+        values = row["tensor"]
+        if modality.type == "seq_emb":
+            values = padded(values, len(row["input_mask"]))
+        elif not (values.flags.carray and values.flags.owndata):
+            values = values.copy()  # otherwise it would share the memory of a value that is kept for its next repeat
+        row["tensor"] = values.reshape(-1) if modality.type == "img" and not modality.is_pixels else values
+        result[name] = {field: torch.from_numpy(array) for field, array in row.items()}
+    return result
 
 
 def _stack(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Tensor:

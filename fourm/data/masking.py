@@ -148,7 +148,7 @@ class UnifiedMasking:
         """Return the ids of a text with [EOS] at the end, and the lengths of the units: tokens or chunks."""
         assert self._text and modality.max_tokens
         if isinstance(value, str):
-            ids = [*self._text(value), self._text.eos_id][: modality.max_tokens]
+            ids = [*self._text(value, modality.max_tokens), self._text.eos_id][: modality.max_tokens]
             return ids, np.ones(len(ids), np.int64)
         if not isinstance(value, (list, tuple)) or not all(isinstance(chunk, str) for chunk in value):
             raise DataError(f"expected a string or a list of strings, not {value!r:.80}")

@@ -137,32 +137,51 @@ class UnifiedDataTransform:
     def __call__(
         self, sample: Mapping[str, Any], generator: np.random.Generator | None = None, skip: Set[str] = frozenset()
     ) -> dict[str, Any]:
-        """Transform one raw sample.
+        """Transform one raw sample: :meth:`preprocess` and :meth:`augment`."""
+        return self.augment(self.preprocess(sample), generator, skip)
+
+    def preprocess(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """Do everything that does not depend on the crop.
 
         Args:
             sample: Raw value per modality, and ``crop_settings`` (K, 5) if crops were stored. Keys that begin with
                 ``__`` are passed through.
+
+        Raises:
+            DataError: A value violates the contract of its modality (token count, vocabulary, …).
+            UnreadableValue: A value cannot be parsed.
+        """
+        return {
+            name: _call_for(name, self._transform(name).preprocess, value) if _is_modality(name) else value
+            for name, value in sample.items()
+        }
+
+    def augment(
+        self, values: Mapping[str, Any], generator: np.random.Generator | None = None, skip: Set[str] = frozenset()
+    ) -> dict[str, Any]:
+        """Crop, flip and finish the result of :meth:`preprocess`, which is not modified.
+
+        Args:
+            values: The preprocessed sample.
             generator: Source of all randomness of this sample.
             skip: Modalities that get no tokens. Images among them are neither decoded nor resized, but replaced by
                 zeros of the same shape.
 
         Raises:
-            DataError: A value violates the contract of its modality (crop count, token count, vocabulary, …).
-            UnreadableValue: A value cannot be decoded or parsed.
+            DataError: A value violates the contract of its modality (crop count, …).
+            UnreadableValue: A value cannot be decoded.
         """
         generator = generator if generator is not None else np.random.default_rng()
-        crop_settings = sample.get("crop_settings")
-        result = {name: value for name, value in sample.items() if name.startswith("__")}
-        names = [name for name in sample if name not in result and name != "crop_settings"]
-        transforms = {name: self._transform(name) for name in names}
-        values = {name: _call_for(name, transforms[name].preprocess, sample[name]) for name in names}
+        crop_settings = values.get("crop_settings")
+        result = {name: value for name, value in values.items() if name.startswith("__")}
+        transforms = {name: self._transform(name) for name in values if _is_modality(name)}
         source = "crop" if crop_settings is None else "crop_settings"
         shared = Augmentation()
         if crop_settings is not None or any(transform.follows_crop for transform in transforms.values()):
             crops = _count_stored_crops(transforms, values) if crop_settings is None else crop_settings
             shared = _call_for(source, self.image_augmenter, values, crops, generator)
-        for name in names:
-            transform, target_size = transforms[name], get_transform_resolution(name, shared.target_size)
+        for name, transform in transforms.items():
+            target_size = get_transform_resolution(name, shared.target_size)
             if name in skip and isinstance(transform, ImageTransform):
                 assert target_size is not None  # augmenters of images set one
                 result[name] = transform.empty(target_size)
@@ -174,14 +193,17 @@ class UnifiedDataTransform:
 
     def lacking(self, sample: Mapping[str, Any]) -> list[str]:
         """Return the modalities of a raw sample whose value is null or empty."""
-        names = (name for name in sample if name != "crop_settings" and not name.startswith("__"))
-        return [name for name in names if self._transform(name).is_missing(sample[name])]
+        return [name for name in sample if _is_modality(name) and self._transform(name).is_missing(sample[name])]
 
     def _transform(self, name: str) -> AbstractTransform:
         transform = self.transforms_dict.get(name) or self.transforms_dict.get(get_transform_key(name))
         if transform is None:
             raise UserError(f"modality {name}: no transform{did_you_mean(name, self.transforms_dict)}")
         return transform
+
+
+def _is_modality(name: str) -> bool:
+    return name != "crop_settings" and not name.startswith("__")
 
 
 def _count_stored_crops(transforms: Mapping[str, AbstractTransform], values: Mapping[str, Any]) -> int | None:
@@ -226,7 +248,7 @@ def _augment(
     crops = transform.stored_crops(value)
     if crop_settings is not None and crops is not None and crops != len(crop_settings):
         raise DataError(f"it has values of {crops} crops, but crop_settings has {len(crop_settings)}")
-    value = transform.image_augment(value, **augmentation._asdict())
+    value = transform.image_augment(value, *augmentation)
     return transform.postprocess(transform.choose(value, generator))
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.budgets import TokensRange
-from fourm.data.collate import ModDict, collate
+from fourm.data.collate import ModDict, single
 from fourm.data.folders import Folders
 from fourm.data.image_augmenter import AbstractImageAugmenter
 from fourm.data.layout import wanted_names
@@ -50,13 +50,13 @@ class PretrainingLoader:
     def __iter__(self) -> Iterator[ModDict]:
         length = None if self.epoch_size is None else len(self)
         batches = TrainBatches(
-            self.datasets, self.weights, self.modalities, batch_size=self.batch_size or 1, batches_per_epoch=length,
+            self.datasets, self.weights, self.modalities, batch_size=self.batch_size or None, batches_per_epoch=length,
             rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0, world_size=self.num_gpus,
             seed=self.seed, start_batch=self.epoch * (length or 0),
         )  # fmt: skip
         self.epoch += 1
         for batch in itertools.islice(BatchLoader(batches, self.num_workers), length):
-            yield batch.mod_dict if self.batch_size else _first(batch.mod_dict)
+            yield batch.mod_dict
 
 
 def build_wds_fm_pretraining_dataloader(
@@ -143,12 +143,8 @@ class FolderDataset(Dataset):
             masked = self._dataset.masked(sample, generator(self.seed, "sample", index))
         except BadSample as error:
             raise DataError(str(error)) from error
-        return _first(collate([masked], self._dataset.modalities))
+        return single(masked, self._dataset.modalities)
 
 
 def _select(modality_info: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Modality]:
     return {name: as_modality(name, modality_info[name]) for name in names}
-
-
-def _first(mod_dict: ModDict) -> ModDict:
-    return {name: {key: value[0] for key, value in entry.items()} for name, entry in mod_dict.items()}

@@ -1,6 +1,7 @@
 """A sample on disk: the location of its members, and their values once they are needed.
 
-A :class:`RawSample` is a reference. If a sample is repeated, it keeps its decoded values until its last repeat is done.
+A :class:`RawSample` is a reference. If a sample is repeated, it keeps its decoded and preprocessed values until its last
+repeat is done.
 """
 
 from __future__ import annotations
@@ -8,8 +9,10 @@ from __future__ import annotations
 import io
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from fourm.data.decoding import EncodedImage, UnreadableFormat, decode_value
 from fourm.data.presence import Presence
@@ -137,12 +140,13 @@ class OpenFiles:
 class RawSample:
     """The members of one sample by modality."""
 
-    __slots__ = ("_values", "key", "members")
+    __slots__ = ("_prepared", "_values", "key", "members")
 
     def __init__(self, key: str, members: Mapping[str, Member]):
         self.key = key
         self.members = members
         self._values: dict[str, Any] | None = None
+        self._prepared: dict[str, Any] | None = None
 
     def values(self, files: OpenFiles, keep_pixels: bool) -> dict[str, Any]:
         """Return the decoded members, ``{modality: value}``, which callers must not modify.
@@ -158,6 +162,26 @@ class RawSample:
         if keep_pixels:
             self._values = values
         return values
+
+    def prepared(
+        self, files: OpenFiles, prepare: Callable[[dict[str, Any]], dict[str, Any]], keep: bool
+    ) -> dict[str, Any]:
+        """Return the result of ``prepare`` for the values of the sample, which callers must not modify.
+
+        Args:
+            files: See :meth:`values`.
+            prepare: What is the same for all repeats of the sample.
+            keep: Keep the result, in place of the values, for later calls.
+        """
+        if self._prepared is not None:
+            return self._prepared
+        prepared = prepare(self.values(files, keep))
+        if keep:
+            for value in prepared.values():
+                if isinstance(value, np.ndarray):
+                    value.flags.writeable = False
+            self._prepared, self._values = prepared, None
+        return prepared
 
     def _value(self, name: str, files: OpenFiles, keep_pixels: bool) -> Any:
         member = self.members[name]

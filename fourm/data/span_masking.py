@@ -94,4 +94,6 @@ def sequence_row(
 
 def padded(vectors: np.ndarray, length: int) -> np.ndarray:
     """Pad vectors (n, D) with zeros to (length, D)."""
-    return np.concatenate([vectors, np.zeros((length - len(vectors), *vectors.shape[1:]), vectors.dtype)])
+    out = np.zeros((length, *vectors.shape[1:]), vectors.dtype)
+    out[: len(vectors)] = vectors
+    return out

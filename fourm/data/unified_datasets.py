@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader, note_reading
-from fourm.data.collate import MaskedSample, collate
+from fourm.data.collate import MaskedSample, collate, single
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
@@ -124,7 +124,7 @@ class SampleDataset:
         transforms = self.transform.transforms_dict.items()
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
-    def present(self, sample: RawSample, raw: Mapping[str, Any]) -> Mapping[str, Any]:
+    def present(self, sample: RawSample, raw: dict[str, Any]) -> dict[str, Any]:
         """Return the usable values of ``sample``.
 
         Raises:
@@ -140,6 +140,20 @@ class SampleDataset:
             raise BadSample("missing value", message, tolerated=self.presence.missing != "error")
         return {name: raw[name] for name in usable}
 
+    def prepared(self, sample: RawSample) -> dict[str, Any]:
+        """Read the usable values of a sample, and preprocess them; this is done once for all repeats of the sample.
+
+        Raises:
+            BadSample: The sample cannot be read.
+            DataError: The sample violates the contract of one of its modalities.
+        """
+
+        def prepare(raw: dict[str, Any]) -> dict[str, Any]:
+            return self.transform.preprocess(self.present(sample, raw))
+
+        with name_file_in_errors(sample):
+            return sample.prepared(self._files, prepare, keep=self.repeats > 1)
+
     def masked(self, sample: RawSample, rng: np.random.Generator) -> MaskedSample:
         """Read, transform and mask a sample.
 
@@ -147,11 +161,11 @@ class SampleDataset:
             BadSample: The sample cannot be read.
             DataError: The sample violates the contract of one of its modalities.
         """
-        raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
-        budgets = self.masking.draw_budgets(rng, raw if self.presence.missing == "allow" else None)
+        values = self.prepared(sample)
+        budgets = self.masking.draw_budgets(rng, values if self.presence.missing == "allow" else None)
         unseen = frozenset(name for name, m in self.modalities.items() if m.is_pixels and not budgets.input.get(name))
         with name_file_in_errors(sample):
-            return self.masking.apply(self.transform(raw, rng, skip=unseen), budgets, rng)
+            return self.masking.apply(self.transform.augment(values, rng, skip=unseen), budgets, rng)
 
 
 @contextmanager
@@ -245,12 +259,15 @@ def read_sample(
 
 
 class TrainBatches(IterableDataset):
-    """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share."""
+    """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share.
+
+    With ``batch_size`` None, each is a single sample without a batch dimension.
+    """
 
     def __init__(
         self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
-        batch_size: int, batches_per_epoch: int | None, rank: int, world_size: int, seed: int, start_batch: int = 0,
-        positions: Mapping[int, int] | None = None, num_streams: int | None = None,
+        batch_size: int | None, batches_per_epoch: int | None, rank: int, world_size: int, seed: int,
+        start_batch: int = 0, positions: Mapping[int, int] | None = None, num_streams: int | None = None,
     ):  # fmt: skip
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
@@ -273,9 +290,14 @@ class TrainBatches(IterableDataset):
                         self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_streams, draws
                     )
                 samples = streams[stream]
-                rows = [next(samples) for _ in range(self.batch_size)]
+                mod_dict = self._next(samples)
                 position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _collect_reports(ledgers)
-                yield Batch(_collate(rows, self.modalities), position, scaling, k)
+                yield Batch(mod_dict, position, scaling, k)
+
+    def _next(self, samples: Stream) -> dict[str, dict[str, Tensor]]:
+        if self.batch_size is None:
+            return single(next(samples), self.modalities)
+        return _collate([next(samples) for _ in range(self.batch_size)], self.modalities)
 
     def _epoch(self, k: int) -> int:
         return k // self.batches_per_epoch if self.batches_per_epoch else 0

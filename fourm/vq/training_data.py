@@ -207,9 +207,9 @@ class TokenizerSamples(SampleDataset):
     keep_depth: bool = False
 
     def masked(self, sample: RawSample, rng: np.random.Generator) -> dict[str, dict[str, np.ndarray]]:
-        raw = self.present(sample, sample.values(self._files, keep_pixels=self.repeats > 1))
+        values = self.prepared(sample)
         with name_file_in_errors(sample):
-            (name, value), *_ = self.transform(raw, rng).items()
+            (name, value), *_ = self.transform.augment(values, rng).items()
             value = value if value.dtype.kind != "b" else value.astype(np.float32)
             if self.labels is not None and not 0 <= value.min() <= value.max() < self.labels:
                 raise DataError(

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fourm.data.collate import collate
+from fourm.data.collate import collate, single
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.span_masking import padded, sequence_row
 
@@ -34,3 +34,23 @@ def test_a_batch_in_shared_memory_is_the_same():
             other = shared[name][field]
             assert other.is_shared() and not tensor.is_shared()
             assert other.dtype == tensor.dtype and torch.equal(other, tensor)
+
+
+def test_a_single_sample_is_the_only_row_of_its_batch_in_memory_of_its_own():
+    modalities = MODALITIES | {name: MODALITY_INFO[name] for name in ("rgb@224", "tok_rgb@224", "tok_depth@224")}
+    kept, masks = np.arange(196).reshape(14, 14), np.zeros((3, 196), bool)
+    pixels = np.random.default_rng(0).random((3, 224, 224), np.float32)
+    for vectors in samples():
+        fields = dict(zip(("input_mask", "target_mask", "decoder_attention_mask"), masks.copy(), strict=True))
+        sample = vectors | {
+            "rgb@224": {"tensor": pixels[:, ::-1]} | fields,
+            "tok_rgb@224": {"tensor": kept[:]} | fields,
+        }
+        got, batch = single(sample, modalities), collate([sample], modalities)
+        assert list(got) == list(modalities)
+        for name, entry in batch.items():
+            assert got[name].keys() == entry.keys()
+            for field, tensor in entry.items():
+                assert got[name][field].dtype == tensor.dtype and torch.equal(got[name][field], tensor[0])
+            got[name]["tensor"].fill_(7)
+    assert kept.ravel().tolist() == [*range(196)] and pixels.max() < 1

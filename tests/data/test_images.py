@@ -2,6 +2,7 @@
 
 import io
 import os
+import sys
 
 import numpy as np
 import pytest
@@ -193,3 +194,55 @@ def test_the_steps_of_a_notebook(tmp_path):
 def test_values_of_another_range_are_not_taken_for_pixels(transform, value):
     with pytest.raises((DataError, UnreadableValue), match="expected"):
         transform.postprocess(value)
+
+
+def photograph(height=93, width=141, mode="RGB"):
+    coarse = np.random.default_rng(0).integers(0, 256, (9, 11, 3), np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.BICUBIC).convert(mode)
+
+
+def turbo_calls(monkeypatch):
+    """Returns the list to which each file is added that simplejpeg decodes, in place of Pillow."""
+    package, calls = pytest.importorskip("simplejpeg"), []
+    decode = package.decode_jpeg
+
+    def spied(content, *arguments, **options):
+        pixels = decode(content, *arguments, **options)
+        calls.append(content)
+        return pixels
+
+    monkeypatch.setattr(package, "decode_jpeg", spied)
+    return calls
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [(93, 141), (64, 96), (33, 17)])
+def test_jpegs_are_decoded_to_the_pixels_of_pillow(monkeypatch, scale, size):
+    calls = turbo_calls(monkeypatch)
+    files = [encode(photograph(*size), "JPEG", quality=90, subsampling=kind) for kind in (0, 1, 2)]
+    files += [encode(photograph(*size), "JPEG", quality=50, **{how: True}) for how in ("progressive", "keep_rgb")]
+    for kind in ("440", "411"):
+        files.append(sys.modules["simplejpeg"].encode_jpeg(np.asarray(photograph(*size)), 90, "RGB", kind))
+    for content in files:
+        image = Image.open(io.BytesIO(content))
+        image.draft(None, (image.width // scale, image.height // scale))
+        got = EncodedImage(content).pixels("RGB", scale)
+        assert np.array_equal(got, np.asarray(image)) and got.dtype == np.uint8
+    assert calls == files
+
+
+def test_other_and_damaged_jpegs_are_left_to_pillow(monkeypatch):
+    calls = turbo_calls(monkeypatch)
+    pictures = [
+        encode(photograph(mode="L"), "JPEG"),
+        encode(photograph(mode="CMYK"), "JPEG"),
+        encode(photograph(), "PNG"),
+    ]
+    for content in [*pictures, held(6, "JPEG", np.asarray(photograph()))]:
+        pixels = EncodedImage(content).pixels("RGB")
+        assert pixels.shape in ((93, 141, 3), (141, 93, 3))
+    whole = encode(photograph(), "JPEG")
+    with pytest.raises(UnreadableImage, match="^a damaged image: image file is truncated"):
+        EncodedImage(whole[: len(whole) // 2]).pixels("RGB")
+    padded = EncodedImage(whole[:-2] + bytes(9) + whole[-2:]).pixels("RGB")  # Pillow can read it
+    assert not calls and np.array_equal(padded, EncodedImage(whole).pixels("RGB")) and calls == [whole]

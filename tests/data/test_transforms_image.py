@@ -208,3 +208,26 @@ def test_load_reads_a_file_without_decoding_it(tmp_path):
     path = tmp_path / "a.png"
     path.write_bytes(encode(smooth_picture(10, 12), "PNG"))
     assert image_size(RGBTransform().load(path)) == (10, 12)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_levels_are_normalised_by_one_multiplication_and_one_addition(flip):
+    levels = np.arange(256 * 3, dtype=np.uint8).reshape(16, 16, 3)[:, :: -1 if flip else 1]
+    transform = RGBTransform()
+    scale, bias = (np.array(values, np.float32) for values in transform.scaling)
+    expected = np.float32(levels * scale) + bias  # rounded after each step
+    got = transform.postprocess(levels)
+    assert got.dtype == np.float32 and got.flags.c_contiguous and np.array_equal(got, expected.transpose(2, 0, 1))
+    assert np.array_equal(RGBTransform(raw=True).postprocess(levels), levels.transpose(2, 0, 1))
+
+
+@pytest.mark.parametrize("target", [None, (40, 50), (16, 24)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_crop_is_not_copied_before_it_is_resized_and_the_result_is_always_a_copy(target, flip):
+    before, crop = smooth_picture(60, 80), (5, 5, 40, 50)
+    array = before.copy()
+    assert np.shares_memory(cut(array, crop), array)
+    augment(RGBTransform(), array, crop, flip, (60, 80), target)[:] = 0
+    assert np.array_equal(array, before)
+    array.flags.writeable = False  # such as pixels from Pillow
+    augment(RGBTransform(), array, crop, flip, (60, 80), target)[:] = 0

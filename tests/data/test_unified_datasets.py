@@ -19,7 +19,9 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader
+from fourm.data.collate import single
 from fourm.data.data_config import load_data_config
+from fourm.data.raw_sample import RawSample
 from fourm.data.unified_datasets import (
     Stream,
     build_dataset,
@@ -28,6 +30,7 @@ from fourm.data.unified_datasets import (
     draws_in_epoch,
 )
 from fourm.utils.errors import DataError
+from fourm.utils.seeds import generator
 from tests.data.dataset_files import MODALITIES, jpeg, npy, text_tokenizer, write_folders, write_shards
 
 TOKENIZER = text_tokenizer()
@@ -198,6 +201,26 @@ def test_repeats_share_a_sample_with_other_crops_and_masks(tmp_path, shards):
     dataset = build_dataset(data.train["d0"], TOKENIZER, training=True)
     first, second = itertools.islice(dataset.draw(0, 0, 0, 1, BadSampleLedger("d0", 0.0)), 2)
     assert first is second  # decoded once for all of them
+
+
+def test_a_repeat_is_preprocessed_once_and_independent_of_the_others(tmp_path, shards):
+    once, repeated = (
+        build_dataset(config(tmp_path, shards, wds_n_repeats=repeats).train["d0"], TOKENIZER, training=True)
+        for repeats in (1, 4)
+    )
+    kept = next(repeated.draw(0, 0, 0, 1, BadSampleLedger("d0", 0.0)))
+    fresh = RawSample(kept.key, kept.members)
+    for seed in range(4):
+        got, expected = (
+            single(dataset.masked(sample, generator(seed)), dataset.modalities)
+            for dataset, sample in ((repeated, kept), (once, fresh))
+        )
+        assert same(got, expected)
+        for entry in got.values():
+            for tensor in entry.values():
+                tensor.zero_()  # as users may do with what they get
+    assert repeated.prepared(kept) is repeated.prepared(kept) and once.prepared(fresh) is not once.prepared(fresh)
+    assert isinstance(repeated.prepared(kept)["det"], list), "the instances were parsed"
 
 
 @pytest.mark.parametrize("buffer", ["wds_shuffle_buffer_tar", "wds_shuffle_buffer_repeat"])

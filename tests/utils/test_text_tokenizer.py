@@ -71,6 +71,22 @@ def test_encoder_agrees_with_the_tokenizer(pieces, separator):
     assert ENCODE(text) == SHIPPED.encode(text, add_special_tokens=False).ids
 
 
+@settings(max_examples=200, deadline=None)
+@example(["hot"] * 9, " dog ", 2)
+@example(["dining", "", "table", "x"], " ", 1)
+@example(["hot dog"] * 9, " ", 3)
+@given(st.lists(PIECES, max_size=12), st.sampled_from([" ", "  ", "", "\n"]), st.integers(1, 9))
+def test_a_limit_leaves_out_the_rest(pieces, separator, limit):
+    text = separator.join(pieces)
+    assert ENCODE(text, limit) == SHIPPED.encode(text, add_special_tokens=False).ids[:limit]
+
+
+def test_words_beyond_the_limit_are_not_encoded():
+    encode = TextEncoder(SHIPPED)
+    assert len(encode(" ".join(f"v0={number}" for number in range(1000)), 8)) == 8
+    assert len(encode._cache) <= 8
+
+
 def test_the_cache_of_the_encoder_is_bounded(monkeypatch):
     monkeypatch.setattr("fourm.utils.tokenizer.text_tokenizer._MAX_CACHED", 3)
     encode = TextEncoder(SHIPPED)

@@ -10,6 +10,9 @@ import numpy as np
 
 from fourm.data.decoding import decode_value
 
+MAPPINGS = (dict, Mapping)
+"""Types to check for a mapping: for a dict, this is several times as fast as the check for a ``Mapping`` alone."""
+
 CropCoords = tuple[int, int, int, int]
 """(top, left, height, width) in pixels of the main modality's image."""
 
@@ -72,7 +75,7 @@ class AbstractTransform:
             return False
         if isinstance(value, str):
             return not value or value.isspace()
-        return value is None or (isinstance(value, (list, tuple, Mapping)) and not value)
+        return value is None or (isinstance(value, (list, tuple, *MAPPINGS)) and not value)
 
     def stored_crops(self, value: Any) -> int | None:
         """Return the number of stored crops that a preprocessed ``value`` has entries for, or None if it has none."""

@@ -14,9 +14,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from fourm.data.object_arrays import ObjectArray
-from fourm.data.transforms.base import AbstractTransform
+from fourm.data.transforms.base import MAPPINGS, AbstractTransform
 from fourm.data.transforms.sequence import Box, box_words, checked_box, crop_box, stored_crop_entry
 from fourm.utils.errors import DataError, UnreadableValue
+
+_CODE_WORDS = [f"v{code // 512}={code % 512}" for code in range(1024)]
 
 
 def code_words(codes: Sequence[int], count: int) -> list[str]:
@@ -25,7 +27,7 @@ def code_words(codes: Sequence[int], count: int) -> list[str]:
         raise DataError(f"expected {count} codes from 0 to 1023, not {codes!r:.80}")
     if not all(type(code) is int and 0 <= code < 1024 for code in codes):
         raise DataError(f"expected {count} codes, whole numbers from 0 to 1023, not {codes!r:.80}")
-    return [f"v{code // 512}={code % 512}" for code in codes]
+    return [_CODE_WORDS[code] for code in codes]
 
 
 def _number_words(count: int, low: float, high: float) -> Callable[[Sequence[float]], list[str]]:
@@ -44,7 +46,7 @@ def _number_words(count: int, low: float, high: float) -> Callable[[Sequence[flo
 
 def _person_box(person: Any) -> Box:
     """Return the checked box of a person."""
-    if not isinstance(person, Mapping) or "box" not in person:
+    if not isinstance(person, MAPPINGS) or "box" not in person:
         raise DataError(f"expected a person with a 'box', not {person!r:.80}")
     box = person["box"]
     if isinstance(box, (list, tuple)) and any(isinstance(c, float) and not math.isfinite(c) for c in box):
@@ -158,11 +160,11 @@ class InstanceMaskTransform(AbstractTransform):
     def preprocess(self, value: Any) -> list[np.ndarray]:
         """Return the outlines whose box is large enough, and not empty."""
         min_area = 0.0
-        if isinstance(value, Mapping):
+        if isinstance(value, MAPPINGS):
             min_area, value = self.min_share * _image_area(value), value.get("annotations")
         if not isinstance(value, (list, tuple)):
             raise DataError(f"expected a list of outlines, not {value!r:.80}")
-        outlines = [np.asarray(item["points"] if isinstance(item, Mapping) else item, np.float32) for item in value]
+        outlines = [np.asarray(item["points"] if isinstance(item, MAPPINGS) else item, np.float32) for item in value]
         for outline in outlines:
             if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
                 raise DataError(f"expected an outline of shape (3 or more, 2), not {outline.shape}")
@@ -191,7 +193,7 @@ class InstanceMaskTransform(AbstractTransform):
 def _image_area(value: Mapping[str, Any]) -> float:
     """Return the area in pixels of the image that a file of instances describes."""
     image = value.get("image")
-    sides: list[Any] = [image.get(side) for side in ("width", "height")] if isinstance(image, Mapping) else []
+    sides: list[Any] = [image.get(side) for side in ("width", "height")] if isinstance(image, MAPPINGS) else []
     if not sides or not all(isinstance(side, (int, float)) and 0 < side < 10**9 for side in sides):
         raise DataError(f"expected the width and height of the image under 'image', not {image!r:.80}")
     return float(sides[0] * sides[1])
@@ -237,7 +239,7 @@ class SAMInstanceTransform(AbstractTransform):
         if isinstance(crop, dict):
             crop = [dict(zip(crop, row, strict=True)) for row in zip(*crop.values(), strict=True)]
         for instance in crop:
-            if not isinstance(instance, Mapping) or "points" not in instance or "token_ids" not in instance:
+            if not isinstance(instance, MAPPINGS) or "points" not in instance or "token_ids" not in instance:
                 raise DataError(f"expected instances with 'points' and 'token_ids', not {instance!r:.80}")
         polygons = Polygons([i["points"] for i in crop], [i["token_ids"] for i in crop])
         polygons.check_unit(self.size)
@@ -255,7 +257,7 @@ class SAMInstanceTransform(AbstractTransform):
 
     def _words(self, polygons: Polygons, index: int) -> list[str]:
         box = polygons.boxes[index].clip(0, self.size) / self.size
-        return ["polygon", *box_words(box.tolist()), *code_words(polygons.codes[index].tolist(), 16)]
+        return ["polygon", *box_words(box.tolist()), *(_CODE_WORDS[code] for code in polygons.codes[index].tolist())]
 
     def postprocess(self, value: list[str] | Polygons) -> str:
         if isinstance(value, Polygons):  # the caller skipped ``choose``

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from fourm.data.transforms.base import AbstractTransform, CropCoords
+from fourm.data.transforms.base import MAPPINGS, AbstractTransform, CropCoords
 from fourm.utils.errors import DataError, UnreadableValue, did_you_mean
 
 T = TypeVar("T")
@@ -114,7 +114,9 @@ class CaptionTransform(AbstractTransform):
     def is_missing(self, value: Any) -> bool:
         if isinstance(value, str):
             return super().is_missing(value)
-        if isinstance(value, (list, tuple, Mapping)) and any(isinstance(c, Mapping) for c in (value, *value)):
+        if isinstance(value, (list, tuple, *MAPPINGS)) and any(
+            isinstance(c, MAPPINGS) for c in (value, *value) if not isinstance(c, str)
+        ):
             try:
                 return all(map(_is_null, _captions(value)))
             except UnreadableValue:
@@ -153,7 +155,7 @@ def _captions(value: Any) -> list[Any]:
     Raises:
         UnreadableValue: A mapping has none of the known keys.
     """
-    if isinstance(value, Mapping):
+    if isinstance(value, MAPPINGS):
         key = next(
             (key for key in _CAPTION_KEYS if value.get(key) is not None),
             next((k for k in _CAPTION_KEYS if k in value), None),
@@ -163,7 +165,11 @@ def _captions(value: Any) -> list[Any]:
             raise UnreadableValue(f"no key {' or '.join(_CAPTION_KEYS)} (there are {keys:.200})")
         value = value[key]
     if isinstance(value, (list, tuple)):
-        return [text for item in value for text in (_captions(item) if isinstance(item, Mapping) else [item])]
+        return [
+            text
+            for item in value
+            for text in ([item] if isinstance(item, str) or not isinstance(item, MAPPINGS) else _captions(item))
+        ]
     return [value]
 
 
@@ -182,18 +188,18 @@ class DetectionTransform(AbstractTransform):
     follows_crop: ClassVar[bool] = True
 
     def preprocess(self, value: Mapping[str, Any]) -> list[tuple[str, Box]]:
-        if isinstance(value, Mapping) and "annotations" in value and "instances" not in value:
+        if isinstance(value, MAPPINGS) and "annotations" in value and "instances" not in value:
             raise DataError('this is COCO\'s annotation file; expected a file per image with {"instances": …}')
-        if isinstance(value, Mapping) and "instances" not in value:
+        if isinstance(value, MAPPINGS) and "instances" not in value:
             raise UnreadableValue(f"no key instances (there are {', '.join(map(str, value)):.200})")
-        if not isinstance(value, Mapping) or not isinstance(value["instances"], list):
+        if not isinstance(value, MAPPINGS) or not isinstance(value["instances"], list):
             raise DataError(f'expected {{"instances": […]}}, not {value!r:.80}')
         instances = [_parse_instance(instance) for instance in value["instances"] if instance is not None]
         return [(name, box) for name, box, score in instances if score >= self.det_threshold]
 
     def is_missing(self, value: Any) -> bool:
         """Return whether the value or its instances are null; an empty list of instances is a value."""
-        return super().is_missing(value) or (isinstance(value, Mapping) and value.get("instances", "") is None)
+        return super().is_missing(value) or (isinstance(value, MAPPINGS) and value.get("instances", "") is None)
 
     def image_augment(
         self, value, crop_coords, flip, orig_size, target_size, rand_aug_idx, resample_mode=None
@@ -215,7 +221,7 @@ def _parse_instance(instance: Any) -> tuple[str, Box, float]:
     Raises:
         DataError: The instance has another format.
     """
-    if not isinstance(instance, Mapping):
+    if not isinstance(instance, MAPPINGS):
         raise DataError(f'expected an instance {{"boxes", "class_name", "score"}}, not {instance!r:.80}')
     for key in ("boxes", "class_name"):
         if key not in instance:
@@ -302,7 +308,7 @@ class MetadataTransform(AbstractTransform):
 
     def preprocess(self, value: Mapping[str, float]) -> list[str]:
         chunks = []
-        if not isinstance(value, Mapping):
+        if not isinstance(value, MAPPINGS):
             raise DataError(f"expected a mapping of metadata, not {value!r:.80}")
         for key, number in value.items():
             if number is None:
@@ -317,7 +323,7 @@ class MetadataTransform(AbstractTransform):
         return chunks
 
     def is_missing(self, value: Any) -> bool:
-        return super().is_missing(value) or (isinstance(value, Mapping) and all(v is None for v in value.values()))
+        return super().is_missing(value) or (isinstance(value, MAPPINGS) and all(v is None for v in value.values()))
 
     def choose(self, value: list[str], generator: np.random.Generator) -> list[str]:
         value = [value[i] for i in generator.permutation(len(value))] if self.shuffle else value
@@ -339,7 +345,7 @@ class ColorPaletteTransform(AbstractTransform):
 
     def preprocess(self, value: Any) -> Mapping[str, list[list[int]]]:
         palettes = value[0] if isinstance(value, (list, tuple)) and len(value) == 1 else value
-        if not isinstance(palettes, Mapping):
+        if not isinstance(palettes, MAPPINGS):
             raise DataError(f'expected palettes {{"1": [[r, g, b]], …}}, not {value!r:.80}')
         for count in map(str, range(1, self.max_colors + 1)):
             colors = palettes.get(count)
@@ -354,6 +360,6 @@ class ColorPaletteTransform(AbstractTransform):
         return value[str(generator.integers(1, self.max_colors + 1))]
 
     def postprocess(self, value: list[list[int]] | Mapping[str, list[list[int]]]) -> str:
-        if isinstance(value, Mapping):  # the caller skipped ``choose``
+        if isinstance(value, MAPPINGS):  # the caller skipped ``choose``
             value = self.choose(value, np.random.default_rng())
         return " ".join([f"v1={len(value)}", *(f"v0={channel}" for color in value for channel in color)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
@@ -15,7 +16,7 @@ from fourm.utils.tokenizer.special_tokens import CONTROL, EOS, sentinel
 
 _JOINT = "\0"  # replaces the spaces within class names
 _MAX_CACHED = 20_000  # words whose ids are cached
-_MAX_SPLIT_CHARS = 2_000  # for longer texts, the search for class names costs more than the cache saves
+_MAX_SPLIT_CHARS = 5_000  # for longer texts, the search for class names costs more than the cache saves
 _CONTROL = re.compile(r"\[(?=(?:PAD|UNK|SOS|EOS|BOS|MASK|CLS|SEP|S_\d+)\])", re.IGNORECASE)
 
 MAX_TEXT_CHARS = 2**16
@@ -115,27 +116,28 @@ class TextEncoder:
         )
         added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
         self._names_with_space = [content for content in added if " " in content]
-        self._cache: dict[str, list[int]] = {}
+        self._words_per_name = max((name.count(" ") + 1 for name in self._names_with_space), default=1)
+        self._cache = _PartIds(tokenizer)
 
-    def __call__(self, text: str) -> list[int]:
+    def __call__(self, text: str, limit: int | None = None) -> list[int]:
         """Return the ids of ``text``, without any special tokens around it.
+
+        Args:
+            text: The text.
+            limit: Number of ids after which the rest is left out; None = all.
 
         Raises:
             UnreadableText: See :func:`escape_control_tokens`.
         """
         text = escape_control_tokens(text)
-        if len(text) > _MAX_SPLIT_CHARS or not self._can_split(text):
-            return self._tokenizer.encode(text, add_special_tokens=False).ids
-        ids: list[int] = []
-        for part in self._split(text):
-            part_ids = self._cache.get(part)
-            if part_ids is None:
-                part_ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
-                if len(self._cache) >= _MAX_CACHED:
-                    self._cache.clear()
-                self._cache[part] = part_ids
-            ids += part_ids
-        return ids
+        can_split = self._can_split(text)
+        if can_split and limit is not None and "  " not in text:
+            # Every word has an id of its own, except those of a class name, which share one.
+            words = text.split(" ", count := limit * self._words_per_name + 2)
+            text = " ".join(words[:count]) if len(words) > count else text
+        if not can_split or len(text) > _MAX_SPLIT_CHARS:
+            return self._tokenizer.encode(text, add_special_tokens=False).ids[:limit]
+        return list(islice(chain.from_iterable(map(self._cache.__getitem__, self._split(text))), limit))
 
     def _can_split(self, text: str) -> bool:
         """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
@@ -151,3 +153,18 @@ class TextEncoder:
                 text = text[:start] + text[start:end].replace(" ", _JOINT) + text[end:]
                 start = lower.find(name, end)
         return text.split(" ")
+
+
+class _PartIds(dict[str, list[int]]):
+    """The ids of the parts of texts, which are computed at the first access."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        super().__init__()
+        self._tokenizer = tokenizer
+
+    def __missing__(self, part: str) -> list[int]:
+        ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
+        if len(self) >= _MAX_CACHED:
+            self.clear()
+        self[part] = ids
+        return ids
