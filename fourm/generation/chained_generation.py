@@ -222,6 +222,7 @@ class GenerationSampler(nn.Module):
         info, tensor = self.model.modality_info, next(iter(uncond.values()))["tensor"]
         noise = SampleNoise(sample_seeds(seed, len(tensor)))
         batches = [dict(uncond), *map(dict, conds)]
+        self._packed.check()
         with tqdm(total=len(schedule), disable=not verbose) as progress:
             for target, target_steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
                 steps = list(target_steps)

@@ -32,8 +32,7 @@ def supported() -> bool:
 class PackedLinears:
     """Multiplies by packed copies of the weights of a model's linear layers.
 
-    A layer gets its copy when it is used for the second time, so that a single step does not wait for copies. The
-    first use in every :meth:`applied` with ``check`` compares the copy with the weights, which may have changed.
+    A layer gets its copy when it is used for the second time, so that a single step does not wait for copies.
     """
 
     def __init__(self) -> None:
@@ -45,16 +44,17 @@ class PackedLinears:
         """Memory of all copies, in bytes."""
         return sum(layer.nbytes for layer in self._layers.values())
 
+    def check(self) -> None:
+        """Compare each copy with its weights, which may have changed, when it is used for the next time."""
+        for layer in self._layers.values():
+            layer.checked = False
+
     @contextmanager
-    def applied(self, model: nn.Module, check: bool = True) -> Iterator[None]:
+    def applied(self, model: nn.Module) -> Iterator[None]:
         """Let the linear layers of ``model`` use their copies.
 
         This has no effect under autocast, on compiled models, on weights that are not ordinary float32 tensors on the
         CPU, and where :func:`supported` is False.
-
-        Args:
-            model: The model.
-            check: Whether the weights may have changed since the last time.
         """
         modules = [*model.modules()]
         usable = supported() and not torch.is_autocast_enabled("cpu")
@@ -62,7 +62,6 @@ class PackedLinears:
         linears = [m for m in modules if type(m) is nn.Linear and _is_ordinary(m.weight)] if usable else []
         for linear in linears:
             layer = self._layers.setdefault(linear, _PackedLinear(linear, self))
-            layer.checked &= not check
             linear.forward = layer.forward  # type: ignore[method-assign, assignment]
         try:
             yield
