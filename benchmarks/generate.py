@@ -208,7 +208,7 @@ def main() -> None:
                 arguments.before, names, options, arguments.repeats
             ),
         }  # fmt: skip
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report))
         return
     torch.manual_seed(0)
     domains = [RGB, IMAGE, TEXT]
