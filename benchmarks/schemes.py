@@ -93,7 +93,7 @@ def table(scores: Sequence[Mapping[str, Any]], schemes: Sequence[str]) -> str:
     columns = [(target, scheme) for target in dict.fromkeys(s["target"] for s in scores) for scheme in schemes]
     cells = {(s["target"], s["scheme"], s["steps"]): f"{s['score']:.4f}" for s in scores}
     rows = [
-        (str(steps), *(cells[(*column, steps)] for column in columns))
+        (str(steps), *(cells[target, scheme, steps] for target, scheme in columns))
         for steps in dict.fromkeys(s["steps"] for s in scores)
     ]
     return aligned(("steps", *(f"{target} {scheme}" for target, scheme in columns)), rows, left=())

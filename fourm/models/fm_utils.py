@@ -154,17 +154,16 @@ class _MultiHead(nn.Module):
 
 
 def _attend_within(parts: tuple[Part, ...], q: Tensor, keys_values: KeysValues) -> Tensor:
-    """Compute attention within each part; keys are packed, queries may be: (B, H, Q, C) → (B, Q, D)."""
+    """Compute attention within each part, (B, H, Q, C) → (B, Q, D); keys are packed, and queries may be."""
     q_packed, k_packed, v_packed = (rearrange(x, "b h n c -> h (b n) c") for x in (q, *keys_values))
     attended = []
     for size, queries, keys, mask in parts:
-        (q_part, q_packed), (k_part, k_packed), (v_part, v_packed) = (
+        (q_first, q_packed), (k_first, k_packed), (v_first, v_packed) = (
             x.split([size * count, x.shape[1] - size * count], dim=1)
             for x, count in ((q_packed, queries), (k_packed, keys), (v_packed, keys))
         )
-        y = F.scaled_dot_product_attention(
-            *(rearrange(x, "h (b n) c -> b h n c", b=size) for x in (q_part, k_part, v_part)), attn_mask=mask
-        )
+        q_part, k_part, v_part = (rearrange(x, "h (b n) c -> b h n c", b=size) for x in (q_first, k_first, v_first))
+        y = F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=mask)
         attended.append(rearrange(y, "b h q c -> (b q) (h c)"))
     return torch.cat(attended).view(q.shape[0], q.shape[2], -1)
 
