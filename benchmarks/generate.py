@@ -3,14 +3,22 @@
 ``python benchmarks/generate.py`` prints JSON. Both variants share one model and alternate in one process. The plain one
 follows the loops of the published code: it runs the encoder once per condition and sequence or step, and the decoder
 over all tokens so far, with logits for all of them. Both must generate the same tokens.
+
+``--before FOLDER`` compares the cached variant with that of another checkout instead, by processor time: both generate
+in turns, each in a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +34,14 @@ from fourm.models.token_selection import select_inputs
 RGB, IMAGE, TEXT = "rgb@224", "tok_rgb@224", "caption"
 START = 5  # id of the token that starts a caption
 Conditions = Sequence[tuple[float, Any]]
+CASES: dict[str, tuple] = {
+    "rgb_to_caption_256": (RGB, TEXT, 256, "autoregressive", 1, 1.0),
+    "rgb_to_caption_256_guided": (RGB, TEXT, 256, "autoregressive", 1, 3.0),
+    "caption_to_image_roar_49_guided": (TEXT, IMAGE, 196, "roar", 49, 3.0),
+    "caption_to_image_maskgit_8": (TEXT, IMAGE, 196, "maskgit", 8, 1.0),
+    "rgb_to_image_roar_25_guided": (RGB, IMAGE, 196, "roar", 25, 3.0),
+    "rgb_to_image_maskgit_8_guided": (RGB, IMAGE, 196, "maskgit", 8, 3.0),
+}
 
 
 def encode(model: FM, batch: Any) -> tuple[Tensor, Tensor]:
@@ -128,6 +144,45 @@ def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[st
     return {name: min(values) for name, values in seconds.items()}, results
 
 
+def serve(variants: Mapping[str, Callable[[], Any]]) -> None:
+    """Run the variant that each line of the standard input names, and print its processor time and its tokens."""
+    for line in sys.stdin:
+        start = time.process_time()
+        tokens = variants[line.strip()]()
+        print(json.dumps([time.process_time() - start, tokens]), flush=True)
+
+
+def against(before: Path, names: Sequence[str], options: Sequence[str], rounds: int) -> dict[str, Any]:
+    """Run the cases of another checkout and of this one in turns; the first round warms up."""
+    servers = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--serve", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder,
+        )
+        for folder in (before.resolve(), Path(__file__).resolve().parents[1])
+    ]  # fmt: skip
+    results = {}
+    for name in names:
+        seconds, same = [], []
+        for _ in range(rounds + 1):
+            answers = []
+            for server in servers:
+                assert server.stdin and server.stdout
+                print(name, file=server.stdin, flush=True)
+                answers.append(json.loads(server.stdout.readline()))
+            seconds.append([answer[0] for answer in answers])
+            same.append(answers[0][1] == answers[1][1])
+        ratios = [old / new for old, new in seconds[1:]]
+        results[name] = {
+            "before": statistics.median(old for old, _ in seconds[1:]),
+            "now": statistics.median(new for _, new in seconds[1:]),
+            "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)], "same_tokens": all(same),
+        }  # fmt: skip
+    for server in servers:
+        server.communicate()  # ends its input
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=3)
@@ -141,8 +196,20 @@ def main() -> None:
     parser.add_argument(
         "--toy", action="store_true", help="use a model of one narrow block and short texts, to test the command"
     )
+    parser.add_argument("--before", type=Path, help="compare with this checkout; run --repeats rounds")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
 
+    if arguments.before:
+        options = ["--model", arguments.model, *(["--toy"] * arguments.toy)]
+        names = [name for name in CASES if arguments.only in name]
+        report = {
+            "benchmark": "generate", "model": arguments.model, "processor_seconds": against(
+                arguments.before, names, options, arguments.repeats
+            ),
+        }  # fmt: skip
+        print(json.dumps(report))
+        return
     torch.manual_seed(0)
     domains = [RGB, IMAGE, TEXT]
     toy = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2} if arguments.toy else {}
@@ -150,19 +217,15 @@ def main() -> None:
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else None
     # Prevent end-of-text and sentinel tokens, so that every caption has the maximum length.
     model.decoder_embeddings[TEXT].to_logits.weight.data[:204] = 0
-    cases = {
-        "rgb_to_caption_256": (RGB, TEXT, 256, "autoregressive", 1, 1.0),
-        "rgb_to_caption_256_guided": (RGB, TEXT, 256, "autoregressive", 1, 3.0),
-        "caption_to_image_roar_49_guided": (TEXT, IMAGE, 196, "roar", 49, 3.0),
-        "caption_to_image_maskgit_8": (TEXT, IMAGE, 196, "maskgit", 8, 1.0),
-    }
+    cases = {}
+    for name, (given, target, tokens, *rest) in CASES.items():
+        if arguments.only in name:
+            tokens = min(tokens, 16) if arguments.toy and target == TEXT else tokens
+            cases[name] = (tokens, case(model, given, target, tokens, *rest, dtype))
+    if arguments.serve:
+        return serve({name: variants["cached"] for name, (_, variants) in cases.items()})
     results = {}
-    for name, settings in cases.items():
-        if arguments.only not in name:
-            continue
-        given, target, tokens, *rest = settings
-        tokens = min(tokens, 16) if arguments.toy and target == TEXT else tokens
-        variants = case(model, given, target, tokens, *rest, dtype)
+    for name, (tokens, variants) in cases.items():
         if not arguments.plain:
             times, _ = timed({"cached": variants["cached"]}, arguments.repeats + 1)  # the first run warms up
             results[name] = {**times, "tokens": tokens}

@@ -48,6 +48,14 @@ def test_the_matrix_runs_under_torchrun_and_fits_exponents():
 
 
 @pytest.mark.slow
+def test_generation_takes_turns_with_another_checkout():
+    options = ["--toy", "--only", "maskgit_8", "--repeats", "1", "--before", str(ROOT)]
+    (line,) = lines("benchmarks/generate.py", *options)
+    cases = line["processor_seconds"]
+    assert len(cases) == 2 and all(case["same_tokens"] and case["ratio"] > 0 for case in cases.values())
+
+
+@pytest.mark.slow
 def test_optimizers_are_compared_by_the_steps_to_the_same_loss(tmp_path, capsys):
     options = {"--steps": 6, "--eval_every": 2, "--seeds": 0, "--adamw_blr": 0.01, "--muon_blr": 1, "--timed_steps": 1}
     arguments = [str(part) for option in options.items() for part in option]

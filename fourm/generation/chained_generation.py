@@ -22,6 +22,8 @@ from tqdm import tqdm
 from fourm.data.collate import ModDict
 from fourm.data.modality_info import as_modality
 from fourm.generation.batch_entries import emptied, init_empty_target_modality, merged, sentinels_of
+from fourm.generation.halton import halton_orders
+from fourm.generation.packed_linear import PackedLinears
 from fourm.generation.schedules import GenerationSchedule, check_schedule
 from fourm.generation.steps import SCHEMES, Conditions, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
@@ -55,6 +57,7 @@ class GenerationSampler(nn.Module):
     def __init__(self, model: FourM, dtype: torch.dtype | None = None):
         super().__init__()
         self.model, self.dtype = model, dtype
+        self._packed = PackedLinears()
 
     def generate(
         self,
@@ -219,8 +222,10 @@ class GenerationSampler(nn.Module):
         info, tensor = self.model.modality_info, next(iter(uncond.values()))["tensor"]
         noise = SampleNoise(sample_seeds(seed, len(tensor)))
         batches = [dict(uncond), *map(dict, conds)]
+        self._packed.check()
         with tqdm(total=len(schedule), disable=not verbose) as progress:
-            for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
+            for target, target_steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
+                steps = list(target_steps)
                 modality = as_modality(target, info[target])
                 max_tokens = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
                 if target not in batches[0]:
@@ -229,7 +234,10 @@ class GenerationSampler(nn.Module):
                     batches[0] = init_empty_target_modality(
                         batches[0], info, target, len(tensor), length, tensor.device
                     )
-                entry = dict(batches[0][target])
+                entry, order = dict(batches[0][target]), None
+                if any(step["scheme"] == "halton" for step in steps):
+                    grid = self.model.decoder_embeddings[target].grid
+                    order = halton_orders(grid, noise.uniform()).to(tensor.device)
                 sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
                 for (weights, domains), group in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
                     batches = [{**batch, target: entry} for batch in batches]
@@ -239,7 +247,14 @@ class GenerationSampler(nn.Module):
                         conditions = Conditions(self.model, weighted)
                     for step in group:
                         options = StepOptions(
-                            target, step["num_tokens"], step["temperature"], sampler, noise, sentinels, max_tokens
+                            target,
+                            step["num_tokens"],
+                            step["temperature"],
+                            sampler,
+                            noise,
+                            sentinels,
+                            max_tokens,
+                            order,
                         )
                         with self.running():
                             entry = SCHEMES[step["scheme"]](conditions, entry, options)
@@ -255,7 +270,7 @@ class GenerationSampler(nn.Module):
             self.model.eval()
         device = self.model.mask_token.device.type
         try:
-            with torch.autocast(device, self.dtype, enabled=self.dtype is not None):
+            with torch.autocast(device, self.dtype, enabled=self.dtype is not None), self._packed.applied(self.model):
                 yield
         finally:
             if training:

@@ -16,7 +16,7 @@ from fourm.utils.errors import UserError, did_you_mean
 GenerationSchedule = Sequence[Mapping[str, Any]]
 """Steps, each a dict of target_domain, scheme, num_tokens, temperature, cfg_scale and cfg_cond_domains."""
 
-IMAGE_SCHEMES, SEQUENCE_SCHEMES = ("maskgit", "roar"), ("autoregressive",)
+IMAGE_SCHEMES, SEQUENCE_SCHEMES = ("halton", "maskgit", "roar"), ("autoregressive",)
 
 
 def linear_schedule(num_steps: int, num_tokens: int) -> list[int]:
@@ -100,7 +100,7 @@ def build_chained_generation_schedules(
         cond_domains: Modalities that guidance empties.
         target_domains: Modalities to generate, in this order.
         tokens_per_target: Number of tokens of an image, maximum number of tokens of a sequence.
-        autoregression_schemes: ``maskgit`` or ``roar`` for images, ``autoregressive`` for sequences.
+        autoregression_schemes: ``halton``, ``maskgit`` or ``roar`` for images, ``autoregressive`` for sequences.
         decoding_steps: Number of steps of an image; a sequence is one step.
         token_decoding_schedules: ``linear`` or ``cosine`` for images.
         temps: Temperatures; 0 takes the most likely token.
@@ -200,7 +200,8 @@ def check_schedule(
         if scheme not in schemes:
             raise UserError(
                 f"{where}: {target} is {'an image' if modality.type == 'img' else 'a sequence'} and can be generated "
-                f"with {' or '.join(schemes)}, not {scheme}"
+                f"with {', '.join(schemes[:-1])}{' or ' * (len(schemes) > 1)}{schemes[-1]}, not {scheme}"
+                f"{did_you_mean(scheme, schemes)}"
             )
         if not multi and step.get("cfg_scale", 1.0) != 1.0 and not step.get("cfg_cond_domains"):
             raise UserError(

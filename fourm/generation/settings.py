@@ -33,7 +33,7 @@ class TargetSettings:
     tokens_per_target: Any = option(
         "number of tokens; this and the following keys take one value, or one per target joined by '-'", None
     )
-    autoregression_schemes: Any = option("maskgit or roar (images), autoregressive (sequences)", None)
+    autoregression_schemes: Any = option("halton, maskgit or roar (images), autoregressive (sequences)", None)
     decoding_steps: Any = option("number of decoding steps (images)", None)
     token_decoding_schedules: Any = option("tokens per step: linear or cosine (images)", None)
     temps: Any = option("sampling temperatures; 0 = always the most likely token", None)

@@ -25,6 +25,7 @@ from fourm.generation.batch_entries import merged
 from fourm.generation.kv_cache import DecoderCache
 from fourm.generation.token_sampling import SampleNoise, TokenSampler
 from fourm.models.fm import FourM
+from fourm.models.fm_utils import Part, additive, attendable
 from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID
@@ -32,8 +33,29 @@ from fourm.utils.tokenizer.special_tokens import PAD_ID
 Entry = dict[str, Any]
 
 
+@dataclass
+class _Inputs:
+    """The embedded inputs of a condition: content and position + modality, (B, N, D) each, and padding, (B, N)."""
+
+    x: Tensor
+    emb: Tensor
+    padding: Tensor
+
+    def __post_init__(self) -> None:
+        self.padded = bool(self.padding.any())
+
+    def part(self, num_queries: int | None = None) -> Part:
+        """Return the part of these inputs in a packed batch, where they are the keys, and by default also the queries."""
+        batch, length = self.padding.shape
+        mask = additive(attendable(self.padding), self.x) if self.padded else None
+        return Part(batch, length if num_queries is None else num_queries, length, mask)
+
+
 class Conditions:
     """The embedded inputs of all conditions, to which decoded tokens can be appended.
+
+    Guidance removes some inputs, so that conditions differ in length. The model therefore runs on packed batches
+    (:class:`Part`), without padding between conditions.
 
     Args:
         model: The model.
@@ -43,26 +65,50 @@ class Conditions:
     def __init__(self, model: FourM, conditions: Sequence[tuple[float, ModDict]]):
         self.model = model
         modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
-        embedded = [model.embed_encoder(batch, select_inputs(batch, modalities)) for _, batch in conditions]
-        x, emb, padding = zip(*embedded, strict=True)
-        length = max(part.shape[1] for part in padding)
-        self._x, self._emb = (
-            torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts]) for parts in (x, emb)
-        )
-        self._padding = torch.cat([F.pad(part, (0, length - part.shape[1]), value=True) for part in padding])
-        self.weights = torch.tensor([weight for weight, _ in conditions], device=self._x.device)
+        self._inputs = [
+            _Inputs(*model.embed_encoder(batch, select_inputs(batch, modalities))) for _, batch in conditions
+        ]
+        self._context: Tensor | None = None
+        self.weights = torch.tensor([weight for weight, _ in conditions], device=model.mask_token.device)
 
-    def context(self) -> tuple[Tensor, Tensor]:
-        """Return what the decoder attends to, (C·B, N, D), and its padding mask, (C·B, N)."""
-        return self.model.context(self.model.encode(self._x + self._emb, self._padding), self._emb), self._padding
+    def context(self) -> Tensor:
+        """Return what the decoder attends to, a packed batch (1, T, D). It is computed once for the same inputs."""
+        if self._context is None:
+            x, emb = (
+                torch.cat([tokens.flatten(0, 1) for tokens in tensors])[None]
+                for tensors in zip(*((inputs.x, inputs.emb) for inputs in self._inputs), strict=True)
+            )
+            parts = tuple(inputs.part() for inputs in self._inputs)
+            encoded = self.model.encoder_norm(self.model.run_blocks(self.model.encoder, x + emb, parts))
+            self._context = self.model.context(encoded, emb)
+        return self._context
+
+    def padded_context(self) -> tuple[Tensor, Tensor]:
+        """Return what the decoder attends to, padded to the longest condition, (C·B, N, D), and its padding mask."""
+        length = max(inputs.padding.shape[1] for inputs in self._inputs)
+        missing = [length - inputs.padding.shape[1] for inputs in self._inputs]
+        parts = self.context()[0].split([inputs.padding.numel() for inputs in self._inputs])
+        contexts = [part.view(*inputs.x.shape) for part, inputs in zip(parts, self._inputs, strict=True)]
+        padding = [F.pad(inputs.padding, (0, n), value=True) for inputs, n in zip(self._inputs, missing, strict=True)]
+        return torch.cat([F.pad(c, (0, 0, 0, n)) for c, n in zip(contexts, missing, strict=True)]), torch.cat(padding)
+
+    def decode(self, domain: str, position: Tensor, valid: Tensor) -> Tensor:
+        """Run the decoder on an image's positions (B, K), of which some are valid, and return (B, K, D)."""
+        y = self.embed_target(domain, position, position)
+        mask = None if valid.all() else additive(attendable(~valid.repeat(len(self.weights), 1)), y)
+        parts = tuple(inputs.part(num_queries=y.shape[1]) for inputs in self._inputs)
+        y = self.model.run_blocks(self.model.decoder, y, self.context(), mask, parts)
+        return self.combine(self.model.decoder_norm(y))
 
     def append(self, domain: str, ids: Tensor, position: Tensor, valid: Tensor) -> None:
         """Add tokens of an image, (B, K) each, to the inputs of all conditions."""
         if domain in self.model.encoder_embeddings:
-            x, emb = self.model.encoder_embeddings[domain](ids, _rows(position))
-            parts = (part.view(*ids.shape, -1).repeat(len(self.weights), 1, 1) for part in (x, emb))
-            self._x, self._emb = (torch.cat(pair, 1) for pair in zip((self._x, self._emb), parts, strict=True))
-            self._padding = torch.cat([self._padding, ~valid.repeat(len(self.weights), 1)], 1)
+            x, emb = (part.view(*ids.shape, -1) for part in self.model.encoder_embeddings[domain](ids, _rows(position)))
+            self._inputs = [
+                _Inputs(*(torch.cat(pair, 1) for pair in ((old.x, x), (old.emb, emb), (old.padding, ~valid))))
+                for old in self._inputs
+            ]
+            self._context = None
 
     def embed_target(self, domain: str, ids: Tensor, position: Tensor) -> Tensor:
         """Embed decoder tokens at ``position``, (B, K) → (C·B, K, D)."""
@@ -100,6 +146,7 @@ class StepOptions:
         noise: Random numbers of each sample.
         sentinels: Ids of the sentinels of a sequence.
         max_tokens: Maximum number of tokens of a sequence, for which the model has positions.
+        order: When each position of an image is decoded by the Halton scheme, (B, L).
     """
 
     domain: str
@@ -109,32 +156,36 @@ class StepOptions:
     noise: SampleNoise
     sentinels: list[int]
     max_tokens: int
+    order: Tensor | None = None
 
 
-def decode_image(conditions: Conditions, entry: Entry, step: StepOptions, random_order: bool) -> Entry:
-    """Decode several tokens of an image at once, with MaskGIT or ROAR.
+def decode_image(
+    conditions: Conditions, entry: Entry, step: StepOptions, order: Callable[[StepOptions, Tensor], Any] | None
+) -> Entry:
+    """Decode several tokens of an image at once.
 
     Args:
         conditions: The inputs, to which the decoded tokens are appended.
         entry: The target so far.
         step: Options of the step.
-        random_order: ROAR: decode ``num_tokens`` random positions. Otherwise, MaskGIT: decode all remaining positions
-            and keep the ``num_tokens`` most confident ones.
+        order: Returns when each position is decoded, (B, L), from the step and random numbers (B, L); the first
+            ``num_tokens`` remaining ones are decoded in this step. None is MaskGIT: all remaining positions are
+            decoded, and the ``num_tokens`` most confident ones kept.
 
     Returns:
         The target with the decoded tokens.
     """
     remaining = ~entry["target_mask"].bool() & entry["input_mask"].bool()
-    order, uniform = step.noise.uniform(2, remaining.shape[1]).to(remaining.device).unbind(1)
-    position, valid = _true_columns(remaining, order if random_order else torch.zeros_like(order))
+    random, uniform = step.noise.uniform(2, remaining.shape[1]).to(remaining.device).unbind(1)
+    position, valid = _true_columns(remaining, order(step, random) if order else torch.zeros_like(random))
     count = step.num_tokens or 0
-    if random_order:
+    if order:
         position, valid = position[:, :count], valid[:, :count]
-    if position.shape[1] == 0:
+    if count == 0 or position.shape[1] == 0:
         return entry
     with torch.inference_mode():
         position, ids, kept = _decode_positions(conditions, position, valid, step, uniform)
-        if not random_order:
+        if not order:
             position, ids, kept = position[:, :count], ids[:, :count], kept[:, :count]
         conditions.append(step.domain, ids, position, kept)
     sample, column = kept.nonzero(as_tuple=True)
@@ -151,10 +202,8 @@ def _decode_positions(
     conditions: Conditions, position: Tensor, valid: Tensor, step: StepOptions, uniform: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Decode the positions (B, K) and return positions, ids and validity, sorted by decreasing confidence."""
-    model = conditions.model
-    y = conditions.embed_target(step.domain, position, position)
-    y = model.decode(y, *conditions.context(), ~valid.repeat(len(conditions.weights), 1))
-    logits = model.decoder_embeddings[step.domain].to_logits(conditions.combine(y)[valid])
+    y = conditions.decode(step.domain, position, valid)
+    logits = conditions.model.decoder_embeddings[step.domain].to_logits(y[valid])
     tokens, confidence = step.sampler(logits, step.temperature, uniform.gather(1, position)[valid])
     ids = torch.zeros_like(position).masked_scatter(valid, tokens)
     ranks = confidence.new_full(valid.shape, -1.0).masked_scatter(valid, confidence).argsort(1, descending=True)
@@ -210,7 +259,7 @@ def _generate_ids(
         starts, ends: First and last token of each sequence.
         max_lengths: Maximum number of tokens of each sequence, including the first one.
     """
-    model, context = conditions.model, conditions.context()
+    model, context = conditions.model, conditions.padded_context()
     device, copies = context[0].device, len(conditions.weights)
     cache = DecoderCache(model, *context, max([*max_lengths, 2]) - 1)
     to_logits = _by_columns(model.decoder_embeddings[step.domain].to_logits)
@@ -247,7 +296,8 @@ def _by_columns(linear: nn.Linear) -> Callable[[Tensor], Tensor]:
 
 
 SCHEMES: Mapping[str, Callable[[Conditions, Entry, StepOptions], Entry]] = {
-    "maskgit": partial(decode_image, random_order=False),
-    "roar": partial(decode_image, random_order=True),
+    "halton": partial(decode_image, order=lambda step, random: step.order),
+    "maskgit": partial(decode_image, order=None),
+    "roar": partial(decode_image, order=lambda step, random: random),
     "autoregressive": decode_sequence,
 }

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fourm.data.collate import ModDict
-from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, additive, attendable, init_weights
+from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, Mask, additive, attendable, init_weights
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Selection
 
@@ -86,7 +86,7 @@ class Encoder(nn.Module):
         mask = None if padding is None else additive(attendable(padding), x)
         return self.encoder_norm(self.run_blocks(self.encoder, x, mask))
 
-    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | None) -> Tensor:
+    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Mask) -> Tensor:
         """Run ``x`` through a stack of blocks that all get the same ``context``."""
         every = int(self.use_act_checkpoint) if torch.is_grad_enabled() else 0
         for i, block in enumerate(blocks):

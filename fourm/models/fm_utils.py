@@ -105,6 +105,28 @@ class KeysValues(NamedTuple):
     values: Tensor
 
 
+class Part(NamedTuple):
+    """Sequences of equal length in a packed batch, which attend only to keys of their own.
+
+    A packed batch is a single row (1, T, D) of all tokens, one part after another. Linear layers run once for all
+    parts, and sequences of different lengths need no padding.
+
+    Attributes:
+        size: Number of sequences B.
+        queries, keys: Number of queries Q and keys K of each sequence.
+        mask: What is added to the scores, (B, 1, Q or 1, K); None = nothing.
+    """
+
+    size: int
+    queries: int
+    keys: int
+    mask: Tensor | None
+
+
+Mask = Tensor | tuple[Part, ...] | None
+"""A mask from :func:`attendable` or :func:`additive`, or the parts of a packed batch."""
+
+
 class Past(Protocol):
     """Stores the keys and values of earlier tokens, see :mod:`fourm.generation.kv_cache`."""
 
@@ -122,10 +144,28 @@ class _MultiHead(nn.Module):
         self.q_norm, self.k_norm = (norm(options.dim // options.num_heads) for _ in range(2))
         self.proj = nn.Linear(options.dim, options.dim, bias=options.proj_bias)
 
-    def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
+    def attend(self, q: Tensor, keys_values: KeysValues, mask: Mask) -> Tensor:
         """Compute attention for the queries, (B, H, Q, C) → (B, Q, D)."""
-        y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
+        q = self.q_norm(q)
+        if isinstance(mask, tuple):
+            return self.proj(_attend_within(mask, q, keys_values))
+        y = F.scaled_dot_product_attention(q, keys_values.keys, keys_values.values, attn_mask=mask)
         return self.proj(rearrange(y, "b h q c -> b q (h c)"))
+
+
+def _attend_within(parts: tuple[Part, ...], q: Tensor, keys_values: KeysValues) -> Tensor:
+    """Compute attention within each part, (B, H, Q, C) → (B, Q, D); keys are packed, and queries may be."""
+    q_packed, k_packed, v_packed = (rearrange(x, "b h n c -> h (b n) c") for x in (q, *keys_values))
+    attended = []
+    for size, queries, keys, mask in parts:
+        (q_first, q_packed), (k_first, k_packed), (v_first, v_packed) = (
+            x.split([size * count, x.shape[1] - size * count], dim=1)
+            for x, count in ((q_packed, queries), (k_packed, keys), (v_packed, keys))
+        )
+        q_part, k_part, v_part = (rearrange(x, "h (b n) c -> b h n c", b=size) for x in (q_first, k_first, v_first))
+        y = F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=mask)
+        attended.append(rearrange(y, "b h q c -> (b q) (h c)"))
+    return torch.cat(attended).view(q.shape[0], q.shape[2], -1)
 
 
 class Attention(_MultiHead):
@@ -135,7 +175,7 @@ class Attention(_MultiHead):
         super().__init__(options)
         self.qkv = nn.Linear(options.dim, 3 * options.dim, bias=options.qkv_bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask: Mask = None, past: Past | None = None) -> Tensor:
         """Attend within ``x``, (B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
         q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
         keys_values = KeysValues(self.k_norm(k), v)
@@ -155,7 +195,7 @@ class CrossAttention(_MultiHead):
         k, v = rearrange(self.kv(context), "b k (two h c) -> two b h k c", two=2, h=self.num_heads)
         return KeysValues(self.k_norm(k), v)
 
-    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues, mask: Mask = None) -> Tensor:
         """Attend to ``context``, which :meth:`keys_values` returns: (B, M, D) → (B, M, D)."""
         return self.attend(rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads), context, mask)
 
@@ -227,8 +267,8 @@ class Block(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the block, (B, N, D) → (B, N, D); ``mask`` is from :func:`attendable`."""
+    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
+        """Run the block, (B, N, D) → (B, N, D)."""
         x = x + self.drop_path(self.attn(self.norm1(x), mask))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
@@ -254,8 +294,8 @@ class DecoderBlock(nn.Module):
         self,
         y: Tensor,
         context: Tensor | KeysValues,
-        self_mask: Tensor | None = None,
-        context_mask: Tensor | None = None,
+        self_mask: Mask = None,
+        context_mask: Mask = None,
         past: Past | None = None,
     ) -> Tensor:
         """Run the block, (B, M, D) → (B, M, D).
@@ -263,7 +303,7 @@ class DecoderBlock(nn.Module):
         Args:
             y: The targets.
             context: The context (B, N, D), or its :meth:`keys_values`.
-            self_mask, context_mask: Masks from :func:`attendable`.
+            self_mask, context_mask: See :data:`Mask`.
             past: Keys and values of the targets before ``y``, which do not see ``y``.
         """
         keys_values = self.keys_values(context) if isinstance(context, Tensor) else context

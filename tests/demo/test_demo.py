@@ -1,6 +1,7 @@
 """The whole demo at toy size, run as users run it."""
 
 import json
+import os
 import subprocess
 from pathlib import Path
 
@@ -67,6 +68,23 @@ def test_the_demo_runs_stops_resumes_and_reports(out):
     assert scores["segmentation", "mean IoU of the classes"]["tokens"] > 0.7
     assert len([*(out / "generated" / "scenes" / "00000").iterdir()]) == 4
     assert "| depth " in finished.stdout and "| depth " in (out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_decoding_schemes_are_compared(out, tmp_path):
+    file = tmp_path / "schemes.json"
+    command = [warm_python(), "benchmarks/schemes.py", out, "--scenes", "2", "--steps", "1", "4", "--out", file]
+    process = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=240, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert process.returncode == 0, process.stderr
+    scores = json.loads(file.read_text())["scores"]
+    assert {(s["target"], s["scheme"], s["steps"]) for s in scores} == {
+        (target, scheme, steps)
+        for target in ("depth", "semseg") for scheme in ("halton", "maskgit", "roar") for steps in (1, 4)
+    }  # fmt: skip
+    assert all(0 <= s["score"] < 1 for s in scores)
+    assert "| depth halton |" in process.stdout
 
 
 @pytest.mark.slow

@@ -95,7 +95,7 @@ def test_captions_are_those_of_the_plain_method(model, scale):
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0])
-@pytest.mark.parametrize(("scheme", "steps"), [("maskgit", 1), ("maskgit", 3), ("roar", 1), ("roar", 5)])
+@pytest.mark.parametrize(("scheme", "steps"), [("maskgit", 1), ("maskgit", 3), ("roar", 1), ("roar", 5), ("halton", 3)])
 def test_images_are_those_of_the_plain_method(model, scheme, steps, scale):
     batch = with_target(model, inputs(model), "grid", 16)
     schedule = make_schedule(model, ["grid"], [scheme], [16], [steps], scale)
@@ -195,6 +195,16 @@ def test_a_sample_does_not_depend_on_its_batch(model):
     assert len(lengths) > 1, "samples should end at different times"
 
 
+def test_a_sample_has_the_same_halton_order_alone_and_in_a_batch(model):
+    batch, schedule = inputs(model), make_schedule(model, ["grid"], ["halton"], [16], [4], temperature=1.3)
+    together = list(GenerationSampler(model).generate_iter(batch, schedule, seed=[3, 1, 4, 1]))
+    for b, seed in enumerate([3, 1, 4, 1]):
+        alone = GenerationSampler(model).generate_iter(one(batch, b), schedule, seed=seed)
+        assert all(same(one(step, b), single) for step, single in zip(together, alone, strict=True))
+    masks = together[0]["grid"]["input_mask"]
+    assert len({tuple(mask) for mask in masks.tolist()}) > 1, "samples should begin at different positions"
+
+
 def test_seeds_reproduce_and_generators_do_too(model):
     batch, schedule = inputs(model), make_schedule(model, **CHAIN)
     generators = (torch.Generator().manual_seed(2) for _ in range(2))
@@ -252,7 +262,7 @@ def test_every_target_of_a_chain_has_fresh_randomness():
     assert len(out["grid"]["tensor"].unique()) > 20
 
 
-@pytest.mark.parametrize("scheme", ["roar", "maskgit"])
+@pytest.mark.parametrize("scheme", ["roar", "maskgit", "halton"])
 def test_only_targets_of_a_partly_known_image_change(model, scheme):
     batch = with_target(model, inputs(model), "grid", 16)
     known = torch.arange(16) < torch.tensor([[0], [5], [12], [16]])
@@ -303,6 +313,40 @@ def test_each_part_of_the_model_runs_as_rarely_as_it_can(model):
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@pytest.fixture
+def encoded(model):
+    """The number of tokens in each run of the encoder."""
+    counts = []
+    hook = model.encoder[0].register_forward_pre_hook(lambda _, args: counts.append(args[0].shape[:2].numel()))
+    yield counts
+    hook.remove()
+
+
+def test_conditions_are_encoded_without_padding(model, encoded):
+    batch = init_full_input_modality(
+        {"pixels": {"tensor": torch.randn(2, 3, 16, 16)}}, model.modality_info, "pixels", "cpu"
+    )
+    steps = make_schedule(model, ["grid"], ["roar"], [16], [2], 2.0)
+    generate(model, batch, steps, seed=0)
+    registers, no_inputs = model.num_register_tokens, 1  # attention needs a token
+    assert encoded == [2 * (16 + no_inputs + known * 2 + registers * 2) for known in (0, 8)]
+
+
+def test_inputs_that_do_not_change_are_encoded_once():
+    model = toy_model(domains_in=["pixels", "vectors", "codes"], domains_out=["grid"]).eval()
+    runs = []
+    model.encoder[0].register_forward_hook(lambda *_: runs.append(1))
+    for scheme in ("maskgit", "roar", "halton"):
+        generate(model, inputs(model), make_schedule(model, ["grid"], [scheme], [16], [4], 2.0), seed=0)
+    assert len(runs) == 3
+
+
+def test_a_step_without_tokens_costs_nothing(model, encoded):
+    schedule = make_schedule(model, ["grid"], ["maskgit"], [16], [2])
+    expected = generate(model, inputs(model), [schedule[0], {**schedule[0], "num_tokens": 0}, schedule[1]], seed=0)
+    assert len(encoded) == 2 and not expected["grid"]["input_mask"].any()
 
 
 def test_a_model_in_training_generates_without_its_noise_and_goes_on_training():

@@ -81,6 +81,10 @@ def test_a_chain_of_targets_with_growing_conditioning():
     [
         ({"autoregression_schemes": ["roar", "maskgit"]}, "caption is a sequence .* autoregressive, not maskgit"),
         ({"autoregression_schemes": ["autoregressive", "autoregressive"]}, "is an image .* maskgit or roar"),
+        (
+            {"autoregression_schemes": ["halten", "autoregressive"]},
+            "with halton, maskgit or roar, not halten .*'halton'",
+        ),
         ({"target_domains": ["tok_dept@224", "caption"]}, "'tok_dept@224' cannot be generated .*tok_depth@224"),
         ({"target_domains": ["rgb@224", "caption"]}, "rgb@224 does not consist of tokens"),
         ({"cond_domains": ["rbg@224"]}, "cond_domains: unknown modality 'rbg@224'"),

@@ -5,6 +5,7 @@ Nothing is cached, every condition is a batch of its own, and guidance is the pu
 
 import torch
 
+from fourm.generation.halton import halton_orders
 from fourm.utils.tokenizer import merge_spans
 
 S1 = 5
@@ -70,14 +71,17 @@ def write(model, conditions, target, inputs, room, end):
 
 
 def paint(model, conditions, target, counts, seed, scheme):
-    """Generate an image with MaskGIT or ROAR at temperature 0."""
+    """Generate an image with MaskGIT, ROAR or in the Halton order at temperature 0."""
     length = model.modality_info[target].max_tokens
     ids, known = torch.zeros(length, dtype=torch.long), torch.zeros(length, dtype=torch.bool)
     generator = torch.Generator().manual_seed(seed)
+    grid = model.decoder_embeddings[target].grid
+    fixed = halton_orders(grid, torch.rand(1, generator=generator))[0] if scheme == "halton" else None
     for count in counts:
         order = torch.rand(2, length, generator=generator)[0]
+        order = order if fixed is None else fixed
         chosen = (~known).nonzero()[:, 0]
-        if scheme == "roar":
+        if scheme in ("roar", "halton"):
             chosen = chosen[order[chosen].argsort()[:count]].sort().values
         asked = torch.zeros_like(known)
         asked[chosen] = True
