@@ -67,7 +67,7 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
         "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
         "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
         "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
-        "opt": options.opt, "momentum": 0.0,
+        "opt": options.opt, "momentum": 0.0, "compile": options.compile,
     })  # fmt: skip
 
 

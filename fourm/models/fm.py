@@ -167,7 +167,8 @@ class FourM(Encoder):
         """
         if selection is None:
             selection = self.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens)
-        x, emb, padding = self.embed_encoder(mod_dict, selection.encoder)
+        x, emb, masked = self.embed_encoder(mod_dict, selection.encoder)
+        padding = None if selection.encoder.full else masked  # attention is faster without a mask
         context = self.context(self.encode(x + emb, padding), emb)
         y = self.decode(
             self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder)
@@ -181,11 +182,12 @@ class FourM(Encoder):
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         generator: torch.Generator | None = None,
+        trim: bool = False,
     ) -> TokenSelection:
         """Select the tokens that the model uses: :func:`select_tokens` for the modalities of the model."""
         inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
         targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
-        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator, trim)
 
     def context(self, encoded: Tensor, emb: Tensor) -> Tensor:
         """Return what the decoder attends to, (B, R + N, D): the projected encoder output plus ``emb``."""
@@ -215,9 +217,9 @@ class FourM(Encoder):
             masked = masked | (selection.modality[:, None] != selection.modality[..., None])
         return masked
 
-    def decode(self, y: Tensor, context: Tensor, context_padding: Tensor, target_mask: Tensor) -> Tensor:
+    def decode(self, y: Tensor, context: Tensor, context_padding: Tensor | None, target_mask: Tensor) -> Tensor:
         """Run the decoder on the targets ``y`` (B, M, D) and the context (B, R + N, D); returns (B, M, D)."""
-        masks = (additive(attendable(mask), y) for mask in (target_mask, context_padding))
+        masks = (None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding))
         return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:

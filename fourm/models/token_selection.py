@@ -54,6 +54,11 @@ class Selection:
         """Padding mask, (B, S), True = padding."""
         return self.modality < 0
 
+    @property
+    def full(self) -> bool:
+        """Whether no slot is padding; this is known without waiting for the device."""
+        return sum(self.counts.values()) == self.modality.numel()
+
     def rows(self) -> dict[str, Rows]:
         """Return the selected rows of each modality."""
         parts = (part.split(list(self.counts.values())) for part in (self.sample, self.index, self.position))
@@ -97,6 +102,7 @@ def select_tokens(
     num_encoder_tokens: int,
     num_decoder_tokens: int,
     generator: torch.Generator | None = None,
+    trim: bool = False,
 ) -> TokenSelection:
     """Select the tokens of a batch that the model reads and predicts.
 
@@ -109,26 +115,28 @@ def select_tokens(
         num_decoder_tokens: Maximum number of targets per sample. The first valid ones are selected, with the modalities
             in random order.
         generator: CPU generator for the random order; None uses PyTorch's global one.
+        trim: Leave out the last slots if they are padding in all samples. The losses are the same, but the number of
+            slots then differs between batches.
     """
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     targets = {name: _targets(mod_dict, name, decoder_modalities[name]["type"]) for name in shuffled}
     return TokenSelection(
-        select_inputs(mod_dict, encoder_modalities, num_encoder_tokens),
-        _select(targets, decoder_modalities, num_decoder_tokens),
+        select_inputs(mod_dict, encoder_modalities, num_encoder_tokens, trim),
+        _select(targets, decoder_modalities, num_decoder_tokens, trim),
     )
 
 
 def select_inputs(
-    mod_dict: ModDict, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
+    mod_dict: ModDict,
+    modalities: Mapping[str, Mapping[str, Any]],
+    num_tokens: int | None = None,
+    trim: bool = False,
 ) -> Selection:
     """Select only the inputs, like :func:`select_tokens`; all valid ones if ``num_tokens`` is None."""
     order = [*mod_dict, *modalities]
     inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
-    if num_tokens is None:
-        valid = torch.cat([candidates.valid for candidates in inputs.values()], dim=1)
-        num_tokens = max(int(valid.sum(1).max()), 1)  # attention needs at least one token, even if it is padding
-    return _select(inputs, modalities, num_tokens)
+    return _select(inputs, modalities, num_tokens, trim)
 
 
 class _Candidates(NamedTuple):
@@ -167,7 +175,10 @@ def _positions(valid: Tensor, modality_type: str) -> Tensor:
 
 
 def _select(
-    candidates: Mapping[str, _Candidates], modalities: Mapping[str, Mapping[str, Any]], num_slots: int
+    candidates: Mapping[str, _Candidates],
+    modalities: Mapping[str, Mapping[str, Any]],
+    num_slots: int | None,
+    trim: bool,
 ) -> Selection:
     """Assign slots to the first ``num_slots`` valid candidates of each sample, in the order of ``candidates``.
 
@@ -175,6 +186,9 @@ def _select(
     order.
     """
     valid = torch.cat([c.valid for c in candidates.values()], dim=1)
+    if num_slots is None or trim:
+        used = max(int(valid.sum(1).max()), 1)  # attention needs at least one token, even if it is padding
+        num_slots = used if num_slots is None else min(num_slots, used)
     rank = (valid.cumsum(1) - 1).masked_fill(~valid, num_slots)
     ranks = dict(zip(candidates, rank.split([c.valid.shape[1] for c in candidates.values()], dim=1), strict=True))
     counts, groups = {}, []

@@ -51,6 +51,36 @@ def test_losses_and_gradients_equal_the_plain_implementation(variant, loss_type)
         torch.testing.assert_close(mine.grad, reference, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_register_tokens": 2, "use_act_checkpoint": True}], ids=["plain", "registers"]
+)
+def test_neither_trailing_padding_nor_masks_of_full_slots_are_computed(options):
+    model, twin = toy_model(**options), toy_model(**options)
+    batch = toy_batch(model)  # with 18 inputs
+    batch["grid"]["target_mask"][0] = True
+    masks = []
+    for block in (model.encoder[0], model.decoder[0]):
+        block.register_forward_pre_hook(lambda block, inputs: masks.append(inputs[-1]))
+
+    def selected(model, trim):
+        generator = torch.Generator().manual_seed(7)
+        selection = model.select_tokens(batch, 20, 30, generator, trim=trim)
+        loss, _ = model(batch, 20, 30, selection=selection)
+        loss.backward()
+        return selection, loss
+
+    (trimmed, loss), (padded, expected) = selected(model, trim=True), selected(twin, trim=False)
+    assert [part.modality.shape for part in (trimmed.encoder, trimmed.decoder)] == [(3, 18), (3, 13)]
+    assert [part.modality.shape for part in (padded.encoder, padded.decoder)] == [(3, 20), (3, 30)]
+    assert (trimmed.encoder.full, trimmed.decoder.full, padded.encoder.full) == (True, False, False)
+    assert masks and all(mask is None for mask in masks), "nothing is padding in the encoder"
+    torch.testing.assert_close(loss, expected)
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5
+        )
+
+
 def test_a_selection_made_beforehand_changes_nothing():
     model = toy_model()
     batch = toy_batch(model)
