@@ -14,6 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fourm.utils.errors import UserError
 
@@ -175,7 +176,10 @@ class Mlp(nn.Module):
         return width
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return keep_only_inputs(self.project, self.fc1(x))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.act(hidden))
 
 
 class GatedMlp(Mlp):
@@ -190,7 +194,21 @@ class GatedMlp(Mlp):
         return int(2 * width / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)) * self.fc3(x))
+        return keep_only_inputs(self.project, self.fc1(x), self.fc3(x))
+
+    def project(self, hidden: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc2(self.act(hidden) * gate)
+
+
+def keep_only_inputs(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call ``function`` and keep nothing but its inputs for the backward pass.
+
+    The backward pass recomputes the tensors that it needs, up to the input of the last linear layer; the product of
+    that layer is not computed again. ``torch.compile`` itself decides which element-wise operations to recompute.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class DropPath(nn.Module):

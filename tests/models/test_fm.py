@@ -145,6 +145,19 @@ def test_memory_does_not_grow_with_dropped_tokens():
     assert saved_bytes(lambda: embed_all_loss(model, many, 16, 16)[0], model) > 1.5 * few_bytes
 
 
+@pytest.mark.parametrize("options", [{}, SWIGLU], ids=["gelu", "swiglu"])
+def test_the_backward_pass_of_an_mlp_keeps_what_enters_its_activation_and_nothing_after(options):
+    mlp = toy_model(**options).encoder[0].mlp
+    x = torch.randn(50, 32, requires_grad=True)
+    hidden, gated = mlp.fc1.out_features, "gated_mlp" in options
+    assert saved_bytes(lambda: mlp(x).sum(), mlp) == 4 * 50 * (32 + hidden * (1 + gated))
+    mlp(x).sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in mlp.parameters())]
+    plain = mlp.fc2(mlp.act(mlp.fc1(x)) * mlp.fc3(x) if gated else mlp.act(mlp.fc1(x))).sum()
+    expected = torch.autograd.grad(plain, [x, *mlp.parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
+
+
 def test_activation_checkpointing_saves_memory():
     batch = toy_batch(toy_model())
     models = [toy_model(use_act_checkpoint=every, encoder_depth=6) for every in (False, 2, True)]
