@@ -1,6 +1,7 @@
 """Norm, attention, MLPs and blocks of the trunk (method section 3, "Blocks").
 
-Shapes: B batch, N tokens, M targets, Q queries, K keys, D width, H heads, C width of one head.
+Shapes: B batch, N tokens, M targets, S slots, T packed tokens of the whole batch, Q queries, K keys, D width, H heads,
+C width of one head.
 """
 
 from __future__ import annotations
@@ -99,6 +100,35 @@ def additive(mask: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where packed tokens lie in the batch.
+
+    Packed tokens are the T rows of a matrix, without padding. Linear layers and norms work on the rows; only attention
+    needs the slots of each sample.
+
+    Attributes:
+        index: (T,) Slot of each token, as an index into the B·S slots.
+        shape: B and S.
+    """
+
+    index: Tensor
+    shape: tuple[int, int]
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Scatter the tokens, (T, D), into their slots (B, S, D); padding is zero."""
+        slots = rows.new_zeros(math.prod(self.shape), rows.shape[1])
+        return slots.index_copy(0, self.index, rows).view(*self.shape, -1)
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Gather the tokens, (T, D), from their slots (B, S, D)."""
+        return slots.flatten(0, 1).index_select(0, self.index)
+
+    def sample(self) -> Tensor:
+        """Return the index of each token's sample, (T,)."""
+        return self.index // self.shape[1]
+
+
 class KeysValues(NamedTuple):
     """The keys and values that queries attend to, (B, H, K, C) each."""
 
@@ -123,10 +153,17 @@ class _MultiHead(nn.Module):
         self.q_norm, self.k_norm = (norm(options.dim // options.num_heads) for _ in range(2))
         self.proj = nn.Linear(options.dim, options.dim, bias=options.proj_bias)
 
-    def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None) -> Tensor:
-        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D)."""
+    def heads(self, x: Tensor, parts: int, slots: Slots | None) -> Tensor:
+        """Split ``parts`` projections of the tokens into heads: (B, N, parts·D), or packed, → (parts, B, H, N, C)."""
+        if slots is not None:
+            x = slots.place(x)
+        return rearrange(x, "b n (parts h c) -> parts b h n c", parts=parts, h=self.num_heads)
+
+    def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None, slots: Slots | None) -> Tensor:
+        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D), or packed as ``slots`` says."""
         y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
-        return self.proj(rearrange(y, "b h q c -> b q (h c)"))
+        y = rearrange(y, "b h q c -> b q (h c)")
+        return self.proj(y if slots is None else slots.take(y))
 
 
 class Attention(_MultiHead):
@@ -136,11 +173,13 @@ class Attention(_MultiHead):
         super().__init__(options)
         self.qkv = nn.Linear(options.dim, 3 * options.dim, bias=options.qkv_bias)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, past: Past | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: Past | None = None, slots: Slots | None = None
+    ) -> Tensor:
         """Attend within ``x``, (B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
+        q, k, v = self.heads(self.qkv(x), 3, slots)
         keys_values = KeysValues(self.k_norm(k), v)
-        return self.attend(q, keys_values if past is None else past.extend(keys_values), mask)
+        return self.attend(q, keys_values if past is None else past.extend(keys_values), mask, slots)
 
 
 class CrossAttention(_MultiHead):
@@ -151,14 +190,15 @@ class CrossAttention(_MultiHead):
         self.q = nn.Linear(options.dim, options.dim, bias=options.qkv_bias)
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
         """Compute the keys and values of the context (B, K, D)."""
-        k, v = rearrange(self.kv(context), "b k (two h c) -> two b h k c", two=2, h=self.num_heads)
+        k, v = self.heads(self.kv(context), 2, slots)
         return KeysValues(self.k_norm(k), v)
 
-    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
         """Attend to ``context``, which :meth:`keys_values` returns: (B, M, D) → (B, M, D)."""
-        return self.attend(rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads), context, mask)
+        (q,) = self.heads(self.q(x), 1, slots)
+        return self.attend(q, context, mask, slots)
 
 
 class Mlp(nn.Module):
@@ -222,12 +262,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop the branch ``x``, (B, ...) → (B, ...)."""
+    def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
+        """Drop the branch ``x``, (B, ...) → (B, ...), or of packed tokens."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep_prob = 1 - self.drop_prob
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        samples = len(x) if slots is None else slots.shape[0]
+        kept = x.new_empty(samples, *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        if slots is not None:
+            kept = kept[slots.sample()]
         return x * (kept / keep_prob if keep_prob else kept)
 
     def extra_repr(self) -> str:
@@ -245,10 +288,16 @@ class Block(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """Run the block, (B, N, D) → (B, N, D); ``mask`` is from :func:`attendable`."""
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
+        """Run the block, (B, N, D) → (B, N, D), or on tokens packed as ``slots`` says.
+
+        Args:
+            x: The tokens.
+            mask: Mask of the slots from :func:`attendable`.
+            slots: Slots of packed tokens.
+        """
+        x = x + self.drop_path(self.attn(self.norm1(x), mask, slots=slots), slots)
+        return x + self.drop_path(self.mlp(self.norm2(x)), slots)
 
 
 class DecoderBlock(nn.Module):
@@ -264,9 +313,9 @@ class DecoderBlock(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
         """Compute the keys and values of the context (B, N, D), which do not depend on the targets."""
-        return self.cross_attn.keys_values(self.context_norm(context))
+        return self.cross_attn.keys_values(self.context_norm(context), slots)
 
     def forward(
         self,
@@ -275,19 +324,22 @@ class DecoderBlock(nn.Module):
         self_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         past: Past | None = None,
+        slots: Slots | None = None,
+        context_slots: Slots | None = None,
     ) -> Tensor:
-        """Run the block, (B, M, D) → (B, M, D).
+        """Run the block, (B, M, D) → (B, M, D), or on packed tokens.
 
         Args:
             y: The targets.
             context: The context (B, N, D), or its :meth:`keys_values`.
             self_mask, context_mask: Masks from :func:`attendable`.
             past: Keys and values of the targets before ``y``, which do not see ``y``.
+            slots, context_slots: Slots of packed targets, and of a packed context.
         """
-        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
-        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past))
-        y = y + self.drop_path(self.cross_attn(self.query_norm(y), keys_values, context_mask))
-        return y + self.drop_path(self.mlp(self.norm2(y)))
+        keys_values = self.keys_values(context, context_slots) if isinstance(context, Tensor) else context
+        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past, slots), slots)
+        y = y + self.drop_path(self.cross_attn(self.query_norm(y), keys_values, context_mask, slots), slots)
+        return y + self.drop_path(self.mlp(self.norm2(y)), slots)
 
 
 def init_weights(model: nn.Module, std: float = INIT_STD) -> None:

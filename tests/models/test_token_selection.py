@@ -80,7 +80,7 @@ def test_place_and_take_are_inverse():
 def test_slots_that_all_samples_leave_empty_are_trimmed():
     masks = {"a": (["xx..", "x..."], ["....", "...."]), "b": (["...", "xx."], ["...", "..."])}
     for num_slots, shape in ((2, (2, 2)), (8, (2, 3))):
-        selection = select_tokens(batch(masks), KINDS, KINDS, num_slots, 8, trim=True)
+        selection = select_tokens(batch(masks), KINDS, KINDS, num_slots, 8, pack=True)
         assert selection.encoder.modality.shape == shape and selection.decoder.modality.shape == (2, 1)
         assert torch.equal(selection.encoder.modality, select(masks, num_slots).encoder.modality[:, : shape[1]])
 
