@@ -1,8 +1,9 @@
 """Estimates the activation memory of a training step from the shapes alone.
 
 The estimate counts what autograd keeps for the backward pass of an eager step, tensor by tensor as listed below, with
-fused attention (no score matrix), plus the logits. c is 2 bytes with 16-bit autocast and 4 otherwise; the residual
-stream and the inputs of norms are float32 in both cases. Per slot of width D, with MLPs of hidden width h:
+fused attention (no score matrix), plus the logits. Every slot counts, as if none were left out as padding. c is 2 bytes
+with 16-bit autocast and 4 otherwise; the residual stream and the inputs of norms are float32 in both cases. Per slot of
+width D, with MLPs of hidden width h:
 
 * every block: the input of each norm (4 D each, shared with the residual stream), its output, q, k, v and the output of
   attention (c D each), and the output of fc1 in the MLP (c h), and of fc3 if it is gated; the input of fc2 is recomputed
