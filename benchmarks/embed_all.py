@@ -83,7 +83,7 @@ def embed_all_loss(
     h = x + emb
     for block in model.encoder:
         h = h + _attention(block.attn, block.norm1(h), masked[:, None])
-        h = h + block.mlp(block.norm2(h))
+        h = h + _mlp(block.mlp, block.norm2(h))
     context = model.decoder_proj_context(model.encoder_norm(h)) + emb
 
     order = order or [name for name in batch if name in model.decoder_embeddings]
@@ -96,7 +96,7 @@ def embed_all_loss(
     for block in model.decoder:
         y = y + _attention(block.self_attn, block.norm1(y), hidden)
         y = y + _cross_attention(block.cross_attn, block.query_norm(y), block.context_norm(context), masked[:, None])
-        y = y + block.mlp(block.norm2(y))
+        y = y + _mlp(block.mlp, block.norm2(y))
     y = model.decoder_norm(y)
 
     losses, token_losses = {}, []
@@ -166,6 +166,11 @@ def _positions(module: nn.Module, mask: Tensor, is_image: bool) -> Tensor:
 
 def _gather(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def _mlp(module: Any, x: Tensor) -> Tensor:
+    hidden = module.act(module.fc1(x))
+    return module.fc2(hidden * module.fc3(x) if hasattr(module, "fc3") else hidden)  # type: ignore[no-any-return]
 
 
 def _attention(module: Any, x: Tensor, masked: Tensor) -> Tensor:

@@ -29,7 +29,7 @@ from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 
 from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
-from fourm.models import FM, MODEL_NAMES, StepFlops, count_parameters, model_config
+from fourm.models import FM, MODEL_NAMES, count_parameters, model_config
 from fourm.train.config import load_config
 from fourm.train.device import autocast, keep_freed_memory, peak_tflops
 from fourm.train.fsdp import FSDP
@@ -67,7 +67,7 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
         "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
         "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
         "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
-        "opt": options.opt, "momentum": 0.0,
+        "opt": options.opt, "momentum": 0.0, "compile": options.compile,
     })  # fmt: skip
 
 
@@ -108,11 +108,18 @@ def build_trainer(
     return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule)
 
 
-def synthetic(model: FM, batch_size: int, tokens: int) -> Batch:
-    """Make a batch in which all modalities have the same number of tokens; the pictures are in 8 bits."""
+def synthetic(model: FM, batch_size: int, tokens: int, padding: float) -> Batch:
+    """Make a batch in which the modalities of a sample have the same number of tokens; the pictures are in 8 bits.
+
+    Each sample lacks every modality with probability ``padding``, and is padded with as many slots.
+    """
     shares = tokens // len(model.encoder_embeddings), tokens // len(model.decoder_embeddings)
     modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
     mod_dict = synthetic_batch(modalities, batch_size, *shares)
+    generator = torch.Generator().manual_seed(0)
+    for entry in mod_dict.values():
+        for mask in (entry["input_mask"], entry["target_mask"]):
+            mask[torch.rand(batch_size, generator=generator) < padding] = True
     mod_dict[PIXELS]["tensor"] = torch.randint(0, 256, mod_dict[PIXELS]["tensor"].shape, dtype=torch.uint8)
     position = {"stream": 0, "epoch": 0, "draws": 0, "skipped": {}, "missing": {}}
     return Batch(mod_dict, position, {PIXELS: RGBTransform(raw=True).scaling})
@@ -166,7 +173,7 @@ def measure(
     """Measure one setting."""
     trainer = build_trainer(options, parallel, model_name, modalities, batch_size)
     model, config = trainer.model, trainer.config
-    batch = synthetic(model, batch_size, options.tokens)
+    batch = synthetic(model, batch_size, options.tokens, options.padding)
     ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
     result: dict[str, Any] = {}
@@ -181,10 +188,7 @@ def measure(
     for _ in range(options.steps):
         variants["ours"]()
     means = trainer.interval.means(parallel)
-    selection = model.select_tokens(batch.mod_dict, options.tokens, options.tokens)
-    flops = StepFlops(model)(
-        batch_size, options.tokens, options.tokens, selection.encoder.counts, selection.decoder.counts
-    )
+    flops = trainer.task.prepare(model, batch, parallel.device).flops
     strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12
@@ -196,7 +200,7 @@ def measure(
             result[f"baseline_{clock}_per_step"] = median(times["baseline"][clock])
             result[f"speed_up_in_{clock}"] = median(theirs / own for theirs, own in pairs)
     return {
-        "model": model_name, "modalities": modalities, "batch_size": batch_size, "tokens": options.tokens,
+        "model": model_name, "modalities": modalities, "batch_size": batch_size, "tokens": options.tokens, "padding": options.padding,
         "compile": options.compile, "strategy": strategy,
         "world_size": parallel.world_size, "device": describe_device(parallel.device), "dtype": config.autocast_dtype,
         "torch_threads": torch.get_num_threads(), "parameters": count_parameters(model),
@@ -261,6 +265,9 @@ def main() -> None:
     parser.add_argument("--modalities", nargs="+", type=int, choices=DOMAINS, default=[7])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[8], help="samples per process")
     parser.add_argument("--tokens", type=int, default=128, help="token budget of the encoder and of the decoder")
+    parser.add_argument(
+        "--padding", type=float, default=0.0, help="share of the slots that samples leave empty, at random"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--compile", action="store_true")

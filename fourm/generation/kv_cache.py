@@ -50,14 +50,14 @@ class DecoderCache:
     Args:
         model: The model.
         context: The context, (B, N, D), see :meth:`FourM.context`.
-        padding: Padding mask of the context, (B, N), True = padding.
+        padding: Padding mask of the context, (B, N), True = padding; None if there is none.
         length: Maximum number of tokens M.
     """
 
-    def __init__(self, model: FourM, context: Tensor, padding: Tensor, length: int):
+    def __init__(self, model: FourM, context: Tensor, padding: Tensor | None, length: int):
         self._model = model
         self._layers = [LayerCache(block, context, length) for block in model.decoder]
-        self._context_mask = attendable(padding) if padding.any() else None
+        self._context_mask = None if padding is None else attendable(padding)
 
     def decode(self, y: Tensor) -> Tensor:
         """Decode the next token of every sequence, embedded as (B, 1, D), and return the decoder output (B, 1, D)."""

@@ -25,7 +25,7 @@ from fourm.generation.batch_entries import merged
 from fourm.generation.kv_cache import DecoderCache
 from fourm.generation.token_sampling import SampleNoise, TokenSampler
 from fourm.models.fm import FourM
-from fourm.models.fm_utils import Part, additive, attendable
+from fourm.models.fm_utils import Slots
 from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID
@@ -33,29 +33,30 @@ from fourm.utils.tokenizer.special_tokens import PAD_ID
 Entry = dict[str, Any]
 
 
-@dataclass
-class _Inputs:
-    """The embedded inputs of a condition: content and position + modality, (B, N, D) each, and padding, (B, N)."""
+@dataclass(frozen=True)
+class Context:
+    """What the decoder attends to.
 
-    x: Tensor
-    emb: Tensor
-    padding: Tensor
+    Attributes:
+        tokens: (C·B, N, D), or packed, (T, D).
+        padding: (C·B, N), True = padding; None if there is none.
+        slots: Slots of packed tokens.
+    """
 
-    def __post_init__(self) -> None:
-        self.padded = bool(self.padding.any())
+    tokens: Tensor
+    padding: Tensor | None
+    slots: Slots | None
 
-    def part(self, num_queries: int | None = None) -> Part:
-        """Return the part of these inputs in a packed batch, where they are the keys, and by default also the queries."""
-        batch, length = self.padding.shape
-        mask = additive(attendable(self.padding), self.x) if self.padded else None
-        return Part(batch, length if num_queries is None else num_queries, length, mask)
+    def unpacked(self) -> Tensor:
+        """Return the tokens, (C·B, N, D)."""
+        return self.tokens if self.slots is None else self.slots.place(self.tokens)
 
 
 class Conditions:
     """The embedded inputs of all conditions, to which decoded tokens can be appended.
 
-    Guidance removes some inputs, so that conditions differ in length. The model therefore runs on packed batches
-    (:class:`Part`), without padding between conditions.
+    Guidance removes some inputs, so that conditions differ in length. The encoder therefore runs on packed tokens, see
+    :class:`fourm.models.fm_utils.Slots`, unless the model is compiled, which needs shapes that rarely change.
 
     Args:
         model: The model.
@@ -65,49 +66,45 @@ class Conditions:
     def __init__(self, model: FourM, conditions: Sequence[tuple[float, ModDict]]):
         self.model = model
         modalities = {name: model.modality_info[name] for name in model.encoder_embeddings}
-        self._inputs = [
-            _Inputs(*model.embed_encoder(batch, select_inputs(batch, modalities))) for _, batch in conditions
-        ]
-        self._context: Tensor | None = None
-        self.weights = torch.tensor([weight for weight, _ in conditions], device=model.mask_token.device)
+        embedded = [model.embed_encoder(batch, select_inputs(batch, modalities)) for _, batch in conditions]
+        x, emb, padding = zip(*embedded, strict=True)
+        length = max(part.shape[1] for part in padding)
+        self._x, self._emb = (
+            torch.cat([F.pad(part, (0, 0, 0, length - part.shape[1])) for part in parts]) for parts in (x, emb)
+        )
+        self._padding = torch.cat([F.pad(part, (0, length - part.shape[1]), value=True) for part in padding])
+        self._context: Context | None = None
+        self.weights = torch.tensor([weight for weight, _ in conditions], device=self._x.device)
 
-    def context(self) -> Tensor:
-        """Return what the decoder attends to, a packed batch (1, T, D). It is computed once for the same inputs."""
+    def context(self) -> Context:
+        """Return what the decoder attends to. It is computed once for the same inputs."""
         if self._context is None:
-            x, emb = (
-                torch.cat([tokens.flatten(0, 1) for tokens in tensors])[None]
-                for tensors in zip(*((inputs.x, inputs.emb) for inputs in self._inputs), strict=True)
-            )
-            parts = tuple(inputs.part() for inputs in self._inputs)
-            encoded = self.model.encoder_norm(self.model.run_blocks(self.model.encoder, x + emb, parts))
-            self._context = self.model.context(encoded, emb)
+            x, emb, slots = self._x + self._emb, self._emb, None
+            padding: Tensor | None = self._padding.clone()
+            padding[:, 0] &= ~padding.all(1)  # queries without inputs read one token of padding
+            if not padding.any():
+                padding = None
+            elif not any(block._compiled_call_impl for block in self.model.encoder):
+                slots = Slots((~padding).flatten().nonzero().squeeze(1), (padding.shape[0], padding.shape[1]))
+                x, emb = slots.take(x), slots.take(emb)
+            tokens = self.model.context(self.model.encode(x, padding, slots), emb)
+            self._context = Context(tokens, padding, slots)
         return self._context
-
-    def padded_context(self) -> tuple[Tensor, Tensor]:
-        """Return what the decoder attends to, padded to the longest condition, (C·B, N, D), and its padding mask."""
-        length = max(inputs.padding.shape[1] for inputs in self._inputs)
-        missing = [length - inputs.padding.shape[1] for inputs in self._inputs]
-        parts = self.context()[0].split([inputs.padding.numel() for inputs in self._inputs])
-        contexts = [part.view(*inputs.x.shape) for part, inputs in zip(parts, self._inputs, strict=True)]
-        padding = [F.pad(inputs.padding, (0, n), value=True) for inputs, n in zip(self._inputs, missing, strict=True)]
-        return torch.cat([F.pad(c, (0, 0, 0, n)) for c, n in zip(contexts, missing, strict=True)]), torch.cat(padding)
 
     def decode(self, domain: str, position: Tensor, valid: Tensor) -> Tensor:
         """Run the decoder on an image's positions (B, K), of which some are valid, and return (B, K, D)."""
-        y = self.embed_target(domain, position, position)
-        mask = None if valid.all() else additive(attendable(~valid.repeat(len(self.weights), 1)), y)
-        parts = tuple(inputs.part(num_queries=y.shape[1]) for inputs in self._inputs)
-        y = self.model.run_blocks(self.model.decoder, y, self.context(), mask, parts)
-        return self.combine(self.model.decoder_norm(y))
+        y, context = self.embed_target(domain, position, position), self.context()
+        mask = None if valid.all() else ~valid.repeat(len(self.weights), 1)
+        y = self.model.decode(y, context.tokens, context.padding, mask, context_slots=context.slots)
+        return self.combine(y)
 
     def append(self, domain: str, ids: Tensor, position: Tensor, valid: Tensor) -> None:
         """Add tokens of an image, (B, K) each, to the inputs of all conditions."""
         if domain in self.model.encoder_embeddings:
-            x, emb = (part.view(*ids.shape, -1) for part in self.model.encoder_embeddings[domain](ids, _rows(position)))
-            self._inputs = [
-                _Inputs(*(torch.cat(pair, 1) for pair in ((old.x, x), (old.emb, emb), (old.padding, ~valid))))
-                for old in self._inputs
-            ]
+            x, emb = self.model.encoder_embeddings[domain](ids, _rows(position))
+            parts = (part.view(*ids.shape, -1).repeat(len(self.weights), 1, 1) for part in (x, emb))
+            self._x, self._emb = (torch.cat(pair, 1) for pair in zip((self._x, self._emb), parts, strict=True))
+            self._padding = torch.cat([self._padding, ~valid.repeat(len(self.weights), 1)], 1)
             self._context = None
 
     def embed_target(self, domain: str, ids: Tensor, position: Tensor) -> Tensor:
@@ -259,9 +256,9 @@ def _generate_ids(
         starts, ends: First and last token of each sequence.
         max_lengths: Maximum number of tokens of each sequence, including the first one.
     """
-    model, context = conditions.model, conditions.padded_context()
-    device, copies = context[0].device, len(conditions.weights)
-    cache = DecoderCache(model, *context, max([*max_lengths, 2]) - 1)
+    model, context = conditions.model, conditions.context()
+    device, copies = context.tokens.device, len(conditions.weights)
+    cache = DecoderCache(model, context.unpacked(), context.padding, max([*max_lengths, 2]) - 1)
     to_logits = _by_columns(model.decoder_embeddings[step.domain].to_logits)
     uniform = step.noise.uniform(step.max_tokens).to(device)
     sequences = [[start] for start in starts]

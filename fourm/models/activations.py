@@ -1,11 +1,12 @@
 """Estimates the activation memory of a training step from the shapes alone.
 
 The estimate counts what autograd keeps for the backward pass of an eager step, tensor by tensor as listed below, with
-fused attention (no score matrix), plus the logits. c is 2 bytes with 16-bit autocast and 4 otherwise; the residual
-stream and the inputs of norms are float32 in both cases. Per slot of width D, with MLPs of hidden width h:
+fused attention (no score matrix), plus the logits. Every slot counts, as if none were left out as padding. c is 2 bytes
+with 16-bit autocast and 4 otherwise; the residual stream and the inputs of norms are float32 in both cases. Per slot of
+width D, with MLPs of hidden width h:
 
 * every block: the input of each norm (4 D each, shared with the residual stream), its output, q, k, v and the output of
-  attention (c D each), and in the MLP the output of fc1 and the input of fc2 (2 c h), or four tensors of a gated MLP
+  attention (c D each), and the output of fc1 in the MLP (c h), and of fc3 if it is gated; the input of fc2 is recomputed
 * once: the inputs of the last norms, the context, and for every target token float32 log-probabilities and logits (c)
 
 With recomputed activations, a block keeps only its input, and one block at a time keeps all of the above.
@@ -66,7 +67,7 @@ def _block_bytes(block: Any, dim: int, half: bool) -> tuple[float, float, float]
     hidden, gated = mlp.fc1.out_features, isinstance(mlp, GatedMlp)
     score = 4 * attention.num_heads  # log of the softmax denominator
     # fc1 and fc3 each convert the output of the norm to 16 bits.
-    mlp_bytes = c * (dim * (2 if gated and half else 1) + hidden * (4 if gated else 2))
+    mlp_bytes = c * (dim * (2 if gated and half else 1) + hidden * (2 if gated else 1))
     norm = 4 * dim + 8  # input, mean and deviation
     # The norms of queries and keys read a float32 copy.
     qk = (4 + c) * dim + 2 * score if isinstance(attention.q_norm, LayerNorm) else 0

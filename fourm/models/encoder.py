@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from fourm.data.collate import ModDict
-from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, Mask, additive, attendable, init_weights
+from fourm.models.fm_utils import INIT_STD, Block, BlockOptions, Slots, additive, attendable, init_weights
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.token_selection import Selection
 
@@ -67,26 +67,42 @@ class Encoder(nn.Module):
             nn.init.normal_(self.register_tokens, std=self.init_std)
 
     def embed_encoder(self, mod_dict: ModDict, selection: Selection) -> tuple[Tensor, Tensor, Tensor]:
-        """Return content, position + modality, (B, R + N, D) each, and padding (B, R + N); registers come first."""
+        """Return content, position + modality, (B, R + N, D) each, and padding (B, R + N); registers come first.
+
+        The tokens of a packed selection are packed, see :meth:`encoder_slots`.
+        """
         rows = selection.rows()
         tokens = [
             embedding(tensor_of(mod_dict, name, embedding), rows[name])
             for name, embedding in self.encoder_embeddings.items()
         ]
-        x, emb = (selection.place(part) for part in zip(*tokens, strict=True))
+        x, emb = (torch.cat(part) for part in zip(*tokens, strict=True))
         padding = selection.padding
         if self.num_register_tokens:
-            x = torch.cat([self.register_tokens.expand(len(x), -1, -1), x], dim=1)
-            emb = F.pad(emb, (0, 0, self.num_register_tokens, 0))
+            registers = self.register_tokens[0].repeat(len(padding), 1)
+            x = torch.cat([registers, x])
+            emb = F.pad(emb, (0, 0, len(registers), 0))
             padding = F.pad(padding, (self.num_register_tokens, 0))
+        if not selection.packed:
+            slots = self.encoder_slots(selection)
+            x, emb = slots.place(x), slots.place(emb)
         return x, emb, padding
 
-    def encode(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
-        """Run the encoder, (B, R + N, D) → (B, R + N, D)."""
-        mask = None if padding is None else additive(attendable(padding), x)
-        return self.encoder_norm(self.run_blocks(self.encoder, x, mask))
+    def encoder_slots(self, selection: Selection) -> Slots:
+        """Return the slots of the registers, and then of the selected tokens, in the encoder."""
+        batch_size, length = selection.modality.shape
+        shift = self.num_register_tokens
+        first = torch.arange(batch_size, device=selection.slot.device) * (shift + length)
+        registers = first[:, None] + torch.arange(shift, device=first.device)
+        tokens = selection.slot + (selection.slots.sample() + 1) * shift
+        return Slots(torch.cat([registers.flatten(), tokens]), (batch_size, shift + length))
 
-    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Mask) -> Tensor:
+    def encode(self, x: Tensor, padding: Tensor | None = None, slots: Slots | None = None) -> Tensor:
+        """Run the encoder, (B, R + N, D) → (B, R + N, D), or on packed tokens."""
+        mask = None if padding is None else additive(attendable(padding), x)
+        return self.encoder_norm(self.run_blocks(self.encoder, x, mask, slots))
+
+    def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | Slots | None) -> Tensor:
         """Run ``x`` through a stack of blocks that all get the same ``context``."""
         every = int(self.use_act_checkpoint) if torch.is_grad_enabled() else 0
         for i, block in enumerate(blocks):

@@ -38,20 +38,24 @@ class StepFlops:
 
     def __call__(
         self, batch_size: int, num_encoder_tokens: int, num_decoder_tokens: int,
-        inputs: Mapping[str, float], targets: Mapping[str, float],
+        inputs: Mapping[str, float], targets: Mapping[str, float], computed: tuple[int, int] | None = None,
     ) -> float:  # fmt: skip
         """Return the operations of a forward and backward pass.
 
         Args:
             batch_size: Samples per step.
-            num_encoder_tokens, num_decoder_tokens: N and M; padding is computed like any token.
+            num_encoder_tokens, num_decoder_tokens: N and M.
             inputs, targets: Selected tokens of each modality in the whole batch, as in ``Selection.counts``.
+            computed: Inputs and targets in the whole batch that linear layers compute, including padding, as in
+                ``Selection.num_computed``; None means all slots.
         """
+        num_inputs, num_targets = computed or (batch_size * num_encoder_tokens, batch_size * num_decoder_tokens)
+        num_inputs += batch_size * self._registers
         n, m = num_encoder_tokens + self._registers, num_decoder_tokens
         encoder, decoder = self._depths
         pairs = encoder * n * n + decoder * (m * m + m * n)  # a query and a key need D for the score and D for the sum
-        linear = n * self._per_input_slot + m * self._per_target_slot
-        trunk = 3 * batch_size * (linear + 2 * pairs * self._dim)
+        linear = num_inputs * self._per_input_slot + num_targets * self._per_target_slot
+        trunk = 3 * (linear + 2 * batch_size * pairs * self._dim)
         embeddings = sum(count * self._per_input[name] for name, count in inputs.items())
         logits = 3 * sum(count * self._per_target[name] for name, count in targets.items())
         return 2 * (trunk + embeddings + logits)

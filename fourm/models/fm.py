@@ -21,7 +21,7 @@ from fourm.data.collate import ModDict
 from fourm.data.modality_info import Modality, as_modality, resolve_modalities
 from fourm.models import decoder_embeddings, encoder_embeddings
 from fourm.models.encoder import Encoder, drop_path_rates, set_trainable, tensor_of
-from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, additive, attendable
+from fourm.models.fm_utils import INIT_STD, BlockOptions, DecoderBlock, LayerNorm, Slots, additive, attendable
 from fourm.models.hub import Hub4M, trunk_options
 from fourm.models.modality_embedding import POS_TEMPERATURE, ModalityEmbedding
 from fourm.models.model_card import Tables
@@ -167,11 +167,14 @@ class FourM(Encoder):
         """
         if selection is None:
             selection = self.select_tokens(mod_dict, num_encoder_tokens, num_decoder_tokens)
-        x, emb, padding = self.embed_encoder(mod_dict, selection.encoder)
-        context = self.context(self.encode(x + emb, padding), emb)
+        x, emb, masked = self.embed_encoder(mod_dict, selection.encoder)
+        padding = None if selection.encoder.full else masked  # attention is faster without a mask
+        slots = self.encoder_slots(selection.encoder) if selection.encoder.packed else None
+        context = self.context(self.encode(x + emb, padding, slots), emb)
         y = self.decode(
-            self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder)
-        )
+            self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder),
+            selection.decoder.slots if selection.decoder.packed else None, slots,
+        )  # fmt: skip
         logits = self.logits(y, selection.decoder)
         return logits if return_logits else self.loss(logits, mod_dict, selection.decoder, loss_type)
 
@@ -181,11 +184,12 @@ class FourM(Encoder):
         num_encoder_tokens: int,
         num_decoder_tokens: int,
         generator: torch.Generator | None = None,
+        pack: bool = False,
     ) -> TokenSelection:
         """Select the tokens that the model uses: :func:`select_tokens` for the modalities of the model."""
         inputs = {name: self.modality_info[name] for name in self.encoder_embeddings}
         targets = {name: self.modality_info[name] for name in self.decoder_embeddings}
-        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator)
+        return select_tokens(mod_dict, inputs, targets, num_encoder_tokens, num_decoder_tokens, generator, pack)
 
     def pooled(self, mod_dict: ModDict) -> Tensor:
         """Encode all inputs of a batch and return the mean of the output over the input tokens, (B, D)."""
@@ -201,7 +205,7 @@ class FourM(Encoder):
         return self.decoder_proj_context(encoded) + emb
 
     def embed_decoder(self, mod_dict: ModDict, selection: Selection) -> Tensor:
-        """Embed the targets, (B, M, D): content + position + modality."""
+        """Embed the targets, (B, M, D) or packed: content + position + modality."""
         rows = selection.rows()
         # DDP needs a gradient for every parameter: zero rows keep the mask token in the graph without image targets.
         tokens = [(self.mask_token[0, :0], self.mask_token[0, :0])] + [
@@ -224,13 +228,24 @@ class FourM(Encoder):
             masked = masked | (selection.modality[:, None] != selection.modality[..., None])
         return masked
 
-    def decode(self, y: Tensor, context: Tensor, context_padding: Tensor, target_mask: Tensor) -> Tensor:
-        """Run the decoder on the targets ``y`` (B, M, D) and the context (B, R + N, D); returns (B, M, D)."""
-        masks = (additive(attendable(mask), y) for mask in (target_mask, context_padding))
-        return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks))
+    def decode(
+        self,
+        y: Tensor,
+        context: Tensor,
+        context_padding: Tensor | None,
+        target_mask: Tensor | None,
+        slots: Slots | None = None,
+        context_slots: Slots | None = None,
+    ) -> Tensor:
+        """Run the decoder on the targets ``y`` (B, M, D) and the context (B, R + N, D); returns (B, M, D).
+
+        With ``slots`` the targets, and with ``context_slots`` the context, are packed.
+        """
+        masks = (None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding))
+        return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks, None, slots, context_slots))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:
-        """Return the logits of each modality, (n_m, V), from its own positions in the decoder output (B, M, D)."""
+        """Return the logits of each modality, (n_m, V), from its own positions in the decoder output."""
         return {name: self.decoder_embeddings[name].to_logits(rows) for name, rows in selection.take(y).items()}
 
     def loss(

@@ -1,6 +1,7 @@
 """Norm, attention, MLPs and blocks of the trunk (method section 3, "Blocks").
 
-Shapes: B batch, N tokens, M targets, Q queries, K keys, D width, H heads, C width of one head.
+Shapes: B batch, N tokens, M targets, S slots, T packed tokens of the whole batch, Q queries, K keys, D width, H heads,
+C width of one head.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from fourm.utils.errors import UserError
 
@@ -98,33 +100,40 @@ def additive(mask: Tensor, x: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=dtype).masked_fill_(~mask, -torch.inf)
 
 
+@dataclass(frozen=True)
+class Slots:
+    """Where packed tokens lie in the batch.
+
+    Packed tokens are the T rows of a matrix, without padding. Linear layers and norms work on the rows; only attention
+    needs the slots of each sample.
+
+    Attributes:
+        index: (T,) Slot of each token, as an index into the B·S slots.
+        shape: B and S.
+    """
+
+    index: Tensor
+    shape: tuple[int, int]
+
+    def place(self, rows: Tensor) -> Tensor:
+        """Scatter the tokens, (T, D), into their slots (B, S, D); padding is zero."""
+        slots = rows.new_zeros(math.prod(self.shape), rows.shape[1])
+        return slots.index_copy(0, self.index, rows).view(*self.shape, -1)
+
+    def take(self, slots: Tensor) -> Tensor:
+        """Gather the tokens, (T, D), from their slots (B, S, D)."""
+        return slots.flatten(0, 1).index_select(0, self.index)
+
+    def sample(self) -> Tensor:
+        """Return the index of each token's sample, (T,)."""
+        return self.index // self.shape[1]
+
+
 class KeysValues(NamedTuple):
     """The keys and values that queries attend to, (B, H, K, C) each."""
 
     keys: Tensor
     values: Tensor
-
-
-class Part(NamedTuple):
-    """Sequences of equal length in a packed batch, which attend only to keys of their own.
-
-    A packed batch is a single row (1, T, D) of all tokens, one part after another. Linear layers run once for all
-    parts, and sequences of different lengths need no padding.
-
-    Attributes:
-        size: Number of sequences B.
-        queries, keys: Number of queries Q and keys K of each sequence.
-        mask: What is added to the scores, (B, 1, Q or 1, K); None = nothing.
-    """
-
-    size: int
-    queries: int
-    keys: int
-    mask: Tensor | None
-
-
-Mask = Tensor | tuple[Part, ...] | None
-"""A mask from :func:`attendable` or :func:`additive`, or the parts of a packed batch."""
 
 
 class Past(Protocol):
@@ -144,28 +153,17 @@ class _MultiHead(nn.Module):
         self.q_norm, self.k_norm = (norm(options.dim // options.num_heads) for _ in range(2))
         self.proj = nn.Linear(options.dim, options.dim, bias=options.proj_bias)
 
-    def attend(self, q: Tensor, keys_values: KeysValues, mask: Mask) -> Tensor:
-        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D)."""
-        q = self.q_norm(q)
-        if isinstance(mask, tuple):
-            return self.proj(_attend_within(mask, q, keys_values))
-        y = F.scaled_dot_product_attention(q, keys_values.keys, keys_values.values, attn_mask=mask)
-        return self.proj(rearrange(y, "b h q c -> b q (h c)"))
+    def heads(self, x: Tensor, parts: int, slots: Slots | None) -> Tensor:
+        """Split ``parts`` projections of the tokens into heads: (B, N, parts·D), or packed, → (parts, B, H, N, C)."""
+        if slots is not None:
+            x = slots.place(x)
+        return rearrange(x, "b n (parts h c) -> parts b h n c", parts=parts, h=self.num_heads)
 
-
-def _attend_within(parts: tuple[Part, ...], q: Tensor, keys_values: KeysValues) -> Tensor:
-    """Compute attention within each part, (B, H, Q, C) → (B, Q, D); keys are packed, and queries may be."""
-    q_packed, k_packed, v_packed = (rearrange(x, "b h n c -> h (b n) c") for x in (q, *keys_values))
-    attended = []
-    for size, queries, keys, mask in parts:
-        (q_first, q_packed), (k_first, k_packed), (v_first, v_packed) = (
-            x.split([size * count, x.shape[1] - size * count], dim=1)
-            for x, count in ((q_packed, queries), (k_packed, keys), (v_packed, keys))
-        )
-        q_part, k_part, v_part = (rearrange(x, "h (b n) c -> b h n c", b=size) for x in (q_first, k_first, v_first))
-        y = F.scaled_dot_product_attention(q_part, k_part, v_part, attn_mask=mask)
-        attended.append(rearrange(y, "b h q c -> (b q) (h c)"))
-    return torch.cat(attended).view(q.shape[0], q.shape[2], -1)
+    def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None, slots: Slots | None) -> Tensor:
+        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D), or packed as ``slots`` says."""
+        y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
+        y = rearrange(y, "b h q c -> b q (h c)")
+        return self.proj(y if slots is None else slots.take(y))
 
 
 class Attention(_MultiHead):
@@ -175,11 +173,13 @@ class Attention(_MultiHead):
         super().__init__(options)
         self.qkv = nn.Linear(options.dim, 3 * options.dim, bias=options.qkv_bias)
 
-    def forward(self, x: Tensor, mask: Mask = None, past: Past | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, mask: Tensor | None = None, past: Past | None = None, slots: Slots | None = None
+    ) -> Tensor:
         """Attend within ``x``, (B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
-        q, k, v = rearrange(self.qkv(x), "b n (three h c) -> three b h n c", three=3, h=self.num_heads)
+        q, k, v = self.heads(self.qkv(x), 3, slots)
         keys_values = KeysValues(self.k_norm(k), v)
-        return self.attend(q, keys_values if past is None else past.extend(keys_values), mask)
+        return self.attend(q, keys_values if past is None else past.extend(keys_values), mask, slots)
 
 
 class CrossAttention(_MultiHead):
@@ -190,14 +190,15 @@ class CrossAttention(_MultiHead):
         self.q = nn.Linear(options.dim, options.dim, bias=options.qkv_bias)
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
         """Compute the keys and values of the context (B, K, D)."""
-        k, v = rearrange(self.kv(context), "b k (two h c) -> two b h k c", two=2, h=self.num_heads)
+        k, v = self.heads(self.kv(context), 2, slots)
         return KeysValues(self.k_norm(k), v)
 
-    def forward(self, x: Tensor, context: KeysValues, mask: Mask = None) -> Tensor:
+    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
         """Attend to ``context``, which :meth:`keys_values` returns: (B, M, D) → (B, M, D)."""
-        return self.attend(rearrange(self.q(x), "b q (h c) -> b h q c", h=self.num_heads), context, mask)
+        (q,) = self.heads(self.q(x), 1, slots)
+        return self.attend(q, context, mask, slots)
 
 
 class Mlp(nn.Module):
@@ -215,7 +216,10 @@ class Mlp(nn.Module):
         return width
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+        return keep_only_inputs(self.project, self.fc1(x))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        return self.fc2(self.act(hidden))
 
 
 class GatedMlp(Mlp):
@@ -230,7 +234,21 @@ class GatedMlp(Mlp):
         return int(2 * width / 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)) * self.fc3(x))
+        return keep_only_inputs(self.project, self.fc1(x), self.fc3(x))
+
+    def project(self, hidden: Tensor, gate: Tensor) -> Tensor:  # type: ignore[override]
+        return self.fc2(self.act(hidden) * gate)
+
+
+def keep_only_inputs(function: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Call ``function`` and keep nothing but its inputs for the backward pass.
+
+    The backward pass recomputes the tensors that it needs, up to the input of the last linear layer; the product of
+    that layer is not computed again. ``torch.compile`` itself decides which element-wise operations to recompute.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 class DropPath(nn.Module):
@@ -244,12 +262,15 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Drop the branch ``x``, (B, ...) → (B, ...)."""
+    def forward(self, x: Tensor, slots: Slots | None = None) -> Tensor:
+        """Drop the branch ``x``, (B, ...) → (B, ...), or of packed tokens."""
         if self.drop_prob == 0 or not self.training:
             return x
         keep_prob = 1 - self.drop_prob
-        kept = x.new_empty(len(x), *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        samples = len(x) if slots is None else slots.shape[0]
+        kept = x.new_empty(samples, *[1] * (x.ndim - 1)).bernoulli_(keep_prob)
+        if slots is not None:
+            kept = kept[slots.sample()]
         return x * (kept / keep_prob if keep_prob else kept)
 
     def extra_repr(self) -> str:
@@ -267,10 +288,16 @@ class Block(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, mask: Mask = None) -> Tensor:
-        """Run the block, (B, N, D) → (B, N, D)."""
-        x = x + self.drop_path(self.attn(self.norm1(x), mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+    def forward(self, x: Tensor, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
+        """Run the block, (B, N, D) → (B, N, D), or on tokens packed as ``slots`` says.
+
+        Args:
+            x: The tokens.
+            mask: Mask of the slots from :func:`attendable`.
+            slots: Slots of packed tokens.
+        """
+        x = x + self.drop_path(self.attn(self.norm1(x), mask, slots=slots), slots)
+        return x + self.drop_path(self.mlp(self.norm2(x)), slots)
 
 
 class DecoderBlock(nn.Module):
@@ -286,30 +313,33 @@ class DecoderBlock(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def keys_values(self, context: Tensor) -> KeysValues:
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
         """Compute the keys and values of the context (B, N, D), which do not depend on the targets."""
-        return self.cross_attn.keys_values(self.context_norm(context))
+        return self.cross_attn.keys_values(self.context_norm(context), slots)
 
     def forward(
         self,
         y: Tensor,
         context: Tensor | KeysValues,
-        self_mask: Mask = None,
-        context_mask: Mask = None,
+        self_mask: Tensor | None = None,
+        context_mask: Tensor | None = None,
         past: Past | None = None,
+        slots: Slots | None = None,
+        context_slots: Slots | None = None,
     ) -> Tensor:
-        """Run the block, (B, M, D) → (B, M, D).
+        """Run the block, (B, M, D) → (B, M, D), or on packed tokens.
 
         Args:
             y: The targets.
             context: The context (B, N, D), or its :meth:`keys_values`.
-            self_mask, context_mask: See :data:`Mask`.
+            self_mask, context_mask: Masks from :func:`attendable`.
             past: Keys and values of the targets before ``y``, which do not see ``y``.
+            slots, context_slots: Slots of packed targets, and of a packed context.
         """
-        keys_values = self.keys_values(context) if isinstance(context, Tensor) else context
-        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past))
-        y = y + self.drop_path(self.cross_attn(self.query_norm(y), keys_values, context_mask))
-        return y + self.drop_path(self.mlp(self.norm2(y)))
+        keys_values = self.keys_values(context, context_slots) if isinstance(context, Tensor) else context
+        y = y + self.drop_path(self.self_attn(self.norm1(y), self_mask, past, slots), slots)
+        y = y + self.drop_path(self.cross_attn(self.query_norm(y), keys_values, context_mask, slots), slots)
+        return y + self.drop_path(self.mlp(self.norm2(y)), slots)
 
 
 def init_weights(model: nn.Module, std: float = INIT_STD) -> None:

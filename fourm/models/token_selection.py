@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from fourm.data.collate import ModDict
+from fourm.models.fm_utils import Slots
 from fourm.models.modality_embedding import Rows
 
 
@@ -31,6 +32,7 @@ class Selection:
         slot: (n,) Slot of each token, as an index into the B·S slots.
         modality: (B, S) ``id`` of the modality in each slot; −1 is padding.
         attention: (B, S) Compressed decoder attention mask of the selected tokens; zeros in the encoder.
+        packed: Whether the model computes the rows of the tokens, in this order, instead of all slots.
     """
 
     counts: dict[str, int]
@@ -40,6 +42,7 @@ class Selection:
     slot: Tensor
     modality: Tensor
     attention: Tensor
+    packed: bool = False
 
     @classmethod
     def everything(cls, name: str, batch_size: int, length: int, device: torch.device) -> Selection:
@@ -54,25 +57,40 @@ class Selection:
         """Padding mask, (B, S), True = padding."""
         return self.modality < 0
 
+    @property
+    def full(self) -> bool:
+        """Whether no slot is padding; this is known without waiting for the device."""
+        return sum(self.counts.values()) == self.modality.numel()
+
+    @property
+    def slots(self) -> Slots:
+        """The slots of the tokens."""
+        return Slots(self.slot, (self.modality.shape[0], self.modality.shape[1]))
+
+    @property
+    def num_computed(self) -> int:
+        """Number of tokens, including padding, that linear layers compute in the whole batch."""
+        return sum(self.counts.values()) if self.packed else self.modality.numel()
+
     def rows(self) -> dict[str, Rows]:
         """Return the selected rows of each modality."""
         parts = (part.split(list(self.counts.values())) for part in (self.sample, self.index, self.position))
         return {name: Rows(*rows) for name, *rows in zip(self.counts, *parts, strict=True)}
 
     def place(self, tokens: Sequence[Tensor]) -> Tensor:
-        """Scatter the tokens of each modality, (n_m, D) each, into their slots (B, S, D); padding is zero."""
+        """Pack the tokens of each modality, (n_m, D) each, or scatter them into their slots (B, S, D)."""
         flat = torch.cat(list(tokens))
-        slots = flat.new_zeros(self.modality.numel(), flat.shape[1])
-        return slots.index_copy(0, self.slot, flat).view(*self.modality.shape, -1)
+        return flat if self.packed else self.slots.place(flat)
 
-    def take(self, slots: Tensor) -> dict[str, Tensor]:
-        """Gather the tokens of each modality, (n_m, D) each, from their slots (B, S, D)."""
-        flat = slots.flatten(0, 1).index_select(0, self.slot)
+    def take(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Return the tokens of each modality, (n_m, D) each, from what :meth:`place` returns."""
+        flat = tokens if self.packed else self.slots.take(tokens)
         return dict(zip(self.counts, flat.split(list(self.counts.values())), strict=True))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Selection:
         """Move the selection to ``device``; ``non_blocking`` copies from pinned memory."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         if non_blocking and torch.device(device).type == "cuda":
             tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
         return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
@@ -97,6 +115,7 @@ def select_tokens(
     num_encoder_tokens: int,
     num_decoder_tokens: int,
     generator: torch.Generator | None = None,
+    pack: bool = False,
 ) -> TokenSelection:
     """Select the tokens of a batch that the model reads and predicts.
 
@@ -109,26 +128,28 @@ def select_tokens(
         num_decoder_tokens: Maximum number of targets per sample. The first valid ones are selected, with the modalities
             in random order.
         generator: CPU generator for the random order; None uses PyTorch's global one.
+        pack: Leave out padding: the last slots if all samples leave them empty, and the others except in attention.
+            The losses are the same, but the shapes of tensors then differ between batches.
     """
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
     targets = {name: _targets(mod_dict, name, decoder_modalities[name]["type"]) for name in shuffled}
     return TokenSelection(
-        select_inputs(mod_dict, encoder_modalities, num_encoder_tokens),
-        _select(targets, decoder_modalities, num_decoder_tokens),
+        select_inputs(mod_dict, encoder_modalities, num_encoder_tokens, pack),
+        _select(targets, decoder_modalities, num_decoder_tokens, pack),
     )
 
 
 def select_inputs(
-    mod_dict: ModDict, modalities: Mapping[str, Mapping[str, Any]], num_tokens: int | None = None
+    mod_dict: ModDict,
+    modalities: Mapping[str, Mapping[str, Any]],
+    num_tokens: int | None = None,
+    pack: bool = False,
 ) -> Selection:
     """Select only the inputs, like :func:`select_tokens`; all valid ones if ``num_tokens`` is None."""
     order = [*mod_dict, *modalities]
     inputs = {name: _inputs(mod_dict, name, modalities[name]["type"]) for name in sorted(modalities, key=order.index)}
-    if num_tokens is None:
-        valid = torch.cat([candidates.valid for candidates in inputs.values()], dim=1)
-        num_tokens = max(int(valid.sum(1).max()), 1)  # attention needs at least one token, even if it is padding
-    return _select(inputs, modalities, num_tokens)
+    return _select(inputs, modalities, num_tokens, pack)
 
 
 class _Candidates(NamedTuple):
@@ -167,7 +188,10 @@ def _positions(valid: Tensor, modality_type: str) -> Tensor:
 
 
 def _select(
-    candidates: Mapping[str, _Candidates], modalities: Mapping[str, Mapping[str, Any]], num_slots: int
+    candidates: Mapping[str, _Candidates],
+    modalities: Mapping[str, Mapping[str, Any]],
+    num_slots: int | None,
+    pack: bool,
 ) -> Selection:
     """Assign slots to the first ``num_slots`` valid candidates of each sample, in the order of ``candidates``.
 
@@ -175,6 +199,12 @@ def _select(
     order.
     """
     valid = torch.cat([c.valid for c in candidates.values()], dim=1)
+    used = valid.sum(1)
+    if num_slots is None or pack:
+        needed = max(int(used.max()), 1)  # attention needs at least one token, even if it is padding
+        num_slots = needed if num_slots is None else min(num_slots, needed)
+    # Queries read the padding of a sample that has nothing else, so it must be computed.
+    packed = pack and bool((used > 0).all()) and int(used.min()) < num_slots
     rank = (valid.cumsum(1) - 1).masked_fill(~valid, num_slots)
     ranks = dict(zip(candidates, rank.split([c.valid.shape[1] for c in candidates.values()], dim=1), strict=True))
     counts, groups = {}, []
@@ -190,4 +220,5 @@ def _select(
         counts, sample, index, position, slot,
         modality=(empty - 1).index_copy(0, slot, modality_id).view(-1, num_slots),
         attention=empty.index_copy(0, slot, attention).view(-1, num_slots),
+        packed=packed,
     )  # fmt: skip

@@ -44,6 +44,17 @@ def test_the_count_is_exactly_that_of_the_step(variant, tokens):
     assert analytic(model, 3, selection, tokens) == total
 
 
+def test_packed_tokens_are_counted_without_padding():
+    model = toy_model(num_register_tokens=3)
+    batch = toy_batch(model)
+    batch["text"]["input_mask"][0] = batch["grid"]["target_mask"][1] = True
+    selection = model.select_tokens(batch, 20, 16, pack=True)
+    parts = selection.encoder, selection.decoder
+    slots = [part.modality.shape[1] for part in parts]
+    flops = StepFlops(model)(3, *slots, *(part.counts for part in parts), tuple(part.num_computed for part in parts))
+    assert all(part.packed for part in parts) and flops == counted(model, batch, selection, (20, 16))
+
+
 def test_vectors_through_a_bottleneck():
     config = toy_config()
     config["modalities"] = config["modalities"] | {

@@ -51,6 +51,49 @@ def test_losses_and_gradients_equal_the_plain_implementation(variant, loss_type)
         torch.testing.assert_close(mine.grad, reference, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5)
 
 
+PACKED = {
+    "swiglu": SWIGLU,
+    "registers, recomputed": {"num_register_tokens": 2, "use_act_checkpoint": True},
+    "qk-norm, causal": {"qk_norm": True, "decoder_causal_mask": True, "share_embedding": True},
+    "stochastic depth": {"drop_path_rate_encoder": 0.5, "drop_path_rate_decoder": 0.5},
+}
+
+
+@pytest.mark.parametrize("samples", ["equal", "unequal", "one is empty"])
+@pytest.mark.parametrize("variant", PACKED)
+def test_packed_batches_have_the_losses_and_gradients_of_padded_ones(variant, samples):
+    model, twin = toy_model(**PACKED[variant]), toy_model(**PACKED[variant])
+    batch = toy_batch(model)  # with 18 inputs in each sample
+    batch["grid"]["target_mask"][0] = True
+    if samples != "equal":
+        batch["grid"]["input_mask"][1] = batch["vectors"]["input_mask"][2] = True
+    if samples == "one is empty":
+        for entry in batch.values():
+            entry["input_mask"][1] = entry["target_mask"][2] = True
+    encoder_masks = []
+    model.encoder[0].register_forward_pre_hook(lambda block, inputs: encoder_masks.append(inputs[1]))
+
+    def train(model, pack):
+        generator = torch.Generator().manual_seed(7)
+        selection = model.select_tokens(batch, 20, 30, generator, pack=pack)
+        torch.manual_seed(0)
+        loss, _ = model(batch, 20, 30, selection=selection)
+        loss.backward()
+        return selection, loss
+
+    (packed, loss), (padded, expected) = train(model, pack=True), train(twin, pack=False)
+    assert packed.encoder.modality.shape == (3, 18) and padded.encoder.modality.shape == (3, 20)
+    assert packed.encoder.num_computed == {"equal": 54, "unequal": 48, "one is empty": 54}[samples]
+    assert packed.decoder.packed == (samples != "one is empty") and not padded.decoder.packed
+    assert encoder_masks
+    assert all((mask is None) == (samples == "equal") for mask in encoder_masks), "only where something is masked"
+    torch.testing.assert_close(loss, expected)
+    for (name, mine), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(
+            mine.grad, theirs.grad, msg=lambda m, name=name: f"{name}: {m}", rtol=1e-4, atol=1e-5
+        )
+
+
 def test_a_selection_made_beforehand_changes_nothing():
     model = toy_model()
     batch = toy_batch(model)
@@ -113,6 +156,19 @@ def test_memory_does_not_grow_with_dropped_tokens():
     few_bytes, many_bytes = (saved_bytes(lambda b=batch: model(b, 16, 16)[0], model) for batch in (few, many))
     assert abs(many_bytes - few_bytes) < 0.001 * few_bytes
     assert saved_bytes(lambda: embed_all_loss(model, many, 16, 16)[0], model) > 1.5 * few_bytes
+
+
+@pytest.mark.parametrize("options", [{}, SWIGLU], ids=["gelu", "swiglu"])
+def test_the_backward_pass_of_an_mlp_keeps_what_enters_its_activation_and_nothing_after(options):
+    mlp = toy_model(**options).encoder[0].mlp
+    x = torch.randn(50, 32, requires_grad=True)
+    hidden, gated = mlp.fc1.out_features, "gated_mlp" in options
+    assert saved_bytes(lambda: mlp(x).sum(), mlp) == 4 * 50 * (32 + hidden * (1 + gated))
+    mlp(x).sum().backward()
+    gradients = [x.grad, *(parameter.grad for parameter in mlp.parameters())]
+    plain = mlp.fc2(mlp.act(mlp.fc1(x)) * mlp.fc3(x) if gated else mlp.act(mlp.fc1(x))).sum()
+    expected = torch.autograd.grad(plain, [x, *mlp.parameters()])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(gradients, expected, strict=True))
 
 
 def test_activation_checkpointing_saves_memory():

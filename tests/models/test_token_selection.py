@@ -77,6 +77,14 @@ def test_place_and_take_are_inverse():
         assert torch.equal(taken[name], expected)
 
 
+def test_slots_that_all_samples_leave_empty_are_trimmed():
+    masks = {"a": (["xx..", "x..."], ["....", "...."]), "b": (["...", "xx."], ["...", "..."])}
+    for num_slots, shape in ((2, (2, 2)), (8, (2, 3))):
+        selection = select_tokens(batch(masks), KINDS, KINDS, num_slots, 8, pack=True)
+        assert selection.encoder.modality.shape == shape and selection.decoder.modality.shape == (2, 1)
+        assert torch.equal(selection.encoder.modality, select(masks, num_slots).encoder.modality[:, : shape[1]])
+
+
 def test_everything_is_what_selecting_full_rows_gives():
     selected = select_tokens(batch({"a": (["xxx", "xxx"], ["...", "..."])}), {"a": KINDS["a"]}, {"a": KINDS["a"]}, 3, 3)
     everything = Selection.everything("a", 2, 3, torch.device("cpu"))

@@ -56,12 +56,15 @@ def test_the_flops_are_those_of_the_batches(tmp_path):
     run = Run(Pretrain(config), DDP(config))
     batch = next(run._batches())
     torch.manual_seed(0)
-    selection = run.trainer.model.select_tokens(batch.mod_dict, 16, 12)
+    selection = run.trainer.model.select_tokens(batch.mod_dict, 16, 12, pack=True)
     run.trainer.train_step([batch])
     line = run.trainer.interval.means(run.parallel)
     assert line.mfu is None and "mfu" not in line.line(), "nobody knows what this CPU could do"
     seconds = 4 / line.samples_per_second
-    flops = StepFlops(run.trainer.model)(4, 16, 12, selection.encoder.counts, selection.decoder.counts)
+    parts = selection.encoder, selection.decoder
+    slots = (part.modality.shape[1] for part in parts)
+    computed = tuple(part.num_computed for part in parts)
+    flops = StepFlops(run.trainer.model)(4, *slots, *(part.counts for part in parts), computed)
     # Which targets fit depends on the order of the modalities; the logits of these few make little difference.
     assert line.tflops * 1e12 * seconds == pytest.approx(flops, rel=0.1)
 

@@ -177,15 +177,17 @@ class Pretrain(Task[PretrainConfig]):
     ) -> Inputs:  # fmt: skip
         """Select the tokens that the model uses on the host, so that nothing waits for the device."""
         assert isinstance(model, FM)
-        selection = model.select_tokens(batch.mod_dict, *slots, generator)
+        # Compiled blocks need the same shapes in every batch.
+        selection = model.select_tokens(batch.mod_dict, *slots, generator, pack=not self.config.compile)
         inputs, targets = selection.encoder.counts, selection.decoder.counts
-        samples = len(selection.encoder.modality)
+        (samples, num_inputs), num_targets = selection.encoder.modality.shape, selection.decoder.modality.shape[1]
+        computed = selection.encoder.num_computed, selection.decoder.num_computed
         return Inputs(
             values=(*to_device(batch, selection, device), slots),
             targets=targets,
             samples=samples,
             tokens=sum(inputs.values()) + sum(targets.values()),
-            flops=self._flops_of(model)(samples, *slots, inputs, targets),
+            flops=self._flops_of(model)(samples, num_inputs, num_targets, inputs, targets, computed),
         )
 
     def _flops_of(self, model: FM) -> StepFlops:
