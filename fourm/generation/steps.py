@@ -80,11 +80,10 @@ class Conditions:
         """Return what the decoder attends to. It is computed once for the same inputs."""
         if self._context is None:
             x, emb, slots = self._x + self._emb, self._emb, None
-            padding: Tensor | None = self._padding.clone()
-            padding[:, 0] &= ~padding.all(1)  # queries without inputs read one token of padding
-            if not padding.any():
-                padding = None
-            elif not any(block._compiled_call_impl for block in self.model.encoder):
+            masked = self._padding.clone()
+            masked[:, 0] &= ~masked.all(1)  # queries without inputs read one token of padding
+            padding = masked if masked.any() else None
+            if padding is not None and not any(block._compiled_call_impl for block in self.model.encoder):
                 slots = Slots((~padding).flatten().nonzero().squeeze(1), (padding.shape[0], padding.shape[1]))
                 x, emb = slots.take(x), slots.take(emb)
             tokens = self.model.context(self.model.encode(x, padding, slots), emb)

@@ -93,7 +93,8 @@ class Selection:
         tensors = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         if non_blocking and torch.device(device).type == "cuda":
             tensors = {name: t if t.is_cuda else t.pin_memory() for name, t in tensors.items()}
-        return replace(self, **{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in tensors.items()})
+        moved: dict[str, Any] = {name: t.to(device, non_blocking=non_blocking) for name, t in tensors.items()}
+        return replace(self, **moved)
 
 
 @dataclass(frozen=True)
