@@ -19,7 +19,6 @@ from typing import Any
 import torch
 
 from fourm.demo.report import aligned
-from fourm.demo.tokenizers import TRAINED
 from fourm.generation.defaults import FILE
 from fourm.generation.sampler import Sampler, load_fm, vocabulary_path
 from fourm.models import FM
@@ -29,7 +28,7 @@ from fourm.utils.files import atomic_path
 from fourm.utils.options import Options, option, parse_options
 from fourm.utils.paths import InputPath, OutputPath
 
-MODEL = TRAINED / "model"
+MODEL = Path(__file__).resolve().parents[1] / "trained" / "demo"
 VOCABULARY, CARD = "vocabulary.json", "README.md"
 
 _CARD = """\
@@ -56,7 +55,7 @@ sampler.plot(sampler("a red car and a yellow duck on a brick floor"))
 ```
 
 `generation.yaml` holds the order of the targets, and their steps, temperatures and guidance, which Python, `fourm generate --demo` and
-`fourm app` share. The tokenizers are in the folders beside this one. The weights are stored in bfloat16 and used in float32.
+`fourm app` share. The tokenizers are in `fourm/demo/trained`. The weights are stored in bfloat16 and used in float32.
 
 ## How it was made
 
@@ -77,7 +76,8 @@ training. The validation scenes of the demo, which the figures below are from, w
 - Captions have the form of the templates: "a red cup and a yellow duck on the grass", "on gravel, a blue car on the left and a grey tray on
   the right". Words for numbers, actions, or relations other than left, right, between and closest have no meaning for it.
 - Pictures are 64 pixels wide and made of 64 tokens, so that thin parts, such as the spokes of a bicycle, get lost. Some toys are
-  missing or of the wrong kind, the more of them are named, and colours can end up on the wrong toy.
+  missing or appear twice, the more of them are named.
+- Toys have the colours that are their own (ducks are yellow, tables wooden), but colours that a caption gives them are often wrong.
 - It is a demonstration of the library, and no measure of what 4M can do.
 """
 

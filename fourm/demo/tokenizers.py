@@ -103,7 +103,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("give the run folder of a tokenizer, and the folder to save it in")
     run, folder = arguments
     tokenizer = load_tokenizer(run).half()
-    (Path(folder) / "README.md").unlink(missing_ok=True)  # a card that is there is kept, but it is that of other weights
+    (Path(folder) / "README.md").unlink(
+        missing_ok=True
+    )  # a card that is there is kept, but it is that of other weights
     tokenizer.save(folder)
 
 

@@ -105,7 +105,7 @@ class GenerationOptions(StageOptions):
         return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 
 
-DEMO_MODEL = "fourm/demo/trained/model"
+DEMO_MODEL = "fourm/trained/demo"
 """The model that comes with the package, as a path for :func:`shipped`."""
 
 
