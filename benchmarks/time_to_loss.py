@@ -1,6 +1,6 @@
 """Compare AdamW and Muon: the steps and the seconds in which they train a model to the same validation loss.
 
-    fourm demo --stages render,vocabulary,codebooks,tokenize --out demo_run
+    fourm demo --stages render,vocabulary,tokenizers,tokenize --out demo_run
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss
 
 Each optimizer first trains with the first seed and each of its learning rates, and then with the other seeds and the
