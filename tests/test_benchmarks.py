@@ -129,7 +129,7 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     assert [(row["compile"], row["strategy"]) for row in settings.values()] == [
         (False, "single"), (True, "single"), (False, "fsdp"),
     ]  # fmt: skip
-    assert len(found["generation"]["results"][0]["seconds"]) == 2
+    assert len(found["generation"]["results"][0]["seconds"]) == 4
     cases = [row["case"] for row in found["tokenizers"]["results"]]
     assert cases == ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]
     assert "skipped" in found["tests"]["output"]
