@@ -162,5 +162,7 @@ def test_every_main_config_finds_its_files(path):
     if "model" in content and "data_config" in content:
         config = load_config(PretrainConfig, path.relative_to(ROOT))
         assert config.load_data().train
-        made_by_the_demo = config.text_tokenizer_path.startswith(("demo_run/", "demo21_run/", "model_scenes/", "debug_run/"))
+        made_by_the_demo = config.text_tokenizer_path.startswith(
+            ("demo_run/", "demo21_run/", "model_scenes/", "debug_run/")
+        )
         assert made_by_the_demo or Path(config.text_tokenizer_path).is_file(), config.text_tokenizer_path
