@@ -119,9 +119,13 @@ def main(argv: list[str] | None = None) -> None:
     with atomic_path(options.out / "sheet.png") as path:
         sampler.plot(drawn).savefig(path)
     content = {
-        "model": str(options.model), "captions": len(captions), "seed": options.seed, "seconds": round(seconds, 1),
-        "cpu_seconds": round(cpu_seconds, 1), "scores": [asdict(score) for score in scores],
-    }  # fmt: skip
+        "model": str(options.model),
+        "captions": len(captions),
+        "seed": options.seed,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(cpu_seconds, 1),
+        "scores": [asdict(score) for score in scores],
+    }
     with atomic_path(options.out / "scores.json") as path:
         path.write_text(json.dumps(content, indent=2) + "\n")
     head = ("objects in", "source", "precision", "recall")

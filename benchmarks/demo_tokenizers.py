@@ -86,12 +86,19 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as temporary:
                 codebook, _ = fit_codebook(
                     FitOptions(
-                        modality=kind, data_root=str(options.data / "train"), output=f"{temporary}/codebook",
-                        vocab_size=info.vocab_size, patch_size=info.patch_size, input_size=info.input_size,
-                        one_hot_classes=len(CLASSES) if kind == "semseg" else None, num_images=1000, num_crops=1,
-                        num_patches=20_000, num_workers=1,
+                        modality=kind,
+                        data_root=str(options.data / "train"),
+                        output=f"{temporary}/codebook",
+                        vocab_size=info.vocab_size,
+                        patch_size=info.patch_size,
+                        input_size=info.input_size,
+                        one_hot_classes=len(CLASSES) if kind == "semseg" else None,
+                        num_images=1000,
+                        num_crops=1,
+                        num_patches=20_000,
+                        num_workers=1,
                     )
-                )  # fmt: skip
+                )
             print(json.dumps({"modality": kind, "kind": "codebook", **evaluate(codebook, kind, scenes)}), flush=True)
 
 

@@ -54,8 +54,11 @@ def _synthetic(
     else:
         tensor = torch.randn((size, length, modality["embedding_options"]["orig_emb_dim"]), generator=generator)
     return {
-        "tensor": tensor, "input_mask": input_mask, "target_mask": target_mask, "decoder_attention_mask": attention,
-    }  # fmt: skip
+        "tensor": tensor,
+        "input_mask": input_mask,
+        "target_mask": target_mask,
+        "decoder_attention_mask": attention,
+    }
 
 
 def embed_all_loss(

@@ -156,11 +156,15 @@ def against(before: Path, names: Sequence[str], options: Sequence[str], rounds: 
     """Run the cases of another checkout and of this one in turns; the first round warms up."""
     servers = [
         subprocess.Popen(
-            [sys.executable, __file__, "--serve", *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-            env={**os.environ, "PYTHONPATH": str(folder)}, cwd=folder,
+            [sys.executable, __file__, "--serve", *options],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            cwd=folder,
         )
         for folder in (before.resolve(), Path(__file__).resolve().parents[1])
-    ]  # fmt: skip
+    ]
     results = {}
     for name in names:
         seconds, same = [], []
@@ -176,8 +180,10 @@ def against(before: Path, names: Sequence[str], options: Sequence[str], rounds: 
         results[name] = {
             "before": statistics.median(old for old, _ in seconds[1:]),
             "now": statistics.median(new for _, new in seconds[1:]),
-            "ratio": statistics.median(ratios), "ratios": [min(ratios), max(ratios)], "same_tokens": all(same),
-        }  # fmt: skip
+            "ratio": statistics.median(ratios),
+            "ratios": [min(ratios), max(ratios)],
+            "same_tokens": all(same),
+        }
     for server in servers:
         server.communicate()  # ends its input
     return results
@@ -204,10 +210,10 @@ def main() -> None:
         options = ["--model", arguments.model, *(["--toy"] * arguments.toy)]
         names = [name for name in CASES if arguments.only in name]
         report = {
-            "benchmark": "generate", "model": arguments.model, "processor_seconds": against(
-                arguments.before, names, options, arguments.repeats
-            ),
-        }  # fmt: skip
+            "benchmark": "generate",
+            "model": arguments.model,
+            "processor_seconds": against(arguments.before, names, options, arguments.repeats),
+        }
         print(json.dumps(report))
         return
     torch.manual_seed(0)

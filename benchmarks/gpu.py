@@ -19,8 +19,23 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 STEP = ["benchmarks/train_step.py", "--no_baseline"]
-FULL_STEP = [*STEP, "--model", "base", "--batch_size", "128", "--tokens", "128", "--device", "cuda", "--dtype", "bfloat16",
-             "--rounds", "3", "--steps", "10"]  # fmt: skip
+FULL_STEP = [
+    *STEP,
+    "--model",
+    "base",
+    "--batch_size",
+    "128",
+    "--tokens",
+    "128",
+    "--device",
+    "cuda",
+    "--dtype",
+    "bfloat16",
+    "--rounds",
+    "3",
+    "--steps",
+    "10",
+]
 TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
 TOKENIZERS = ["benchmarks/image_tokenizers.py", "--no_plain", "--rounds", "1"]
@@ -72,8 +87,14 @@ def run(command: list[str], limit: float) -> dict[str, Any]:
     start = time.monotonic()
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     timed_out = False
     try:
         out, err = process.communicate(timeout=limit)

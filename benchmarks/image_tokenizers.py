@@ -197,13 +197,28 @@ def build_trainer(options: argparse.Namespace, case: str, batch_size: int) -> Tr
     """A trainer without data."""
     diffusion, sizes = case == "train_divae", options.sizes
     config_class, task_class = (DiVAEConfig, DiVAETraining) if diffusion else (VQVAEConfig, VQVAETraining)
-    config = load_config(config_class, None, {
-        "domain": "rgb", "data_path": "none", "plan": True, "epoch_size": batch_size, "epochs": 1, "device": options.device,
-        "batch_size": batch_size, "dtype": options.dtype, "blr": 1e-6, "peak_tflops": options.peak_tflops,
-        "input_size_min": sizes["size"], "input_size_max": sizes["size"], "encoder_type": sizes["vit"],
-        "decoder_type": sizes["unet"] if diffusion else sizes["vit"], "codebook_size": sizes["codebook_size"],
-        "model_ema": False,
-    })  # fmt: skip
+    config = load_config(
+        config_class,
+        None,
+        {
+            "domain": "rgb",
+            "data_path": "none",
+            "plan": True,
+            "epoch_size": batch_size,
+            "epochs": 1,
+            "device": options.device,
+            "batch_size": batch_size,
+            "dtype": options.dtype,
+            "blr": 1e-6,
+            "peak_tflops": options.peak_tflops,
+            "input_size_min": sizes["size"],
+            "input_size_max": sizes["size"],
+            "encoder_type": sizes["vit"],
+            "decoder_type": sizes["unet"] if diffusion else sizes["vit"],
+            "codebook_size": sizes["codebook_size"],
+            "model_ema": False,
+        },
+    )
     parallel, task = DDP(config), task_class(config)
     torch.manual_seed(SEED)
     model = task.build_model()
@@ -222,9 +237,13 @@ def build_tokenizer(options: argparse.Namespace, model_class: type[VQ]) -> Any:
     torch.manual_seed(SEED)
     decoder = sizes["unet"] if model_class is DiVAE else sizes["vit"]
     model = model_class(
-        image_size=sizes["size"], enc_type=sizes["vit"], dec_type=decoder, codebook_size=sizes["codebook_size"],
-        scheduler="ddim", post_mlp=True,
-    ).eval()  # fmt: skip
+        image_size=sizes["size"],
+        enc_type=sizes["vit"],
+        dec_type=decoder,
+        codebook_size=sizes["codebook_size"],
+        scheduler="ddim",
+        post_mlp=True,
+    ).eval()
     for parameter in model.parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.02)
@@ -276,9 +295,10 @@ def measure_inference(options: argparse.Namespace, case: str, batch_size: int) -
     times = alternate(variants, options.alternation)
     per_image = median(times["ours"]["seconds"]) / batch_size
     result |= {
-        "images_per_second": 1 / per_image, **compared(times, batch_size),
+        "images_per_second": 1 / per_image,
+        **compared(times, batch_size),
         **speed(options, counter.get_total_flops(), per_image),
-    }  # fmt: skip
+    }
     if decoding:
         result["steps"] = options.steps
         for clock in ("seconds", "cpu_seconds"):
@@ -346,10 +366,15 @@ def measure_training(options: argparse.Namespace, case: str, batch_size: int) ->
     variants["ours"]()
     means = trainer.interval.means(trainer.parallel)
     return {
-        "seconds_per_step": seconds, "images_per_second": batch_size / seconds, **compared(times, batch_size),
-        **speed(options, inputs.flops, seconds), "loss": losses, "step_memory": memory,
-        "peak_memory": means.peak_memory, "seconds_in_phases": means.seconds,
-    }  # fmt: skip
+        "seconds_per_step": seconds,
+        "images_per_second": batch_size / seconds,
+        **compared(times, batch_size),
+        **speed(options, inputs.flops, seconds),
+        "loss": losses,
+        "step_memory": memory,
+        "peak_memory": means.peak_memory,
+        "seconds_in_phases": means.seconds,
+    }
 
 
 def compared(times: dict[str, dict[str, list[float]]], batch_size: int) -> dict[str, Any]:
@@ -405,10 +430,15 @@ def main() -> None:
         for batch_size in options.batch_size:
             row = CASES[case](options, case, batch_size)
             settings = {
-                "benchmark": "image_tokenizers", "case": case, "batch_size": batch_size, "size": options.sizes["size"],
-                "device": describe_device(torch.device(options.device)), "dtype": options.dtype, "compile": options.compile,
+                "benchmark": "image_tokenizers",
+                "case": case,
+                "batch_size": batch_size,
+                "size": options.sizes["size"],
+                "device": describe_device(torch.device(options.device)),
+                "dtype": options.dtype,
+                "compile": options.compile,
                 "torch_threads": torch.get_num_threads(),
-            }  # fmt: skip
+            }
             print(json.dumps(settings | row), flush=True)
 
 

@@ -121,11 +121,23 @@ def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 
     (dataset,) = load_data_config(data, num_input_tokens=tokens, num_target_tokens=tokens).train.values()
     augmenter = build_sample_transform(dataset, training=True).image_augmenter
     loader = build_wds_fm_pretraining_dataloader(
-        dataset.data_path, list(dataset.modalities), dataset.modalities, MODALITY_TRANSFORMS, augmenter, tokenizer,
-        tokens, tokens, num_gpus=1, num_workers=num_workers, batch_size=None, epoch_size=None,
-        sampling_weights=dataset.sampling_weights, shuffle_buffer_load=dataset.wds_shuffle_buffer_tar,
-        shuffle_buffer_repeat=dataset.wds_shuffle_buffer_repeat, n_repeats=dataset.wds_n_repeats,
-    )  # fmt: skip
+        dataset.data_path,
+        list(dataset.modalities),
+        dataset.modalities,
+        MODALITY_TRANSFORMS,
+        augmenter,
+        tokenizer,
+        tokens,
+        tokens,
+        num_gpus=1,
+        num_workers=num_workers,
+        batch_size=None,
+        epoch_size=None,
+        sampling_weights=dataset.sampling_weights,
+        shuffle_buffer_load=dataset.wds_shuffle_buffer_tar,
+        shuffle_buffer_repeat=dataset.wds_shuffle_buffer_repeat,
+        n_repeats=dataset.wds_n_repeats,
+    )
     return iter(loader)
 
 
@@ -197,9 +209,13 @@ def main() -> None:
                     loader = single_samples(data, tokenizer, TOKENS[modalities], num_workers)
                 else:
                     loader = batches(
-                        data, tokenizer, TOKENS[modalities], batch_size=batch_size, num_workers=num_workers,
+                        data,
+                        tokenizer,
+                        TOKENS[modalities],
+                        batch_size=batch_size,
+                        num_workers=num_workers,
                         raw_pixels=not options.float_pixels,
-                    )  # fmt: skip
+                    )
                 if options.memory_samples is None:
                     results = measure(loader, options.samples, batch_size, num_workers)
                 else:

@@ -33,9 +33,12 @@ class Version:
     def __init__(self, tree: Path, *arguments: object):
         paths = os.pathsep.join(filter(None, [str(tree), os.environ.get("PYTHONPATH")]))
         self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", *map(str, arguments)], env=os.environ | {"PYTHONPATH": paths},
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            [sys.executable, __file__, "--serve", *map(str, arguments)],
+            env=os.environ | {"PYTHONPATH": paths},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
 
     def make(self, count: int) -> tuple[float, str]:
         """Make samples, and return the seconds of processor time and the sum of all samples until now."""
@@ -87,10 +90,13 @@ def compare(versions: list[Version], samples: int, rounds: int, warm_up: int) ->
     before, now = zip(*seconds, strict=True)
     ratios = [a / b for a, b in seconds]
     return {
-        "before": round(samples / median(before), 1), "now": round(samples / median(now), 1), "equal": equal,
+        "before": round(samples / median(before), 1),
+        "now": round(samples / median(now), 1),
+        "equal": equal,
         "ratio": [round(ratio, 3) for ratio in (quantiles(ratios, n=4) if rounds > 1 else ratios * 3)],
-        "rounds": rounds, "samples": samples,
-    }  # fmt: skip
+        "rounds": rounds,
+        "samples": samples,
+    }
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -22,8 +22,15 @@ from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES
 
 MODALITIES = (
-    "rgb@224", "tok_rgb@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "tok_clip@224", "caption", "det",
-)  # fmt: skip
+    "rgb@224",
+    "tok_rgb@224",
+    "tok_depth@224",
+    "tok_normal@224",
+    "tok_semseg@224",
+    "tok_clip@224",
+    "caption",
+    "det",
+)
 PIXELS = np.zeros((3, 224, 224), np.float32)
 
 

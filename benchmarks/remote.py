@@ -51,10 +51,17 @@ def measure(data: Path, remote: RemoteOptions, batches: int, batch_size: int, wa
     """
     loader = iter(
         build_train_loader(
-            load_data_config(data, num_input_tokens=128, num_target_tokens=128, remote=remote), TOKENIZER,
-            batch_size=batch_size, batches_per_epoch=10**9, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=True,
+            load_data_config(data, num_input_tokens=128, num_target_tokens=128, remote=remote),
+            TOKENIZER,
+            batch_size=batch_size,
+            batches_per_epoch=10**9,
+            num_workers=0,
+            rank=0,
+            world_size=1,
+            seed=0,
+            raw_pixels=True,
         )
-    )  # fmt: skip
+    )
     for _ in range(warm_up):
         next(loader)
     tars = _count_cached(remote)

@@ -62,26 +62,38 @@ def main() -> None:
     photos = [sample.values(OpenFiles(), keep_pixels=False)["rgb"] for sample in samples]
     scores: list[dict[str, Any]] = []
     report = {
-        "benchmark": "schemes", "scenes": len(samples), "token_schedule": arguments.token_schedule,
-        "temperature": arguments.temperature, "seeds": arguments.seeds, "scores": scores,
-    }  # fmt: skip
+        "benchmark": "schemes",
+        "scenes": len(samples),
+        "token_schedule": arguments.token_schedule,
+        "temperature": arguments.temperature,
+        "seeds": arguments.seeds,
+        "scores": scores,
+    }
     true: list[Any] = []
     for kind in ("depth", "semseg"):
         for steps in arguments.steps:
             for scheme in arguments.schemes:
                 settings = {
-                    "autoregression_schemes": scheme, "decoding_steps": steps, "temps": arguments.temperature,
+                    "autoregression_schemes": scheme,
+                    "decoding_steps": steps,
+                    "temps": arguments.temperature,
                     "token_decoding_schedules": arguments.token_schedule,
-                }  # fmt: skip
+                }
                 start = time.process_time()
                 runs = [generate(sampler, photos, kind, seed, settings) for seed in arguments.seeds]
                 seconds = time.process_time() - start
                 true = true or [truth(sample, len(runs[0][0])) for sample in samples]
                 values = [score(kind, run, [scene[kind].value for scene in true]) for run in runs]
-                scores.append({
-                    "target": kind, "scheme": scheme, "steps": steps, "score": float(np.mean(values)),
-                    "by_seed": values, "processor_seconds_per_image": seconds / len(photos) / len(runs),
-                })  # fmt: skip
+                scores.append(
+                    {
+                        "target": kind,
+                        "scheme": scheme,
+                        "steps": steps,
+                        "score": float(np.mean(values)),
+                        "by_seed": values,
+                        "processor_seconds_per_image": seconds / len(photos) / len(runs),
+                    }
+                )
                 if arguments.out:
                     with atomic_path(arguments.out) as path:
                         path.write_text(json.dumps(report, indent=2) + "\n")

@@ -44,10 +44,15 @@ def shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
     """Return what all runs change in the configuration: the data, the length and the evaluations."""
     config = load_config(PretrainConfig, options.config)
     overrides: dict[str, Any] = {
-        "epochs": 1, "epoch_size": options.steps * config.accum_iter * config.batch_size, "warmup_epochs": -1,
-        "warmup_steps": options.steps * config.accum_iter // 10, "step_eval": True, "eval_freq": options.eval_every,
-        "fixed_eval": False, "save_ckpt_freq": 0,
-    }  # fmt: skip
+        "epochs": 1,
+        "epoch_size": options.steps * config.accum_iter * config.batch_size,
+        "warmup_epochs": -1,
+        "warmup_steps": options.steps * config.accum_iter // 10,
+        "step_eval": True,
+        "eval_freq": options.eval_every,
+        "fixed_eval": False,
+        "save_ckpt_freq": 0,
+    }
     if options.data:
         folder = Path(options.data).resolve()
         given = json.loads((folder / "demo.json").read_text())["options"]
@@ -151,12 +156,16 @@ def main(argv: list[str] | None = None) -> None:
     reached = [step for step in steps["muon"] if step is not None]
     ratio = options.steps / mean(reached) if len(reached) == len(options.seeds) else None
     result = {
-        "benchmark": "time_to_loss", "target": target, "steps": options.steps,
+        "benchmark": "time_to_loss",
+        "target": target,
+        "steps": options.steps,
         "blr": {opt: setting.blr for opt, setting in best.items()},
         "final_losses": {opt: [curve[options.steps] for curve in curves[opt]] for opt in OPTIMIZERS},
-        "steps_to_target": steps, "fewer_steps": ratio, "cost_of_a_step": costs,
+        "steps_to_target": steps,
+        "fewer_steps": ratio,
+        "cost_of_a_step": costs,
         "fewer_seconds": {clock: ratio and ratio / cost["ratio"] for clock, cost in costs.items()},
-    }  # fmt: skip
+    }
     print(json.dumps(result))
 
 

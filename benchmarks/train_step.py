@@ -43,10 +43,24 @@ from fourm.utils.errors import run_cli
 
 PIXELS = "rgb@224"
 TARGETS = [
-    "tok_rgb@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224", "tok_clip@224", "caption", "det",
-    "tok_canny_edge@224", "tok_sam_edge@224", "tok_dinov2@224", "tok_imagebind@224", "metadata", "color_palette",
-    "tok_dinov2_global", "tok_imagebind_global", "human_poses", "sam_instance",
-]  # fmt: skip
+    "tok_rgb@224",
+    "tok_depth@224",
+    "tok_normal@224",
+    "tok_semseg@224",
+    "tok_clip@224",
+    "caption",
+    "det",
+    "tok_canny_edge@224",
+    "tok_sam_edge@224",
+    "tok_dinov2@224",
+    "tok_imagebind@224",
+    "metadata",
+    "color_palette",
+    "tok_dinov2_global",
+    "tok_imagebind_global",
+    "human_poses",
+    "sam_instance",
+]
 DOMAINS = {  # inputs and targets; 7 and 21 are the published mixtures
     7: ([PIXELS, *TARGETS[:7]], TARGETS[:7]),
     14: ([PIXELS, *TARGETS[:13]], TARGETS[:13]),
@@ -63,12 +77,25 @@ def full_name(model: str) -> str:
 
 
 def build_config(options: argparse.Namespace, model_name: str, batch_size: int) -> PretrainConfig:
-    return load_config(PretrainConfig, None, {
-        "model": model_name, "batch_size": batch_size, "epochs": 1, "num_input_tokens": options.tokens,
-        "num_target_tokens": options.tokens, "device": options.device, "dtype": options.dtype, "blr": 1e-6,
-        "use_act_checkpoint": options.act_checkpoint, "peak_tflops": options.peak_tflops,
-        "opt": options.opt, "momentum": 0.0, "compile": options.compile,
-    })  # fmt: skip
+    return load_config(
+        PretrainConfig,
+        None,
+        {
+            "model": model_name,
+            "batch_size": batch_size,
+            "epochs": 1,
+            "num_input_tokens": options.tokens,
+            "num_target_tokens": options.tokens,
+            "device": options.device,
+            "dtype": options.dtype,
+            "blr": 1e-6,
+            "use_act_checkpoint": options.act_checkpoint,
+            "peak_tflops": options.peak_tflops,
+            "opt": options.opt,
+            "momentum": 0.0,
+            "compile": options.compile,
+        },
+    )
 
 
 def build_parallel(options: argparse.Namespace, config: PretrainConfig) -> DDP:
@@ -200,14 +227,27 @@ def measure(
             result[f"baseline_{clock}_per_step"] = median(times["baseline"][clock])
             result[f"speed_up_in_{clock}"] = median(theirs / own for theirs, own in pairs)
     return {
-        "model": model_name, "modalities": modalities, "batch_size": batch_size, "tokens": options.tokens, "padding": options.padding,
-        "compile": options.compile, "strategy": strategy,
-        "world_size": parallel.world_size, "device": describe_device(parallel.device), "dtype": config.autocast_dtype,
-        "torch_threads": torch.get_num_threads(), "parameters": count_parameters(model),
-        "seconds_per_step": seconds, "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
-        "samples_per_second": batch_size * parallel.world_size / seconds, "flops_per_step": flops, "tflops": tflops,
-        "peak_memory": means.peak_memory, "seconds_in_phases": means.seconds, **result,
-    }  # fmt: skip
+        "model": model_name,
+        "modalities": modalities,
+        "batch_size": batch_size,
+        "tokens": options.tokens,
+        "padding": options.padding,
+        "compile": options.compile,
+        "strategy": strategy,
+        "world_size": parallel.world_size,
+        "device": describe_device(parallel.device),
+        "dtype": config.autocast_dtype,
+        "torch_threads": torch.get_num_threads(),
+        "parameters": count_parameters(model),
+        "seconds_per_step": seconds,
+        "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
+        "samples_per_second": batch_size * parallel.world_size / seconds,
+        "flops_per_step": flops,
+        "tflops": tflops,
+        "peak_memory": means.peak_memory,
+        "seconds_in_phases": means.seconds,
+        **result,
+    }
 
 
 def compare(trainer: Trainer, plain: Batch, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:

@@ -46,9 +46,14 @@ def execute(options: ExecuteOptions) -> None:
         config = Config(KernelManager={"transport": "ipc", "ip": f"{sockets}/kernel"})
         folder = {"metadata": {"path": str(path.parent)}}
         NotebookClient(
-            notebook, timeout=1200, kernel_name="python3", record_timing=False, resources=folder, config=config,
+            notebook,
+            timeout=1200,
+            kernel_name="python3",
+            record_timing=False,
+            resources=folder,
+            config=config,
             coalesce_streams=True,  # otherwise it is a matter of time how many outputs the lines of a cell are
-        ).execute()  # fmt: skip
+        ).execute()
     notebook.metadata = METADATA
     for cell in notebook.cells:
         if cell.cell_type == "code":

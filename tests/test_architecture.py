@@ -80,9 +80,13 @@ def test_nothing_inside_the_project_imports_an_alias():
 def test_the_published_names_of_generation_are_those_of_its_package():
     published = importlib.import_module("fourm.models.generate")
     assert set(published.__all__) == {
-        "GenerationSampler", "build_chained_generation_schedules", "custom_text", "expand_to_batch",
-        "init_empty_target_modality", "init_full_input_modality",
-    }  # fmt: skip
+        "GenerationSampler",
+        "build_chained_generation_schedules",
+        "custom_text",
+        "expand_to_batch",
+        "init_empty_target_modality",
+        "init_full_input_modality",
+    }
     assert {getattr(published, name).__module__.rpartition(".")[0] for name in published.__all__} == {
         "fourm.generation"
     }

@@ -19,9 +19,13 @@ SMALL = ["--batch_size", "1", "--tokens", "32", "--rounds", "1"]
 
 def lines(*command: str) -> list[dict]:
     process = subprocess.run(
-        [warm_python(), *command], cwd=ROOT, capture_output=True, text=True, timeout=240,
+        [warm_python(), *command],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=240,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     assert process.returncode == 0 and "FutureWarning" not in process.stderr, process.stderr
     return [json.loads(line) for line in process.stdout.splitlines() if line.startswith("{")]
 
@@ -41,8 +45,18 @@ def test_the_training_step_has_the_loss_of_the_baseline_and_needs_less_memory():
 def test_the_matrix_runs_under_torchrun_and_fits_exponents():
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     *rows, fit = lines(
-        *launcher, "benchmarks/train_step.py", *SMALL, "--model", "tiny", "--modalities", "7", "14", "--fit", "--opt", "sgd",
-    )  # fmt: skip
+        *launcher,
+        "benchmarks/train_step.py",
+        *SMALL,
+        "--model",
+        "tiny",
+        "--modalities",
+        "7",
+        "14",
+        "--fit",
+        "--opt",
+        "sgd",
+    )
     assert [(row["modalities"], row["strategy"], row["world_size"]) for row in rows] == [(7, "ddp", 2), (14, "ddp", 2)]
     assert set(fit["exponents of cpu_seconds_per_step"]) == {"modalities"}, "one size of model says nothing of sizes"
 
@@ -119,16 +133,21 @@ def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has better to do")
 def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     subprocess.run(
-        ["benchmarks/gpu.sh", "--toy", str(tmp_path)], cwd=ROOT, check=True, timeout=240,
+        ["benchmarks/gpu.sh", "--toy", str(tmp_path)],
+        cwd=ROOT,
+        check=True,
+        timeout=240,
         env=os.environ | {"PYTHON": warm_python()},
-    )  # fmt: skip
+    )
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(found) == set(gpu.steps(toy=True)) and not any("error" in step for step in found.values())
     assert found["environment"]["results"][0]["torch"] == torch.__version__
     settings = {name: found[f"step_{name}"]["results"][0] for name in ("eager", "compiled", "fsdp")}
     assert [(row["compile"], row["strategy"]) for row in settings.values()] == [
-        (False, "single"), (True, "single"), (False, "fsdp"),
-    ]  # fmt: skip
+        (False, "single"),
+        (True, "single"),
+        (False, "fsdp"),
+    ]
     assert len(found["generation"]["results"][0]["seconds"]) == 4
     cases = [row["case"] for row in found["tokenizers"]["results"]]
     assert cases == ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]

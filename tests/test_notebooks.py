@@ -23,12 +23,19 @@ NOTEBOOK = NOTEBOOKS / "generation.ipynb"
 FIGURES = ["rgb-to-all", "caption-to-all", "chain", "guidance-sweep", "edit"]
 TOUR = {
     "guidance_and_editing": [
-        "guidance-temperature", "schemes-steps", "curves", "mixtures", "depth-and-words", "region", "kept-tokens",
-        "other-words", "moved-boxes",
+        "guidance-temperature",
+        "schemes-steps",
+        "curves",
+        "mixtures",
+        "depth-and-words",
+        "region",
+        "kept-tokens",
+        "other-words",
+        "moved-boxes",
     ],
     "retrieval": ["captions", "structures"],
     "own_modality": ["generate", "words"],
-}  # fmt: skip
+}
 """The other notebooks, and the ids of their cells that display a picture."""
 TOKENS = [name for name in MODALITIES if name.startswith("tok_") and "clip" not in name]
 NOT_GENERATED = ("metadata", "color_palette", "tok_clip")
@@ -76,20 +83,31 @@ def write_toy_demo(folder):
     write_yaml(demo / "alphas.yaml", {"sampling_weights": [1, 1], "alphas_mixture": alphas})
     folders = ",".join(["rgb", "caption", "det", "crop_settings", *TOKENS])
     train = {
-        "in_domains": "-".join(inputs), "out_domains": "-".join(targets), "alphas_config": str(demo / "alphas.yaml"),
-        "data_path": f"{demo}/data/train/[{folders}]/shard-{{00000..00000}}.tar", "use_wds": True,
-        "main_augment_domain": f"rgb@{SIZE}", "aligned_captions": False,
-    }  # fmt: skip
+        "in_domains": "-".join(inputs),
+        "out_domains": "-".join(targets),
+        "alphas_config": str(demo / "alphas.yaml"),
+        "data_path": f"{demo}/data/train/[{folders}]/shard-{{00000..00000}}.tar",
+        "use_wds": True,
+        "main_augment_domain": f"rgb@{SIZE}",
+        "aligned_captions": False,
+    }
     val = {"data_path": f"{demo}/data/val", "use_wds": False}
     modalities = {name: MODALITIES[name] for name in inputs}
     sets = {"train": {"datasets": {"scenes": train}}, "val": {"datasets": {"scenes": val}}}
     write_yaml(demo / "data.yaml", {"modalities": modalities, **sets})
     config = yaml.safe_load((demo / "training/config.yaml").read_text())
     config |= {
-        "model": "fm_tiny_6e_6d_swiglu_nobias", "dtype": "float32", "device": "cpu", "patch_size": 8, "input_size": SIZE,
-        "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}, "num_input_tokens": 16,
-        "num_target_tokens": 12, "epochs": 1, "data_config": str(demo / "data.yaml"),
-    }  # fmt: skip
+        "model": "fm_tiny_6e_6d_swiglu_nobias",
+        "dtype": "float32",
+        "device": "cpu",
+        "patch_size": 8,
+        "input_size": SIZE,
+        "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
+        "num_input_tokens": 16,
+        "num_target_tokens": 12,
+        "epochs": 1,
+        "data_config": str(demo / "data.yaml"),
+    }
     write_yaml(demo / "training/config.yaml", config)
     return demo
 

@@ -136,10 +136,13 @@ EXPECTED = {
         "det": ([0.05, 0.05, 0.2, 1], None, ["random"] * 4),
         "tok_rgb@224": ([5, 0.05, 0.2, 1], None, None),
         "tok_rgb@448": ([5, 0.05, 0.2, 1], [5, 1, 1, 1], None),
-        **{f"tok_{kind}@448": ([0.05, 0.05, 0.2, 1], [0.05, 1, 1, 1], None) for kind in ("clip", "depth", "normal", "semseg")},
+        **{
+            f"tok_{kind}@448": ([0.05, 0.05, 0.2, 1], [0.05, 1, 1, 1], None)
+            for kind in ("clip", "depth", "normal", "semseg")
+        },
         "*": ([0.05, 0.05, 0.2, 1], None, None),
     },
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("path", ALPHAS, ids=ids(ALPHAS))

@@ -71,9 +71,11 @@ def test_the_slurm_script_goes_on_in_another_job_when_its_time_is_up(tmp_path, e
     for program in (*PROGRAMS, ".venv/bin/python"):
         (tmp_path / program).chmod(0o755)
     environment = os.environ | {
-        "PATH": f"{tmp_path}:{os.environ['PATH']}", "REPORT": str(tmp_path), "SLURM_JOB_ID": "123",
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "REPORT": str(tmp_path),
+        "SLURM_JOB_ID": "123",
         "SLURM_JOB_NODELIST": "node[7-8]",
-    }  # fmt: skip
+    }
     process = subprocess.Popen(["bash", tmp_path / "train.sbatch"], env=environment, start_new_session=True)
     try:
         deadline = time.monotonic() + 60

@@ -133,10 +133,15 @@ def test_a_malformed_state_given_to_training(tmp_path, change):
 @pytest.mark.parametrize(
     "source",
     [
-        "def f(:", "{}['a']", "raise RuntimeError('no')", "def f(): f()\nf()", "1 / 0", "import sys; sys.exit()",
+        "def f(:",
+        "{}['a']",
+        "raise RuntimeError('no')",
+        "def f(): f()\nf()",
+        "1 / 0",
+        "import sys; sys.exit()",
         "class Own(BaseException): pass\nraise Own('no')",
     ],
-)  # fmt: skip
+)
 def test_a_plugin_that_fails(tmp_path, monkeypatch, source):
     name = f"plugin_{abs(hash(source))}"
     (tmp_path / f"{name}.py").write_text(source)

@@ -88,11 +88,21 @@ class Page:
         """
         try:
             _, url, _ = self.blocks.launch(
-                server_name=host, server_port=port, share=False, quiet=True, prevent_thread_lock=True, show_error=False,
-                max_file_size=int(self.limits.max_upload_mib * 2**20), css_paths=[FOLDER / "page.css"],
-                theme=self._theme(), ssr_mode=False, footer_links=[], enable_monitoring=False, mcp_server=False,
+                server_name=host,
+                server_port=port,
+                share=False,
+                quiet=True,
+                prevent_thread_lock=True,
+                show_error=False,
+                max_file_size=int(self.limits.max_upload_mib * 2**20),
+                css_paths=[FOLDER / "page.css"],
+                theme=self._theme(),
+                ssr_mode=False,
+                footer_links=[],
+                enable_monitoring=False,
+                mcp_server=False,
                 state_session_capacity=self.limits.max_users,
-            )  # fmt: skip
+            )
         except OSError as error:
             raise UserError(f"the app cannot listen on {host}, port {port}; choose another port") from error
         return url
@@ -149,25 +159,38 @@ class Page:
         gr, form = self.gradio, {}
         if self.pictures:
             form["upload"] = gr.File(
-                label="Picture", file_count="single", type="filepath", height=130, elem_id="upload",
+                label="Picture",
+                file_count="single",
+                type="filepath",
+                height=130,
+                elem_id="upload",
                 file_types=[".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"],
-            )  # fmt: skip
+            )
             form["kind"] = gr.Dropdown(
-                [*zip(titles_of(self.pictures), self.pictures, strict=True)], value=self.pictures[0],
-                label="The picture shows", visible=len(self.pictures) > 1,
-            )  # fmt: skip
+                [*zip(titles_of(self.pictures), self.pictures, strict=True)],
+                value=self.pictures[0],
+                label="The picture shows",
+                visible=len(self.pictures) > 1,
+            )
             form["given"] = gr.HTML("", elem_id="given")
         for name in self.texts:
             field = FIELDS[kind_of(self.sampler.inputs[name])]
             form[name] = gr.Textbox(
-                label=field.label, placeholder=field.placeholder, lines=2 if field.label.startswith("Boxes") else 1,
-                max_lines=6, max_length=MAX_CHARACTERS, elem_id=f"text-{name}",
-            )  # fmt: skip
+                label=field.label,
+                placeholder=field.placeholder,
+                lines=2 if field.label.startswith("Boxes") else 1,
+                max_lines=6,
+                max_length=MAX_CHARACTERS,
+                elem_id=f"text-{name}",
+            )
         form["targets"] = gr.Dropdown(
-            [*zip(titles_of(self.targets), self.targets, strict=True)], value=[*self.sampler.default_targets],
-            multiselect=True, label="Generate, in this order", info="What is given is not generated.",
+            [*zip(titles_of(self.targets), self.targets, strict=True)],
+            value=[*self.sampler.default_targets],
+            multiselect=True,
+            label="Generate, in this order",
+            info="What is given is not generated.",
             elem_id="targets",
-        )  # fmt: skip
+        )
         with gr.Row():
             form["samples"] = gr.Number(
                 1,
@@ -183,18 +206,31 @@ class Page:
             )
         with gr.Accordion("Temperature, guidance and steps", open=False):
             form["rows"] = gr.Dataframe(
-                default_rows(self.sampler), headers=list(COLUMNS), type="array", static_columns=[0], interactive=True,
-                datatype=["str", "number", "number", "number"], row_count=(len(self.targets), "fixed"),
-                column_count=(len(COLUMNS), "fixed"), show_label=False, wrap=False, max_height=420, elem_id="settings",
-            )  # fmt: skip
+                default_rows(self.sampler),
+                headers=list(COLUMNS),
+                type="array",
+                static_columns=[0],
+                interactive=True,
+                datatype=["str", "number", "number", "number"],
+                row_count=(len(self.targets), "fixed"),
+                column_count=(len(COLUMNS), "fixed"),
+                show_label=False,
+                wrap=False,
+                max_height=420,
+                elem_id="settings",
+            )
             with gr.Row():
                 form["top_k"] = gr.Number(
                     self.sampler.defaults.top_k or 0, label="top-k (0 = all)", precision=0, minimum=0, min_width=100
                 )
                 form["top_p"] = gr.Number(
-                    self.sampler.defaults.top_p or 0, label="top-p (0 = all)", minimum=0, maximum=1, step=0.05,
+                    self.sampler.defaults.top_p or 0,
+                    label="top-p (0 = all)",
+                    minimum=0,
+                    maximum=1,
+                    step=0.05,
                     min_width=100,
-                )  # fmt: skip
+                )
             form["reset"] = gr.Button("Defaults", size="sm", variant="secondary")
         return form
 
@@ -202,9 +238,12 @@ class Page:
         gr, parts = self.gradio, {}
         with gr.Row(equal_height=False):
             parts["region"] = gr.HTML(
-                _EMPTY_REGION, html_template=_REGION, js_on_load=(FOLDER / "page.js").read_text(), elem_id="region",
+                _EMPTY_REGION,
+                html_template=_REGION,
+                js_on_load=(FOLDER / "page.js").read_text(),
+                elem_id="region",
                 padding=True,
-            )  # fmt: skip
+            )
             with gr.Column(min_width=260):
                 parts["title"] = gr.HTML("", padding=True)
                 parts["conditions"] = gr.Dropdown(
@@ -258,9 +297,12 @@ class Page:
         )
         parts["close"].click(**hide)
         parts["regenerate"].click(
-            regenerate, [*(parts[key] for key in ("edited", "region", "conditions", "later")), *how, *texts], outcome,
-            api_visibility="private", **model,
-        ).then(**hide)  # fmt: skip
+            regenerate,
+            [*(parts[key] for key in ("edited", "region", "conditions", "later")), *how, *texts],
+            outcome,
+            api_visibility="private",
+            **model,
+        ).then(**hide)
         if self.pictures:
             given = [form["given"], status, form["upload"]]
             form["upload"].upload(
@@ -341,9 +383,11 @@ class Page:
         if samples is None or seed is None:
             raise UserError("type the number of samples and the seed")
         request = Request(
-            targets=tuple(targets or ()), samples=int(samples), seed=int(seed),
+            targets=tuple(targets or ()),
+            samples=int(samples),
+            seed=int(seed),
             settings={**settings, "top_k": int(top_k), "top_p": float(top_p)},
-        )  # fmt: skip
+        )
         return request, read_texts(dict(zip(self.texts, texts, strict=True)), self.sampler)
 
     def _reported(self, start: Callable[..., Iterator[tuple[Step, Version]]]) -> Callable:
@@ -405,20 +449,24 @@ class Page:
         image = session.picture_of(name, sample)
         rows, columns = session.grid(name)
         region = {
-            "picture": cards.data_uri(image), "rows": rows, "columns": columns, "cells": [],
+            "picture": cards.data_uri(image),
+            "rows": rows,
+            "columns": columns,
+            "cells": [],
             "sharp": min(image.shape[:2]) < 100,
-        }  # fmt: skip
+        }
         possible, chosen = session.conditions(name, sample)
         later = session.later_targets(name)
         (title,) = titles_of([name])
         others = [other for other in self.targets if other != name]
         return (
-            gr.update(visible=True), region,
+            gr.update(visible=True),
+            region,
             f"<b>{cards.escape(title)}, sample {sample + 1}</b>: drag over the tokens to generate again.",
             gr.update(choices=[*zip(titles_of(possible), possible, strict=True)], value=chosen),
             gr.update(choices=[*zip(titles_of(others), others, strict=True)], value=later),
             (name, sample),
-        )  # fmt: skip
+        )
 
 
 def _key(request: Any) -> str:

@@ -241,9 +241,12 @@ class Session:
         given = tuple(n for n in (*self.current.given, name) if n in base and n not in (name, *later))
         targets = tuple(dict.fromkeys([*(t for t in self.current.targets if t in base), name, *later]))
         version = replace(
-            self.current, title=f"{title}: region of {len(set(cells))} tokens", given=given, targets=targets,
+            self.current,
+            title=f"{title}: region of {len(set(cells))} tokens",
+            given=given,
+            targets=targets,
             complete=True,
-        )  # fmt: skip
+        )
         request = replace(request, settings=settings)
         return self._run(
             version, inputs, base, (name, *later), request, {"sample": sample, "region": {name: sorted(set(cells))}}
@@ -294,16 +297,21 @@ class Session:
             seeds = tuple(range(request.seed, request.seed + request.samples))
             steps = self.sampler.generate_iter([inputs] * request.samples, targets, list(seeds), **request.settings)
             record = {
-                "conditions": [name for name in inputs if name not in targets], "targets": [*targets],
-                "seeds": [*seeds], "settings": dict(request.settings), **(note or {}),
-            }  # fmt: skip
+                "conditions": [name for name in inputs if name not in targets],
+                "targets": [*targets],
+                "seeds": [*seeds],
+                "settings": dict(request.settings),
+                **(note or {}),
+            }
             for step in steps:
                 complete = step.number == step.total
                 last = complete or self._cancelled.is_set()
                 reached = replace(
-                    version, seeds=seeds, complete=complete,
+                    version,
+                    seeds=seeds,
+                    complete=complete,
                     steps=(*version.steps, {**record, "complete": complete}),
-                )  # fmt: skip
+                )
                 if last:
                     results = tuple({**base, **result} for result in step.results())
                     self.versions.append(replace(reached, results=results))

@@ -25,9 +25,27 @@ from fourm.data.pretraining_datasets import (
 from fourm.data.unified_datasets import Batch, build_eval_loader, build_train_loader, draws_in_epoch
 
 __all__ = [
-    "MODALITY_INFO", "MODALITY_TRANSFORMS", "Batch", "DataConfig", "DatasetConfig", "Modality", "UnifiedDataTransform",
-    "UnifiedMasking", "build_eval_loader", "build_fm_pretraining_dataset", "build_mixture_dataloader",
-    "build_sample_transform", "build_train_loader", "build_wds_fm_pretraining_dataloader", "draws_in_epoch",
-    "load_data_config", "AbstractImageAugmenter", "CenterCropImageAugmenter", "EmptyAugmenter",
-    "PreTokenizedImageAugmenter", "RandomCropImageAugmenter", "register_modality", "resolve_modalities",
-]  # fmt: skip
+    "MODALITY_INFO",
+    "MODALITY_TRANSFORMS",
+    "Batch",
+    "DataConfig",
+    "DatasetConfig",
+    "Modality",
+    "UnifiedDataTransform",
+    "UnifiedMasking",
+    "build_eval_loader",
+    "build_fm_pretraining_dataset",
+    "build_mixture_dataloader",
+    "build_sample_transform",
+    "build_train_loader",
+    "build_wds_fm_pretraining_dataloader",
+    "draws_in_epoch",
+    "load_data_config",
+    "AbstractImageAugmenter",
+    "CenterCropImageAugmenter",
+    "EmptyAugmenter",
+    "PreTokenizedImageAugmenter",
+    "RandomCropImageAugmenter",
+    "register_modality",
+    "resolve_modalities",
+]

@@ -62,10 +62,15 @@ class BatchIterator(Iterator):
 
     def _start_workers(self, batches: IterableDataset, num_workers: int, pin_memory: bool) -> Iterator[Any]:
         loader = DataLoader(
-            _ErrorsAsItems(batches, self._notes), batch_size=None, collate_fn=_identity, num_workers=num_workers,
-            pin_memory=pin_memory, worker_init_fn=_ignore_foreign_signals, timeout=_POLL_SECONDS,
+            _ErrorsAsItems(batches, self._notes),
+            batch_size=None,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            pin_memory=pin_memory,
+            worker_init_fn=_ignore_foreign_signals,
+            timeout=_POLL_SECONDS,
             generator=torch.Generator(),  # otherwise the DataLoader would draw from the global one
-        )  # fmt: skip
+        )
         before, handler = set(active_children()), signal.getsignal(signal.SIGCHLD)
         items = iter(loader)
         self._workers = [child for child in active_children() if child not in before]

@@ -69,9 +69,13 @@ class BudgetSampler:
     """
 
     def __init__(
-        self, modalities: Mapping[str, Modality], input_tokens_range: TokensRange, target_tokens_range: TokensRange,
-        max_tries: int = 100, sampling_weights: Sequence[float] | None = None,
-    ):  # fmt: skip
+        self,
+        modalities: Mapping[str, Modality],
+        input_tokens_range: TokensRange,
+        target_tokens_range: TokensRange,
+        max_tries: int = 100,
+        sampling_weights: Sequence[float] | None = None,
+    ):
         self._modalities = modalities
         self._ranges = [
             _range(input_tokens_range, "input_tokens_range"),

@@ -34,8 +34,9 @@ def dataset_facts(dataset: DatasetConfig) -> dict[str, Any]:
     """Return the compared properties of a data set as JSON values."""
     facts = {
         field.name: _plain(getattr(dataset, field.name))
-        for field in dataclasses.fields(dataset) if field.name not in _NOT_COMPARED
-    }  # fmt: skip
+        for field in dataclasses.fields(dataset)
+        if field.name not in _NOT_COMPARED
+    }
     for name, modality in dataset.modalities.items():
         facts[f"modality {name}"] = _plain(modality)
     return facts | {"files": _files(dataset)}
@@ -68,8 +69,10 @@ def _in_folders(dataset: DatasetConfig, pattern: str, folders: list[str] | None)
     roots = {folder: expand(pattern, folder)[0] for folder in sorted(folders) if folder in read}
     files = sorted(
         (f"{folder}/{name}", path)
-        for folder, root in roots.items() if os.path.isdir(root) for name, path in files_below(root)
-    )  # fmt: skip
+        for folder, root in roots.items()
+        if os.path.isdir(root)
+        for name, path in files_below(root)
+    )
     step = max(math.ceil(len(files) / _MAX_SIZES), 1)
     sizes = [f"{name} {os.stat(path).st_size}" for name, path in files[::step] if os.path.exists(path)]
     within = {name.rpartition("/")[0] for name, _ in files}

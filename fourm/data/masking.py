@@ -57,10 +57,14 @@ class UnifiedMasking:
     """
 
     def __init__(
-        self, modality_info: Mapping[str, Mapping[str, Any]], text_tokenizer: Tokenizer | str | Path | None,
-        input_tokens_range: TokensRange, target_tokens_range: TokensRange, max_tries: int = 100,
+        self,
+        modality_info: Mapping[str, Mapping[str, Any]],
+        text_tokenizer: Tokenizer | str | Path | None,
+        input_tokens_range: TokensRange,
+        target_tokens_range: TokensRange,
+        max_tries: int = 100,
         sampling_weights: Sequence[float] | None = None,
-    ):  # fmt: skip
+    ):
         self.modality_info = {name: as_modality(name, entry) for name, entry in modality_info.items()}
         self._text = None if text_tokenizer is None else TextEncoder(text_tokenizer)
         self._sentinels = {name: self._check(modality) for name, modality in self.modality_info.items()}
@@ -191,8 +195,10 @@ class UnifiedMasking:
                     "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are "
                     "missing, and the first target is given to it; set vocab_offset to at least %d and raise "
                     "vocab_size by as much",
-                    where, modality.vocab_offset, sentinel_id(max_sentinels) + 1,
-                )  # fmt: skip
+                    where,
+                    modality.vocab_offset,
+                    sentinel_id(max_sentinels) + 1,
+                )
         if modality.type != "seq":
             return None
         if self._text is None:
@@ -226,10 +232,14 @@ class TransferMasking(UnifiedMasking):
     """
 
     def __init__(
-        self, modality_info: Mapping[str, Mapping[str, Any]], text_tokenizer: Tokenizer | str | Path | None,
-        input_modalities: Sequence[str], target_modalities: Sequence[str],
-        input_tokens_range: TokensRange | None = None, target_tokens_range: TokensRange | None = None,
-    ):  # fmt: skip
+        self,
+        modality_info: Mapping[str, Mapping[str, Any]],
+        text_tokenizer: Tokenizer | str | Path | None,
+        input_modalities: Sequence[str],
+        target_modalities: Sequence[str],
+        input_tokens_range: TokensRange | None = None,
+        target_tokens_range: TokensRange | None = None,
+    ):
         both = sorted({*input_modalities} & {*target_modalities})
         if both:
             raise UserError(f"modality {both[0]}: it is input and target, but must be only one of them in a task")

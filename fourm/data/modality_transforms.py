@@ -41,13 +41,32 @@ from fourm.utils.config import convert_fields
 from fourm.utils.errors import DataError, UnreadableValue, UserError, did_you_mean
 
 __all__ = [
-    "MODALITY_TRANSFORMS", "UnifiedDataTransform", "UnreadableValue", "transforms_for", "get_transform_key",
-    "get_transform_resolution", "AbstractTransform",
-    "CaptionEmbTransform", "CaptionTransform", "CodebooksTransform", "ColorPaletteTransform", "DepthTransform",
-    "DetectionTransform", "GridTransform", "HumanPoseTransform", "ImageTransform", "MaskTransform", "MetadataTransform",
-    "NormalTransform", "PixelTransform", "RGBTransform", "SAMInstanceTransform", "ScalarTransform", "SemsegTransform",
+    "MODALITY_TRANSFORMS",
+    "UnifiedDataTransform",
+    "UnreadableValue",
+    "transforms_for",
+    "get_transform_key",
+    "get_transform_resolution",
+    "AbstractTransform",
+    "CaptionEmbTransform",
+    "CaptionTransform",
+    "CodebooksTransform",
+    "ColorPaletteTransform",
+    "DepthTransform",
+    "DetectionTransform",
+    "GridTransform",
+    "HumanPoseTransform",
+    "ImageTransform",
+    "MaskTransform",
+    "MetadataTransform",
+    "NormalTransform",
+    "PixelTransform",
+    "RGBTransform",
+    "SAMInstanceTransform",
+    "ScalarTransform",
+    "SemsegTransform",
     "TokTransform",
-]  # fmt: skip
+]
 
 _TOKENS = ("rgb", "depth", "normal", "clip", "semseg", "canny_edge", "sam_edge", "dinov2", "imagebind")
 _FEATURES = ("CLIP-B16", "DINOv2-B14", "DINOv2-B14-global", "ImageBind-H14", "ImageBind-H14-global")

@@ -10,8 +10,14 @@ from fourm.data.decoding import FORMATS, IMAGE_EXTENSIONS
 
 _CLUTTER_FILES = {"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r"}
 _CLUTTER_FOLDERS = {
-    "__MACOSX", "@eaDir", ".AppleDouble", ".ipynb_checkpoints", ".Trashes", "$RECYCLE.BIN", "lost+found",
-}  # fmt: skip
+    "__MACOSX",
+    "@eaDir",
+    ".AppleDouble",
+    ".ipynb_checkpoints",
+    ".Trashes",
+    "$RECYCLE.BIN",
+    "lost+found",
+}
 _EQUIVALENT_EXTENSIONS = (IMAGE_EXTENSIONS, ("txt", "text"))
 _WORD = re.compile(r"[A-Za-z_][\w@-]*$")
 

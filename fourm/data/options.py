@@ -42,17 +42,24 @@ class DataOptions(PluginOptions, RemoteDataOptions):
 
     data_config: InputPath = option("path of the data YAML", "")
     text_tokenizer_path: InputPath = option(
-        "text vocabulary (also: tokenizer_path)", "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json",
+        "text vocabulary (also: tokenizer_path)",
+        "fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json",
         alias="tokenizer_path",
-    )  # fmt: skip
+    )
     num_input_tokens: int = option(
-        "maximum number of input tokens of a sample, unless set by a data set", 128, at_least=1, at_most=10**6,
+        "maximum number of input tokens of a sample, unless set by a data set",
+        128,
+        at_least=1,
+        at_most=10**6,
         fixed=True,
-    )  # fmt: skip
+    )
     num_target_tokens: int = option(
-        "maximum number of target tokens of a sample, unless set by a data set", 128, at_least=1, at_most=10**6,
+        "maximum number of target tokens of a sample, unless set by a data set",
+        128,
+        at_least=1,
+        at_most=10**6,
         fixed=True,
-    )  # fmt: skip
+    )
     min_input_tokens: int | None = option(
         "minimum number of input tokens (default: num_input_tokens)", None, at_least=0, fixed=True
     )
@@ -79,10 +86,14 @@ class DataOptions(PluginOptions, RemoteDataOptions):
             raise UserError("'data_config' is not set; set it to the path of the data YAML")
         load_plugin(self.plugin)
         data = load_data_config(
-            self.data_config, num_input_tokens=self.num_input_tokens, num_target_tokens=self.num_target_tokens,
-            min_input_tokens=self.min_input_tokens, min_target_tokens=self.min_target_tokens, remote=self.remote(),
+            self.data_config,
+            num_input_tokens=self.num_input_tokens,
+            num_target_tokens=self.num_target_tokens,
+            min_input_tokens=self.min_input_tokens,
+            min_target_tokens=self.min_target_tokens,
+            remote=self.remote(),
             **options,
-        )  # fmt: skip
+        )
         if any(dataset.data_path.startswith("s3://") for dataset in (*data.train.values(), *data.val.values())):
             check_endpoint(self, "s3_data_endpoint", "s3_endpoint")
         return data

@@ -30,9 +30,17 @@ class PretrainingLoader:
     """Training batches as mod_dicts. Each pass over it is a new epoch of ``epoch_size`` samples."""
 
     def __init__(
-        self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
-        num_gpus: int, num_workers: int, batch_size: int | None, epoch_size: int | None, seed: int,
-    ):  # fmt: skip
+        self,
+        datasets: Sequence[SampleDataset],
+        weights: Sequence[float],
+        modalities: Mapping[str, Modality],
+        *,
+        num_gpus: int,
+        num_workers: int,
+        batch_size: int | None,
+        epoch_size: int | None,
+        seed: int,
+    ):
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.num_gpus, self.num_workers, self.seed = num_gpus, num_workers, seed
         self.batch_size, self.epoch_size = batch_size, epoch_size
@@ -50,23 +58,42 @@ class PretrainingLoader:
     def __iter__(self) -> Iterator[ModDict]:
         length = None if self.epoch_size is None else len(self)
         batches = TrainBatches(
-            self.datasets, self.weights, self.modalities, batch_size=self.batch_size or None, batches_per_epoch=length,
-            rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0, world_size=self.num_gpus,
-            seed=self.seed, start_batch=self.epoch * (length or 0),
-        )  # fmt: skip
+            self.datasets,
+            self.weights,
+            self.modalities,
+            batch_size=self.batch_size or None,
+            batches_per_epoch=length,
+            rank=torch.distributed.get_rank() if torch.distributed.is_initialized() else 0,
+            world_size=self.num_gpus,
+            seed=self.seed,
+            start_batch=self.epoch * (length or 0),
+        )
         self.epoch += 1
         for batch in itertools.islice(BatchLoader(batches, self.num_workers), length):
             yield batch.mod_dict
 
 
 def build_wds_fm_pretraining_dataloader(
-    data_path: str, all_domains: Sequence[str], modality_info: Mapping[str, Mapping[str, Any]],
-    modality_transforms: Mapping[str, AbstractTransform], image_augmenter: AbstractImageAugmenter, text_tokenizer: Any,
-    input_tokens_range: TokensRange, target_tokens_range: TokensRange, num_gpus: int, num_workers: int,
-    batch_size: int | None, epoch_size: int | None, sampling_weights: Sequence[float] | None = None,
-    modality_name_map: Mapping[str, str] | None = None, shuffle_buffer_load: int = 1000, shuffle_buffer_repeat: int = 5000,
-    n_repeats: int = 5, max_bad_fraction: float = 0.01, seed: int = 0,
-) -> PretrainingLoader:  # fmt: skip
+    data_path: str,
+    all_domains: Sequence[str],
+    modality_info: Mapping[str, Mapping[str, Any]],
+    modality_transforms: Mapping[str, AbstractTransform],
+    image_augmenter: AbstractImageAugmenter,
+    text_tokenizer: Any,
+    input_tokens_range: TokensRange,
+    target_tokens_range: TokensRange,
+    num_gpus: int,
+    num_workers: int,
+    batch_size: int | None,
+    epoch_size: int | None,
+    sampling_weights: Sequence[float] | None = None,
+    modality_name_map: Mapping[str, str] | None = None,
+    shuffle_buffer_load: int = 1000,
+    shuffle_buffer_repeat: int = 5000,
+    n_repeats: int = 5,
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
+) -> PretrainingLoader:
     """Build training batches from shards.
 
     Args:
@@ -82,19 +109,38 @@ def build_wds_fm_pretraining_dataloader(
         modalities, text_tokenizer, input_tokens_range, target_tokens_range, sampling_weights=sampling_weights
     )
     dataset = SampleDataset(
-        data_path, source, modalities, transform, masking, shuffle_buffer_load, n_repeats, shuffle_buffer_repeat,
+        data_path,
+        source,
+        modalities,
+        transform,
+        masking,
+        shuffle_buffer_load,
+        n_repeats,
+        shuffle_buffer_repeat,
         max_bad_fraction,
-    )  # fmt: skip
+    )
     return PretrainingLoader(
-        [dataset], [1.0], modalities, num_gpus=num_gpus, num_workers=num_workers, batch_size=batch_size,
-        epoch_size=epoch_size, seed=seed,
-    )  # fmt: skip
+        [dataset],
+        [1.0],
+        modalities,
+        num_gpus=num_gpus,
+        num_workers=num_workers,
+        batch_size=batch_size,
+        epoch_size=epoch_size,
+        seed=seed,
+    )
 
 
 def build_mixture_dataloader(
-    data_iters: Sequence[PretrainingLoader], weights: Sequence[float], modality_info: Mapping[str, Mapping[str, Any]],
-    batch_size: int | None, num_workers: int, epoch_size: int | None, num_gpus: int, seed: int = 0,
-) -> PretrainingLoader:  # fmt: skip
+    data_iters: Sequence[PretrainingLoader],
+    weights: Sequence[float],
+    modality_info: Mapping[str, Mapping[str, Any]],
+    batch_size: int | None,
+    num_workers: int,
+    epoch_size: int | None,
+    num_gpus: int,
+    seed: int = 0,
+) -> PretrainingLoader:
     """Build training batches in which each sample is drawn from one of several data sets.
 
     Args:
@@ -105,17 +151,31 @@ def build_mixture_dataloader(
     datasets = [dataset for loader in data_iters for dataset in loader.datasets]
     datasets = [replace(dataset, name=f"{index}: {dataset.name}") for index, dataset in enumerate(datasets)]
     return PretrainingLoader(
-        datasets, weights, _select(modality_info, modality_info), num_gpus=num_gpus, num_workers=num_workers,
-        batch_size=batch_size, epoch_size=epoch_size, seed=seed,
-    )  # fmt: skip
+        datasets,
+        weights,
+        _select(modality_info, modality_info),
+        num_gpus=num_gpus,
+        num_workers=num_workers,
+        batch_size=batch_size,
+        epoch_size=epoch_size,
+        seed=seed,
+    )
 
 
 def build_fm_pretraining_dataset(
-    data_path: str, all_domains: Sequence[str], modality_info: Mapping[str, Mapping[str, Any]],
-    modality_transforms: Mapping[str, AbstractTransform], image_augmenter: AbstractImageAugmenter, text_tokenizer: Any,
-    input_tokens_range: TokensRange, target_tokens_range: TokensRange, sampling_weights: Sequence[float] | None = None,
-    modality_name_map: Mapping[str, str] | None = None, max_bad_fraction: float = 0.01, seed: int = 0,
-) -> FolderDataset:  # fmt: skip
+    data_path: str,
+    all_domains: Sequence[str],
+    modality_info: Mapping[str, Mapping[str, Any]],
+    modality_transforms: Mapping[str, AbstractTransform],
+    image_augmenter: AbstractImageAugmenter,
+    text_tokenizer: Any,
+    input_tokens_range: TokensRange,
+    target_tokens_range: TokensRange,
+    sampling_weights: Sequence[float] | None = None,
+    modality_name_map: Mapping[str, str] | None = None,
+    max_bad_fraction: float = 0.01,
+    seed: int = 0,
+) -> FolderDataset:
     """Build a map-style data set of folders ``data_path/MODALITY/FOLDER/KEY.EXT``, without a batch dimension."""
     modalities = _select(modality_info, all_domains)
     masking = UnifiedMasking(

@@ -26,9 +26,15 @@ MAX_RECORD_BYTES = 4 * 2**20  # per line: shuffle buffers hold many lines, and a
 _MAX_SKIPPED_BYTES = 2**30  # of a too large line, while searching for its end
 _TEXT, _TABLES = (".json", ".jsonl", ".txt"), (".parquet", ".arrow")
 _SPLITS = {
-    "train": "train", "training": "train", "validation": "validation", "valid": "validation", "val": "validation",
-    "dev": "validation", "test": "test", "eval": "test",
-}  # fmt: skip
+    "train": "train",
+    "training": "train",
+    "validation": "validation",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+    "test": "test",
+    "eval": "test",
+}
 _NON_RECORD_FILES = (
     "readme",
     "license",

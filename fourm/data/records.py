@@ -31,9 +31,13 @@ class Record(RawSample):
     """
 
     def __init__(
-        self, key: str, where: str, content: bytes | Mapping[str, Any] | None, columns: Mapping[str, list[str]],
+        self,
+        key: str,
+        where: str,
+        content: bytes | Mapping[str, Any] | None,
+        columns: Mapping[str, list[str]],
         presence: Presence,
-    ):  # fmt: skip
+    ):
         super().__init__(key, {})
         self._where, self._content = where, content
         self._columns, self._presence = columns, presence

@@ -11,9 +11,12 @@ FileVersion = tuple[int, int, int]
 """Inode, size in bytes and modification time in ns; if it differs, the file was replaced or modified."""
 
 _FILE_TYPES = {
-    stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
     stat.S_IFDIR: "a folder",
-}  # fmt: skip
+}
 
 
 def open_regular(path: str | os.PathLike[str]) -> io.FileIO:

@@ -69,9 +69,14 @@ class Shards:
     """
 
     def __init__(
-        self, data_path: str, wanted: Mapping[str, str], name_map: Mapping[str, str] | None = None,
-        presence: Presence | None = None, remote: RemoteOptions | None = None, known: Iterable[str] = (),
-    ):  # fmt: skip
+        self,
+        data_path: str,
+        wanted: Mapping[str, str],
+        name_map: Mapping[str, str] | None = None,
+        presence: Presence | None = None,
+        remote: RemoteOptions | None = None,
+        known: Iterable[str] = (),
+    ):
         self._presence = presence or Presence()
         self._names = MemberNames([*wanted, *wanted.values(), *known], name_map)
         pattern, folders = split_data_path(data_path)

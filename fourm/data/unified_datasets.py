@@ -206,9 +206,16 @@ class Stream:
     """
 
     def __init__(
-        self, datasets: Sequence[SampleDataset], weights: Sequence[float], ledgers: Sequence[BadSampleLedger],
-        seed: int, epoch: int, stream: int, num_streams: int, draws: int = 0,
-    ):  # fmt: skip
+        self,
+        datasets: Sequence[SampleDataset],
+        weights: Sequence[float],
+        ledgers: Sequence[BadSampleLedger],
+        seed: int,
+        epoch: int,
+        stream: int,
+        num_streams: int,
+        draws: int = 0,
+    ):
         self._datasets, self._ledgers = datasets, ledgers
         self._key = (seed, "sample", epoch, stream)
         self._cumulative = list(np.cumsum(weights) / np.sum(weights))[:-1]
@@ -265,10 +272,20 @@ class TrainBatches(IterableDataset):
     """
 
     def __init__(
-        self, datasets: Sequence[SampleDataset], weights: Sequence[float], modalities: Mapping[str, Modality], *,
-        batch_size: int | None, batches_per_epoch: int | None, rank: int, world_size: int, seed: int,
-        start_batch: int = 0, positions: Mapping[int, int] | None = None, num_streams: int | None = None,
-    ):  # fmt: skip
+        self,
+        datasets: Sequence[SampleDataset],
+        weights: Sequence[float],
+        modalities: Mapping[str, Modality],
+        *,
+        batch_size: int | None,
+        batches_per_epoch: int | None,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_batch: int = 0,
+        positions: Mapping[int, int] | None = None,
+        num_streams: int | None = None,
+    ):
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self.rank, self.world_size, self.seed = rank, world_size, seed
@@ -376,9 +393,11 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
 
 
 def build_masking(
-    config: DatasetConfig, text_tokenizer: Any, input_tokens_range: tuple[int, int] | None = None,
+    config: DatasetConfig,
+    text_tokenizer: Any,
+    input_tokens_range: tuple[int, int] | None = None,
     target_tokens_range: tuple[int, int] | None = None,
-) -> UnifiedMasking:  # fmt: skip
+) -> UnifiedMasking:
     """Build the masking of a data set; the given token ranges override those of the config.
 
     Raises:
@@ -394,10 +413,14 @@ def build_masking(
 
 
 def build_dataset(
-    config: DatasetConfig, text_tokenizer: Any, *, training: bool,
-    input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+    config: DatasetConfig,
+    text_tokenizer: Any,
+    *,
+    training: bool,
+    input_tokens_range: tuple[int, int] | None = None,
+    target_tokens_range: tuple[int, int] | None = None,
     raw_pixels: bool = False,
-) -> SampleDataset:  # fmt: skip
+) -> SampleDataset:
     """Build the data set of one entry of the data config; the given token ranges override those of the config.
 
     Raises:
@@ -420,10 +443,21 @@ def build_dataset(
 
 
 def build_train_loader(
-    config: DataConfig, text_tokenizer: Any, *, batch_size: int, batches_per_epoch: int, num_workers: int, rank: int,
-    world_size: int, seed: int, start_batch: int = 0, positions: Mapping[int, int] | None = None,
-    num_streams: int | None = None, pin_memory: bool = False, raw_pixels: bool = False,
-) -> BatchLoader:  # fmt: skip
+    config: DataConfig,
+    text_tokenizer: Any,
+    *,
+    batch_size: int,
+    batches_per_epoch: int,
+    num_workers: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    start_batch: int = 0,
+    positions: Mapping[int, int] | None = None,
+    num_streams: int | None = None,
+    pin_memory: bool = False,
+    raw_pixels: bool = False,
+) -> BatchLoader:
     """Build the endless training batches of one rank, from micro-batch ``start_batch`` of the run on.
 
     Args:
@@ -453,10 +487,18 @@ def build_train_loader(
         for dataset in config.train.values()
     ]
     batches = TrainBatches(
-        datasets, [config.weights[name] for name in config.train], config.modalities, batch_size=batch_size,
-        batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=seed, start_batch=start_batch,
-        positions=positions, num_streams=num_streams,
-    )  # fmt: skip
+        datasets,
+        [config.weights[name] for name in config.train],
+        config.modalities,
+        batch_size=batch_size,
+        batches_per_epoch=batches_per_epoch,
+        rank=rank,
+        world_size=world_size,
+        seed=seed,
+        start_batch=start_batch,
+        positions=positions,
+        num_streams=num_streams,
+    )
     return BatchLoader(batches, num_workers, pin_memory)
 
 
@@ -466,10 +508,18 @@ def draws_in_epoch(positions: Iterable[Mapping[str, Any]], epoch: int) -> dict[i
 
 
 def build_eval_loader(
-    dataset: DatasetConfig, text_tokenizer: Any, *, batch_size: int, num_workers: int, rank: int, world_size: int, seed: int,
-    input_tokens_range: tuple[int, int] | None = None, target_tokens_range: tuple[int, int] | None = None,
+    dataset: DatasetConfig,
+    text_tokenizer: Any,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    input_tokens_range: tuple[int, int] | None = None,
+    target_tokens_range: tuple[int, int] | None = None,
     raw_pixels: bool = False,
-) -> BatchLoader:  # fmt: skip
+) -> BatchLoader:
     """Build this rank's evaluation batches: every sample once over all ranks, always with the same crops and masks.
 
     The last batch and batches with bad samples may be smaller, and one rank may have one more batch than another.
@@ -487,9 +537,13 @@ def build_eval_loader(
         raw_pixels: See :func:`build_train_loader`.
     """
     samples = build_dataset(
-        dataset, text_tokenizer, training=False, input_tokens_range=input_tokens_range,
-        target_tokens_range=target_tokens_range, raw_pixels=raw_pixels,
-    )  # fmt: skip
+        dataset,
+        text_tokenizer,
+        training=False,
+        input_tokens_range=input_tokens_range,
+        target_tokens_range=target_tokens_range,
+        raw_pixels=raw_pixels,
+    )
     return BatchLoader(
         EvalBatches(samples, batch_size=batch_size, rank=rank, world_size=world_size, seed=seed), num_workers
     )

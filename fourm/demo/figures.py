@@ -18,8 +18,16 @@ from fourm.utils.files import atomic_path
 
 # Paul Tol's muted scheme, which colour-blind readers can distinguish.
 _COLORS = (
-    "#332288", "#88CCEE", "#44AA99", "#117733", "#999933", "#DDCC77", "#CC6677", "#882255", "#AA4499",
-)  # fmt: skip
+    "#332288",
+    "#88CCEE",
+    "#44AA99",
+    "#117733",
+    "#999933",
+    "#DDCC77",
+    "#CC6677",
+    "#882255",
+    "#AA4499",
+)
 _INK, _FAINT = "#222222", "#999999"
 
 
@@ -46,9 +54,13 @@ def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], 
     plt = _pyplot()
     titles = ("colour and boxes", "depth", "surface normals", "segmentation", "edges", "caption, palette, metadata")
     figure, grid = plt.subplots(
-        len(samples), len(titles), figsize=(15, 2.35 * len(samples) + 0.8), squeeze=False, layout="constrained",
+        len(samples),
+        len(titles),
+        figsize=(15, 2.35 * len(samples) + 0.8),
+        squeeze=False,
+        layout="constrained",
         gridspec_kw={"width_ratios": [1, 1, 1, 1, 1, 1.5]},
-    )  # fmt: skip
+    )
     figure.suptitle("Samples of the demonstration data: rendered scenes with exact ground truth", fontsize=13)
     colors = class_colors(len(classes))
     for row, sample in zip(grid, samples, strict=True):
@@ -61,10 +73,14 @@ def sample_sheet(samples: Sequence[Mapping[str, Path]], classes: Sequence[str], 
             color = colors[classes.index(box["class_name"])] / 255
             row[0].add_patch(plt.Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, color=color, lw=1.6))
             row[0].text(
-                xmin, max(ymin, 6), box["class_name"], fontsize=7, va="bottom",
+                xmin,
+                max(ymin, 6),
+                box["class_name"],
+                fontsize=7,
+                va="bottom",
                 color=_INK if color @ (0.3, 0.6, 0.1) > 0.55 else "white",
                 bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-            )  # fmt: skip
+            )
         row[1].imshow(image["depth"], cmap="Spectral", vmin=image["depth"].min(), vmax=image["depth"].max())
         row[2].imshow(image["normal"])
         row[3].imshow(colors[image["semseg"]])
@@ -89,9 +105,12 @@ def _facts(axes: Any, caption: str, palette: list[list[int]], metadata: Mapping[
 
 
 def loss_curves(
-    training: Sequence[Mapping[str, Any]], evaluations: Sequence[Mapping[str, Any]], results: Sequence[ModalityResult],
-    stopped_at: int | None, path: Path,
-) -> None:  # fmt: skip
+    training: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    results: Sequence[ModalityResult],
+    stopped_at: int | None,
+    path: Path,
+) -> None:
     """Draw the training loss, and the validation loss of each modality with its baseline as a dashed line.
 
     Args:
@@ -116,9 +135,13 @@ def loss_curves(
     for axes, result, color in zip(grid.flat, results, _COLORS, strict=False):
         axes.axhline(result.entropy, color=_INK, ls="--", lw=1)
         axes.plot(
-            [e["step"] for e in evaluations], [e["per_modality"][result.modality] for e in evaluations],
-            color=color, lw=1.6, marker="o", ms=2.5,
-        )  # fmt: skip
+            [e["step"] for e in evaluations],
+            [e["per_modality"][result.modality] for e in evaluations],
+            color=color,
+            lw=1.6,
+            marker="o",
+            ms=2.5,
+        )
         axes.set_title(f"{result.modality}: {result.loss:.2f} of {result.entropy:.2f}", fontsize=9)
         axes.set_ylim(bottom=0)
         _finish(axes)

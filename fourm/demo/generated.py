@@ -145,11 +145,15 @@ def markdown(scores: Sequence[Score]) -> str:
     head = ("", "", "generated from RGB", "tokens of the truth", "guess", "better is")
     rows = [
         (
-            score.measure, score.unit, f"{score.generated:.3g}", "" if score.tokens is None else f"{score.tokens:.3g}",
-            f"{score.guess:.3g}", "higher" if score.higher_is_better else "lower",
+            score.measure,
+            score.unit,
+            f"{score.generated:.3g}",
+            "" if score.tokens is None else f"{score.tokens:.3g}",
+            f"{score.guess:.3g}",
+            "higher" if score.higher_is_better else "lower",
         )
         for score in scores
-    ]  # fmt: skip
+    ]
     return aligned(head, rows, left=(0, 1, 5))
 
 

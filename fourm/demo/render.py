@@ -29,9 +29,16 @@ from fourm.utils.files import atomic_path
 from fourm.utils.seeds import generator
 
 EXTENSIONS = {
-    "rgb": "jpg", "depth": "png", "normal": "png", "semseg": "png", "canny_edge": "png",
-    "det": "json", "caption": "txt", "color_palette": "json", "metadata": "json",
-}  # fmt: skip
+    "rgb": "jpg",
+    "depth": "png",
+    "normal": "png",
+    "semseg": "png",
+    "canny_edge": "png",
+    "det": "json",
+    "caption": "txt",
+    "color_palette": "json",
+    "metadata": "json",
+}
 
 
 @dataclass(frozen=True)

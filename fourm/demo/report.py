@@ -75,9 +75,16 @@ def entropies(run: Path) -> dict[str, tuple[float, int]]:
     (dataset,) = load_data_config(config["data_config"], **budget).val.values()
     inputs, targets = config["fixed_eval_input_tokens"], config["fixed_eval_target_tokens"]
     loader = build_eval_loader(
-        dataset, config["text_tokenizer_path"], batch_size=config["fixed_eval_batch_size"], num_workers=0, rank=0,
-        world_size=1, seed=config["seed"], input_tokens_range=(inputs, inputs), target_tokens_range=(targets, targets),
-    )  # fmt: skip
+        dataset,
+        config["text_tokenizer_path"],
+        batch_size=config["fixed_eval_batch_size"],
+        num_workers=0,
+        rank=0,
+        world_size=1,
+        seed=config["seed"],
+        input_tokens_range=(inputs, inputs),
+        target_tokens_range=(targets, targets),
+    )
     parts: dict[str, list[np.ndarray]] = {name: [] for name in dataset.out_domains}
     for batch in loader:
         for name, tokens in parts.items():

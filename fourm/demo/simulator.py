@@ -178,11 +178,15 @@ class Simulator:
         # The rasteriser samples the lower left corners of pixels: shift the picture so that it samples their centres.
         projection[8] = projection[9] = 1 / size
         _, _, rgb, buffer, bodies = self._call(
-            "getCameraImage", size, size,
+            "getCameraImage",
+            size,
+            size,
             camera.matrix.T.ravel().tolist(),
             projection,
-            lightDirection=light or (0, 0, 1), shadow=0, renderer=self._p.ER_TINY_RENDERER,
-        )  # fmt: skip
+            lightDirection=light or (0, 0, 1),
+            shadow=0,
+            renderer=self._p.ER_TINY_RENDERER,
+        )
         buffer = np.reshape(buffer, (size, size)).astype(np.float64)
         depth = far * near / (far - (far - near) * buffer)
         rgb = np.reshape(rgb, (size, size, 4))[..., :3].astype(np.uint8)

@@ -47,9 +47,11 @@ class DemoOptions:
     seed: int = option("seed of the scenes and tokenizers", 0, at_least=0, at_most=2**62)
     workers: int = option("number of processes that render and read data", 2, at_least=1, at_most=512)
     train_tokenizers: int = option(
-        "train the learned tokenizers for this number of epochs; 0 = use those that come with the package", 0,
-        at_least=0, at_most=10**4,
-    )  # fmt: skip
+        "train the learned tokenizers for this number of epochs; 0 = use those that come with the package",
+        0,
+        at_least=0,
+        at_most=10**4,
+    )
     config: AnyPath = option("training configuration", "cfgs/demo/main.yaml")
     generated_scenes: int = option(
         "number of validation scenes to generate and measure", 100, at_least=1, at_most=10**7
@@ -171,9 +173,15 @@ def tokenizers(demo: Demo) -> None:
     options = demo.options
     for modality, declared in demo.tokenized.items():
         made = make_tokenizer(
-            modality, declared, demo.data, demo.tokenizers / modality, demo._file(RECIPE), options.train_tokenizers,
-            options.seed, options.workers,
-        )  # fmt: skip
+            modality,
+            declared,
+            demo.data,
+            demo.tokenizers / modality,
+            demo._file(RECIPE),
+            options.train_tokenizers,
+            options.seed,
+            options.workers,
+        )
         print(f"tokenizer of {modality}: {made}")
 
 
@@ -183,11 +191,14 @@ def tokenize(demo: Demo) -> None:
         for modality, declared in demo.tokenized.items():
             save_tokens(
                 SaveTokensOptions(
-                    tokenizer=str(demo.tokenizers / modality), data_root=str(demo.data / split),
-                    output_modality=declared["name"], num_crops=1, seed=demo.options.seed,
+                    tokenizer=str(demo.tokenizers / modality),
+                    data_root=str(demo.data / split),
+                    output_modality=declared["name"],
+                    num_crops=1,
+                    seed=demo.options.seed,
                     num_workers=demo.options.workers,
                 )
-            )  # fmt: skip
+            )
 
 
 def train(demo: Demo) -> None:
@@ -198,9 +209,12 @@ def train(demo: Demo) -> None:
     with atomic_path(data_config) as path:
         path.write_text(yaml.safe_dump(demo.data_config, sort_keys=False))
     command = training.command(
-        "train", demo._file(demo.options.config).resolve(), data_config=data_config, text_tokenizer_path=demo.vocabulary,
+        "train",
+        demo._file(demo.options.config).resolve(),
+        data_config=data_config,
+        text_tokenizer_path=demo.vocabulary,
         output_dir=demo.run,
-    )  # fmt: skip
+    )
     config = demo.config
     steps = config["epochs"] * (config["epoch_size"] // config["batch_size"])
     # Not at the end of an epoch, to demonstrate that a run continues exactly from the middle of one.
@@ -255,18 +269,26 @@ resumed. Seconds: {_list_seconds(seconds)}.
     report.write(demo.out, results, facts, text)
     print(text)
     files = {
-        "report": "report.md", "curves": "curves.png", "data": "samples.png", "from RGB": "generated/sheet.png",
+        "report": "report.md",
+        "curves": "curves.png",
+        "data": "samples.png",
+        "from RGB": "generated/sheet.png",
         "from words": "generated/words/sheet.png",
-    }  # fmt: skip
+    }
     for title, name in files.items():
         print(f"{title + ':':12}{demo.out / name}")
     return 0 if passed else 1
 
 
 STAGES: dict[str, Callable[[Demo], int | None]] = {
-    "render": render, "vocabulary": vocabulary, "tokenizers": tokenizers, "tokenize": tokenize, "train": train,
-    "generate": generate, "report": summarize,
-}  # fmt: skip
+    "render": render,
+    "vocabulary": vocabulary,
+    "tokenizers": tokenizers,
+    "tokenize": tokenize,
+    "train": train,
+    "generate": generate,
+    "report": summarize,
+}
 
 
 def parse(argv: list[str] | None = None) -> DemoOptions:

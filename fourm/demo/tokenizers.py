@@ -36,8 +36,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def make_tokenizer(
-    modality: str, declared: Mapping[str, Any], data: Path, folder: Path, recipe: Path, epochs: int, seed: int, workers: int
-) -> str:  # fmt: skip
+    modality: str,
+    declared: Mapping[str, Any],
+    data: Path,
+    folder: Path,
+    recipe: Path,
+    epochs: int,
+    seed: int,
+    workers: int,
+) -> str:
     """Copy, train or fit the tokenizer of one modality, unless ``folder`` has it already.
 
     Args:
@@ -84,12 +91,20 @@ def _fit(modality: str, declared: Mapping[str, Any], data: Path, folder: Path, s
         images = {"modality": "rgb", "backbone": network.BACKBONE, "backbone_weights": str(weights)}
     _, fitted = fit_codebook(
         FitOptions(
-            **images, data_root=str(data / "train"), output=str(folder), vocab_size=declared["vocab_size"],
-            patch_size=declared["patch_size"], input_size=declared["input_size"],
-            one_hot_classes=len(CLASSES) if modality == "semseg" else None, num_images=1000, num_crops=1,
-            num_patches=20_000, seed=seed, num_workers=workers,
+            **images,
+            data_root=str(data / "train"),
+            output=str(folder),
+            vocab_size=declared["vocab_size"],
+            patch_size=declared["patch_size"],
+            input_size=declared["input_size"],
+            one_hot_classes=len(CLASSES) if modality == "semseg" else None,
+            num_images=1000,
+            num_crops=1,
+            num_patches=20_000,
+            seed=seed,
+            num_workers=workers,
         )
-    )  # fmt: skip
+    )
     return (
         f"codebook, {fitted.used_codes} of {declared['vocab_size']} codes used, perplexity {fitted.perplexity:.0f}, "
         f"{1 - fitted.error:.0%} of the variance explained"

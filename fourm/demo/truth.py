@@ -58,9 +58,11 @@ def truth(sample: RawSample, size: int) -> DecodedScene:
     if "semseg" in scene:
         scene["semseg"] = Decoded("semseg", scene["semseg"].value, names=CLASSES)
     texts: dict[str, Callable[[Any], Any]] = {
-        "det": lambda value: value["instances"], "caption": str, "color_palette": lambda value: value[0]["7"],
+        "det": lambda value: value["instances"],
+        "caption": str,
+        "color_palette": lambda value: value[0]["7"],
         "metadata": dict,
-    }  # fmt: skip
+    }
     return scene | {kind: Decoded(kind, read(values[kind])) for kind, read in texts.items() if kind in values}
 
 

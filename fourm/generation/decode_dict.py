@@ -111,9 +111,16 @@ def decode_input_rgb(mod_dict: ModDict, key: str) -> np.ndarray:
 
 
 def decode_tok_rgb(
-    mod_dict: ModDict, tokenizers: Images, key: str, image_size: int = 224, patch_size: int = 16,
-    t: int = 25, seed: int | None = None, controlnet_guidance_scale: float = 2.5, controlnet_cond_scale: float = 0.8,
-) -> np.ndarray:  # fmt: skip
+    mod_dict: ModDict,
+    tokenizers: Images,
+    key: str,
+    image_size: int = 224,
+    patch_size: int = 16,
+    t: int = 25,
+    seed: int | None = None,
+    controlnet_guidance_scale: float = 2.5,
+    controlnet_cond_scale: float = 0.8,
+) -> np.ndarray:
     """Decode colours, normals or edges.
 
     Args:
@@ -140,9 +147,15 @@ decode_tok_normal = decode_tok_canny_edge = decode_tok_sam_edge = decode_tok_rgb
 
 
 def decode_tok_depth(
-    mod_dict: ModDict, tokenizers: Images, key: str, image_size: int = 224, patch_size: int = 16,
-    t: int = 25, seed: int | None = None, to_rgb: bool = True,
-) -> np.ndarray:  # fmt: skip
+    mod_dict: ModDict,
+    tokenizers: Images,
+    key: str,
+    image_size: int = 224,
+    patch_size: int = 16,
+    t: int = 25,
+    seed: int | None = None,
+    to_rgb: bool = True,
+) -> np.ndarray:
     """Decode depth.
 
     Args:
@@ -161,9 +174,15 @@ def decode_tok_depth(
 
 
 def decode_tok_semseg(
-    rgb_img: Any, mod_dict: ModDict, tokenizers: Images, key: str, image_size: int = 224,
-    patch_size: int = 16, to_rgb: bool = True, **ignored: Any,
-) -> Any:  # fmt: skip
+    rgb_img: Any,
+    mod_dict: ModDict,
+    tokenizers: Images,
+    key: str,
+    image_size: int = 224,
+    patch_size: int = 16,
+    to_rgb: bool = True,
+    **ignored: Any,
+) -> Any:
     """Decode classes.
 
     Args:
@@ -273,9 +292,13 @@ def decode_human_poses(
 
 
 def decode_sam_instances(
-    mod_dict: ModDict, tokenizers: Images, key: str, text_tokenizer: Tokenizer, image_size: int = 224,
+    mod_dict: ModDict,
+    tokenizers: Images,
+    key: str,
+    text_tokenizer: Tokenizer,
+    image_size: int = 224,
     token_len: int = 16,
-) -> np.ndarray:  # fmt: skip
+) -> np.ndarray:
     """Draw segmented instances: (H, W, 3) in [0, 1].
 
     Raises:

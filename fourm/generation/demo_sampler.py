@@ -122,10 +122,17 @@ class Demo4MSampler(nn.Module):
         self.fm = FM.from_pretrained(fm)
         self.fm_sr = None if fm_sr is None else FM.from_pretrained(fm_sr)
         places = {
-            "tok_rgb": tok_rgb, "tok_depth": tok_depth, "tok_normal": tok_normal, "tok_canny_edge": tok_edge,
-            "tok_semseg": tok_semseg, "tok_clip": tok_clip, "tok_dinov2": tok_dinov2, "tok_imagebind": tok_imagebind,
-            "sam_instance": tok_sam_instance, "human_poses": tok_human_poses,
-        }  # fmt: skip
+            "tok_rgb": tok_rgb,
+            "tok_depth": tok_depth,
+            "tok_normal": tok_normal,
+            "tok_canny_edge": tok_edge,
+            "tok_semseg": tok_semseg,
+            "tok_clip": tok_clip,
+            "tok_dinov2": tok_dinov2,
+            "tok_imagebind": tok_imagebind,
+            "sam_instance": tok_sam_instance,
+            "human_poses": tok_human_poses,
+        }
         self.toks = nn.ModuleDict({name: load_tokenizer(place) for name, place in places.items() if place is not None})
         if "tok_canny_edge" in self.toks:
             self.toks["tok_sam_edge"] = self.toks["tok_canny_edge"]
@@ -271,9 +278,7 @@ class Demo4MSampler(nn.Module):
 
     def _decode(self, batch: Mapping[str, Any], size: int, seed: int | None) -> dict[str, Any]:
         decodable = {name: entry for name, entry in batch.items() if self._can_decode(name)}
-        return decode_dict(
-            decodable, self.toks, self.text_tokenizer, image_size=size, decoding_steps=STEPS, seed=seed
-        )  # fmt: skip
+        return decode_dict(decodable, self.toks, self.text_tokenizer, image_size=size, decoding_steps=STEPS, seed=seed)
 
 
 def _named(bases: Sequence[str] | Mapping[str, Any], names: Any, allowed: Sequence[str] | None) -> list[str]:

@@ -24,10 +24,20 @@ from fourm.utils.tokenizer.special_tokens import NUM_BINS
 Decoded = Mapping[str, Any]
 _CANVAS = 224  # side in pixels of a picture of boxes, if there is no other
 _DPI = 100
-_TITLES = {"rgb": "RGB", "tok_rgb": "RGB", "tok_clip": "CLIP", "tok_dinov2": "DINOv2", "tok_imagebind": "ImageBind",
-           "tok_dinov2_global": "DINOv2 global", "tok_imagebind_global": "ImageBind global", "tok_sam_edge": "SAM edges",
-           "tok_semseg": "Semantic segmentation", "det": "Boxes", "sam_instance": "SAM instances",
-           "t5_caption": "T5 caption"}  # fmt: skip
+_TITLES = {
+    "rgb": "RGB",
+    "tok_rgb": "RGB",
+    "tok_clip": "CLIP",
+    "tok_dinov2": "DINOv2",
+    "tok_imagebind": "ImageBind",
+    "tok_dinov2_global": "DINOv2 global",
+    "tok_imagebind_global": "ImageBind global",
+    "tok_sam_edge": "SAM edges",
+    "tok_semseg": "Semantic segmentation",
+    "det": "Boxes",
+    "sam_instance": "SAM instances",
+    "t5_caption": "T5 caption",
+}
 
 
 # Single pictures.
@@ -82,9 +92,16 @@ def plot_text_in_square(ax: Any, text: str, padding: float = 0.5, fontsize: int 
     """
     box = {"facecolor": "white", "edgecolor": "none", "boxstyle": f"square,pad={padding}"}
     ax.text(
-        0.5, 0.5, "\n".join(textwrap.wrap(text, wrap_width)), ha="center", va="center", fontsize=fontsize, bbox=box,
-        transform=ax.transAxes, parse_math=False,
-    )  # fmt: skip
+        0.5,
+        0.5,
+        "\n".join(textwrap.wrap(text, wrap_width)),
+        ha="center",
+        va="center",
+        fontsize=fontsize,
+        bbox=box,
+        transform=ax.transAxes,
+        parse_math=False,
+    )
     ax.set_axis_off()
 
 

@@ -212,10 +212,15 @@ def _boxes(axes: Axes, boxes: list[dict[str, Any]], sample: Mapping[str, Decoded
         xmin, ymin, xmax, ymax = (c * side - 0.5 for c, side in zip(box["boxes"], (width, height) * 2, strict=True))
         axes.add_patch(Rectangle((xmin, ymin), xmax - xmin, ymax - ymin, fill=False, color=color, lw=1.6))
         axes.text(
-            xmin, max(ymin, 0.08 * height), box["class_name"], fontsize=6, va="bottom", clip_on=True,
+            xmin,
+            max(ymin, 0.08 * height),
+            box["class_name"],
+            fontsize=6,
+            va="bottom",
+            clip_on=True,
             color=_INK if color @ (0.3, 0.6, 0.1) > 0.55 else "white",
             bbox={"facecolor": color, "edgecolor": "none", "pad": 0.8},
-        )  # fmt: skip
+        )
 
 
 def _drawing(kind: str) -> Callable[[Any, Any, Mapping[str, Decoded]], None]:
@@ -243,9 +248,16 @@ def _palette(axes: Axes, colors: list[list[int]], sample: Mapping[str, Decoded])
         left = i / len(colors)
         axes.add_patch(Rectangle((left, 0.35), 0.96 / len(colors), 0.45, color=np.array(color) / 255, lw=0))
         axes.text(
-            left + 0.48 / len(colors), 0.32, "#{:02x}{:02x}{:02x}".format(*color), fontsize=5.5, rotation=90,
-            ha="center", va="top", color=_FAINT, family="monospace",
-        )  # fmt: skip
+            left + 0.48 / len(colors),
+            0.32,
+            "#{:02x}{:02x}{:02x}".format(*color),
+            fontsize=5.5,
+            rotation=90,
+            ha="center",
+            va="top",
+            color=_FAINT,
+            family="monospace",
+        )
 
 
 def _metadata(axes: Axes, values: Mapping[str, float], sample: Mapping[str, Decoded]) -> None:
@@ -339,6 +351,13 @@ def _legend(figure: Figure, classes: Mapping[int, str], per_line: int) -> None:
     colors = class_colors(max(classes) + 1) / 255
     handles = [Patch(color=tuple(colors[index]), label=name) for index, name in classes.items()]
     figure.legend(
-        handles=handles, loc="outside lower center", ncols=min(per_line, len(handles)), fontsize=7, frameon=False,
-        handlelength=1.0, handleheight=1.0, columnspacing=1.2, labelcolor=_INK,
-    )  # fmt: skip
+        handles=handles,
+        loc="outside lower center",
+        ncols=min(per_line, len(handles)),
+        fontsize=7,
+        frameon=False,
+        handlelength=1.0,
+        handleheight=1.0,
+        columnspacing=1.2,
+        labelcolor=_INK,
+    )

@@ -19,12 +19,19 @@ from fourm.utils.paths import InputPath
 log = logging.getLogger("fourm")
 
 _TOKENIZERS = {
-    "rgb_tok_id": ("rgb",), "depth_tok_id": ("depth",), "normal_tok_id": ("normal",),
-    "edges_tok_id": ("canny_edge", "sam_edge"), "semseg_tok_id": ("semseg",), "clip_tok_id": ("clip",),
-    "dinov2_tok_id": ("dinov2",), "imagebind_tok_id": ("imagebind",), "dinov2_glob_tok_id": ("dinov2_global",),
-    "imagebind_glob_tok_id": ("imagebind_global",), "sam_instance_tok_id": ("sam_instance",),
+    "rgb_tok_id": ("rgb",),
+    "depth_tok_id": ("depth",),
+    "normal_tok_id": ("normal",),
+    "edges_tok_id": ("canny_edge", "sam_edge"),
+    "semseg_tok_id": ("semseg",),
+    "clip_tok_id": ("clip",),
+    "dinov2_tok_id": ("dinov2",),
+    "imagebind_tok_id": ("imagebind",),
+    "dinov2_glob_tok_id": ("dinov2_global",),
+    "imagebind_glob_tok_id": ("imagebind_global",),
+    "sam_instance_tok_id": ("sam_instance",),
     "human_poses_tok_id": ("human_poses",),
-}  # fmt: skip
+}
 """Keys of tokenizers, and the kinds of modalities that they serve."""
 _NAMES = {"data_path": "data", "text_tok_path": "text_tokenizer", "num_log_images": "sheet_samples"}
 """Published name → name here."""

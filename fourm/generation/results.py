@@ -28,8 +28,16 @@ _ORIGIN = "made_from"
 _ARRAY = "array"  # key of a reference to an array in ``values.npz``
 # Errors of reading files that are incomplete or were written by something else.
 _READ_ERRORS = (
-    OSError, EOFError, ValueError, TypeError, AttributeError, KeyError, RecursionError, BadZipFile, zlib.error,
-)  # fmt: skip
+    OSError,
+    EOFError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    KeyError,
+    RecursionError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 def write_result(folder: Path, result: Mapping[str, Decoded], origin: Mapping[str, Any] | None = None) -> None:
@@ -121,10 +129,12 @@ def read_result(folder: Path) -> dict[str, Decoded]:
         with np.load(folder / VALUES, allow_pickle=False) as arrays:
             return {
                 name: Decoded(
-                    entry["kind"], arrays[name] if name in arrays else _with_arrays(entry["value"], arrays),
-                    entry["dropped"], tuple(entry["names"]),
+                    entry["kind"],
+                    arrays[name] if name in arrays else _with_arrays(entry["value"], arrays),
+                    entry["dropped"],
+                    tuple(entry["names"]),
                 )
                 for name, entry in content.items()
-            }  # fmt: skip
+            }
     except _READ_ERRORS as error:
         raise UserError(f"{folder} does not contain a readable result: {error}; remove it and run again") from error

@@ -287,9 +287,15 @@ class Sampler:
         schedule = [{**step, "cfg_scale": list(weights)} for step in steps]
         top_k, top_p = self._top(top_k, top_p)
         state = self.generation.generate_multi_guided(
-            unconditional, [{**unconditional, **batch} for batch in batches], schedule, top_k, top_p,
-            self.text_tokenizer, verbose, seed,
-        )  # fmt: skip
+            unconditional,
+            [{**unconditional, **batch} for batch in batches],
+            schedule,
+            top_k,
+            top_p,
+            self.text_tokenizer,
+            verbose,
+            seed,
+        )
         return self._decode({step["target_domain"]: state[step["target_domain"]] for step in schedule})
 
     def read(self, inputs: Inputs) -> list[Result]:

@@ -118,10 +118,15 @@ def build_chained_generation_schedules(
         UserError: If the arguments do not fit together.
     """
     columns = {
-        "tokens_per_target": tokens_per_target, "autoregression_schemes": autoregression_schemes,
-        "decoding_steps": decoding_steps, "token_decoding_schedules": token_decoding_schedules, "temps": temps,
-        "temp_schedules": temp_schedules, "cfg_scales": cfg_scales, "cfg_schedules": cfg_schedules,
-    }  # fmt: skip
+        "tokens_per_target": tokens_per_target,
+        "autoregression_schemes": autoregression_schemes,
+        "decoding_steps": decoding_steps,
+        "token_decoding_schedules": token_decoding_schedules,
+        "temps": temps,
+        "temp_schedules": temp_schedules,
+        "cfg_scales": cfg_scales,
+        "cfg_schedules": cfg_schedules,
+    }
     for name, column in columns.items():
         if isinstance(column, str) or len(column) != len(target_domains):
             raise UserError(f"{name} must have one entry for each of the {len(target_domains)} target_domains")

@@ -46,9 +46,18 @@ _TABLES = {".json", ".jsonl", ".csv", ".yaml", ".yml", ".md", ".parquet"}
 
 # Options that may change when a folder of results is continued, because they do not change the results.
 _MAY_CHANGE = {
-    "output_dir", "batch_size", "sheet_samples", "device", "compile", "num_samples", "model_config", "data_config",
-    "gen_config", "sr_config", "plugin",
-}  # fmt: skip
+    "output_dir",
+    "batch_size",
+    "sheet_samples",
+    "device",
+    "compile",
+    "num_samples",
+    "model_config",
+    "data_config",
+    "gen_config",
+    "sr_config",
+    "plugin",
+}
 
 
 class Job(NamedTuple):
@@ -126,9 +135,16 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
             if not getattr(part, key) and not getattr(defaults, key):
                 raise UserError(f"the key '{prefix}{key}' is required")
         sampler = Sampler.load(
-            part.model, part.tokenizers, part.text_tokenizer, options.class_names, options.device, dtype,
-            like=stages[-1].sampler if stages else None, compile=options.compile, detokenizer=options.detokenizer(),
-        )  # fmt: skip
+            part.model,
+            part.tokenizers,
+            part.text_tokenizer,
+            options.class_names,
+            options.device,
+            dtype,
+            like=stages[-1].sampler if stages else None,
+            compile=options.compile,
+            detokenizer=options.detokenizer(),
+        )
         if options.activate_controlnet and not stages:
             sampler.tokenizers = {
                 **sampler.tokenizers,

@@ -41,9 +41,11 @@ class TargetSettings:
     cfg_scales: Any = option("guidance scales; 1 = no guidance", None)
     cfg_schedules: Any = option("guidance schedules: constant", None)
     top_k: int | float | None = option(
-        "sample only from the most likely tokens: a count, or a fraction of the vocabulary; 0 = all", None,
-        at_least=0, at_most=10**8,
-    )  # fmt: skip
+        "sample only from the most likely tokens: a count, or a fraction of the vocabulary; 0 = all",
+        None,
+        at_least=0,
+        at_most=10**8,
+    )
     top_p: float | None = option(
         "sample only from the most likely tokens with this total probability; 0 = all", None, at_least=0, at_most=1
     )
@@ -62,18 +64,27 @@ def default_settings(target: Modality) -> dict[str, Any]:
     common = {"tokens_per_target": tokens, "token_decoding_schedules": "linear", "cfg_schedules": "constant"}
     if target.type != "img":
         return common | {
-            "autoregression_schemes": "autoregressive", "decoding_steps": 1, "temps": 0.3, "temp_schedules": "constant",
+            "autoregression_schemes": "autoregressive",
+            "decoding_steps": 1,
+            "temps": 0.3,
+            "temp_schedules": "constant",
             "cfg_scales": 1.0,
-        }  # fmt: skip
+        }
     if kind_of(target) == "rgb":
         return common | {
-            "autoregression_schemes": "roar", "decoding_steps": max(tokens // 4, 1), "temps": 3.0,
-            "temp_schedules": "onex:0.5:0.5", "cfg_scales": 3.0,
-        }  # fmt: skip
+            "autoregression_schemes": "roar",
+            "decoding_steps": max(tokens // 4, 1),
+            "temps": 3.0,
+            "temp_schedules": "onex:0.5:0.5",
+            "cfg_scales": 3.0,
+        }
     return common | {
-        "autoregression_schemes": "roar", "decoding_steps": max(tokens // 4, 1), "temps": 0.01,
-        "temp_schedules": "constant", "cfg_scales": 2.0 if kind_of(target) in CLASSES else 1.0,
-    }  # fmt: skip
+        "autoregression_schemes": "roar",
+        "decoding_steps": max(tokens // 4, 1),
+        "temps": 0.01,
+        "temp_schedules": "constant",
+        "cfg_scales": 2.0 if kind_of(target) in CLASSES else 1.0,
+    }
 
 
 def chained_schedule(

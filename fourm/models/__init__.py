@@ -7,6 +7,14 @@ from fourm.models.registry import MODEL_NAMES, count_parameters, model_config
 from fourm.models.token_selection import TokenSelection, select_tokens
 
 __all__ = [
-    "FM", "MODEL_NAMES", "FMViT", "FourM", "FourMViT", "StepFlops", "TokenSelection", "count_parameters",
-    "model_config", "select_tokens",
-]  # fmt: skip
+    "FM",
+    "MODEL_NAMES",
+    "FMViT",
+    "FourM",
+    "FourMViT",
+    "StepFlops",
+    "TokenSelection",
+    "count_parameters",
+    "model_config",
+    "select_tokens",
+]

@@ -37,9 +37,14 @@ class StepFlops:
         self._per_target = {name: _linear_macs([m.to_logits]) for name, m in model.decoder_embeddings.items()}
 
     def __call__(
-        self, batch_size: int, num_encoder_tokens: int, num_decoder_tokens: int,
-        inputs: Mapping[str, float], targets: Mapping[str, float], computed: tuple[int, int] | None = None,
-    ) -> float:  # fmt: skip
+        self,
+        batch_size: int,
+        num_encoder_tokens: int,
+        num_decoder_tokens: int,
+        inputs: Mapping[str, float],
+        targets: Mapping[str, float],
+        computed: tuple[int, int] | None = None,
+    ) -> float:
         """Return the operations of a forward and backward pass.
 
         Args:

@@ -96,9 +96,14 @@ class FourM(Encoder):
         encoder_rates = drop_path_rates(drop_path_rate_encoder, depth if shared_drop_path else encoder_depth)
         decoder_rates = drop_path_rates(drop_path_rate_decoder, depth if shared_drop_path else decoder_depth)
         super().__init__(
-            encoder_embeddings, options, encoder_rates[:encoder_depth], num_register_tokens, use_act_checkpoint,
-            init_std, pos_temperature,
-        )  # fmt: skip
+            encoder_embeddings,
+            options,
+            encoder_rates[:encoder_depth],
+            num_register_tokens,
+            use_act_checkpoint,
+            init_std,
+            pos_temperature,
+        )
         check_ids({name: modality_info[name] for name in {**encoder_embeddings, **decoder_embeddings}})
         self.modality_info = modality_info
         self.decoder_causal_mask, self.decoder_sep_mask = decoder_causal_mask, decoder_sep_mask
@@ -172,9 +177,13 @@ class FourM(Encoder):
         slots = self.encoder_slots(selection.encoder) if selection.encoder.packed else None
         context = self.context(self.encode(x + emb, padding, slots), emb)
         y = self.decode(
-            self.embed_decoder(mod_dict, selection.decoder), context, padding, self.target_mask(selection.decoder),
-            selection.decoder.slots if selection.decoder.packed else None, slots,
-        )  # fmt: skip
+            self.embed_decoder(mod_dict, selection.decoder),
+            context,
+            padding,
+            self.target_mask(selection.decoder),
+            selection.decoder.slots if selection.decoder.packed else None,
+            slots,
+        )
         logits = self.logits(y, selection.decoder)
         return logits if return_logits else self.loss(logits, mod_dict, selection.decoder, loss_type)
 
@@ -492,9 +501,19 @@ def custom_embeddings(base: type[ModalityEmbedding] = ModalityEmbedding) -> dict
 
 
 _EMBEDDING_RANGES = dict.fromkeys(
-    ("vocab_size", "max_length", "max_sincos_pos_emb", "dim_tokens", "num_channels", "patch_size", "image_size",
-     "orig_emb_dim", "bottleneck_dim"), Range(at_least=1, at_most=10**8)
-)  # fmt: skip
+    (
+        "vocab_size",
+        "max_length",
+        "max_sincos_pos_emb",
+        "dim_tokens",
+        "num_channels",
+        "patch_size",
+        "image_size",
+        "orig_emb_dim",
+        "bottleneck_dim",
+    ),
+    Range(at_least=1, at_most=10**8),
+)
 
 
 def build_embedding(modality: Modality, side: str, sizes: Mapping[str, int], **options: Any) -> ModalityEmbedding:

@@ -218,8 +218,12 @@ def _select(
     sample, index, position, slot, modality_id, attention = torch.cat(groups, dim=1)
     empty = slot.new_zeros(len(valid) * num_slots)
     return Selection(
-        counts, sample, index, position, slot,
+        counts,
+        sample,
+        index,
+        position,
+        slot,
         modality=(empty - 1).index_copy(0, slot, modality_id).view(-1, num_slots),
         attention=empty.index_copy(0, slot, attention).view(-1, num_slots),
         packed=packed,
-    )  # fmt: skip
+    )

@@ -38,8 +38,13 @@ from fourm.utils.tokenizer.special_tokens import UNK_ID
 from fourm.utils.urls import redact_url
 
 MISSING, SHARD, FILE, CONTRACT, SHAPES, UNKNOWN = (
-    "missing", "unreadable shard", "unreadable file", "broken contract", "different shapes", "unknown words",
-)  # fmt: skip
+    "missing",
+    "unreadable shard",
+    "unreadable file",
+    "broken contract",
+    "different shapes",
+    "unknown words",
+)
 """Kinds of problems, in addition to the reasons of :class:`BadSample`."""
 
 _MAX_EXAMPLES = 3

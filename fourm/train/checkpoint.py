@@ -85,9 +85,14 @@ class CheckpointWriter:
     """
 
     def __init__(
-        self, folder: Path, parallel: Processes, keep_last: int, background: bool,
-        on_saved: Callable[[Path], None] | None = None, protected: Container[Path] = (),
-    ):  # fmt: skip
+        self,
+        folder: Path,
+        parallel: Processes,
+        keep_last: int,
+        background: bool,
+        on_saved: Callable[[Path], None] | None = None,
+        protected: Container[Path] = (),
+    ):
         self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
         self._on_saved, self._protected = on_saved, protected
         # The messages of the writer threads must not mix with those of the training.
@@ -264,8 +269,9 @@ def load_tensors(
     differences += [f"the model has no {name}" for name in sorted(expected - own)]
     differences += [
         f"{name} has shape {tuple(stored[name].size)}, not {tuple(tensor.shape)}"
-        for name, tensor in tensors.items() if name in stored and stored[name].size != tensor.shape
-    ]  # fmt: skip
+        for name, tensor in tensors.items()
+        if name in stored and stored[name].size != tensor.shape
+    ]
     if differences:
         raise UserError(f"checkpoint {path} does not fit this configuration: {'; '.join(differences[:3])}")
     dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())

@@ -33,9 +33,17 @@ from fourm.utils.s3 import check_endpoint
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(
-    PluginOptions, LogOptions, ScheduleOptions, OptimizerOptions, EMAOptions, LoaderOptions, EvaluationOptions,
-    CheckpointOptions, RunCopyOptions, FSDPOptions,
-):  # fmt: skip
+    PluginOptions,
+    LogOptions,
+    ScheduleOptions,
+    OptimizerOptions,
+    EMAOptions,
+    LoaderOptions,
+    EvaluationOptions,
+    CheckpointOptions,
+    RunCopyOptions,
+    FSDPOptions,
+):
     """The options that every task needs. The configuration of a task adds its own groups."""
 
     def check(self) -> None:

@@ -55,10 +55,20 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt in malloc.h
 
 # If one name is part of another, the longer one comes first.
 GPUS = {
-    "H100 PCIe": Gpu(756, 80), "H100 NVL": Gpu(835, 94), "H100": Gpu(989, 80), "H200": Gpu(989, 141),
-    "GH200": Gpu(989, 96), "B200": Gpu(2250, 180), "A100": Gpu(312, 80), "A10": Gpu(125, 24), "A10G": Gpu(70, 24),
-    "L40S": Gpu(362, 48), "L4": Gpu(121, 24), "MI300X": Gpu(1307, 192), "MI250X": Gpu(383, 128),
-}  # fmt: skip
+    "H100 PCIe": Gpu(756, 80),
+    "H100 NVL": Gpu(835, 94),
+    "H100": Gpu(989, 80),
+    "H200": Gpu(989, 141),
+    "GH200": Gpu(989, 96),
+    "B200": Gpu(2250, 180),
+    "A100": Gpu(312, 80),
+    "A10": Gpu(125, 24),
+    "A10G": Gpu(70, 24),
+    "L40S": Gpu(362, 48),
+    "L4": Gpu(121, 24),
+    "MI300X": Gpu(1307, 192),
+    "MI250X": Gpu(383, 128),
+}
 
 
 def peak_tflops(config: DeviceOptions, device: torch.device) -> float | None:

@@ -54,9 +54,13 @@ class Results:
     def line(self) -> dict[str, Any]:
         """Return the results for ``log.jsonl``, which calls the losses ``per_modality`` and the targets ``tokens``."""
         return {
-            "loss": self.loss, "per_modality": self.losses, "tokens": self.targets, "samples": self.samples,
-            "bad_samples": self.bad_samples, "missing": self.missing,
-        } | ({"metrics": self.metrics} if self.metrics else {})  # fmt: skip
+            "loss": self.loss,
+            "per_modality": self.losses,
+            "tokens": self.targets,
+            "samples": self.samples,
+            "bad_samples": self.bad_samples,
+            "missing": self.missing,
+        } | ({"metrics": self.metrics} if self.metrics else {})
 
 
 @torch.no_grad()

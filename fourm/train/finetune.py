@@ -54,8 +54,20 @@ def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
         ) from error
     except FileNotFoundError:
         raise UserError(f"'finetune': {path} does not exist") from None
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError, IndexError,
-            AttributeError, TypeError, struct.error, MemoryError) as error:  # fmt: skip
+    except (
+        SafetensorError,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        AttributeError,
+        TypeError,
+        struct.error,
+        MemoryError,
+    ) as error:
         raise UserError(f"'finetune': {path} cannot be read as weights: {_one_line(error)}") from error
     content = content.get("model", content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(tensor, Tensor) for tensor in content.values()):
@@ -66,9 +78,11 @@ def read_weights(source: str, model_format: ModelFormat) -> dict[str, Tensor]:
 
 
 def load_weights(
-    model: nn.Module, source: str, model_format: ModelFormat,
+    model: nn.Module,
+    source: str,
+    model_format: ModelFormat,
     select: Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], Mapping[str, Tensor]] = lambda weights, own: weights,
-) -> None:  # fmt: skip
+) -> None:
     """Load the tensors that ``model`` and the weights have in common, and log the others.
 
     Args:

@@ -155,9 +155,11 @@ def _rows(rows: int, processes: int, process: int) -> int:
 
 
 def _exchange(
-    tensors: Sequence[Sequence[Tensor]], shapes: Sequence[Sequence[tuple[int, ...]]], like: Tensor,
+    tensors: Sequence[Sequence[Tensor]],
+    shapes: Sequence[Sequence[tuple[int, ...]]],
+    like: Tensor,
     group: dist.ProcessGroup,
-) -> list[list[Tensor]]:  # fmt: skip
+) -> list[list[Tensor]]:
     """Send ``tensors[p]`` to process p, and return what each process sent to this one.
 
     Args:

@@ -276,7 +276,12 @@ def _wandb_run(options: LogOptions) -> Any:
         with atomic_path(id_file) as path:
             path.write_bytes(run_id)
     return wandb.init(
-        project=options.wandb_project, entity=options.wandb_entity, name=options.wandb_run_name, id=run_id.decode(),
-        resume="allow", dir=options.output_dir, config=saved_options(options),
+        project=options.wandb_project,
+        entity=options.wandb_entity,
+        name=options.wandb_run_name,
+        id=run_id.decode(),
+        resume="allow",
+        dir=options.output_dir,
+        config=saved_options(options),
         settings=wandb.Settings(x_disable_meta=redact(sys.argv) != sys.argv),  # they hold the command line
-    )  # fmt: skip
+    )

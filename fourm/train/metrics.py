@@ -82,9 +82,11 @@ class Counts:
                 setattr(counts, name, Counter(value) if isinstance(value, Mapping) else value)
             return counts
         counters = {
-            "targets": counts.targets, "seconds": counts.seconds,
-            "without": counts.without, "samples": counts.all_samples,
-        }  # fmt: skip
+            "targets": counts.targets,
+            "seconds": counts.seconds,
+            "without": counts.without,
+            "samples": counts.all_samples,
+        }
         for key, value in state.items():
             name, _, rest = key.partition(" ")
             if rest:
@@ -267,9 +269,11 @@ class Interval:
         self._read_events()
         seconds = time.perf_counter() - self._start
         return {
-            "sums": self._sums.tolist(), "left_out": self._left_out.tolist(),
-            "counts": self._counts.state(), "seconds": seconds,
-        }  # fmt: skip
+            "sums": self._sums.tolist(),
+            "left_out": self._left_out.tolist(),
+            "counts": self._counts.state(),
+            "seconds": seconds,
+        }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))

@@ -51,9 +51,7 @@ class Muon(torch.optim.Optimizer):
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
 
-    def __init__(
-        self, matrices: dict[str, Any], adamw: torch.optim.Optimizer, momentum: float, parallel: Strategy
-    ):  # fmt: skip
+    def __init__(self, matrices: dict[str, Any], adamw: torch.optim.Optimizer, momentum: float, parallel: Strategy):
         super().__init__([matrices], {"lr": 0.0, "weight_decay": 0.0})
         self._adamw, self._momentum, self._parallel = adamw, momentum, parallel
         self.param_groups += adamw.param_groups

@@ -90,11 +90,15 @@ def _groups(parameters: Iterable[nn.Parameter], algorithm: str, lr_scale: float 
         groups["decay" if parameter.ndim > 1 else "no_decay"].append(parameter)
     return [
         {
-            "params": members, "name": name, "algorithm": algorithm, "lr_scale": lr_scale,
+            "params": members,
+            "name": name,
+            "algorithm": algorithm,
+            "lr_scale": lr_scale,
             "weight_decay_scale": float(name == "decay"),
         }
-        for name, members in groups.items() if members
-    ]  # fmt: skip
+        for name, members in groups.items()
+        if members
+    ]
 
 
 def set_hyperparameters(optimizer: torch.optim.Optimizer, lr: float, weight_decay: float) -> None:

@@ -256,7 +256,7 @@ class DDP(Strategy):
         constant_buffers: dict[str, Any] = {_SYNC_BUFFERS: False}
         return DistributedDataParallel(
             model, devices, gradient_as_bucket_view=True, find_unused_parameters=self._find_unused, **constant_buffers
-        )  # fmt: skip
+        )
 
     def accumulate(self, wrapped: nn.Module) -> contextlib.AbstractContextManager:
         return wrapped.no_sync() if isinstance(wrapped, DistributedDataParallel) else contextlib.nullcontext()

@@ -139,12 +139,20 @@ def format_plan(task: Task, plan: Plan) -> str:
     rows = [
         ("run", f"{config.run_name} on {world_size} x {config.plan_gpu}, {config.dtype}"),
         ("model", groups),
-        ("step", f"{plan.samples:,} samples ({world_size} x batch_size {config.batch_size} x accum_iter "
-                 f"{config.accum_iter}){tokens}, {_with_si_prefix(plan.flops)}FLOP on each GPU"),
+        (
+            "step",
+            f"{plan.samples:,} samples ({world_size} x batch_size {config.batch_size} x accum_iter "
+            f"{config.accum_iter}){tokens}, {_with_si_prefix(plan.flops)}FLOP on each GPU",
+        ),
         ("length", f"{plan.steps:,} steps,{total_tokens} {_with_si_prefix(plan.total_flops)}FLOP"),
-        ("time", f"{plan.days:.3g} days at {config.plan_mfu:.0%} of {gpu.tflops:g} TFLOP/s: {plan.seconds_per_step:.3g} s "
-                 f"a step, {plan.samples / plan.seconds_per_step:,.0f} samples/s" if plan.flops else "not known"),
-    ]  # fmt: skip
+        (
+            "time",
+            f"{plan.days:.3g} days at {config.plan_mfu:.0%} of {gpu.tflops:g} TFLOP/s: {plan.seconds_per_step:.3g} s "
+            f"a step, {plan.samples / plan.seconds_per_step:,.0f} samples/s"
+            if plan.flops
+            else "not known",
+        ),
+    ]
     lines = [f"{name:<13}{text}" for name, text in rows]
     lines += ["", f"{'GB on a GPU':<13}" + "".join(f"{name:>16}" for name in STRATEGIES)]
     for part in ("parameters", "gradients", "optimizer", "activations"):

@@ -88,8 +88,10 @@ def train(task_class: type[Task], config: RunConfig, strategy: type[Strategy]) -
             reason = " ".join(str(error).split())[:200]
             log.error(
                 "rank %d stops because another process has died (%s); start the run again to continue from its newest "
-                "checkpoint", parallel.rank, reason,
-            )  # fmt: skip
+                "checkpoint",
+                parallel.rank,
+                reason,
+            )
             return 1  # without closing the process group, which would wait for the other processes
     parallel.close()
     return status
@@ -161,14 +163,24 @@ class Run:
         log.info("%s; %s", ", ".join(f"{count:,} parameters of the {name}" for name, count in counts.items()), weights)
         log.info(
             "%d epochs of %d steps = %d steps of %d samples (%d x batch_size %d x accum_iter %d), from step %d",
-            length.epochs, self.steps_per_epoch, self.total_steps,
-            self.parallel.world_size * config.batch_size * config.accum_iter, self.parallel.world_size,
-            config.batch_size, config.accum_iter, self.trainer.step,
-        )  # fmt: skip
+            length.epochs,
+            self.steps_per_epoch,
+            self.total_steps,
+            self.parallel.world_size * config.batch_size * config.accum_iter,
+            self.parallel.world_size,
+            config.batch_size,
+            config.accum_iter,
+            self.trainer.step,
+        )
         log.info(
-            "lr up to %.3g, warm-up %d batches, %s in %s on %s; run folder %s", schedule.peak_lr, length.warmup_batches,
-            config.opt, config.autocast_dtype, self.parallel.device, self.folder,
-        )  # fmt: skip
+            "lr up to %.3g, warm-up %d batches, %s in %s on %s; run folder %s",
+            schedule.peak_lr,
+            length.warmup_batches,
+            config.opt,
+            config.autocast_dtype,
+            self.parallel.device,
+            self.folder,
+        )
 
     def dry_run(self) -> int:
         """Do one step, log its results and write nothing; return the exit status."""
@@ -203,9 +215,13 @@ class Run:
             )
         parallel.from_main(self._claim_folder)
         self._writer = CheckpointWriter(
-            self.checkpoints, parallel, config.keep_last, config.async_save, self.run_copy.copy_checkpoint,
+            self.checkpoints,
+            parallel,
+            config.keep_last,
+            config.async_save,
+            self.run_copy.copy_checkpoint,
             self.run_copy.pending,
-        )  # fmt: skip
+        )
         journal = Journal(config, trainer.step, self.total_steps, parallel.is_main)
         parallel.from_main(self._write_config)
         traced_folder = self.folder if config.profile and parallel.is_main else None
@@ -269,9 +285,13 @@ class Run:
     def _batches(self) -> BatchIterator:
         config, parallel = self.config, self.parallel
         loader = self.task.train_batches(
-            parallel.rank, parallel.world_size, self.length.batches_per_epoch, self.trainer.step * config.accum_iter,
-            self._draws, pin_memory=config.pin_mem and parallel.device.type == "cuda",
-        )  # fmt: skip
+            parallel.rank,
+            parallel.world_size,
+            self.length.batches_per_epoch,
+            self.trainer.step * config.accum_iter,
+            self._draws,
+            pin_memory=config.pin_mem and parallel.device.type == "cuda",
+        )
         return iter(loader)
 
     def _fetch(self, batches: BatchIterator, save_is_due: bool = False) -> tuple[list[Any], bool]:

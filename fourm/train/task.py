@@ -180,9 +180,14 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def train_batches(
-        self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
+        self,
+        rank: int,
+        world_size: int,
+        batches_per_epoch: int,
+        start_batch: int,
+        draws: Mapping[int, int] | None,
         pin_memory: bool,
-    ) -> BatchLoader:  # fmt: skip
+    ) -> BatchLoader:
         """Return the endless training batches of one rank.
 
         Each batch has a ``position``, a dictionary for JSON: ``stream``, ``epoch`` and ``draws`` are the position of

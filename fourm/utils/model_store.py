@@ -132,7 +132,7 @@ def _describe_files(url: str, store: S3Store) -> dict[str, RemoteObject]:
         files = {
             name: RemoteObject(f"{url}/{name}", size, digest=("crc32", f"{crc:08x}"))
             for name, (size, crc) in sums.items()
-        }  # fmt: skip
+        }
         if any(name != Path(name).name for name in files):  # such a name could point outside the folder
             raise ValueError
     except (AttributeError, TypeError, ValueError):

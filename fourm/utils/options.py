@@ -34,10 +34,18 @@ class Options:
 
 
 def option(
-    text: str, default: Any = MISSING, *, at_least: float | None = None, above: float | None = None,
-    at_most: float | None = None, below: float | None = None, unset: float | None = None, alias: str = "",
-    short: str = "", fixed: bool = False,
-) -> Any:  # fmt: skip
+    text: str,
+    default: Any = MISSING,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    unset: float | None = None,
+    alias: str = "",
+    short: str = "",
+    fixed: bool = False,
+) -> Any:
     """Define a field with its help text; a field without a default is required.
 
     Args:

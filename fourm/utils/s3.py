@@ -341,13 +341,15 @@ def _client(process: int, endpoint: str, connections: int, timeout: float, attem
         session = boto3.session.Session()
         options: dict[str, Any] = {} if session.get_credentials() else {"signature_version": UNSIGNED}
         config = Config(
-            connect_timeout=timeout, read_timeout=timeout, max_pool_connections=connections,
+            connect_timeout=timeout,
+            read_timeout=timeout,
+            max_pool_connections=connections,
             retries={"total_max_attempts": attempts, "mode": "standard"},
             # We verify the checksums of whole objects ourselves. Not all stores support checksums of requests.
             response_checksum_validation="when_required",
             request_checksum_calculation="when_required" if endpoint else "when_supported",
             **options,
-        )  # fmt: skip
+        )
         return session.client("s3", endpoint_url=endpoint or None, config=config)
     except BotoCoreError as error:  # usually caused by ~/.aws
         raise UserError(f"S3 store {redact_url(endpoint) or 'as boto3 is configured'}: {error}") from error

@@ -220,9 +220,14 @@ class Downloads:
         )
 
     def read(
-        self, store: Store, item: RemoteObject, start: int, end: int, write: Callable[[bytes, int], Any],
+        self,
+        store: Store,
+        item: RemoteObject,
+        start: int,
+        end: int,
+        write: Callable[[bytes, int], Any],
         cancelled: threading.Event | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Pass the bytes [start, end) to ``write`` in chunks, each with its position.
 
         Raises:

@@ -207,9 +207,13 @@ class FeatureDataset(CropDataset):
 
 
 def read_crops(
-    dataset: CropDataset, batch_size: int, num_workers: int, ledger: BadSampleLedger, pin_memory: bool = False,
+    dataset: CropDataset,
+    batch_size: int,
+    num_workers: int,
+    ledger: BadSampleLedger,
+    pin_memory: bool = False,
     log: str = "",
-) -> Iterator[CropBatch]:  # fmt: skip
+) -> Iterator[CropBatch]:
     """Yield the crops of all samples in order, without those that cannot be read, which ``ledger`` counts.
 
     Args:

@@ -91,9 +91,12 @@ class ImageSet(ABC):
 
 
 def open_images(
-    root: str | Path, folders: Mapping[str, str], shards: str | None, ledger: BadSampleLedger,
+    root: str | Path,
+    folders: Mapping[str, str],
+    shards: str | None,
+    ledger: BadSampleLedger,
     share: tuple[int, int] = (0, 1),
-) -> ImageSet:  # fmt: skip
+) -> ImageSet:
     """Open the data set at ``root``, as shards if the folder of ``PIXELS`` contains any, and otherwise as files.
 
     Args:

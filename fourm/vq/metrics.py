@@ -140,8 +140,10 @@ def region_counts(prediction: Tensor, target: Tensor, classes: int) -> dict[str,
     chosen = prediction.argmax(1)
     count = lambda ids: torch.bincount(ids.flatten(), minlength=classes).double()  # noqa: E731
     return {
-        "class_predicted": count(chosen), "class_target": count(target), "class_both": count(target[chosen == target])
-    }  # fmt: skip
+        "class_predicted": count(chosen),
+        "class_target": count(target),
+        "class_both": count(target[chosen == target]),
+    }
 
 
 def region_metrics(counts: Mapping[str, Tensor]) -> dict[str, float]:

@@ -61,8 +61,13 @@ class VQOptions(Options):
     )
 
     def check(self) -> None:
-        used = {"norm_codes": True, "norm_latents": False, "kmeans_init": False, "num_codebooks": 1,
-                "code_replacement_policy": "batch_random"}  # fmt: skip
+        used = {
+            "norm_codes": True,
+            "norm_latents": False,
+            "kmeans_init": False,
+            "num_codebooks": 1,
+            "code_replacement_policy": "batch_random",
+        }
         for name, value in used.items() if self.quant_type == "lucid" else ():
             if getattr(self, name) != value:
                 raise UserError(

@@ -126,9 +126,13 @@ class LucidQuantizer(Quantizer):
     """
 
     def __init__(
-        self, codebook_size: int, latent_dim: int, ema_decay: float, commitment_weight: float,
+        self,
+        codebook_size: int,
+        latent_dim: int,
+        ema_decay: float,
+        commitment_weight: float,
         threshold_ema_dead_code: float,
-    ):  # fmt: skip
+    ):
         super().__init__()
         self.codebook_size = codebook_size
         self.decay, self.commitment_weight = ema_decay, commitment_weight

@@ -30,11 +30,18 @@ _MODALITIES = {"edge": "canny_edge", "semseg": "semseg_coco", "human-poses": "hu
 """Modalities by their names in those of published tokenizers, where the two differ."""
 
 _RENAMED = {
-    "quantizer_type": "quant_type", "encoder_type": "enc_type", "decoder_type": "dec_type",
-    "quantizer_ema_decay": "ema_decay", "input_size": "image_size", "input_size_max": "image_size",
-    "input_size_enc": "image_size_enc", "input_size_dec": "image_size_dec", "input_size_sd": "image_size_sd",
-    "use_xformer": "enable_xformer", "domain": "modality",
-}  # fmt: skip
+    "quantizer_type": "quant_type",
+    "encoder_type": "enc_type",
+    "decoder_type": "dec_type",
+    "quantizer_ema_decay": "ema_decay",
+    "input_size": "image_size",
+    "input_size_max": "image_size",
+    "input_size_enc": "image_size_enc",
+    "input_size_dec": "image_size_dec",
+    "input_size_sd": "image_size_sd",
+    "use_xformer": "enable_xformer",
+    "domain": "modality",
+}
 """Maps the names of training options to those of the constructor."""
 
 

@@ -67,9 +67,10 @@ class SaveTokensOptions(FeatureOptions, PluginOptions):
     )
     split: str = option("part of the data set, if DATA_ROOT has a folder for each: train", "")
     modality: str | None = option(
-        "folder of the images (default: the tokenizer's modality, or rgb if a network extracts features from them)", None,
+        "folder of the images (default: the tokenizer's modality, or rgb if a network extracts features from them)",
+        None,
         alias="task",
-    )  # fmt: skip
+    )
     output_modality: str | None = option("folder for the tokens (default: tok_MODALITY@INPUT_SIZE)", None)
     folder_suffix: str = option("write the tokens to MODALITY_SUFFIX instead, as the published script does", "")
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
@@ -78,9 +79,12 @@ class SaveTokensOptions(FeatureOptions, PluginOptions):
         "side in pixels that crops are resized to (default: the tokenizer's)", None, at_least=1, at_most=100_000
     )
     num_crops: int = option(
-        "crops per image; the first is the centre crop, the others are random", 10, at_least=1, at_most=10_000,
+        "crops per image; the first is the centre crop, the others are random",
+        10,
+        at_least=1,
+        at_most=10_000,
         alias="n_crops",
-    )  # fmt: skip
+    )
     min_crop_scale: float = option("smallest share of the image's area in a random crop", MIN_SCALE, above=0, at_most=1)
     hflip: float = option("share of the random crops that are flipped", 0.5, at_least=0, at_most=1)
     seed: int = option("seed of the random crops", 0, at_least=0, at_most=2**62)
@@ -229,9 +233,17 @@ def save_tokens(options: SaveTokensOptions) -> int:
                 continue
             bar.total = done + len(samples) * (len(parts) - number)  # as if the parts to come were like this one
             dataset = (FeatureDataset if source.are_features else CropDataset)(
-                samples, source.transform, source.size, options.num_crops, options.hflip, options.seed, images.crops(part),
-                options.min_crop_scale, options.resample_mode, options.force_load_crop,
-            )  # fmt: skip
+                samples,
+                source.transform,
+                source.size,
+                options.num_crops,
+                options.hflip,
+                options.seed,
+                images.crops(part),
+                options.min_crop_scale,
+                options.resample_mode,
+                options.force_load_crop,
+            )
             pin_memory = options.pin_mem and device.type == "cuda"
             batches = read_crops(
                 dataset, images_at_a_time, options.num_workers, ledger, pin_memory, options.corrupt_samples_log

@@ -163,11 +163,21 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
         if use_wds and not path.endswith(".tar"):
             path = f"{path}/[{modality.path}]/*.tar"
         return DatasetConfig(
-            name=self.domain, in_domains=(modality.name,), out_domains=(), modalities={modality.name: modality},
-            data_path=path, use_wds=use_wds, main_augment_domain=modality.name if self.are_cropped else None, hflip=self.hflip,
-            crop_scale=(self.min_crop_scale, 1.0), crop_ratio=RATIO, sampling_weights=None, input_tokens_range=(0, 0),
-            target_tokens_range=(0, 0), remote=self.remote(),
-        )  # fmt: skip
+            name=self.domain,
+            in_domains=(modality.name,),
+            out_domains=(),
+            modalities={modality.name: modality},
+            data_path=path,
+            use_wds=use_wds,
+            main_augment_domain=modality.name if self.are_cropped else None,
+            hflip=self.hflip,
+            crop_scale=(self.min_crop_scale, 1.0),
+            crop_ratio=RATIO,
+            sampling_weights=None,
+            input_tokens_range=(0, 0),
+            target_tokens_range=(0, 0),
+            remote=self.remote(),
+        )
 
     def _modality(self, training: bool) -> Modality:
         """Return the modality of the files. It has the name of the transform that reads them."""
@@ -177,9 +187,14 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
             name, folder, channels = "rgb", "rgb", 3
         options = {"standardize_depth": False} if self.keeps_depth(training) else self.transform_options()
         return Modality(
-            name, "img", input_size=self.loaded_size(training), patch_size=1, num_channels=channels, path=folder,
+            name,
+            "img",
+            input_size=self.loaded_size(training),
+            patch_size=1,
+            num_channels=channels,
+            path=folder,
             transform_options=options,
-        )  # fmt: skip
+        )
 
     def transform_options(self) -> dict[str, Any]:
         """Return the options of the transform that reads the files."""
@@ -239,9 +254,13 @@ class FirstSamples:
 
 
 def open_samples(
-    config: DatasetConfig, labels: int | None, training: bool, max_bad_fraction: float, first: int | None = None,
+    config: DatasetConfig,
+    labels: int | None,
+    training: bool,
+    max_bad_fraction: float,
+    first: int | None = None,
     keep_depth: bool = False,
-) -> TokenizerSamples:  # fmt: skip
+) -> TokenizerSamples:
     """Open the samples of a data set.
 
     Args:
@@ -256,8 +275,13 @@ def open_samples(
     """
     source = open_source(config, BadSampleLedger(config.name, max_bad_fraction))
     return TokenizerSamples(
-        config.name, FirstSamples(source, first), config.modalities,
-        build_sample_transform(config, training, raw_pixels=True), shuffle_buffer=config.wds_shuffle_buffer_tar,
-        max_bad_fraction=max_bad_fraction, labels=labels, keep_depth=keep_depth,
+        config.name,
+        FirstSamples(source, first),
+        config.modalities,
+        build_sample_transform(config, training, raw_pixels=True),
+        shuffle_buffer=config.wds_shuffle_buffer_tar,
+        max_bad_fraction=max_bad_fraction,
+        labels=labels,
+        keep_depth=keep_depth,
         presence=presence("error", config.modalities, transforms_for(config.modalities), config.main_augment_domain),
-    )  # fmt: skip
+    )

@@ -21,9 +21,12 @@ class EncoderOptions(Options):
     )
     post_mlp: bool = option("end the encoder and the decoder with an MLP", True, fixed=True)
     input_size_enc: int | None = option(
-        "image size in pixels of the encoder's position table (default: input_size_max)", None, at_least=1,
-        at_most=10_000, fixed=True,
-    )  # fmt: skip
+        "image size in pixels of the encoder's position table (default: input_size_max)",
+        None,
+        at_least=1,
+        at_most=10_000,
+        fixed=True,
+    )
     undo_std: bool = option("convert ImageNet-standardised pictures to [-1, 1]", False, fixed=True)
     freeze_enc: bool = option("train only the decoder", False, fixed=True)
     full_ckpt: InputPath = option(
@@ -51,13 +54,16 @@ class QuantizerOptions(Options):
     norm_latents: bool = option("normalise latents before they are quantized", False, fixed=True)
     quantizer_ema_decay: float = option("share of a code that each step keeps", 0.8, at_least=0, at_most=1, fixed=True)
     coef_ema_dead_code: float = option(
-        "replace codes that are used this many times less often than on average; 0 = never", 4.0, at_least=0,
+        "replace codes that are used this many times less often than on average; 0 = never",
+        4.0,
+        at_least=0,
         fixed=True,
-    )  # fmt: skip
+    )
     code_replacement_policy: Literal["batch_random", "linde_buzo_gray"] = option(
-        "how codes are replaced: by random latents of the step, or by copies of frequent codes", "batch_random",
+        "how codes are replaced: by random latents of the step, or by copies of frequent codes",
+        "batch_random",
         fixed=True,
-    )  # fmt: skip
+    )
     commitment_weight: float = option(
         "weight of the distance between latents and their codes; for fsq, of that from the range of its levels",
         1.0,
@@ -78,11 +84,19 @@ class QuantizerOptions(Options):
     def quantizer_arguments(self) -> dict[str, Any]:
         """Return the arguments of the quantizer for the model's constructor."""
         return {
-            "quant_type": self.quantizer_type, "codebook_size": self.codebook_size, "num_codebooks": self.num_codebooks,
-            "latent_dim": self.latent_dim, "levels": self.levels, "norm_codes": self.norm_codes, "norm_latents": self.norm_latents,
-            "sync_codebook": False, "kmeans_init": self.kmeans_init, "ema_decay": self.quantizer_ema_decay,
-            "code_replacement_policy": self.code_replacement_policy, "commitment_weight": self.commitment_weight,
-        }  # fmt: skip
+            "quant_type": self.quantizer_type,
+            "codebook_size": self.codebook_size,
+            "num_codebooks": self.num_codebooks,
+            "latent_dim": self.latent_dim,
+            "levels": self.levels,
+            "norm_codes": self.norm_codes,
+            "norm_latents": self.norm_latents,
+            "sync_codebook": False,
+            "kmeans_init": self.kmeans_init,
+            "ema_decay": self.quantizer_ema_decay,
+            "code_replacement_policy": self.code_replacement_policy,
+            "commitment_weight": self.commitment_weight,
+        }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,9 +113,12 @@ class DecoderOptions(Options):
         "image size in pixels of the decoder (default: input_size_max)", None, at_least=1, at_most=10_000, fixed=True
     )
     patch_size_dec: int | None = option(
-        "side length of its patches (default: patch_size); for unet_patched always 4", None, at_least=1, at_most=10_000,
+        "side length of its patches (default: patch_size); for unet_patched always 4",
+        None,
+        at_least=1,
+        at_most=10_000,
         fixed=True,
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,14 +166,22 @@ class DiffusionOptions(ConditionOptions):
             bounded: Whether the values of the images lie in [-1, 1].
         """
         names = (
-            "num_train_timesteps", "beta_schedule", "zero_terminal_snr", "conditioning", "dec_transformer_dropout",
+            "num_train_timesteps",
+            "beta_schedule",
+            "zero_terminal_snr",
+            "conditioning",
+            "dec_transformer_dropout",
             "clip_sample",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names} | self.condition_arguments() | {
-            "prediction_type": self.prediction_type.removesuffix("-epsilon_loss"),
-            "thresholding": bounded if self.thresholding is None else self.thresholding,
-            "scheduler": "ddim" if self.eval_noise_schedule == "DDIMScheduler" else "ddpm",
-        }  # fmt: skip
+        )
+        return (
+            {name: getattr(self, name) for name in names}
+            | self.condition_arguments()
+            | {
+                "prediction_type": self.prediction_type.removesuffix("-epsilon_loss"),
+                "thresholding": bounded if self.thresholding is None else self.thresholding,
+                "scheduler": "ddim" if self.eval_noise_schedule == "DDIMScheduler" else "ddpm",
+            }
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,7 +136,7 @@ class ViTDecoder(ViT):
 
     def __init__(
         self, size: ViTSize, channels: int, grid: tuple[int, int], patch_size: int, post_mlp: bool, out_conv: bool
-    ):  # fmt: skip
+    ):
         super().__init__(size, grid, post_mlp)
         self.patch_size = patch_size
         self.out_proj = nn.Linear(size.dim, channels * patch_size**2)

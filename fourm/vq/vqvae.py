@@ -142,8 +142,9 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
         self.check_images(x)
         if self.undo_std:
             mean, std = (
-                torch.tensor(values).view(3, 1, 1).to(x.device, non_blocking=True) for values in (IMAGENET_MEAN, IMAGENET_STD)
-            )  # fmt: skip
+                torch.tensor(values).view(3, 1, 1).to(x.device, non_blocking=True)
+                for values in (IMAGENET_MEAN, IMAGENET_STD)
+            )
             x = 2 * (x * std + mean) - 1
         return rearrange(self.cls_emb(x[:, 0].long()), "b h w c -> b c h w") if self.n_labels else x
 
@@ -306,17 +307,30 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
 
     @classmethod
     def _from_pretrained(
-        cls, *, model_id: str, config: Mapping[str, Any] | None = None, map_location: str = "cpu", strict: bool = False,
-        revision: str | None = None, cache_dir: str | Path | None = None, force_download: bool = False,
-        local_files_only: bool = False, token: str | bool | None = None, **arguments: Any,
-    ) -> Any:  # fmt: skip
+        cls,
+        *,
+        model_id: str,
+        config: Mapping[str, Any] | None = None,
+        map_location: str = "cpu",
+        strict: bool = False,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        force_download: bool = False,
+        local_files_only: bool = False,
+        token: str | bool | None = None,
+        **arguments: Any,
+    ) -> Any:
         if (place := Path(model_id)).is_dir():
             path = place / WEIGHTS
         else:
             path = download(
-                model_id, revision=revision, cache_dir=cache_dir, force_download=force_download,
-                local_files_only=local_files_only, token=token,
-            )  # fmt: skip
+                model_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                force_download=force_download,
+                local_files_only=local_files_only,
+                token=token,
+            )
         with open_weights(path) as file:
             return load_model(cls, file, dict(config or file.header) | arguments, map_location)
 
@@ -384,9 +398,12 @@ def _build_quantizer(options: VQOptions) -> Quantizer:
     if options.quant_type == "memcodes":
         return MemcodesQuantizer(options.codebook_size, options.latent_dim, options.num_codebooks)
     return LucidQuantizer(
-        options.codebook_size, options.latent_dim, options.ema_decay, options.commitment_weight,
+        options.codebook_size,
+        options.latent_dim,
+        options.ema_decay,
+        options.commitment_weight,
         options.threshold_ema_dead_code,
-    )  # fmt: skip
+    )
 
 
 def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:

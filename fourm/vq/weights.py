@@ -87,8 +87,17 @@ def _read_pickle(path: Path) -> WeightsFile:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, LookupError, AttributeError, TypeError,
-            MemoryError) as error:  # fmt: skip
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        LookupError,
+        AttributeError,
+        TypeError,
+        MemoryError,
+    ) as error:
         raise UserError(f"{path} cannot be read as weights: {_brief(error)}") from error
     content = content if isinstance(content, dict) else {}
     tensors = content.get("model", content.get("state_dict", content))

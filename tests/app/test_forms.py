@@ -116,8 +116,10 @@ def test_only_settings_that_differ_from_the_defaults_are_passed_on(sampler):
     row = target_modalities(sampler).index(DEPTH)
     rows[row] = [rows[row][0], "0.7", 2, 3]
     assert read_settings(rows, sampler) == {
-        "temps": {DEPTH: 0.7}, "cfg_scales": {DEPTH: 2.0}, "decoding_steps": {DEPTH: 3},
-    }  # fmt: skip
+        "temps": {DEPTH: 0.7},
+        "cfg_scales": {DEPTH: 2.0},
+        "decoding_steps": {DEPTH: 3},
+    }
 
 
 @pytest.mark.parametrize(

@@ -47,8 +47,12 @@ def test_a_seed_decides_the_random_crop_and_hflip_how_often_it_is_mirrored():
     assert draws[:5] == [augmenter(IMAGE, None, np.random.default_rng(seed)) for seed in range(5)]
     assert len({draw.crop_coords for draw in draws}) > 190
     assert 70 < sum(draw.flip for draw in draws) < 130
-    assert not any(RandomCropImageAugmenter(64, hflip=0.0, main_domain="rgb")(
-        {"rgb": IMAGE["rgb@224"]}, None, np.random.default_rng(seed)).flip for seed in range(20))  # fmt: skip
+    assert not any(
+        RandomCropImageAugmenter(64, hflip=0.0, main_domain="rgb")(
+            {"rgb": IMAGE["rgb@224"]}, None, np.random.default_rng(seed)
+        ).flip
+        for seed in range(20)
+    )
 
 
 def test_stored_crops_are_drawn_with_their_index():

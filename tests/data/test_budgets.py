@@ -13,9 +13,7 @@ from fourm.utils.errors import UserError
 
 
 def modality(name, input_alphas=(1.0,), target_alphas=(1.0,), max_tokens=1000, kind="seq", **fields):
-    return Modality(
-        name, kind, max_tokens=max_tokens, input_alphas=input_alphas, target_alphas=target_alphas, **fields
-    )  # fmt: skip
+    return Modality(name, kind, max_tokens=max_tokens, input_alphas=input_alphas, target_alphas=target_alphas, **fields)
 
 
 def sampler(*modalities, inputs=100, targets=100, **options):

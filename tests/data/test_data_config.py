@@ -132,7 +132,10 @@ def test_weights_may_be_a_mapping_or_left_out(load):
 
 
 def test_declared_modalities_are_used_like_the_others(load):
-    block = {"tok_depth@64": {"vocab_size": 32, "input_size": 64, "patch_size": 8}, "rgb@64": {"type": "img", "num_channels": 3, "input_size": 64, "patch_size": 8}}  # fmt: skip
+    block = {
+        "tok_depth@64": {"vocab_size": 32, "input_size": 64, "patch_size": 8},
+        "rgb@64": {"type": "img", "num_channels": 3, "input_size": 64, "patch_size": 8},
+    }
     fields = {**DATASET, "in_domains": "rgb@64", "out_domains": "tok_depth@64", "target_alphas": 1}
     with pytest.raises(UserError, match="tok_depth@64: 'type' is required"):
         load({"train": {"datasets": {"cc": fields}}, "modalities": block})
@@ -147,7 +150,11 @@ def test_joined_names_are_split_at_the_longest_known_one():
     known = list(MODALITY_INFO)
     assert split_domains("CLIP-B16-caption", known, "x") == ("CLIP-B16", "caption")
     assert split_domains("caption-DINOv2-B14-global-DINOv2-B14-det", known, "x") == (
-        "caption", "DINOv2-B14-global", "DINOv2-B14", "det")  # fmt: skip
+        "caption",
+        "DINOv2-B14-global",
+        "DINOv2-B14",
+        "det",
+    )
     assert split_domains(["det", "CLIP-B16"], known, "x") == ("det", "CLIP-B16")
 
 
@@ -175,7 +182,7 @@ def test_joined_names_are_split_at_the_longest_known_one():
         ({"type": "multimodel"}, "'type'.*multimodal"),
         ({"data_path": None}, "'data_path'"),
     ],
-)  # fmt: skip
+)
 def test_mistakes_in_a_data_set_are_named(dataset, fields, message):
     with pytest.raises(UserError, match=message):
         dataset(fields)

@@ -100,10 +100,14 @@ def test_gzip_of_several_streams_and_cut_off_ones():
 @pytest.mark.parametrize(
     "content",
     [
-        b'"a dog \\ud83d"', b'{"\\uD83D": 1}', b'["\xed\xa0\xbd"]', b"[" * 100_000 + b"]" * 100_000, b'"' + b"a" * 2**24 + b'"',
+        b'"a dog \\ud83d"',
+        b'{"\\uD83D": 1}',
+        b'["\xed\xa0\xbd"]',
+        b"[" * 100_000 + b"]" * 100_000,
+        b'"' + b"a" * 2**24 + b'"',
     ],
     ids=["half an emoji", "in a key", "as bytes", "deep", "long"],
-)  # fmt: skip
+)
 def test_json_that_cannot_be_used_is_refused(content):
     with pytest.raises(ValueError):
         decode_value("a.json", content)

@@ -51,10 +51,16 @@ def test_no_program_is_started_by_a_picture(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "orientation, turned",
     [
-        (1, PIXELS), (2, PIXELS[:, ::-1]), (3, np.rot90(PIXELS, 2)), (4, PIXELS[::-1]), (5, PIXELS.swapaxes(0, 1)),
-        (6, np.rot90(PIXELS, -1)), (7, np.rot90(PIXELS, 2).swapaxes(0, 1)), (8, np.rot90(PIXELS)),
+        (1, PIXELS),
+        (2, PIXELS[:, ::-1]),
+        (3, np.rot90(PIXELS, 2)),
+        (4, PIXELS[::-1]),
+        (5, PIXELS.swapaxes(0, 1)),
+        (6, np.rot90(PIXELS, -1)),
+        (7, np.rot90(PIXELS, 2).swapaxes(0, 1)),
+        (8, np.rot90(PIXELS)),
     ],
-)  # fmt: skip
+)
 def test_pictures_are_upright_on_all_paths(tmp_path, kind, orientation, turned):
     content = held(orientation, kind)
     (tmp_path / f"a.{kind.lower()}").write_bytes(content)
@@ -77,10 +83,14 @@ GREY = np.array([[0, 257 * 10], [257 * 200, 65535]], np.uint16)
 @pytest.mark.parametrize(
     "picture",
     [
-        encode(GREY), encode(GREY, "TIFF"), Image.fromarray(GREY), Image.fromarray(GREY.astype(np.int32)),
-        encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"), encode((GREY / 65535).astype(np.float32), "TIFF"),
+        encode(GREY),
+        encode(GREY, "TIFF"),
+        Image.fromarray(GREY),
+        Image.fromarray(GREY.astype(np.int32)),
+        encode(Image.fromarray(GREY.astype(np.int32)), "TIFF"),
+        encode((GREY / 65535).astype(np.float32), "TIFF"),
     ],
-)  # fmt: skip
+)
 def test_grey_of_more_than_eight_bits_is_scaled(picture):
     expected = np.array([[0, 10], [200, 255]])
     np.testing.assert_array_equal(cut(picture, None, mode="L"), expected)
@@ -106,12 +116,14 @@ def palette(transparent=None):
         (palette(1), [[10, 20, 30], [40, 50, 60]]),
         (encode(np.array([[[9, 0], [200, 255]]], np.uint8)), [[9] * 3, [200] * 3]),
         (encode(np.array([[[1, 2, 3, 0], [4, 5, 6, 128]]], np.uint8)), [[1, 2, 3], [4, 5, 6]]),
-        (encode(Image.fromarray(np.array([[0, 0, 0, 0], [255, 0, 0, 0]], np.uint8)[None], "CMYK"), "TIFF"),
-         [[255] * 3, [0, 255, 255]]),
+        (
+            encode(Image.fromarray(np.array([[0, 0, 0, 0], [255, 0, 0, 0]], np.uint8)[None], "CMYK"), "TIFF"),
+            [[255] * 3, [0, 255, 255]],
+        ),
         (encode(Image.fromarray(np.array([[False, True]]))), [[0] * 3, [255] * 3]),
     ],
     ids=["palette", "transparent palette", "LA", "RGBA", "CMYK", "1 bit"],
-)  # fmt: skip
+)
 def test_every_mode_has_its_colours(content, expected):
     np.testing.assert_array_equal(cut(content, None, mode="RGB")[0], expected)
 

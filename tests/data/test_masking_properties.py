@@ -80,9 +80,14 @@ def test_text(value, max_tokens, n_in, n_out, keep, seed):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    st.lists(st.integers(0, 19), max_size=20), st.integers(1, 15), st.integers(0, 15), st.integers(0, 15), KEEP, SEEDS,
+    st.lists(st.integers(0, 19), max_size=20),
+    st.integers(1, 15),
+    st.integers(0, 15),
+    st.integers(0, 15),
+    KEEP,
+    SEEDS,
     st.sampled_from([0, 13, 14, 50]),
-)  # fmt: skip
+)
 def test_codes(codes, max_tokens, n_in, n_out, keep, seed, offset):
     n_in, n_out = min(n_in, max_tokens), min(n_out, max_tokens)
     value = np.array(codes, np.int16)

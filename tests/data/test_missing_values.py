@@ -15,9 +15,15 @@ from tests.data.dataset_files import MODALITIES, jpeg, text_tokenizer, write_tar
 TOKENIZER = text_tokenizer()
 COUNT, GAP = 12, (3, 7)  # samples, and those without a caption
 NULLS = {
-    "null": None, "empty": "", "blank": " \n", "empty list": [], "list of null": [None, ""],
-    "null in dict": {"caption": None, "url": "u"}, "text": {"text": None}, "absent": ...,
-}  # fmt: skip
+    "null": None,
+    "empty": "",
+    "blank": " \n",
+    "empty list": [],
+    "list of null": [None, ""],
+    "null in dict": {"caption": None, "url": "u"},
+    "text": {"text": None},
+    "absent": ...,
+}
 
 
 def caption(index, null):

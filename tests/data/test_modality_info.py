@@ -15,10 +15,14 @@ def test_entries_read_like_dicts():
 @pytest.mark.parametrize(
     ("name", "kind", "vocab", "tokens"),
     [("rgb@224", "img", None, 196), ("tok_rgb@448", "img", 16384, 784), ("tok_clip@224", "img", 8192, 196)]
-    + [("tok_semseg@224", "img", 4096, 196), ("tok_dinov2@224", "img", 8192, 256), ("tok_dinov2_global", "img", 8192, 16)]
+    + [
+        ("tok_semseg@224", "img", 4096, 196),
+        ("tok_dinov2@224", "img", 8192, 256),
+        ("tok_dinov2_global", "img", 8192, 16),
+    ]
     + [("det", "seq", 30000, 256), ("metadata", "seq", 30000, 40), ("human_poses", "seq", 30000, 275)]
     + [("color_palette", "seq", 30000, 23), ("sam_instance", "seq", 30000, 290), ("t5_caption", "seq_emb", None, 77)],
-)  # fmt: skip
+)
 def test_published_figures(name, kind, vocab, tokens):
     modality = MODALITY_INFO[name]
     assert (modality.type, modality.vocab_size, modality.max_tokens) == (kind, vocab, tokens)

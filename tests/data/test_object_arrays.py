@@ -117,12 +117,18 @@ def test_states_that_lie_are_refused(state):
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"\x80\x04Nr\xff\xff\xff\x7f.", b"\x80\x04K.Nr\xff\xff\xff\x7f.", b"\x80\x04\x95\xff\xff\xff\xff\xff\0\0\0N.",
-        b"\x80\x04\x8e\0\0\0\0\xff\0\0\0a.", b"\x80\x04X\xff\xff\xff\x7fa.", b"\x80\x04\x8f.", b"\x80\x04Vp\np2147483647\n.",
-        b"\x80\x04N", b"",
+        b"\x80\x04Nr\xff\xff\xff\x7f.",
+        b"\x80\x04K.Nr\xff\xff\xff\x7f.",
+        b"\x80\x04\x95\xff\xff\xff\xff\xff\0\0\0N.",
+        b"\x80\x04\x8e\0\0\0\0\xff\0\0\0a.",
+        b"\x80\x04X\xff\xff\xff\x7fa.",
+        b"\x80\x04\x8f.",
+        b"\x80\x04Vp\np2147483647\n.",
+        b"\x80\x04N",
+        b"",
     ],
     ids=["memo", "memo behind an argument", "frame", "bytes", "text", "set", "text memo", "no end", "empty"],
-)  # fmt: skip
+)
 def test_numbers_in_a_pickle_are_not_believed(pickled):
     with pytest.raises(pickle.UnpicklingError):
         ObjectArray(pickled)

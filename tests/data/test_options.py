@@ -34,9 +34,13 @@ def remote(tmp_path):
     local = write_shards(tmp_path / "s", 2, 4)
     names = "-".join(MODALITIES)
     toy = {
-        "in_domains": names, "out_domains": names.removeprefix("rgb@32-"), "input_alphas": 1.0, "target_alphas": 1.0,
-        "data_path": f"s3://{BUCKET}/[{local.partition('[')[2]}", "use_wds": True,
-    }  # fmt: skip
+        "in_domains": names,
+        "out_domains": names.removeprefix("rgb@32-"),
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+        "data_path": f"s3://{BUCKET}/[{local.partition('[')[2]}",
+        "use_wds": True,
+    }
     (tmp_path / "data.yaml").write_text(
         yaml.safe_dump({"modalities": MODALITIES, "train": {"datasets": {"toy": toy}}}, sort_keys=False)
     )

@@ -35,8 +35,11 @@ def modalities(alphas):
 @settings(max_examples=150, deadline=None)
 @given(
     st.fixed_dictionaries({name: st.tuples(ALPHAS, ALPHAS) for name in ROLES}),
-    st.sets(st.sampled_from(ROLES), min_size=1), st.integers(0, 2**32), st.integers(1, 30), st.integers(1, 30),
-)  # fmt: skip
+    st.sets(st.sampled_from(ROLES), min_size=1),
+    st.integers(0, 2**32),
+    st.integers(1, 30),
+    st.integers(1, 30),
+)
 def test_budgets_go_to_what_is_there(alphas, present, seed, n_in, n_out):
     info = modalities(alphas)
     sampler = BudgetSampler(info, n_in, n_out)
@@ -149,12 +152,15 @@ def test_transfer_gives_all_of_the_inputs_and_asks_for_all_of_the_targets():
         TransferMasking(INFO, TOKENIZER, ["caption"], ["caption"])
 
 
-@pytest.mark.parametrize("inputs, targets, role, needed", [
-    (["rgb@32"], ["tok_rgb@32"], "input", 4),
-    (["tok_rgb@32", "caption"], ["codes"], "input", 4 + INFO["caption"]["max_tokens"]),
-    (["rgb@32"], ["tok_rgb@32"], "target", 4),
-    (["rgb@32"], ["tok_rgb@32", "caption"], "target", 4 + INFO["caption"]["max_tokens"] + 1),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "inputs, targets, role, needed",
+    [
+        (["rgb@32"], ["tok_rgb@32"], "input", 4),
+        (["tok_rgb@32", "caption"], ["codes"], "input", 4 + INFO["caption"]["max_tokens"]),
+        (["rgb@32"], ["tok_rgb@32"], "target", 4),
+        (["rgb@32"], ["tok_rgb@32", "caption"], "target", 4 + INFO["caption"]["max_tokens"] + 1),
+    ],
+)
 def test_a_transfer_refuses_to_cut_its_samples_and_says_how_many_tokens_it_needs(inputs, targets, role, needed):
     ranges = {f"{role}_tokens_range": (1, needed - 1)}
     with pytest.raises(UserError, match=f"up to {needed} as {role} .*set num_{role}_tokens to {needed}$"):

@@ -31,10 +31,15 @@ def info(as_dicts):
 def arguments(path, domains=tuple(MODALITIES), as_dicts=False):
     augmenter = PreTokenizedImageAugmenter(32, main_domain="rgb@32") if "rgb@32" in domains else EmptyAugmenter()
     return {
-        "data_path": str(path), "all_domains": list(domains), "modality_info": info(as_dicts),
-        "modality_transforms": MODALITY_TRANSFORMS, "image_augmenter": augmenter, "text_tokenizer": text_tokenizer(),
-        "input_tokens_range": (4, 12), "target_tokens_range": 12,
-    }  # fmt: skip
+        "data_path": str(path),
+        "all_domains": list(domains),
+        "modality_info": info(as_dicts),
+        "modality_transforms": MODALITY_TRANSFORMS,
+        "image_augmenter": augmenter,
+        "text_tokenizer": text_tokenizer(),
+        "input_tokens_range": (4, 12),
+        "target_tokens_range": 12,
+    }
 
 
 @pytest.fixture(scope="module")

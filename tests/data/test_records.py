@@ -155,7 +155,7 @@ def test_bad_records_are_counted_or_left_out(files, caplog):
         (b"[" * 100_000, "corrupt record"),
     ],
     ids=["BOM", "twice", "NaN elsewhere", "NaN", "null", "list", "numbers", "20 MB", "half an emoji", "deep"],
-)  # fmt: skip
+)
 def test_lines_of_many_kinds(files, line, reason):
     path = files / "kinds.jsonl"
     path.write_bytes(

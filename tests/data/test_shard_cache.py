@@ -155,9 +155,12 @@ def test_a_store_that_is_restarted_amid_a_shard_changes_nothing(local, tmp_path)
     try:
         with faulty(store, amid) as proxy:
             patient = options(
-                proxy.endpoint, tmp_path, part_bytes=9_000, split_above_bytes=9_000,
+                proxy.endpoint,
+                tmp_path,
+                part_bytes=9_000,
+                split_above_bytes=9_000,
                 retries=type(RETRIES)(40, 0.1, 2.0, timeout=5),
-            )  # fmt: skip
+            )
             assert stream(on_s3(local), patient) == stream(local)
             assert up.is_set()
     finally:

@@ -42,17 +42,26 @@ def npz(**arrays):
 COLOUR = RNG.integers(0, 256, (48, 40, 3), np.uint8)
 IDS = RNG.integers(0, 9, (48, 40), np.uint8)
 FILES = {
-    "rgb": ("jpg", picture(COLOUR, "JPEG")), "normal": ("png", picture(COLOUR)), "canny_edge": ("png", picture(IDS)),
-    "depth": ("png", picture(RNG.integers(0, 65536, (48, 40), np.uint16))), "semseg": ("png", picture(IDS)),
-    "semseg_coco": ("png", picture(IDS % 4)), "mask_valid": ("png", picture(IDS > 4)), "sam_mask": ("png", picture(IDS > 4)),
-    "tok_rgb": ("npy", npy(np.arange(8).reshape(1, 8))), "caption": ("json", b'["a dog"]'),
-    "det": ("json", json.dumps({"instances": [BOX]}).encode()), "metadata": ("json", b'{"n_humans": 2}'),
+    "rgb": ("jpg", picture(COLOUR, "JPEG")),
+    "normal": ("png", picture(COLOUR)),
+    "canny_edge": ("png", picture(IDS)),
+    "depth": ("png", picture(RNG.integers(0, 65536, (48, 40), np.uint16))),
+    "semseg": ("png", picture(IDS)),
+    "semseg_coco": ("png", picture(IDS % 4)),
+    "mask_valid": ("png", picture(IDS > 4)),
+    "sam_mask": ("png", picture(IDS > 4)),
+    "tok_rgb": ("npy", npy(np.arange(8).reshape(1, 8))),
+    "caption": ("json", b'["a dog"]'),
+    "det": ("json", json.dumps({"instances": [BOX]}).encode()),
+    "metadata": ("json", b'{"n_humans": 2}'),
     "human_poses": ("json", json.dumps([[{"box": BOX["boxes"], "pose": list(range(508, 516))}]]).encode()),
-    "color_palette": ("json", json.dumps([PALETTE]).encode()), "sam_instance": ("json", json.dumps([[SQUARE]]).encode()),
+    "color_palette": ("json", json.dumps([PALETTE]).encode()),
+    "sam_instance": ("json", json.dumps([[SQUARE]]).encode()),
     "t5_caption": ("npz", npz(emb=np.ones((1, 3, 4), np.float16), mask_valid=np.array([[1, 1, 0]]))),
-    "features": ("npy", npy(RNG.normal(size=(2, 4, 4)))), "scalar": ("cls", b"0.25"),
+    "features": ("npy", npy(RNG.normal(size=(2, 4, 4)))),
+    "scalar": ("cls", b"0.25"),
     "codebooks": ("npy", npy(np.array([[[1, 2, 3]]]))),
-}  # fmt: skip
+}
 RANDOM = {"color_palette": 2, "sam_instance": 0}  # what is drawn, as the number of words that do not depend on it
 
 

@@ -92,14 +92,35 @@ def test_what_is_no_caption_is_an_error(value):
 
 def test_metadata_values_are_binned_as_published():
     value = {
-        "original_width": 1000, "original_height": 31, "caption_n_chars": 1234, "n_humans": 2, "semantic_diversity": 5,
-        "colorfulness": 75, "brightness": 255, "contrast": 200, "entropy": -1, "geometric_complexity": 0.375,
-        "occlusion_score": 0.1, "watermark_score": 0.5, "aesthetic_score": 5.4,
-    }  # fmt: skip
+        "original_width": 1000,
+        "original_height": 31,
+        "caption_n_chars": 1234,
+        "n_humans": 2,
+        "semantic_diversity": 5,
+        "colorfulness": 75,
+        "brightness": 255,
+        "contrast": 200,
+        "entropy": -1,
+        "geometric_complexity": 0.375,
+        "occlusion_score": 0.1,
+        "watermark_score": 0.5,
+        "aesthetic_score": 5.4,
+    }
     assert run(MetadataTransform(shuffle=False), value) == [
-        "v1=0 v0=31", "v1=1 v0=0", "v1=2 v0=999", "v1=5 v0=2", "v1=16 v0=5", "v1=9 v0=24", "v1=10 v0=49",
-        "v1=11 v0=49", "v1=13 v0=0", "v1=17 v0=24", "v1=18 v0=19", "v1=19 v0=1", "v1=20 v0=1",
-    ]  # fmt: skip
+        "v1=0 v0=31",
+        "v1=1 v0=0",
+        "v1=2 v0=999",
+        "v1=5 v0=2",
+        "v1=16 v0=5",
+        "v1=9 v0=24",
+        "v1=10 v0=49",
+        "v1=11 v0=49",
+        "v1=13 v0=0",
+        "v1=17 v0=24",
+        "v1=18 v0=19",
+        "v1=19 v0=1",
+        "v1=20 v0=1",
+    ]
     for score, expected in ((4.4, 0), (4.5, 1), (5.5, 2)):
         assert run(MetadataTransform(), {"aesthetic_score": score}) == [f"v1=20 v0={expected}"]
     assert run(MetadataTransform(), {"watermark_score": 0.49}) == ["v1=19 v0=0"]

@@ -40,10 +40,18 @@ ALL = "rgb@32-tok_rgb@32-caption-det"
 def config(tmp_path, *paths, weights=None, **options):
     """A data config with one data set per path: "d0", "d1", …"""
     defaults = {
-        "in_domains": ALL, "out_domains": ALL.removeprefix("rgb@32-"), "input_alphas": 1.0, "target_alphas": 1.0,
-        "main_augment_domain": "rgb@32", "use_wds": True, "wds_n_repeats": 2, "wds_shuffle_buffer_tar": 6,
-        "wds_shuffle_buffer_repeat": 10, "modality_name_map": {}, "max_bad_fraction": 0.5,
-    }  # fmt: skip
+        "in_domains": ALL,
+        "out_domains": ALL.removeprefix("rgb@32-"),
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+        "main_augment_domain": "rgb@32",
+        "use_wds": True,
+        "wds_n_repeats": 2,
+        "wds_shuffle_buffer_tar": 6,
+        "wds_shuffle_buffer_repeat": 10,
+        "modality_name_map": {},
+        "max_bad_fraction": 0.5,
+    }
     datasets = {f"d{i}": defaults | {"data_path": str(path)} | options for i, path in enumerate(paths)}
     if len(paths) > 1:  # the second has no images
         datasets["d1"] |= {"in_domains": "caption-det", "out_domains": "caption-det"}
@@ -70,9 +78,18 @@ def train(
     seed=3,
 ):
     loader = build_train_loader(
-        config, TOKENIZER, batch_size=batch_size, batches_per_epoch=per_epoch, num_workers=workers, rank=rank,
-        world_size=ranks, seed=seed, start_batch=start, positions=positions, num_streams=streams,
-    )  # fmt: skip
+        config,
+        TOKENIZER,
+        batch_size=batch_size,
+        batches_per_epoch=per_epoch,
+        num_workers=workers,
+        rank=rank,
+        world_size=ranks,
+        seed=seed,
+        start_batch=start,
+        positions=positions,
+        num_streams=streams,
+    )
     return list(itertools.islice(loader, count))
 
 
@@ -446,8 +463,15 @@ class Shared(IterableDataset):
 
 def test_workers_make_their_batches_where_the_main_process_reads_them(tmp_path, shards):
     batches = build_train_loader(
-        config(tmp_path, shards), TOKENIZER, batch_size=4, batches_per_epoch=5, num_workers=1, rank=0, world_size=1, seed=0
-    )._batches  # fmt: skip
+        config(tmp_path, shards),
+        TOKENIZER,
+        batch_size=4,
+        batches_per_epoch=5,
+        num_workers=1,
+        rank=0,
+        world_size=1,
+        seed=0,
+    )._batches
     for workers in (0, 1):
         assert next(iter(DataLoader(Shared(batches), batch_size=None, num_workers=workers))) == {workers == 1}
 
@@ -455,9 +479,15 @@ def test_workers_make_their_batches_where_the_main_process_reads_them(tmp_path, 
 def test_a_long_stream_holds_no_more_than_its_buffers(tmp_path):
     path = write_shards(tmp_path / "s", 14, 2)  # of more tars than are kept open
     loader = build_train_loader(
-        config(tmp_path, path), TOKENIZER, batch_size=16, batches_per_epoch=10**6, num_workers=0, rank=0, world_size=1,
+        config(tmp_path, path),
+        TOKENIZER,
+        batch_size=16,
+        batches_per_epoch=10**6,
+        num_workers=0,
+        rank=0,
+        world_size=1,
         seed=0,
-    )  # fmt: skip
+    )
     batches, files, memory = iter(loader), len(os.listdir("/proc/self/fd")), []
     tracemalloc.start()
     try:

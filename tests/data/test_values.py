@@ -17,12 +17,15 @@ INSTANCE = {"boxes": [0.1, 0.2, 0.3, 0.4], "class_name": "dog", "score": 0.9}
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("caption", v) for v in (None, "", " ", [], {}, [None], ["", None], {"caption": None}, {"text": ""}, [{"caption": None}])]
+    [
+        ("caption", v)
+        for v in (None, "", " ", [], {}, [None], ["", None], {"caption": None}, {"text": ""}, [{"caption": None}])
+    ]
     + [("det", v) for v in (None, {}, {"instances": None})]
     + [("metadata", v) for v in (None, {}, {"n_humans": None})]
     + [("human_poses", None), ("color_palette", []), ("scalar", "")]
     + [("t5_caption", {"emb": np.zeros((1, 0, 4)), "mask_valid": np.zeros((1, 0))})],
-)  # fmt: skip
+)
 def test_null_and_empty_values_are_missing(name, value):
     assert TRANSFORM.lacking({name: value}) == [name]
 

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 def _demo(*args):
     return subprocess.run(
         [warm_python(), "-m", "fourm.demo", *map(str, args)], cwd=ROOT, capture_output=True, text=True, timeout=240
-    )  # fmt: skip
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,20 @@ def out(tmp_path_factory):
 
 def _run(out, *args):
     return _demo(
-        "--out", out, "--config", "cfgs/debug/main.yaml", "--train_scenes", 12, "--val_scenes", 4, "--size", 64,
-        "--workers", 1, *args,
-    )  # fmt: skip
+        "--out",
+        out,
+        "--config",
+        "cfgs/debug/main.yaml",
+        "--train_scenes",
+        12,
+        "--val_scenes",
+        4,
+        "--size",
+        64,
+        "--workers",
+        1,
+        *args,
+    )
 
 
 @pytest.mark.slow
@@ -81,8 +92,10 @@ def test_decoding_schemes_are_compared(out, tmp_path):
     scores = json.loads(file.read_text())["scores"]
     assert {(s["target"], s["scheme"], s["steps"]) for s in scores} == {
         (target, scheme, steps)
-        for target in ("depth", "semseg") for scheme in ("halton", "maskgit", "roar") for steps in (1, 4)
-    }  # fmt: skip
+        for target in ("depth", "semseg")
+        for scheme in ("halton", "maskgit", "roar")
+        for steps in (1, 4)
+    }
     assert all(0 <= s["score"] < 1 for s in scores)
     assert "| depth halton |" in process.stdout
 

@@ -83,8 +83,10 @@ def test_objects_are_counted_in_rgb_segmentation_and_boxes(pictures, judge):
     classes[0, :16], classes[1, :17], classes[2, 0] = CLASSES.index("cup"), CLASSES.index("duck"), -1
     assert objects_in_segmentation(classes) == {"duck"}, "16 of 4096 pixels are less than 0.4 %"
     boxes = [{"boxes": [0, 0, 1, 1], "class_name": name} for name in ("cup", "cup", "robot")]
-    scenes = [{"semseg": Decoded("semseg", classes), "det": Decoded("det", boxes)}, {
-        "semseg": Decoded("semseg", classes * 0), "det": Decoded("det", [])}]  # fmt: skip
+    scenes = [
+        {"semseg": Decoded("semseg", classes), "det": Decoded("det", boxes)},
+        {"semseg": Decoded("semseg", classes * 0), "det": Decoded("det", [])},
+    ]
     segmentation, of_boxes = score_scenes(scenes, [{"duck", "cup"}, {"car"}], "generated", judge)
     assert (segmentation.modality, segmentation.precision, segmentation.recall) == ("segmentation", 1, 1 / 3)
     assert (of_boxes.modality, of_boxes.precision, of_boxes.recall) == ("boxes", 1 / 2, 1 / 3)
@@ -116,9 +118,11 @@ def test_the_benchmark_trains_the_judge_and_measures_the_shipped_model(tmp_path,
     rows = [(score["modality"], score["source"]) for score in content["scores"]]
     sources = {modality: [source for name, source in rows if name == modality] for modality, _ in rows}
     assert sources == {
-        "RGB": ["generated", "true renders", "tokens of the truth"], "segmentation": ["generated", "tokens of the truth"],
-        "boxes": ["generated"], "guess": ["another caption"],
-    }  # fmt: skip
+        "RGB": ["generated", "true renders", "tokens of the truth"],
+        "segmentation": ["generated", "tokens of the truth"],
+        "boxes": ["generated"],
+        "guess": ["another caption"],
+    }
     assert content["captions"] == 2 and all(0 <= score["precision"] <= 1 for score in content["scores"])
     assert content["scores"][-1]["recall"] == 1, "both captions name the same objects"
     assert Image.open(tmp_path / "out" / "sheet.png").width > 1000

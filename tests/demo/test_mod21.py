@@ -25,8 +25,12 @@ TRAINED = {"caption", "det", "metadata", "color_palette"} | {
 def test_eleven_modalities_are_rendered_trained_and_generated(tmp_path):
     config = load_yaml("cfgs/demo/mod21/main.yaml") | {
         "model_kwargs": {"dim": 24, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2},
-        "epochs": 2, "epoch_size": 8, "batch_size": 4, "fixed_eval_batch_size": 2, "num_workers": 0,
-    }  # fmt: skip
+        "epochs": 2,
+        "epoch_size": 8,
+        "batch_size": 4,
+        "fixed_eval_batch_size": 2,
+        "num_workers": 0,
+    }
     (tmp_path / "main.yaml").write_text(yaml.safe_dump(config))
     shutil.copy("cfgs/demo/mod21/generation.yaml", tmp_path)
     out = tmp_path / "out"

@@ -82,9 +82,11 @@ def test_a_killed_run_keeps_its_finished_shards_and_completes(tmp_path, data):
     script.write_text(code)
     root = tmp_path / "scenes"
     process = subprocess.Popen(
-        [sys.executable, script, root], start_new_session=True, stderr=subprocess.DEVNULL,
+        [sys.executable, script, root],
+        start_new_session=True,
+        stderr=subprocess.DEVNULL,
         env=os.environ | {"PYTHONPATH": os.getcwd()},
-    )  # fmt: skip
+    )
     try:
         deadline = time.time() + 60
         while not (root / "train" / "metadata" / "shard-00001.tar").exists() and time.time() < deadline:

@@ -71,8 +71,12 @@ def test_a_finished_run_is_exported_in_half_precision_with_its_card(tmp_path):
     (tmp_path / "scores.json").write_text(json.dumps({"captions": 12, "scores": scores}))
     main([str(run), str(shipped), "--figures", str(tmp_path / "scores.json")])
     assert {p.name for p in shipped.iterdir()} == {
-        "README.md", "config.json", "generation.yaml", "model.safetensors", "vocabulary.json",
-    }  # fmt: skip
+        "README.md",
+        "config.json",
+        "generation.yaml",
+        "model.safetensors",
+        "vocabulary.json",
+    }
     sizes = [(folder / "model.safetensors").stat().st_size for folder in (run, shipped)]
     assert sizes[1] < 0.6 * sizes[0]
     original, loaded = FM.from_pretrained(str(run)), Sampler.load(shipped, device="cpu").generation.model

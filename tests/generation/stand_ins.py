@@ -22,16 +22,21 @@ VIT = {"enc_type": "vit/B_1-Wi_8-H_2", "latent_dim": 4}
 FEATURES = VIT | {"dec_type": "vit/B_1-Wi_8-H_2", "patch_proj": False, "codebook_size": 8192}
 PIXELS = VIT | {"dec_type": "unet_patched/Wi_32", "codebook_size": 8192}
 MLP = {
-    "enc_type": "BottleneckMLP/B_1-Wi_8", "dec_type": "BottleneckMLP/B_1-Wi_8", "quant_type": "memcodes",
-    "codebook_size": 8192, "num_codebooks": 16, "latent_dim": 32,
-}  # fmt: skip
+    "enc_type": "BottleneckMLP/B_1-Wi_8",
+    "dec_type": "BottleneckMLP/B_1-Wi_8",
+    "quant_type": "memcodes",
+    "codebook_size": 8192,
+    "num_codebooks": 16,
+    "latent_dim": 32,
+}
 TOKENIZERS = {
     "rgb_16k_224-448": (DiVAE, PIXELS | {"codebook_size": 16384}),
     "depth_8k_224-448": (DiVAE, PIXELS | {"n_channels": 1}),
     "normal_8k_224-448": (DiVAE, PIXELS),
     "edge_8k_224-512": (DiVAE, PIXELS | {"n_channels": 1}),
     "semseg_4k_224-448": (
-        VQVAE, VIT | {"dec_type": "vit/B_1-Wi_8-H_2", "codebook_size": 4096, "n_labels": 134, "n_channels": 4},
+        VQVAE,
+        VIT | {"dec_type": "vit/B_1-Wi_8-H_2", "codebook_size": 4096, "n_labels": 134, "n_channels": 4},
     ),
     "CLIP-B16_8k_224-448": (VQVAE, FEATURES | {"n_channels": 512}),
     "DINOv2-B14_8k_224-448": (VQVAE, FEATURES | {"n_channels": 768, "patch_size": 14}),
@@ -43,7 +48,7 @@ TOKENIZERS = {
         VQVAE,
         VIT | {"dec_type": "vit/B_1-Wi_8-H_2", "codebook_size": 1024, "image_size": 64, "n_channels": 1},
     ),
-}  # fmt: skip
+}
 
 
 def write_model(name: str, folder: Path) -> None:

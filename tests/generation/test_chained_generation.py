@@ -68,9 +68,19 @@ def with_target(model, batch, target, tokens):
 def make_schedule(model, targets, schemes, tokens, steps, scales=1.0, temperature=0.0, cond=("pixels",), **options):
     n = len(targets)
     return build_chained_generation_schedules(
-        cond, targets, tokens, schemes, steps, ["linear"] * n, [temperature] * n, ["constant"] * n,
-        [scales] * n, ["constant"] * n, modality_info=model.modality_info, **options,
-    )  # fmt: skip
+        cond,
+        targets,
+        tokens,
+        schemes,
+        steps,
+        ["linear"] * n,
+        [temperature] * n,
+        ["constant"] * n,
+        [scales] * n,
+        ["constant"] * n,
+        modality_info=model.modality_info,
+        **options,
+    )
 
 
 def valid(entry, index=0):
@@ -104,7 +114,7 @@ def test_images_are_those_of_the_plain_method(model, scheme, steps, scale):
     for b in range(4):
         expected = reference.paint(
             model, conditions(model, one(inputs(model), b), scale), "grid", counts, 7 + b, scheme
-        )  # fmt: skip
+        )
         assert out["grid"]["tensor"][b].tolist() == expected.tolist()
     assert not out["grid"]["input_mask"].any() and out["grid"]["target_mask"].all()
 
@@ -155,8 +165,9 @@ def test_spans_are_written_into_their_places(model):
     for row, entry in zip(rows, entries, strict=True):
         entry["input_mask"][0, len(row) :] = True
     entry = {key: torch.cat([entry[key] for entry in entries]) for key in entries[0]}
-    out = generate(model, {**batch, "text": entry}, make_schedule(
-        model, ["text"], ["autoregressive"], [ROOM], [1]), seed=0)  # fmt: skip
+    out = generate(
+        model, {**batch, "text": entry}, make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1]), seed=0
+    )
     for b, row in enumerate(rows):
         end = [S2 + 1, S2, S2][b]
         expected = reference.write(model, [(1.0, one(batch, b))], "text", row, ROOM + 1, end)
@@ -175,9 +186,14 @@ def test_every_sample_ends_at_the_token_that_its_own_row_names(model):
 
 
 CHAIN = {
-    "targets": ["grid", "text", "global"], "schemes": ["roar", "autoregressive", "maskgit"], "tokens": [16, ROOM, 4],
-    "steps": [3, 1, 2], "scales": 2.0, "temperature": 1.3, "cfg_grow_conditioning": True,
-}  # fmt: skip
+    "targets": ["grid", "text", "global"],
+    "schemes": ["roar", "autoregressive", "maskgit"],
+    "tokens": [16, ROOM, 4],
+    "steps": [3, 1, 2],
+    "scales": 2.0,
+    "temperature": 1.3,
+    "cfg_grow_conditioning": True,
+}
 
 
 def same(a, b):
@@ -451,9 +467,15 @@ def cast(request):
 
 
 @pytest.mark.parametrize("limits", [{}, {"top_k": 5}, {"top_p": 0.8}])
-@pytest.mark.parametrize("target, scheme, tokens", [
-    ("grid", "maskgit", 16), ("grid", "roar", 16), ("text", "autoregressive", 9), ("codes", "autoregressive", 5),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "target, scheme, tokens",
+    [
+        ("grid", "maskgit", 16),
+        ("grid", "roar", 16),
+        ("text", "autoregressive", 9),
+        ("codes", "autoregressive", 5),
+    ],
+)
 def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, scheme, tokens, limits):
     """Covers plain generation, guidance, and several weighted conditions, with inputs of any precision."""
     model, twin = cast
@@ -462,9 +484,12 @@ def test_a_model_that_was_cast_generates_like_its_twin_in_float32(cast, target, 
     generated = {}
     for name, one_of_them, dtype in (("cast", model, torch.float64), ("twin", twin, torch.float32)):
         batch, *conditions = (
-            {k: entry | {"tensor": entry["tensor"].to(dtype)} if k in ("pixels", "vectors") else entry for k, entry in b.items()}
+            {
+                k: entry | {"tensor": entry["tensor"].to(dtype)} if k in ("pixels", "vectors") else entry
+                for k, entry in b.items()
+            }
             for b in (pixels, *others)
-        )  # fmt: skip
+        )
         sampler = GenerationSampler(one_of_them)
         schedules = [
             make_schedule(model, [target], [scheme], [tokens], [3], scale, 0.5) for scale in (1.0, 2.0, [2.0, -1.0])

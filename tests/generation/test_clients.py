@@ -40,13 +40,20 @@ from tests.generation.stand_ins import HUB, ROOT, TOKENIZERS, write_model, write
 
 VOCABULARY = "./fourm/utils/tokenizer/trained/text_tokenizer_4m_wordpiece_30k.json"
 KEYS = {
-    "tok_rgb": "rgb_16k_224-448", "tok_depth": "depth_8k_224-448", "tok_normal": "normal_8k_224-448",
-    "tok_canny_edge": "edge_8k_224-512", "tok_sam_edge": "edge_8k_224-512", "tok_semseg": "semseg_4k_224-448",
-    "tok_clip": "CLIP-B16_8k_224-448", "tok_dinov2": "DINOv2-B14_8k_224-448",
-    "tok_imagebind": "ImageBind-H14_8k_224-448", "tok_dinov2_global": "DINOv2-B14-global_8k_16_224",
-    "tok_imagebind_global": "ImageBind-H14-global_8k_16_224", "sam_instance": "sam-instance_1k_64",
+    "tok_rgb": "rgb_16k_224-448",
+    "tok_depth": "depth_8k_224-448",
+    "tok_normal": "normal_8k_224-448",
+    "tok_canny_edge": "edge_8k_224-512",
+    "tok_sam_edge": "edge_8k_224-512",
+    "tok_semseg": "semseg_4k_224-448",
+    "tok_clip": "CLIP-B16_8k_224-448",
+    "tok_dinov2": "DINOv2-B14_8k_224-448",
+    "tok_imagebind": "ImageBind-H14_8k_224-448",
+    "tok_dinov2_global": "DINOv2-B14-global_8k_16_224",
+    "tok_imagebind_global": "ImageBind-H14-global_8k_16_224",
+    "sam_instance": "sam-instance_1k_64",
     "human_poses": "human-poses_1k_8",
-}  # fmt: skip
+}
 TEXTS = ("caption", "det", "metadata", "color_palette", "human_poses", "sam_instance")
 device = "cpu"
 
@@ -103,22 +110,38 @@ def with_targets(batch, targets, tokens):
 def schedule_of(conds, targets, tokens, scheme="roar", **columns):
     is_text = [target.split("@")[0] in TEXTS for target in targets]
     return build_chained_generation_schedules(
-        cond_domains=conds, target_domains=targets, tokens_per_target=tokens,
+        cond_domains=conds,
+        target_domains=targets,
+        tokens_per_target=tokens,
         autoregression_schemes=["autoregressive" if text else scheme for text in is_text],
         decoding_steps=[None if text else 1 for text in is_text],
         token_decoding_schedules=[None if text else "linear" for text in is_text],
-        temps=[0.3 if text else 0.01 for text in is_text], temp_schedules=["constant"] * len(targets),
-        cfg_scales=[1.0 if text else 2.0 for text in is_text], cfg_schedules=["constant"] * len(targets),
-        cfg_grow_conditioning=True, **columns,
-    )  # fmt: skip
+        temps=[0.3 if text else 0.01 for text in is_text],
+        temp_schedules=["constant"] * len(targets),
+        cfg_scales=[1.0 if text else 2.0 for text in is_text],
+        cfg_schedules=["constant"] * len(targets),
+        cfg_grow_conditioning=True,
+        **columns,
+    )
 
 
 def test_a_picture_becomes_everything(sampler, toks, text_tok):
     conds = ["rgb@224"]
     targets = [
-        "tok_clip@224", "tok_dinov2@224", "tok_imagebind@224", "tok_depth@224", "tok_normal@224", "tok_semseg@224",
-        "tok_canny_edge@224", "tok_sam_edge@224", "caption", "det", "color_palette", "metadata", "tok_dinov2_global",
-    ]  # fmt: skip
+        "tok_clip@224",
+        "tok_dinov2@224",
+        "tok_imagebind@224",
+        "tok_depth@224",
+        "tok_normal@224",
+        "tok_semseg@224",
+        "tok_canny_edge@224",
+        "tok_sam_edge@224",
+        "caption",
+        "det",
+        "color_palette",
+        "metadata",
+        "tok_dinov2_global",
+    ]
     tokens = [196, 256, 256, 196, 196, 196, 196, 196, 9, 9, 23, 40, 16]
     batch = with_targets({"rgb@224": {"tensor": photo()}}, targets, tokens)
     for cond in conds:
@@ -153,9 +176,13 @@ def test_a_picture_becomes_everything(sampler, toks, text_tok):
 def test_words_become_a_picture_at_448_pixels(sampler, toks, text_tok):
     batch = with_targets({}, ["tok_clip@224", "tok_rgb@224"], [196, 196])
     batch = custom_text(
-        batch, input_text="a photo of a cup [EOS]", eos_token="[EOS]", key="caption", device=device,
+        batch,
+        input_text="a photo of a cup [EOS]",
+        eos_token="[EOS]",
+        key="caption",
+        device=device,
         text_tokenizer=text_tok,
-    )  # fmt: skip
+    )
     batch = init_full_input_modality(batch, MODALITY_INFO, "caption", device, eos_id=text_tok.token_to_id("[EOS]"))
     schedule = schedule_of(["caption"], ["tok_clip@224", "tok_rgb@224"], [196, 196])
     out = sampler.generate(batch, schedule, text_tokenizer=text_tok, seed=0, top_p=0.8, top_k=0.0)
@@ -168,8 +195,11 @@ def test_words_become_a_picture_at_448_pixels(sampler, toks, text_tok):
         out = init_full_input_modality(out, MODALITY_INFO, name, device, eos_id=text_tok.token_to_id("[EOS]"))
     large = superres.generate(
         with_targets(out, targets, [784, 784]),
-        schedule_of([*out], targets, [784, 784], scheme="maskgit"), text_tokenizer=text_tok, seed=1, top_p=0.0,
-    )  # fmt: skip
+        schedule_of([*out], targets, [784, 784], scheme="maskgit"),
+        text_tokenizer=text_tok,
+        seed=1,
+        top_p=0.0,
+    )
     dec = decode_dict(large, toks, text_tok, image_size=448, patch_size=16, decoding_steps=1)
     assert dec["tok_rgb@448"].shape == (448, 448, 3) and dec["tok_clip@448"].shape == (28, 28, 3)
 
@@ -189,9 +219,15 @@ def test_metadata_that_is_partly_given(sampler, text_tok):
     text = transform.metadata_to_string({"semantic_diversity": 2})
     assert text == "v1=16 v0=2"
     batch = custom_text(
-        {"rgb@224": {"tensor": photo()}}, input_text=text + " [S_1]", eos_token="[EOS]", key="metadata", device=device,
-        text_tokenizer=text_tok, target_max_len=256, start_token="[S_1]",
-    )  # fmt: skip
+        {"rgb@224": {"tensor": photo()}},
+        input_text=text + " [S_1]",
+        eos_token="[EOS]",
+        key="metadata",
+        device=device,
+        text_tokenizer=text_tok,
+        target_max_len=256,
+        start_token="[S_1]",
+    )
     batch = init_full_input_modality(batch, MODALITY_INFO, "rgb@224", device)
     out = sampler.generate(
         batch, schedule_of(["rgb@224"], ["metadata"], [5]), text_tokenizer=text_tok, seed=0, top_p=0.8, top_k=0.0
@@ -206,8 +242,10 @@ def test_retrieval_by_global_features(sampler, toks, text_tok):
     batch = with_targets(expand_to_batch(batch, 2), targets, [16, 16])
     batch = expand_to_batch(batch, 2)
     out = sampler.generate(batch, schedule_of(["rgb@224"], targets, [16, 16]), text_tokenizer=text_tok, seed=0)
-    vectors = [plotting_utils.decode_tok_dinov2_global(out, toks, targets[0]),
-               plotting_utils.decode_tok_imagebind_global(out, toks, targets[1])]  # fmt: skip
+    vectors = [
+        plotting_utils.decode_tok_dinov2_global(out, toks, targets[0]),
+        plotting_utils.decode_tok_imagebind_global(out, toks, targets[1]),
+    ]
     assert [vector.shape for vector in vectors] == [(2, 768), (2, 1280)]
     assert torch.cosine_similarity(*vectors[0], dim=0) <= 1.001
 
@@ -291,8 +329,14 @@ def test_the_demo_sampler_describes_a_picture_from_the_web(hub, demo):
     targets = ["tok_clip@224", "tok_semseg", "color_palette", "metadata"]
     result = demo({"rgb@224": image}, seed=0, target_modalities=targets)
     assert [*result] == [
-        "rgb@224", "tok_clip@224", "tok_semseg@224", "color_palette", "metadata", "tok_clip@448", "tok_semseg@448"
-    ]  # fmt: skip
+        "rgb@224",
+        "tok_clip@224",
+        "tok_semseg@224",
+        "color_palette",
+        "metadata",
+        "tok_clip@448",
+        "tok_semseg@448",
+    ]
     assert result["tok_semseg@448"].shape == (448, 448, 3)
     pictures = demo.modalities_to_pil(result, use_fixed_plotting_order=True, resize=64)
     assert [title for _, title in pictures] == ["RGB", "CLIP", "Semantic segmentation", "Color palette", "Metadata"]

@@ -18,10 +18,14 @@ from tests.generation.toy_tokenizers import CLASSES, SIZE
 TOK_RGB, DEPTH, SEMSEG = (f"tok_{name}@{SIZE}" for name in ("rgb", "depth", "semseg"))
 CONTENT = {
     "tokenizers": {"rgb": "../tokenizers/rgb", "depth": "../tokenizers/depth", "semseg": "../tokenizers/semseg"},
-    "text_tokenizer": "../words.json", "class_names": [*CLASSES], "cond_domains": "caption",
-    "target_domains": "semseg-rgb-depth-caption", "decoding_steps": {"semseg": 2, "rgb": 3, "depth": 1},
-    "temps": {"rgb": 0}, "top_p": 0.9,
-}  # fmt: skip
+    "text_tokenizer": "../words.json",
+    "class_names": [*CLASSES],
+    "cond_domains": "caption",
+    "target_domains": "semseg-rgb-depth-caption",
+    "decoding_steps": {"semseg": 2, "rgb": 3, "depth": 1},
+    "temps": {"rgb": 0},
+    "top_p": 0.9,
+}
 
 
 def write_model(folder, **changes):
@@ -122,7 +126,7 @@ def test_other_defaults_make_other_results(folder, tmp_path):
         (["--model", "{}", "--prompt", "a cup", "--cond_domains", "rgb"], "prompts need one text in cond_domains"),
         (["--model", "{}", "--prompt", "a cup", "--target_domains", "dept"], "target_domains: unknown modality 'dept'"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_one_clear_sentence(folder, tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=message) as error:

@@ -26,17 +26,32 @@ GLOBAL = VECTORS | {"num_codebooks": 16, "latent_dim": 16}
 POSES = VECTORS | {"n_channels": 207, "num_codebooks": 8, "codebook_size": 1024}
 MASKS = {"n_channels": 1, "image_size": 64, "patch_size": 16, "codebook_size": 1024}
 KINDS = {
-    "depth": {"n_channels": 1}, "normal": {}, "semseg": {"n_labels": 5, "n_channels": 4}, "canny_edge": {"n_channels": 1},
-    "sam_edge": {"n_channels": 1}, "clip": FEATURES, "dinov2": FEATURES, "imagebind": FEATURES,
-    "dinov2_global": GLOBAL, "imagebind_global": GLOBAL, "human_poses": POSES, "sam_instance": MASKS,
-}  # fmt: skip
+    "depth": {"n_channels": 1},
+    "normal": {},
+    "semseg": {"n_labels": 5, "n_channels": 4},
+    "canny_edge": {"n_channels": 1},
+    "sam_edge": {"n_channels": 1},
+    "clip": FEATURES,
+    "dinov2": FEATURES,
+    "imagebind": FEATURES,
+    "dinov2_global": GLOBAL,
+    "imagebind_global": GLOBAL,
+    "human_poses": POSES,
+    "sam_instance": MASKS,
+}
 _GRID = {"type": "img", "vocab_size": CODES, "input_size": SIDE, "patch_size": PATCH}
 _TEXT = {"type": "seq", "vocab_size": 4400, "max_tokens": 64}
 MODALITIES = {
-    "caption": _TEXT, "human_poses": _TEXT, "sam_instance": _TEXT | {"pretokenized": True},
+    "caption": _TEXT,
+    "human_poses": _TEXT,
+    "sam_instance": _TEXT | {"pretokenized": True},
     "tok_rgb@32": _GRID | {"vocab_size": DIFFUSION["codebook_size"], "patch_size": DIFFUSION["patch_size"]},
-    **{f"tok_{kind}{'' if 'global' in kind else '@32'}": _GRID for kind in KINDS if kind not in ("human_poses", "sam_instance")},
-}  # fmt: skip
+    **{
+        f"tok_{kind}{'' if 'global' in kind else '@32'}": _GRID
+        for kind in KINDS
+        if kind not in ("human_poses", "sam_instance")
+    },
+}
 PERSON = {"box": [0.1, 0.2, 0.6, 0.9], "pose": [0, 1, 2, 600, 1023, 5, 6, 7], "global": [1, 0, 0, 0, -1, 0, 0, 0, -1]}
 POLYGON = "polygon v0=100 v1=200 v2=600 v3=900 " + " ".join(f"v{i % 2}={i}" for i in range(16))
 
@@ -70,12 +85,17 @@ def test_each_modality_has_its_natural_form(results):
         for name, result in results.items()
     }
     assert kinds == {
-        "rgb": ("rgb", (32, 32, 3)), "depth": ("depth", (32, 32)), "normal": ("normal", (32, 32, 3)),
-        "semseg": ("semseg", (32, 32)), "canny_edge": ("canny_edge", (32, 32)), "sam_edge": ("sam_edge", (32, 32)),
+        "rgb": ("rgb", (32, 32, 3)),
+        "depth": ("depth", (32, 32)),
+        "normal": ("normal", (32, 32, 3)),
+        "semseg": ("semseg", (32, 32)),
+        "canny_edge": ("canny_edge", (32, 32)),
+        "sam_edge": ("sam_edge", (32, 32)),
         **dict.fromkeys(("clip", "dinov2", "imagebind"), ("feature", (4, 4, 12))),
         **dict.fromkeys(("dinov2_global", "imagebind_global"), ("vector", (10,))),
-        "human_poses": ("human_poses", (1,)), "sam_instance": ("sam_instance", (2,)),
-    }  # fmt: skip
+        "human_poses": ("human_poses", (1,)),
+        "sam_instance": ("sam_instance", (2,)),
+    }
     assert all(result.dropped == 0 for result in results.values())
     assert results["tok_semseg@32"].value.min() >= 0 and results["tok_semseg@32"].value.max() < 5
     assert results["human_poses"].value[0]["rotations"].shape == (23, 3, 3)

@@ -33,9 +33,16 @@ BASE, SR = "T2CR_roar49-25_cfg3_t6-0.5const", "x2CR_mg8_cfg3_t1const"
 
 def arguments(models=MODEL_FILES[0], data="parti_prompts_x3", *others):
     return [
-        "-c", f"{CONFIGS}/models/{models}.yaml", "-dc", f"{CONFIGS}/data/{data}.yaml",
-        "-gc", f"{CONFIGS}/settings_base/{BASE}.yaml", "-src", f"{CONFIGS}/settings_sr/{SR}.yaml", *others,
-    ]  # fmt: skip
+        "-c",
+        f"{CONFIGS}/models/{models}.yaml",
+        "-dc",
+        f"{CONFIGS}/data/{data}.yaml",
+        "-gc",
+        f"{CONFIGS}/settings_base/{BASE}.yaml",
+        "-src",
+        f"{CONFIGS}/settings_sr/{SR}.yaml",
+        *others,
+    ]
 
 
 @pytest.mark.parametrize("data", ["cc12m", "parti_prompts_x3"])
@@ -47,8 +54,9 @@ def test_the_published_files_say_what_is_generated(models, data, monkeypatch):
     assert options.model == f"{HUB}/4M-{count}_{size.upper()}_CC12M"
     assert options.sr.model == f"{HUB}/4M-7-SR_L_CC12M" and options.detokenizer_steps == 50
     assert options.tokenizers == {
-        "rgb": f"{HUB}/4M_tokenizers_rgb_16k_224-448", "clip": f"{HUB}/4M_tokenizers_CLIP-B16_8k_224-448"
-    }  # fmt: skip
+        "rgb": f"{HUB}/4M_tokenizers_rgb_16k_224-448",
+        "clip": f"{HUB}/4M_tokenizers_CLIP-B16_8k_224-448",
+    }
     assert options.output_dir.endswith(f"output/{models}/{data}/{BASE}+{SR}")
     assert (options.num_samples, options.num_variations) == {"cc12m": (30_000, 1)}.get(data, (None, 3))
     assert options.sheet_samples == {"cc12m": 100}.get(data, 200)
@@ -65,10 +73,31 @@ def test_the_published_files_say_what_is_generated(models, data, monkeypatch):
 def test_the_command_line_overrides_every_file(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags = [
-        "--data_path", str(tmp_path), "--target_domains", "tok_canny_edge@224", "--edges_tok_id", "my/edges", "--seed", "7",
-        "--num_workers", "3", "--dtype", "bf16", "--image_size", "224", "--save_all_outputs", "--data_name", "mine",
-        "--name", "edges", "--sr_cfg_scales", "1.0", "--controlnet_id", "my/net", "--activate_controlnet",
-    ]  # fmt: skip
+        "--data_path",
+        str(tmp_path),
+        "--target_domains",
+        "tok_canny_edge@224",
+        "--edges_tok_id",
+        "my/edges",
+        "--seed",
+        "7",
+        "--num_workers",
+        "3",
+        "--dtype",
+        "bf16",
+        "--image_size",
+        "224",
+        "--save_all_outputs",
+        "--data_name",
+        "mine",
+        "--name",
+        "edges",
+        "--sr_cfg_scales",
+        "1.0",
+        "--controlnet_id",
+        "my/net",
+        "--activate_controlnet",
+    ]
     options = parse(arguments(MODEL_FILES[1], "cc12m", *flags))
     assert options.data == str(tmp_path) and options.seed == 7 and options.dtype == "bfloat16"
     assert options.tokenizers["canny_edge"] == "my/edges" and options.sr.cfg_scales == 1.0
@@ -106,9 +135,11 @@ def test_prompts_become_pictures_at_both_sizes_and_a_killed_command_continues(hu
     flags = arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST, "--num_samples", "1", "--batch_size", "1")
     out = Path(f"output/{MODEL_FILES[0]}/parti_prompts_x3/{BASE}+{SR}")
     process = subprocess.Popen(
-        [sys.executable, "run_generation.py", *flags], env=os.environ | {"PYTHONPATH": str(ROOT)},
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, "run_generation.py", *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     deadline = time.monotonic() + 300
     while not (out / "00000-0" / "result.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -51,8 +51,16 @@ def test_a_picture_becomes_everything(sampler, folder):
     targets = ["depth", "normal", "semseg", "canny_edge", "clip", "tok_rgb@32", "caption", "metadata"]
     (result,) = sampler({"rgb": folder / "photo.png"}, targets, seed=0)
     assert [result[name].kind for name in result] == [
-        "rgb", "depth", "normal", "semseg", "canny_edge", "tokens", "rgb", "caption", "metadata",
-    ]  # fmt: skip
+        "rgb",
+        "depth",
+        "normal",
+        "semseg",
+        "canny_edge",
+        "tokens",
+        "rgb",
+        "caption",
+        "metadata",
+    ]
     assert result[RGB].value.shape == (SIZE, SIZE, 3)
     assert result[f"tok_semseg@{SIZE}"].names == CLASSES
     assert result[f"tok_clip@{SIZE}"].value.shape == (4, 4)
@@ -144,17 +152,24 @@ def test_inputs_of_every_kind_are_the_ids_that_training_sees(folder):
     ids = np.stack([np.arange(16), np.zeros(16)]).astype(np.int16)
     depth = Image.fromarray(np.random.default_rng(0).integers(0, 2**16, (32, 32), dtype=np.uint16))
     sample = {
-        "tok_normal@32": ids, "tok_depth@32": depth, "tok_rgb@32": folder / "photo.png", "caption": "a red cup",
-        "det": [{"boxes": [0, 0, 0.5, 1], "class_name": "cup"}], "color_palette": [[1, 2, 3]], "metadata": {"n_humans": 2},
-    }  # fmt: skip
+        "tok_normal@32": ids,
+        "tok_depth@32": depth,
+        "tok_rgb@32": folder / "photo.png",
+        "caption": "a red cup",
+        "det": [{"boxes": [0, 0, 0.5, 1], "class_name": "cup"}],
+        "color_palette": [[1, 2, 3]],
+        "metadata": {"n_humans": 2},
+    }
     batch = make_batch([sample], INFO, tokenizers, TOKENIZER)
     assert batch["tok_normal@32"]["tensor"].tolist() == [[*range(16)]]
     assert batch["tok_depth@32"]["tensor"].shape == batch["tok_rgb@32"]["tensor"].shape == (1, 16)
     texts = {name: TOKENIZER.decode(batch[name]["tensor"][0].tolist(), False) for name in [*sample][3:]}
     assert texts == {
-        "caption": "a red cup [EOS]", "det": "v0=0 v1=0 v2=500 v3=999 cup [EOS]",
-        "color_palette": "v1=1 v0=1 v0=2 v0=3 [EOS]", "metadata": "v1=5 v0=2 [EOS]",
-    }  # fmt: skip
+        "caption": "a red cup [EOS]",
+        "det": "v0=0 v1=0 v2=500 v3=999 cup [EOS]",
+        "color_palette": "v1=1 v0=1 v0=2 v0=3 [EOS]",
+        "metadata": "v1=5 v0=2 [EOS]",
+    }
     long = make_batch([{"caption": "a " * 100}, {"caption": "a"}], INFO, {}, TOKENIZER)["caption"]
     assert (~long["input_mask"]).sum(1).tolist() == [24, 2]
 

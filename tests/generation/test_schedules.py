@@ -16,11 +16,17 @@ from fourm.utils.errors import UserError
 
 def build(**changes):
     arguments = {
-        "cond_domains": ["rgb@224"], "target_domains": ["tok_depth@224", "caption"], "tokens_per_target": [196, 256],
-        "autoregression_schemes": ["roar", "autoregressive"], "decoding_steps": [3, 1],
-        "token_decoding_schedules": ["linear", "linear"], "temps": [2.0, 0.5], "temp_schedules": ["linear", "constant"],
-        "cfg_scales": [3.0, 1.0], "cfg_schedules": ["constant", "constant"],
-    }  # fmt: skip
+        "cond_domains": ["rgb@224"],
+        "target_domains": ["tok_depth@224", "caption"],
+        "tokens_per_target": [196, 256],
+        "autoregression_schemes": ["roar", "autoregressive"],
+        "decoding_steps": [3, 1],
+        "token_decoding_schedules": ["linear", "linear"],
+        "temps": [2.0, 0.5],
+        "temp_schedules": ["linear", "constant"],
+        "cfg_scales": [3.0, 1.0],
+        "cfg_schedules": ["constant", "constant"],
+    }
     return build_chained_generation_schedules(**arguments | changes)
 
 
@@ -70,9 +76,13 @@ def test_a_chain_of_targets_with_growing_conditioning():
     assert [step["temperature"] for step in steps] == pytest.approx([2.0, 2 - 2 * 66 / 196, 2 - 2 * 131 / 196, 0.5])
     assert [step["cfg_cond_domains"] for step in steps] == [["rgb@224"]] * 3 + [["rgb@224", "tok_depth@224"]]
     assert {**steps[3], "num_tokens": 0} == {
-        "target_domain": "caption", "scheme": "autoregressive", "num_tokens": 0, "temperature": 0.5, "cfg_scale": 1.0,
+        "target_domain": "caption",
+        "scheme": "autoregressive",
+        "num_tokens": 0,
+        "temperature": 0.5,
+        "cfg_scale": 1.0,
         "cfg_cond_domains": ["rgb@224", "tok_depth@224"],
-    }  # fmt: skip
+    }
     assert build()[3]["cfg_cond_domains"] == ["rgb@224"]
 
 

@@ -40,10 +40,15 @@ def folder(tmp_path_factory):
         yaml.safe_dump({"model": str(folder / "run"), "tokenizers": str(folder / "tokenizers"), "device": "cpu"})
     )
     config = {
-        "model_config": str(folder / "model.yaml"), "data": str(folder / "data"), "cond_domains": "rgb",
-        "target_domains": "depth-caption", "output_dir": str(folder / "default"), "tokens_per_target": "16-8",
-        "batch_size": 2, "temps": "1.0-0.5",
-    }  # fmt: skip
+        "model_config": str(folder / "model.yaml"),
+        "data": str(folder / "data"),
+        "cond_domains": "rgb",
+        "target_domains": "depth-caption",
+        "output_dir": str(folder / "default"),
+        "tokens_per_target": "16-8",
+        "batch_size": 2,
+        "temps": "1.0-0.5",
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 

@@ -15,9 +15,31 @@ from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES, CONTROL, COORDINATES, EOS_ID, SENTINELS
 
 PIECES = [
-    *(["none", "human", "pose", "global", "shape", "camera", "point", "polygon", "a", "red", ",", ".", "'", "s", "duck", "rub", "##ber", "##s", "tea"]),
+    *(
+        [
+            "none",
+            "human",
+            "pose",
+            "global",
+            "shape",
+            "camera",
+            "point",
+            "polygon",
+            "a",
+            "red",
+            ",",
+            ".",
+            "'",
+            "s",
+            "duck",
+            "rub",
+            "##ber",
+            "##s",
+            "tea",
+        ]
+    ),
     *(f"##{c}" for c in "xyz"),
-]  # fmt: skip
+]
 SPECIAL = [*CONTROL, *SENTINELS, *COORDINATES, *COCO_CLASSES]
 
 
@@ -133,9 +155,10 @@ def test_instances_have_their_point_and_whole_polygons():
 
 
 ANYTHING = st.lists(
-    st.sampled_from([*PIECES, *CONTROL[:3], "[S_1]", "cat"]) | st.builds("v{}={}".format, st.integers(0, 3), st.integers(0, 999)),
+    st.sampled_from([*PIECES, *CONTROL[:3], "[S_1]", "cat"])
+    | st.builds("v{}={}".format, st.integers(0, 3), st.integers(0, 999)),
     max_size=60,
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize("kind", SEQUENCES)
@@ -153,6 +176,6 @@ def test_whatever_is_written_is_read_without_an_error_and_every_word_is_used_or_
         "det": lambda: sum(4 + len(box["class_name"].split(" ")) for box in value),
         "color_palette": lambda: 3 * len(value) + bool(words and words[0] in [f"v1={n}" for n in range(1, 8)]),
         "metadata": lambda: 2 * len(value),
-    }  # fmt: skip
+    }
     if kind in used:
         assert dropped + used[kind]() == len(words)

@@ -46,10 +46,18 @@ def folder(tmp_path_factory):
         yaml.safe_dump({**second, "autoregression_schemes": "maskgit", "token_decoding_schedules": "cosine"})
     )
     config = {
-        "model_config": str(folder / "models.yaml"), "sr_config": str(folder / "second.yaml"), "data": ["a cup", "a duck"],
-        "cond_domains": "caption", "target_domains": "rgb-depth-normal", "decoding_steps": 2, "temps": 1.0,
-        "output_dir": str(folder / "default"), "device": "cpu", "num_variations": 2, "batch_size": 3,
-    }  # fmt: skip
+        "model_config": str(folder / "models.yaml"),
+        "sr_config": str(folder / "second.yaml"),
+        "data": ["a cup", "a duck"],
+        "cond_domains": "caption",
+        "target_domains": "rgb-depth-normal",
+        "decoding_steps": 2,
+        "temps": 1.0,
+        "output_dir": str(folder / "default"),
+        "device": "cpu",
+        "num_variations": 2,
+        "batch_size": 3,
+    }
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return folder
 
@@ -194,10 +202,16 @@ def test_interrupted_and_shared_out_it_makes_the_same(folder):
         ({"sr_tokens_per_target": 65}, "65|positions"),
         ({"sr_top_p": "much"}, "keys with sr_: 'top_p' must be a number"),
         ({"sr_config": "nothing.yaml"}, "cannot read the config file nothing.yaml"),
-        ({"sr_text_tokenizer": "{}/other.json"}, "superres: its text vocabulary is .*other.json, not that of the model"),
-        ({"cond_domains": "det", "target_domains": "normal", "decoding_steps": 1}, "superres reads none of det, tok_normal"),
+        (
+            {"sr_text_tokenizer": "{}/other.json"},
+            "superres: its text vocabulary is .*other.json, not that of the model",
+        ),
+        (
+            {"cond_domains": "det", "target_domains": "normal", "decoding_steps": 1},
+            "superres reads none of det, tok_normal",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_work_is_said_before_the_first_stage_runs(folder, overrides, message):
     vocabulary = json.loads((folder / "words.json").read_text())
     vocabulary["model"]["vocab"]["another"] = len(vocabulary["model"]["vocab"])

@@ -44,10 +44,17 @@ def toy_model(modalities: dict = MODALITIES) -> FM:
     targets = [name for name in modalities if not name.startswith("rgb")]
     model = FM(
         {
-            "domains_in": [*modalities], "domains_out": targets, "modalities": modalities, "dim": 32, "encoder_depth": 1,
-            "decoder_depth": 1, "num_heads": 2, "act_layer": "SiLU", "gated_mlp": True,
+            "domains_in": [*modalities],
+            "domains_out": targets,
+            "modalities": modalities,
+            "dim": 32,
+            "encoder_depth": 1,
+            "decoder_depth": 1,
+            "num_heads": 2,
+            "act_layer": "SiLU",
+            "gated_mlp": True,
         }
-    )  # fmt: skip
+    )
     randomise_(model)
     return model.eval()
 

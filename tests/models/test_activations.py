@@ -39,9 +39,11 @@ def test_the_formula_is_what_autograd_keeps(name, half):
 
 def test_recomputing_keeps_a_block_and_the_inputs_of_the_others():
     few, many = (
-        activation_bytes(small_model("fm_tiny_6e_6d_gelu", encoder_depth=depth, use_act_checkpoint=True), 8, *SLOTS, {}, False)
+        activation_bytes(
+            small_model("fm_tiny_6e_6d_gelu", encoder_depth=depth, use_act_checkpoint=True), 8, *SLOTS, {}, False
+        )
         for depth in (3, 4)
-    )  # fmt: skip
+    )
     assert many["blocks"] - few["blocks"] == 8 * SLOTS[0] * 4 * 96
     kept = activation_bytes(small_model("fm_tiny_6e_6d_gelu"), 8, *SLOTS, {}, False)
     assert few["blocks"] < 0.4 * kept["blocks"] and few["rest"] == kept["rest"]

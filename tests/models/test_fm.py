@@ -328,12 +328,19 @@ ALL = set().union(*TRUNK, *EMBEDDINGS)
         ("freeze_decoder", [], TRUNK[1] | EMBEDDINGS[1]),
         ("freeze_decoder", [False], TRUNK[1]),
         ("freeze_shared_params", [], TRUNK[0] | TRUNK[1]),
-        ("freeze_encoder_except_specific_embeddings", ["text-grid"], TRUNK[0] | {"encoder_embeddings.text", "encoder_embeddings.grid"}),
+        (
+            "freeze_encoder_except_specific_embeddings",
+            ["text-grid"],
+            TRUNK[0] | {"encoder_embeddings.text", "encoder_embeddings.grid"},
+        ),
         ("freeze_decoder_except_specific_embeddings", ["text"], TRUNK[1] | {"decoder_embeddings.text"}),
-        ("freeze_params_except_specific_embeddings", ["text-pixels"],
-         TRUNK[0] | TRUNK[1] | {"encoder_embeddings.text", "decoder_embeddings.text", "encoder_embeddings.pixels"}),
+        (
+            "freeze_params_except_specific_embeddings",
+            ["text-pixels"],
+            TRUNK[0] | TRUNK[1] | {"encoder_embeddings.text", "decoder_embeddings.text", "encoder_embeddings.pixels"},
+        ),
     ],
-)  # fmt: skip
+)
 @pytest.mark.parametrize("unfreeze", ["unfreeze_all", None])
 def test_freezing(method, arguments, frozen, unfreeze):
     model = toy_model(num_register_tokens=1, share_modality_embeddings=False)

@@ -60,8 +60,11 @@ def test_fused_matrices_are_initialised_as_separate_ones():
     block = DecoderBlock(options(gated_mlp=True))
     init_weights(block)
     for linear, fan_out in (
-        (block.self_attn.qkv, 16), (block.cross_attn.kv, 16), (block.cross_attn.q, 16), (block.mlp.fc3, 42),
-    ):  # fmt: skip
+        (block.self_attn.qkv, 16),
+        (block.cross_attn.kv, 16),
+        (block.cross_attn.q, 16),
+        (block.mlp.fc3, 42),
+    ):
         bound = (6 / (16 + fan_out)) ** 0.5
         assert 0.9 * bound < linear.weight.abs().max() <= bound
         assert not linear.bias.any()

@@ -119,9 +119,12 @@ def test_mistakes_name_the_nearest_key():
         ({"dim": 65536, "num_heads": 64, "encoder_depth": 1000}, "parameters are more than any model has"),
         ({"modalities": 3}, "'modalities' must be a mapping"),
         ({"modalities": {"caption": 3}}, "caption must be a mapping, not 3"),
-        ({"modalities": {"caption": {"embedding_options": {"max_length": "x"}}}}, "'max_length' must be a whole number"),
+        (
+            {"modalities": {"caption": {"embedding_options": {"max_length": "x"}}}},
+            "'max_length' must be a whole number",
+        ),
     ],
-)  # fmt: skip
+)
 def test_sizes_and_types_that_make_no_model_are_one_sentence(options, message):
     with torch.device("meta"), pytest.raises(UserError, match=message):
         FM(model_config("fm_tiny_6e_6d_gelu", DOMAINS, DOMAINS[1:], **options))

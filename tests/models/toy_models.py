@@ -9,25 +9,40 @@ DECLARATIONS = {
     "pixels": {"type": "img", "num_channels": 3, "input_size": 16, "patch_size": 4},
     "grid": {"type": "img", "vocab_size": 40, "input_size": 16, "patch_size": 4},
     "global": {
-        "type": "img", "vocab_size": 20, "input_size": 16, "patch_size": 8, "embedding_options": {"sincos_pos_emb": False},
+        "type": "img",
+        "vocab_size": 20,
+        "input_size": 16,
+        "patch_size": 8,
+        "embedding_options": {"sincos_pos_emb": False},
     },
     "text": {"type": "seq", "vocab_size": 50, "max_tokens": 12},
     "codes": {"type": "seq_token", "vocab_size": 30, "max_tokens": 5},
     "vectors": {"type": "seq_emb", "max_tokens": 6, "embedding_options": {"orig_emb_dim": 10, "max_length": 6}},
-}  # fmt: skip
+}
 TARGETS = ["grid", "global", "text", "codes"]
 
 
 def toy_config(**overrides):
     return {
-        "domains_in": [*DECLARATIONS], "domains_out": TARGETS, "modalities": DECLARATIONS,
-        "dim": 32, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 4, **overrides,
-    }  # fmt: skip
+        "domains_in": [*DECLARATIONS],
+        "domains_out": TARGETS,
+        "modalities": DECLARATIONS,
+        "dim": 32,
+        "encoder_depth": 2,
+        "decoder_depth": 2,
+        "num_heads": 4,
+        **overrides,
+    }
 
 
 SWIGLU = {
-    "qkv_bias": False, "proj_bias": False, "mlp_bias": False, "norm_bias": False, "act_layer": "SiLU", "gated_mlp": True,
-}  # fmt: skip
+    "qkv_bias": False,
+    "proj_bias": False,
+    "mlp_bias": False,
+    "norm_bias": False,
+    "act_layer": "SiLU",
+    "gated_mlp": True,
+}
 
 
 def toy_model(seed=0, **overrides):

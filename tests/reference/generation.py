@@ -24,8 +24,11 @@ def sequence_entry(inputs, targets):
     tensor = torch.tensor([[*inputs, *targets]])
     is_input = torch.arange(tensor.shape[1])[None] < len(inputs)
     return {
-        "tensor": tensor, "input_mask": ~is_input, "target_mask": is_input, "decoder_attention_mask": (~is_input).long(),
-    }  # fmt: skip
+        "tensor": tensor,
+        "input_mask": ~is_input,
+        "target_mask": is_input,
+        "decoder_attention_mask": (~is_input).long(),
+    }
 
 
 def as_input(entry):

@@ -69,9 +69,14 @@ EXPECTED = {
 def config(tmp_path, train_path, val=None, modalities=MODALITIES, **train):
     names = "-".join(modalities)
     train = {
-        "in_domains": names, "out_domains": names.removeprefix("rgb@32-"), "input_alphas": 1.0, "target_alphas": 1.0,
-        "data_path": train_path, "use_wds": True, **train,
-    }  # fmt: skip
+        "in_domains": names,
+        "out_domains": names.removeprefix("rgb@32-"),
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+        "data_path": train_path,
+        "use_wds": True,
+        **train,
+    }
     content = {"modalities": dict(modalities), "train": {"datasets": {"toy": train}}}
     if val:
         content["val"] = {"datasets": {"toy": {"data_path": val, "use_wds": False}}}
@@ -92,10 +97,13 @@ def test_every_kind_of_damage_is_found_and_named(tmp_path, capsys):
     assert found["modalities"]["caption"]["missing"] == 1 and found["modalities"]["det"]["missing"] == 0
     for key, (modality, kind, what) in EXPECTED.items():
         (problem,) = [
-            p for p in found["problems"]
-            if p["modality"] == modality and p["kind"] == kind and p["problem"].startswith(what)
+            p
+            for p in found["problems"]
+            if p["modality"] == modality
+            and p["kind"] == kind
+            and p["problem"].startswith(what)
             and any(f"'{key:05d}'" in example for example in p["examples"])
-        ]  # fmt: skip
+        ]
         assert problem["examples"][0].startswith(f"{tmp_path}/s/") or kind == "missing"
     unknown = [p for p in found["problems"] if p["kind"] == "unknown words"]
     assert [p["modality"] for p in unknown] == ["caption"] and unknown[0]["problem"].endswith("not in the vocabulary")
@@ -176,10 +184,13 @@ def test_what_good_files_hold(tmp_path, capsys):
     )
     assert status == 0 and not train["problems"] and (train["split"], val["split"]) == ("train", "val")
     assert train["modalities"]["tok_rgb@32"] == {
-        "keys": 10, "missing": 0, "files": {"npy": 10}, "dtypes": {"int16": 10},
+        "keys": 10,
+        "missing": 0,
+        "files": {"npy": 10},
+        "dtypes": {"int16": 10},
         "crops": {"min": 3, "median": 3, "max": 3},
         "ids": {"min": 0, "max": 29, "vocabulary": 256, "used": round(30 / 256, 4)},
-    }  # fmt: skip
+    }
     assert train["modalities"]["caption"]["tokens"] == {"min": 4, "median": 4, "max": 4, "limit": 12}
     assert train["modalities"]["rgb@32"]["height"] == {"min": 48, "median": 48, "max": 48}
     epoch = train["epoch"]
@@ -250,9 +261,13 @@ def write_records(tmp_path, **options):
     (tmp_path / "part-0.jsonl").write_text("\n".join(lines))
     (tmp_path / "part-1.txt.gz").write_bytes(gzip.compress(b"sample unseen\n" * 50)[:-4])
     text = {
-        "type": "huggingface", "data_path": f"{tmp_path}/part-{{0.jsonl,1.txt.gz,2.jsonl}}", "use_wds": False,
-        "in_domains": "caption", "out_domains": "caption", **options,
-    }  # fmt: skip
+        "type": "huggingface",
+        "data_path": f"{tmp_path}/part-{{0.jsonl,1.txt.gz,2.jsonl}}",
+        "use_wds": False,
+        "in_domains": "caption",
+        "out_domains": "caption",
+        **options,
+    }
     return config(tmp_path, text.pop("data_path"), modalities={"caption": {"max_tokens": 4}}, **text)
 
 
@@ -266,8 +281,10 @@ def test_records_are_counted_and_the_bad_ones_named(tmp_path, capsys):
     assert caption["cut"] == pytest.approx(200 / 348, abs=0.01) and caption["unknown"] > 0
     kinds = {p["kind"]: (p["modality"], p["count"], " ".join(p["examples"])) for p in found["problems"]}
     assert {kind: entry[:2] for kind, entry in kinds.items()} == {
-        "corrupt record": ("caption", 1), "missing": ("caption", 1), "unreadable file": ("caption", 2)
-    }  # fmt: skip
+        "corrupt record": ("caption", 1),
+        "missing": ("caption", 1),
+        "unreadable file": ("caption", 2),
+    }
     assert "part-0.jsonl: record 6: " in kinds["corrupt record"][2]
     assert "part-0.jsonl: record 8: no column caption or text" in kinds["missing"][2]
     assert "part-1.txt.gz: cannot be read to its end" in kinds["unreadable file"][2]

@@ -50,12 +50,16 @@ def config(tmp_path):
         "train": {
             "datasets": {
                 "toy<&>": {
-                    "in_domains": "-".join(ALPHAS), "out_domains": "-".join([*ALPHAS][1:]), "data_path": str(path),
-                    "alphas_config": f"{tmp_path}/alphas.yaml", "num_input_tokens": 12, "num_target_tokens": 16,
+                    "in_domains": "-".join(ALPHAS),
+                    "out_domains": "-".join([*ALPHAS][1:]),
+                    "data_path": str(path),
+                    "alphas_config": f"{tmp_path}/alphas.yaml",
+                    "num_input_tokens": 12,
+                    "num_target_tokens": 16,
                 },
             },
         },
-    }  # fmt: skip
+    }
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     alphas = {"sampling_weights": [3, 1, 0], "alphas_mixture": ALPHAS}
     (tmp_path / "alphas.yaml").write_text(yaml.safe_dump(alphas))
@@ -107,9 +111,10 @@ def test_what_is_shown_is_what_the_masks_say(config):
 def test_a_sequence_is_shown_whole(config):
     for component in (result := drawn(config, samples=6)).components:
         for example, shown in zip(result.examples, component.masked_samples, strict=True):
-            index, tokens = int(example.key[-5:]), lambda name, shown=shown: [
-                piece.text for piece in shown[name].pieces if piece.role != "mark"
-            ]  # fmt: skip
+            index, tokens = (
+                int(example.key[-5:]),
+                lambda name, shown=shown: [piece.text for piece in shown[name].pieces if piece.role != "mark"],
+            )
             caption = tokens("caption")
             assert caption[:3] == ["sample", f"s{index}", "crop"] and caption[4:] == ["[EOS]"]
             assert tokens("station") == [str(index), str(index + 1), str(index + 2), "[EOS]"]
@@ -121,9 +126,12 @@ def test_places_are_masked_as_the_ids_would_be(config):
     dataset = load_data_config(config, num_input_tokens=12, num_target_tokens=16).train["toy<&>"]
     masking = build_masking(dataset, text_tokenizer())
     sample = {
-        "rgb@32": np.zeros((3, 32, 32), np.float32), "tok_rgb@32": np.arange(4), "station": np.array([7, 7, 5]),
-        "caption": "crop crop dog crop dog", "det": "v0=1 v1=1 v2=5 v3=5 dog",
-    }  # fmt: skip
+        "rgb@32": np.zeros((3, 32, 32), np.float32),
+        "tok_rgb@32": np.arange(4),
+        "station": np.array([7, 7, 5]),
+        "caption": "crop crop dog crop dog",
+        "det": "v0=1 v1=1 v2=5 v3=5 dog",
+    }
     seen = set()
     for seed in range(200):
         budgets = masking.draw_budgets(np.random.default_rng(seed), sample)
@@ -162,9 +170,14 @@ def all_kinds(tmp_path_factory):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("21.47")
     toy = {
-        "in_domains": "-".join(names), "out_domains": "-".join(sorted({*names} - {"rgb@224", "t5_caption"})),
-        "data_path": str(root), "input_alphas": 0.5, "target_alphas": 0.5, "num_input_tokens": 200, "num_target_tokens": 300,
-    }  # fmt: skip
+        "in_domains": "-".join(names),
+        "out_domains": "-".join(sorted({*names} - {"rgb@224", "t5_caption"})),
+        "data_path": str(root),
+        "input_alphas": 0.5,
+        "target_alphas": 0.5,
+        "num_input_tokens": 200,
+        "num_target_tokens": 300,
+    }
     scalar = {"type": "scalar", "transform_options": {"low": -40, "high": 60}}
     (root / "data.yaml").write_text(
         yaml.safe_dump({"modalities": {"temperature": scalar}, "train": {"datasets": {"toy": toy}}})
@@ -276,8 +289,12 @@ def test_shards_and_validation(config, tmp_path):
     names = "rgb@32-tok_rgb@32-caption-det"
     shards = write_shards(tmp_path / "s", 2, 3)
     content["train"]["datasets"]["toy"] = toy | {
-        "in_domains": names, "out_domains": names[7:], "data_path": shards, "use_wds": True, "wds_n_repeats": 4,
-    }  # fmt: skip
+        "in_domains": names,
+        "out_domains": names[7:],
+        "data_path": shards,
+        "use_wds": True,
+        "wds_n_repeats": 4,
+    }
     content["val"] = {"datasets": {"toy": {"data_path": f"{tmp_path}/f", "use_wds": False}}}
     config.write_text(yaml.safe_dump(content))
     for split in ("train", "val"):
@@ -292,9 +309,13 @@ def test_records_of_all_files_and_all_sources_are_shown(config, tmp_path):
     for part in range(2):
         (tmp_path / f"{part}.jsonl").write_text(f'{{"text": "crop s{part}"}}\n')
     content["train"]["datasets"]["text"] = {
-        "type": "huggingface", "data_path": f"{tmp_path}/{{0..1}}.jsonl", "in_domains": "caption",
-        "out_domains": "caption", "input_alphas": 1.0, "target_alphas": 1.0,
-    }  # fmt: skip
+        "type": "huggingface",
+        "data_path": f"{tmp_path}/{{0..1}}.jsonl",
+        "in_domains": "caption",
+        "out_domains": "caption",
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+    }
     config.write_text(yaml.safe_dump(content))
     out = tmp_path / "page.html"
     main([str(config), "--out", str(out), "--text_tokenizer_path", f"{tmp_path}/words.json", "--draws", "10"])

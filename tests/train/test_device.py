@@ -33,9 +33,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
 def test_memory_of_large_tensors_is_used_again_without_asking_the_system():
     kept, freed = (
-        int(subprocess.run([warm_python(), "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT).stdout)
+        int(
+            subprocess.run(
+                [warm_python(), "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT
+            ).stdout
+        )
         for keep in (True, False)
-    )  # fmt: skip
+    )
     assert kept < freed / 2
 
 
@@ -71,8 +75,16 @@ def batches(run, raw_pixels, split="train"):
             )
         )
     loader = build_train_loader(
-        run.task.data, text, batch_size=4, batches_per_epoch=12, num_workers=0, rank=0, world_size=1, seed=0, raw_pixels=raw_pixels,
-    )  # fmt: skip
+        run.task.data,
+        text,
+        batch_size=4,
+        batches_per_epoch=12,
+        num_workers=0,
+        rank=0,
+        world_size=1,
+        seed=0,
+        raw_pixels=raw_pixels,
+    )
     return [batch for batch, _ in zip(loader, range(4), strict=False)]
 
 
@@ -107,15 +119,26 @@ def test_a_sample_without_the_picture_changes_nothing_for_the_others(toy_run):
     """A mixture fills in zeros for what a data set lacks; they must not turn the bytes of the batch into floats."""
     dataset = toy_run.task.data.train["toys"]
     text_only = dataclasses.replace(
-        dataset, name="text", in_domains=("caption",), out_domains=("caption",), data_path=dataset.data_path,
-        modalities={"caption": dataset.modalities["caption"]}, main_augment_domain=None, modality_name_map={},
-    )  # fmt: skip
+        dataset,
+        name="text",
+        in_domains=("caption",),
+        out_domains=("caption",),
+        data_path=dataset.data_path,
+        modalities={"caption": dataset.modalities["caption"]},
+        main_augment_domain=None,
+        modality_name_map={},
+    )
     mixture = dataclasses.replace(
         toy_run.task.data, train={"toys": dataset, "text": text_only}, weights={"toys": 0.5, "text": 0.5}
     )
     options = {
-        "batch_size": 16, "batches_per_epoch": 4, "num_workers": 0, "rank": 0, "world_size": 1, "seed": 0,
-    }  # fmt: skip
+        "batch_size": 16,
+        "batches_per_epoch": 4,
+        "num_workers": 0,
+        "rank": 0,
+        "world_size": 1,
+        "seed": 0,
+    }
     floats, raw = (
         next(iter(build_train_loader(mixture, toy_run.task.text_tokenizer, **options, raw_pixels=value)))
         for value in (False, True)

@@ -25,7 +25,7 @@ from tests.train.toy_run import (
     wait_for_a_save,
     wait_for_step,
     write_run,
-)  # fmt: skip
+)
 
 MODEL = {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 OPTIONS = {"warmup_epochs": 0, "eval_freq": 0, "epoch_size": 80, "model_kwargs": MODEL, "model_ema": True}
@@ -91,9 +91,13 @@ def test_torchrun_starts_a_run_again_by_itself(undisturbed, tmp_path):
     config = write_run(tmp_path / "toys", **OPTIONS, save_every_minutes=1e-9)
     script = "run_training_4m_fsdp.py"
     process = start(
-        config, processes=2, script=script, PET_MAX_RESTARTS="1", PET_MONITOR_INTERVAL="0.1",
+        config,
+        processes=2,
+        script=script,
+        PET_MAX_RESTARTS="1",
+        PET_MONITOR_INTERVAL="0.1",
         TORCH_DISABLE_SHARE_RDZV_TCP_STORE="1",
-    )  # fmt: skip
+    )
     while newest_step(config.parent / "out") < 5:
         assert process.poll() is None
         time.sleep(0.01)

@@ -22,10 +22,17 @@ from tests.train.toy_run import kill, log_lines, losses, run_in_process, start_r
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
-@pytest.mark.parametrize("options", [
-    ["--dtype", "bfloat16"], ["--dtype", "float16"], ["--dtype", "bfloat16", "--compile"], ["--model_ema"],
-    ["--dtype", "bfloat16", "--use_act_checkpoint", "--accum_iter", "2"],
-], ids=" ".join)  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--dtype", "bfloat16"],
+        ["--dtype", "float16"],
+        ["--dtype", "bfloat16", "--compile"],
+        ["--model_ema"],
+        ["--dtype", "bfloat16", "--use_act_checkpoint", "--accum_iter", "2"],
+    ],
+    ids=" ".join,
+)
 def test_a_run_trains_evaluates_and_saves(tmp_path, options):
     config = write_run(tmp_path / "toys")
     run_in_process(config, "--device", "cuda", *options)
@@ -54,9 +61,18 @@ def test_generation(dtype, cast):
     batch = init_full_input_modality(batch, model.modality_info, "pixels", "cuda")
     targets = ["grid", "text"]
     schedule = build_chained_generation_schedules(
-        ["pixels"], targets, [16, 8], ["maskgit", "autoregressive"], [3, None], ["linear", None], [1.0, 0.5],
-        ["constant"] * 2, [2.0, 2.0], ["constant"] * 2, modality_info=model.modality_info,
-    )  # fmt: skip
+        ["pixels"],
+        targets,
+        [16, 8],
+        ["maskgit", "autoregressive"],
+        [3, None],
+        ["linear", None],
+        [1.0, 0.5],
+        ["constant"] * 2,
+        [2.0, 2.0],
+        ["constant"] * 2,
+        modality_info=model.modality_info,
+    )
     batch = init_empty_target_modality(batch, model.modality_info, "grid", 2, 16, "cuda")
     sampler = GenerationSampler(model, None if cast else dtype)
     for seed in (0, torch.Generator("cuda").manual_seed(0)):

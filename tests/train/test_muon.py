@@ -24,7 +24,7 @@ from tests.train.toy_run import (
     wait_for,
     wait_for_step,
     write_run,
-)  # fmt: skip
+)
 
 LR, DECAY = 0.02, 0.1
 
@@ -78,8 +78,12 @@ def test_a_step_is_that_of_muon_and_adamw_of_torch():
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embedding" not in name]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     muon = torch.optim.Muon(matrices, lr=LR / 2, weight_decay=DECAY, momentum=0.9, adjust_lr_fn="match_rms_adamw")
-    adamw = torch.optim.AdamW([{"params": vectors, "weight_decay": 0.0}, {"params": [model.embedding.weight]}], lr=LR,
-                              betas=(0.9, 0.95), weight_decay=DECAY)  # fmt: skip
+    adamw = torch.optim.AdamW(
+        [{"params": vectors, "weight_decay": 0.0}, {"params": [model.embedding.weight]}],
+        lr=LR,
+        betas=(0.9, 0.95),
+        weight_decay=DECAY,
+    )
     for _ in range(3):
         for parameter in model.parameters():
             parameter.grad = torch.randn(parameter.shape)
@@ -125,9 +129,18 @@ def test_a_model_without_blocks_is_refused():
 @pytest.mark.dist
 def test_a_killed_run_continues_exactly_and_fsdp_continues_alike(tmp_path):
     options = {
-        "opt": "muon", "accum_iter": 2, "num_workers": 0, "num_streams": 2, "eval_freq": 0, "epochs": 1, "keep_last": 0,
-        "save_every_minutes": 1e-9, "epoch_size": 96, "warmup_epochs": 0, "async_save": False,
-    }  # fmt: skip
+        "opt": "muon",
+        "accum_iter": 2,
+        "num_workers": 0,
+        "num_streams": 2,
+        "eval_freq": 0,
+        "epochs": 1,
+        "keep_last": 0,
+        "save_every_minutes": 1e-9,
+        "epoch_size": 96,
+        "warmup_epochs": 0,
+        "async_save": False,
+    }
     config, whole = write_run(tmp_path / "killed", **options), write_run(tmp_path / "whole", **options)
     run_in_process(whole)
     expected = losses(whole.parent / "out")
@@ -140,8 +153,14 @@ def test_a_killed_run_continues_exactly_and_fsdp_continues_alike(tmp_path):
     run_in_process(config)
     assert losses(config.parent / "out") == expected
     run_ranks(
-        whole, "--resume", whole.parent / "out" / "checkpoints" / "step-00000004", "--output_dir", tmp_path / "two",
-        "--accum_iter", 1, strategy=FSDP,
-    )  # fmt: skip
+        whole,
+        "--resume",
+        whole.parent / "out" / "checkpoints" / "step-00000004",
+        "--output_dir",
+        tmp_path / "two",
+        "--accum_iter",
+        1,
+        strategy=FSDP,
+    )
     later = {step: loss for step, loss in expected.items() if step > 4}
     assert losses(tmp_path / "two") == pytest.approx(later, rel=1e-4)

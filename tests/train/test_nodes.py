@@ -10,9 +10,13 @@ from tests.train.toy_run import ROOT, log_lines, run_in_process, write_run
 from tests.warm_python import warm_python
 
 OPTIONS = {
-    "epoch_size": 80, "epochs": 1, "warmup_epochs": 0, "eval_freq": 0, "batch_size": 2,
+    "epoch_size": 80,
+    "epochs": 1,
+    "warmup_epochs": 0,
+    "eval_freq": 0,
+    "batch_size": 2,
     "model_kwargs": {"dim": 32, "encoder_depth": 2, "decoder_depth": 2, "num_heads": 2},
-}  # fmt: skip
+}
 
 
 def _free_port() -> int:
@@ -28,10 +32,21 @@ def test_two_nodes_of_two_processes_train_as_one_process(tmp_path):
     run_in_process(alone)
     config = write_run(tmp_path / "nodes", **OPTIONS)
     agent = [
-        warm_python(), "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", "--rdzv_backend=c10d",
-        f"--rdzv_endpoint=127.0.0.1:{_free_port()}", "--rdzv_id=toys", "--local_addr=127.0.0.1",
-        "run_training_4m_fsdp.py", "--config", str(config), "--fsdp_shard_size", "2",
-    ]  # fmt: skip
+        warm_python(),
+        "-m",
+        "torch.distributed.run",
+        "--nnodes=2",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        f"--rdzv_endpoint=127.0.0.1:{_free_port()}",
+        "--rdzv_id=toys",
+        "--local_addr=127.0.0.1",
+        "run_training_4m_fsdp.py",
+        "--config",
+        str(config),
+        "--fsdp_shard_size",
+        "2",
+    ]
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo"}
     nodes = [
         subprocess.Popen(agent, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)

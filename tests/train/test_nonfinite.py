@@ -64,8 +64,22 @@ def test_a_run_that_diverges_ends_and_keeps_its_checkpoints(finished, tmp_path):
     out = _copy(finished, tmp_path)
     before = sorted(path.name for path in (out / "checkpoints").iterdir())
     with pytest.raises(UserError, match=r"in steps \d+ to \d+ \(3 in a row.*last good checkpoint is .*step-00000008"):
-        run_in_process(finished, "--output_dir", out, "--epochs", 9, "--blr", "1e30", "--clip_grad", "1e30", "--max_skipped_steps", 3,
-                 "--allow_changes", "--save_ckpt_freq", 0)  # fmt: skip
+        run_in_process(
+            finished,
+            "--output_dir",
+            out,
+            "--epochs",
+            9,
+            "--blr",
+            "1e30",
+            "--clip_grad",
+            "1e30",
+            "--max_skipped_steps",
+            3,
+            "--allow_changes",
+            "--save_ckpt_freq",
+            0,
+        )
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
     for line in (out / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(name))

@@ -80,9 +80,10 @@ def test_the_plugin_of_the_page_is_used_in_training(tmp_path):
     (tmp_path / "my_package" / "my_modalities.py").write_text(CODE["my_package/my_modalities.py"])
     data = yaml.safe_load(CODE["my_data.yaml"])
     data["train"]["datasets"]["mine"] |= {
-        "in_domains": "temperature-wind", "out_domains": "temperature",
+        "in_domains": "temperature-wind",
+        "out_domains": "temperature",
         "data_path": "my_shards/[temperature,wind]/shard-{00000..00001}.tar",
-    }  # fmt: skip
+    }
     (tmp_path / "my_data.yaml").write_text(yaml.safe_dump(data))
     config = main_config(tmp_path, epoch_size=8, eval_freq=0, warmup_epochs=0, num_workers=1)
     command = [

@@ -14,9 +14,13 @@ from tests.train.toy_run import log_lines, losses, run, run_in_process, run_rank
 
 # No warm-up: published schedules count it in micro-batches, of which one process has twice as many.
 OPTIONS = {
-    "epoch_size": 80, "warmup_epochs": 0, "save_ckpt_freq": 0, "model_ema": True, "model_ema_decay": 0.9,
+    "epoch_size": 80,
+    "warmup_epochs": 0,
+    "save_ckpt_freq": 0,
+    "model_ema": True,
+    "model_ema_decay": 0.9,
     "model_kwargs": {"dim": 32, "encoder_depth": 2, "decoder_depth": 3, "num_heads": 2},
-}  # fmt: skip
+}
 # The share of each of two processes of what one process does in 2 micro-batches of 4 samples, and in 4 of 2.
 PLAIN, ACCUMULATING = {"accum_iter": 1, "batch_size": 4}, {"accum_iter": 2, "batch_size": 2}
 RECOMPUTING, EVERY_SECOND = {"use_act_checkpoint": True}, {"use_act_checkpoint": True, "act_checkpoint_every": 2}
@@ -80,10 +84,25 @@ def test_with_as_many_streams_every_layout_reads_the_same_even_when_it_changes_w
     expected, two = alone.parent / "out", write_run(tmp_path / "two", **options)
     run_ranks(two, "--num_workers", 1, strategy=DDP)
     assert_same_training(two.parent / "out", expected)
-    run_ranks(two, "--resume", expected / "checkpoints" / "step-00000005", "--output_dir", tmp_path / "grown",
-              "--num_workers", 2, strategy=DDP)  # fmt: skip
-    run_in_process(alone, "--resume", two.parent / "out" / "checkpoints" / "step-00000007", "--output_dir", tmp_path / "shrunk",
-             "--num_workers", 4)  # fmt: skip
+    run_ranks(
+        two,
+        "--resume",
+        expected / "checkpoints" / "step-00000005",
+        "--output_dir",
+        tmp_path / "grown",
+        "--num_workers",
+        2,
+        strategy=DDP,
+    )
+    run_in_process(
+        alone,
+        "--resume",
+        two.parent / "out" / "checkpoints" / "step-00000007",
+        "--output_dir",
+        tmp_path / "shrunk",
+        "--num_workers",
+        4,
+    )
     for name, step in (("grown", 5), ("shrunk", 7)):
         later = {s: loss for s, loss in losses(expected).items() if s > step}
         assert losses(tmp_path / name) == pytest.approx(later, rel=1e-5) and len(later) == 20 - step
@@ -106,8 +125,11 @@ def test_gathering_in_bfloat16_is_as_precise_as_autocast(tmp_path):
 @pytest.mark.dist
 def test_fsdp_trains_only_embeddings_in_the_frozen_phase(tmp_path):
     options = {
-        "frozen_model_epochs": 1, "frozen_embedding_domain": "tok_rgb@32", "eval_freq": 0, "epoch_size": 24,
-    }  # fmt: skip
+        "frozen_model_epochs": 1,
+        "frozen_embedding_domain": "tok_rgb@32",
+        "eval_freq": 0,
+        "epoch_size": 24,
+    }
     lines = []
     for strategy in (DDP, FSDP):
         config = write_run(tmp_path / strategy.__name__, **OPTIONS | options)

@@ -16,17 +16,30 @@ from tests.data.dataset_files import npy, write_tar
 from tests.train.toy_run import run_in_process, write_run
 
 SEQUENCE = {"vocab_size": 40, "max_length": 6, "padding_idx": 0}
-GRID = {"type": "img", "vocab_size": 16, "input_size": 32, "patch_size": 16, "min_tokens": 0, "max_tokens": None, "id": 7,
-        "pretokenized": True}  # fmt: skip
+GRID = {
+    "type": "img",
+    "vocab_size": 16,
+    "input_size": 32,
+    "patch_size": 16,
+    "min_tokens": 0,
+    "max_tokens": None,
+    "id": 7,
+    "pretokenized": True,
+}
 ENTRIES = {
     "words": {
-        "type": "seq_token", "vocab_size": 40, "max_tokens": 6, "min_tokens": 0, "id": 11,
+        "type": "seq_token",
+        "vocab_size": 40,
+        "max_tokens": 6,
+        "min_tokens": 0,
+        "id": 11,
         "encoder_embedding": functools.partial(SequenceEncoderEmbedding, **SEQUENCE),
         "decoder_embedding": functools.partial(SequenceDecoderEmbedding, **SEQUENCE),
     },
-    "tok_a@32": GRID | {"encoder_embedding": ImageTokenEncoderEmbedding, "decoder_embedding": ImageTokenDecoderEmbedding},
+    "tok_a@32": GRID
+    | {"encoder_embedding": ImageTokenEncoderEmbedding, "decoder_embedding": ImageTokenDecoderEmbedding},
     "tok_b@32": GRID | {"encoder_embedding": "ImageTokenEncoderEmbedding", "decoder_embedding": None},
-}  # fmt: skip
+}
 
 
 class WordsTransform(AbstractTransform):
@@ -51,10 +64,15 @@ def test_dicts_and_transforms_in_the_tables_train_and_come_back(tmp_path, monkey
     for name, files in members.items():
         write_tar(tmp_path / "shards" / name / "0.tar", files)
     dataset = {
-        "in_domains": "words-tok_a@32-tok_b@32", "out_domains": "words-tok_a@32", "input_alphas": 1.0, "target_alphas": 1.0,
-        "use_wds": True, "data_path": f"{tmp_path}/shards/[words,tok_a,tok_b]/0.tar",
-        "modality_name_map": {"tok_a": "tok_a@32", "tok_b": "tok_b@32"}, "main_augment_domain": "tok_a@32",
-    }  # fmt: skip
+        "in_domains": "words-tok_a@32-tok_b@32",
+        "out_domains": "words-tok_a@32",
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+        "use_wds": True,
+        "data_path": f"{tmp_path}/shards/[words,tok_a,tok_b]/0.tar",
+        "modality_name_map": {"tok_a": "tok_a@32", "tok_b": "tok_b@32"},
+        "main_augment_domain": "tok_a@32",
+    }
     config = write_run(tmp_path / "run", epochs=1, epoch_size=8, num_workers=0, eval_freq=0, warmup_epochs=0)
     main = yaml.safe_load(config.read_text())
     (tmp_path / "run" / "data.yaml").write_text(yaml.safe_dump({"train": {"datasets": {"d": dataset}}}))

@@ -81,8 +81,14 @@ def test_the_command_prints_a_table_and_touches_nothing(tmp_path):
     for path in (tmp_path / "toys" / "train").rglob("*.tar"):
         path.unlink()
     output = run_in_process(config, "--plan", "--plan_gpu", "A100", "--plan_world_size", "4", "--dtype", "bf16")
-    for fact in ("on 4 x A100, bf16", "16 samples (4 x batch_size 4 x accum_iter 1)", "6 steps", "days at 40%",
-                 "FSDP, ZeRO-3", "fits 80 GB"):  # fmt: skip
+    for fact in (
+        "on 4 x A100, bf16",
+        "16 samples (4 x batch_size 4 x accum_iter 1)",
+        "6 steps",
+        "days at 40%",
+        "FSDP, ZeRO-3",
+        "fits 80 GB",
+    ):
         assert fact in output, output
     assert not (tmp_path / "toys" / "out").exists()
     with pytest.raises(UserError, match="'plan_gpu': unknown 'H10'.*H100"):

@@ -83,10 +83,16 @@ def test_the_profile_is_a_chrome_trace_with_our_phases(measured):
 @pytest.mark.parametrize(
     ("name", "tflops"),
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA A10", 125),
-        ("NVIDIA GH200 480GB", 989), ("NVIDIA L40S", 362), ("NVIDIA L4", 121), ("Something new", None),
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA A10", 125),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("Something new", None),
     ],
-)  # fmt: skip
+)
 def test_the_peak_of_a_gpu_follows_from_its_name(monkeypatch, name, tflops):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
     config = parse_args(PretrainConfig, ["--epochs", "1", "--dtype", "bf16"])

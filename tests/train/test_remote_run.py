@@ -108,9 +108,16 @@ def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(sto
 
 def test_a_slow_store_holds_up_no_checkpoint_and_none_is_removed_while_it_is_copied(store, tmp_path):
     config = write_run(
-        tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=0, save_every_minutes=1e-9, keep_last=1,
-        run_name="slow", s3_save_dir=RUNS,
-    )  # fmt: skip
+        tmp_path / "toys",
+        epochs=1,
+        warmup_epochs=0,
+        eval_freq=0,
+        num_workers=0,
+        save_every_minutes=1e-9,
+        keep_last=1,
+        run_name="slow",
+        s3_save_dir=RUNS,
+    )
     out = config.parent / "out"
     first = out / "checkpoints" / "step-00000001"
     waits = []

@@ -55,8 +55,10 @@ def _descendants(pid: int) -> list[int]:
 
 def _assert_same(one: Path, other: Path) -> None:
     assert losses(one) == losses(other)
-    means = [[(line["step"], line["losses"], line["grad_norm"]) for line in log_lines(out) if "loss" in line]
-             for out in (one, other)]  # fmt: skip
+    means = [
+        [(line["step"], line["losses"], line["grad_norm"]) for line in log_lines(out) if "loss" in line]
+        for out in (one, other)
+    ]
     assert means[0] == means[1]
     evaluations = [[line for line in log_lines(out) if "eval" in line] for out in (one, other)]
     assert evaluations[0] == evaluations[1] != []

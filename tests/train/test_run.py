@@ -112,9 +112,13 @@ def test_dry_run_shows_everything_and_writes_nothing(tmp_path):
     config = write_run(tmp_path / "toys", accum_iter=2)
     output = run_in_process(config, "--dry_run")
     for fact in (
-        "inputs caption, det, rgb@32, tok_rgb@32 of 16-16 tokens", "parameters of the trunk", "of the embeddings",
-        "2 epochs of 6 steps = 12 steps of 8 samples", "lr up to 0.00313", "dry run: one step, loss",
-    ):  # fmt: skip
+        "inputs caption, det, rgb@32, tok_rgb@32 of 16-16 tokens",
+        "parameters of the trunk",
+        "of the embeddings",
+        "2 epochs of 6 steps = 12 steps of 8 samples",
+        "lr up to 0.00313",
+        "dry run: one step, loss",
+    ):
         assert fact in output
     assert not (tmp_path / "toys" / "out").exists()
 
@@ -185,9 +189,14 @@ def test_finetune_to_more_modalities_says_what_is_new(finished, tmp_path):
 
 def test_the_frozen_phase_trains_only_embeddings(tmp_path):
     config = write_run(
-        tmp_path / "toys", frozen_model_epochs=1, frozen_embedding_domain="tok_rgb@32", warmup_epochs=0, weight_decay=0.0,
-        save_ckpt_freq=1, keep_last=0,
-    )  # fmt: skip
+        tmp_path / "toys",
+        frozen_model_epochs=1,
+        frozen_embedding_domain="tok_rgb@32",
+        warmup_epochs=0,
+        weight_decay=0.0,
+        save_ckpt_freq=1,
+        keep_last=0,
+    )
     run_in_process(config)
     saved = sorted((tmp_path / "toys" / "out" / "checkpoints").iterdir())
     frozen, thawed = (dict(read_weights(path, FORMAT)[1]) for path in saved)

@@ -17,9 +17,20 @@ from tests.train.autoencoder import Autoencoder, AutoencoderTask
 from tests.train.toy_run import kill, log_lines, losses, run_in_process, run_ranks, start_ranks, wait_for_step
 
 KEYS = {
-    "epoch_size": 40, "epochs": 2, "batch_size": 2, "blr": 0.5, "warmup_epochs": 0, "dtype": "float32", "device": "cpu",
-    "num_workers": 0, "log_interval": 1, "model_ema": True, "model_ema_decay": 0.5, "keep_last": 0, "opt": "adamw",
-}  # fmt: skip
+    "epoch_size": 40,
+    "epochs": 2,
+    "batch_size": 2,
+    "blr": 0.5,
+    "warmup_epochs": 0,
+    "dtype": "float32",
+    "device": "cpu",
+    "num_workers": 0,
+    "log_interval": 1,
+    "model_ema": True,
+    "model_ema_decay": 0.5,
+    "keep_last": 0,
+    "opt": "adamw",
+}
 
 
 @pytest.fixture(scope="module")

@@ -200,9 +200,15 @@ def test_a_second_stage_starts_from_the_first_at_a_larger_size(alone, pictures, 
 
 
 DIVAE = {
-    "decoder_type": "unet_patched/Wi_32", "input_size_min": 32, "batch_size": 2, "num_eval_timesteps": 2, "epochs": 1,
-    "blr": 0.05, "num_eval_metrics_samples": 3, "epoch_size": 24,
-}  # fmt: skip
+    "decoder_type": "unet_patched/Wi_32",
+    "input_size_min": 32,
+    "batch_size": 2,
+    "num_eval_timesteps": 2,
+    "epochs": 1,
+    "blr": 0.05,
+    "num_eval_metrics_samples": 3,
+    "epoch_size": 24,
+}
 
 
 @pytest.fixture(scope="module")
@@ -296,9 +302,15 @@ def test_features_of_a_network_are_made_on_the_fly(pictures, tmp_path):
     network = timm.create_model("test_vit")
     save_file(network.state_dict(), tmp_path / "vit.safetensors")
     keys = {
-        "domain": "CLIP-B16", "feature_network": "test_vit", "feature_weights": f"{tmp_path}/vit.safetensors", "patch_size": 16,
-        "n_channels": network.num_classes, "loss_fn": "smooth_l1", "epochs": 1, "codebook_size": 16,
-    }  # fmt: skip
+        "domain": "CLIP-B16",
+        "feature_network": "test_vit",
+        "feature_weights": f"{tmp_path}/vit.safetensors",
+        "patch_size": 16,
+        "n_channels": network.num_classes,
+        "loss_fn": "smooth_l1",
+        "epochs": 1,
+        "codebook_size": 16,
+    }
     run_in_process(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
     results = log_lines(tmp_path / "out")[-1]["eval"]["CLIP-B16"]["32px"]
     assert results["samples"] == 6 and results["per_modality"].keys() == {"reconstruction", "l1", "mse"}
@@ -310,9 +322,14 @@ def test_features_of_a_network_are_made_on_the_fly(pictures, tmp_path):
 def test_a_perceptual_loss_is_part_of_the_total(pictures, tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     keys = {
-        "percept_loss_weight": 0.5, "percept_model": "test_vit", "percept_weights": f"{tmp_path}/vit.safetensors",
-        "percept_layers": "blocks.1-blocks.3", "dtype_percept": "fp32", "epoch_size": 8, "epochs": 1,
-    }  # fmt: skip
+        "percept_loss_weight": 0.5,
+        "percept_model": "test_vit",
+        "percept_weights": f"{tmp_path}/vit.safetensors",
+        "percept_layers": "blocks.1-blocks.3",
+        "dtype_percept": "fp32",
+        "epoch_size": 8,
+        "epochs": 1,
+    }
     run_in_process(write_config(tmp_path, pictures, **keys), task=VQVAETraining)
     first, *_ = log_lines(tmp_path / "out")
     assert first["losses"].keys() == {"reconstruction", "codebook", "perceptual"} and first["losses"]["perceptual"] > 0
@@ -338,10 +355,18 @@ def test_depth_is_evaluated_by_its_relative_error(pictures, tmp_path):
 def test_fid_and_ms_ssim_are_reported_whatever_the_number_of_processes(alone, pictures, tmp_path):
     save_file(timm.create_model("test_vit").state_dict(), tmp_path / "vit.safetensors")
     keys = {
-        "fid_network": "test_vit", "fid_weights": f"{tmp_path}/vit.safetensors", "ms_ssim": True, "input_size_eval": 176,
-        "finetune": str(alone), "epochs": 1, "epoch_size": 8, "blr": 0.0, "model_ema": False, "quantizer_ema_decay": 1.0,
+        "fid_network": "test_vit",
+        "fid_weights": f"{tmp_path}/vit.safetensors",
+        "ms_ssim": True,
+        "input_size_eval": 176,
+        "finetune": str(alone),
+        "epochs": 1,
+        "epoch_size": 8,
+        "blr": 0.0,
+        "model_ema": False,
+        "quantizer_ema_decay": 1.0,
         "coef_ema_dead_code": 0,
-    }  # fmt: skip
+    }
     run_in_process(write_config(tmp_path / "one", pictures, **keys), task=VQVAETraining)
     run_ranks(write_config(tmp_path / "two", pictures, **keys), strategy=DDP, task=VQVAETraining)
     one, two = (evaluations(tmp_path / name / "out")[0] for name in ("one", "two"))
@@ -379,7 +404,7 @@ def test_remote_shards_are_trained_on_as_local_ones_and_the_tokenizer_is_loaded_
             paths = {
                 "data_path": f"{root}/train/[rgb]/shard-{{00000..00003}}.tar",
                 "eval_data_path": f"{root}/val/[rgb]/shard-{{00000..00001}}.tar",
-            }  # fmt: skip
+            }
             run_in_process(write_config(tmp_path / name, pictures, **keys, **paths), task=VQVAETraining)
         assert losses(tmp_path / "remote" / "out") == losses(tmp_path / "local" / "out")
         assert evaluations(tmp_path / "remote" / "out") == evaluations(tmp_path / "local" / "out")

@@ -9,13 +9,33 @@ import yaml
 from PIL import Image
 
 KEYS = {
-    "input_size_min": 16, "input_size_max": 32, "resolution_step": 16, "input_size_eval": 32, "min_crop_scale": 0.5,
-    "encoder_type": "vit/B_1-Wi_32-H_2", "decoder_type": "vit/B_1-Wi_32-H_2", "patch_size": 8,
-    "codebook_size": 24, "latent_dim": 8, "quantizer_ema_decay": 0.9, "coef_ema_dead_code": 4.0,
-    "epoch_size": 40, "epochs": 2, "batch_size": 4, "accum_iter": 1, "blr": 0.5, "warmup_epochs": 0, "clip_grad": 1.0,
-    "dtype": "float32", "device": "cpu", "num_workers": 0, "log_interval": 1, "keep_last": 0,
-    "model_ema": True, "model_ema_decay": 0.5,
-}  # fmt: skip
+    "input_size_min": 16,
+    "input_size_max": 32,
+    "resolution_step": 16,
+    "input_size_eval": 32,
+    "min_crop_scale": 0.5,
+    "encoder_type": "vit/B_1-Wi_32-H_2",
+    "decoder_type": "vit/B_1-Wi_32-H_2",
+    "patch_size": 8,
+    "codebook_size": 24,
+    "latent_dim": 8,
+    "quantizer_ema_decay": 0.9,
+    "coef_ema_dead_code": 4.0,
+    "epoch_size": 40,
+    "epochs": 2,
+    "batch_size": 4,
+    "accum_iter": 1,
+    "blr": 0.5,
+    "warmup_epochs": 0,
+    "clip_grad": 1.0,
+    "dtype": "float32",
+    "device": "cpu",
+    "num_workers": 0,
+    "log_interval": 1,
+    "keep_last": 0,
+    "model_ema": True,
+    "model_ema_decay": 0.5,
+}
 
 
 def picture(rng: np.random.Generator, size: int = 40) -> Image.Image:

@@ -35,31 +35,58 @@ def write_run(folder: Path, **overrides) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     text_tokenizer().save(str(folder / "words.json"))
     options = {
-        "modality_name_map": {"tok_rgb": "tok_rgb@32"}, "main_augment_domain": "rgb@32", "input_alphas": 0.5,
-        "target_alphas": 0.5, **DOMAINS,
-    }  # fmt: skip
+        "modality_name_map": {"tok_rgb": "tok_rgb@32"},
+        "main_augment_domain": "rgb@32",
+        "input_alphas": 0.5,
+        "target_alphas": 0.5,
+        **DOMAINS,
+    }
     data_path = write_shards(folder / "train", num_shards=4, per_shard=8)
     data = {
         "modalities": MODALITIES | {name: MODALITIES[name] | {"vocab_size": 4500} for name in ("caption", "det")},
         "train": {
             "datasets": {
                 "toys": {
-                    **options, "data_path": data_path, "use_wds": True, "wds_n_repeats": 2,
-                    "wds_shuffle_buffer_tar": 8, "wds_shuffle_buffer_repeat": 8,
+                    **options,
+                    "data_path": data_path,
+                    "use_wds": True,
+                    "wds_n_repeats": 2,
+                    "wds_shuffle_buffer_tar": 8,
+                    "wds_shuffle_buffer_repeat": 8,
                 }
             }
         },
         "val": {"datasets": {"toys": {"data_path": write_folders(folder / "val", 10), "use_wds": False}}},
-    }  # fmt: skip
+    }
     (folder / "data.yaml").write_text(yaml.safe_dump(data))
     main = {
-        "model_kwargs": {"dim": 32, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2, "drop_path_rate_encoder": 0.2},
-        "data_config": str(folder / "data.yaml"), "text_tokenizer_path": str(folder / "words.json"),
-        "output_dir": str(folder / "out"), "input_size": 32, "dtype": "float32", "device": "cpu",
-        "num_input_tokens": 16, "num_target_tokens": 12, "batch_size": 4, "epoch_size": 48, "epochs": 2,
-        "blr": 0.1, "warmup_epochs": 1, "clip_grad": 1.0, "num_workers": 1, "log_interval": 1,
-        "fixed_eval_input_tokens": 8, "fixed_eval_target_tokens": 8, "fixed_eval_batch_size": 4,
-    }  # fmt: skip
+        "model_kwargs": {
+            "dim": 32,
+            "encoder_depth": 1,
+            "decoder_depth": 1,
+            "num_heads": 2,
+            "drop_path_rate_encoder": 0.2,
+        },
+        "data_config": str(folder / "data.yaml"),
+        "text_tokenizer_path": str(folder / "words.json"),
+        "output_dir": str(folder / "out"),
+        "input_size": 32,
+        "dtype": "float32",
+        "device": "cpu",
+        "num_input_tokens": 16,
+        "num_target_tokens": 12,
+        "batch_size": 4,
+        "epoch_size": 48,
+        "epochs": 2,
+        "blr": 0.1,
+        "warmup_epochs": 1,
+        "clip_grad": 1.0,
+        "num_workers": 1,
+        "log_interval": 1,
+        "fixed_eval_input_tokens": 8,
+        "fixed_eval_target_tokens": 8,
+        "fixed_eval_batch_size": 4,
+    }
     (folder / "main.yaml").write_text(yaml.safe_dump(main | overrides))
     return folder / "main.yaml"
 
@@ -76,9 +103,14 @@ def start(
     config: Path, *args: object, processes: int = 1, script: str = "run_training_4m.py", **environment: str
 ) -> subprocess.Popen:
     return subprocess.Popen(
-        command(config, *args, processes=processes, script=script), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        env=os.environ | environment, start_new_session=True,
-    )  # fmt: skip
+        command(config, *args, processes=processes, script=script),
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | environment,
+        start_new_session=True,
+    )
 
 
 def run(
@@ -109,9 +141,13 @@ def run_in_process(config: Path, *args: object, task: type[Task] = Pretrain) -> 
 
 
 def start_ranks(
-    config: Path, *args: object, strategy: type[Strategy] = FSDP, processes: int = 2, task: type[Task] = Pretrain,
+    config: Path,
+    *args: object,
+    strategy: type[Strategy] = FSDP,
+    processes: int = 2,
+    task: type[Task] = Pretrain,
     **environment: str,
-) -> list[ForkServerProcess]:  # fmt: skip
+) -> list[ForkServerProcess]:
     """Start processes that train together, forked from one that has imported everything, which saves time.
 
     A single process is one without process groups.

@@ -22,8 +22,15 @@ class Toy:
 @pytest.mark.parametrize(
     ("text", "value"),
     [("1e-4", 1e-4), ("10_000_000", 10_000_000), ("2.5E3", 2500.0), ("-1", -1), ("rgb@224", "rgb@224"), ("null", None)]
-    + [("1-2", "1-2"), ("true", True), (".5", 0.5), ("[1e-3, 2]", [1e-3, 2]), ("{dim: 64}", {"dim": 64}), ("a: b: c", "a: b: c")],
-)  # fmt: skip
+    + [
+        ("1-2", "1-2"),
+        ("true", True),
+        (".5", 0.5),
+        ("[1e-3, 2]", [1e-3, 2]),
+        ("{dim: 64}", {"dim": 64}),
+        ("a: b: c", "a: b: c"),
+    ],
+)
 def test_scalars_mean_what_a_researcher_types(text, value):
     parsed = parse_value(text)
     assert parsed == value and type(parsed) is type(value)
@@ -78,8 +85,11 @@ def test_build_names_the_file_and_the_key(mapping, message):
         ("a: ü".encode("latin-1"), "not text in UTF-8"),
         (b"a: \x07\n", "special characters"),
         (b"[" * 5000, "nested more than 100 levels deep"),
-        (b"a: &a [1]\n" + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 110)),
-         "aliases"),
+        (
+            b"a: &a [1]\n"
+            + b"".join(b"%c: &%c [%s]\n" % (c, c, b", ".join([b"*%c" % (c - 1)] * 10)) for c in range(98, 110)),
+            "aliases",
+        ),
         (b"a: &a [*a]\n", "contains itself"),
         (b"a: !!timestamp 2024-13-45\n", "timestamp"),
         (b"a: !!bool x\n", "not valid YAML"),
@@ -88,7 +98,7 @@ def test_build_names_the_file_and_the_key(mapping, message):
         (b"a: !!python/object/apply:os.getcwd []\n", "constructor"),
         (b"- 1\n", "mapping"),
     ],
-)  # fmt: skip
+)
 def test_untrusted_yaml_fails_with_one_sentence_that_names_the_file(tmp_path, content, message):
     (tmp_path / "bad.yaml").write_bytes(content)
     with pytest.raises(UserError, match=message) as error:

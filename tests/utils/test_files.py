@@ -107,9 +107,12 @@ def test_paths_that_cannot_be_written_are_named_in_a_sentence(tmp_path):
     (tmp_path / "kept").write_text("old")
     (tmp_path / "kept").chmod(0o444)
     cases = {
-        "file/x": "file is not a folder", "kept": "kept is read-only", "x" * 300: "name is too long",
-        "a\0b": "not a valid file name", "a\ud83d": "not a valid file name",
-    }  # fmt: skip
+        "file/x": "file is not a folder",
+        "kept": "kept is read-only",
+        "x" * 300: "name is too long",
+        "a\0b": "not a valid file name",
+        "a\ud83d": "not a valid file name",
+    }
     for name, problem in cases.items():
         for writer in (atomic_path, atomic_folder):
             match = problem if writer is atomic_path or name != "kept" else "kept is a file"

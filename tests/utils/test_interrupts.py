@@ -34,8 +34,9 @@ def test_ctrl_c_during_imports_causes_no_traceback(command):
 def test_scripts_handle_ctrl_c_before_they_import_anything_else(name):
     lines = [line for line in (ROOT / name).read_text().splitlines() if "import" in line]
     assert [line for line in lines if not line.startswith(" ")] == [
-        "from fourm.utils.errors import run_cli", "from fourm.utils.interrupts import exit_on_interrupt",
-    ]  # fmt: skip
+        "from fourm.utils.errors import run_cli",
+        "from fourm.utils.interrupts import exit_on_interrupt",
+    ]
 
 
 def test_importing_the_package_does_not_change_the_ctrl_c_handler():

@@ -184,9 +184,11 @@ def test_damaged_checkpoints_are_detected_and_leave_no_files(checkpoints, server
     if what == "missing":
         store.remove(f"{url}/{name}")
     changed = {
-        "flipped": (name, content), "truncated": (name, content[:-1]), "list": ("checksums.json", b"[1]"),
+        "flipped": (name, content),
+        "truncated": (name, content[:-1]),
+        "list": ("checksums.json", b"[1]"),
         "elsewhere": ("checksums.json", json.dumps(sums | {"../../stranger": [1, 1]}).encode()),
-    }  # fmt: skip
+    }
     if what in changed:
         name, body = changed[what]
         key = f"{url}/{name}".removeprefix(f"s3://{BUCKET}/")

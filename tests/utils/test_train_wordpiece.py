@@ -29,7 +29,7 @@ def text(tmp_path):
 def run(*arguments):
     return subprocess.run(
         [warm_python(), "train_wordpiece_tokenizer.py", *map(str, arguments)], cwd=ROOT, capture_output=True, text=True
-    )  # fmt: skip
+    )
 
 
 def test_the_command_writes_the_same_file_again(tmp_path, text):
@@ -78,8 +78,10 @@ def test_corpus_files(tmp_path):
     synset = 'dining table, board: a table for meals; "he sat down at the table"'
     assert list(corpus([str(wordnet)])) == [synset]
     assert list(corpus([str(tmp_path / "a" / "z.txt"), str(tmp_path / "shard.tar")])) == [
-        "first line", "second line", "in a shard"
-    ]  # fmt: skip
+        "first line",
+        "second line",
+        "in a shard",
+    ]
     assert list(corpus([str(tmp_path / "a" / "b.json")])) == ["one", "two"]
 
 

@@ -39,10 +39,23 @@ def test_many_parts_need_few_threads(tmp_path):
 @pytest.mark.parametrize(
     "url",
     [
-        "s3:/x", "s3://", "s3:///key", "s3://a b/key", "s3://me:secret@bucket/key", "https://", "http://a b/", "ftp://h/x",
-        "http://h:99999999/", "http://h:port/", "http://[::1/", "http://[zz]/x", "http://h/\x1b[2J", "host:9000", "",
+        "s3:/x",
+        "s3://",
+        "s3:///key",
+        "s3://a b/key",
+        "s3://me:secret@bucket/key",
+        "https://",
+        "http://a b/",
+        "ftp://h/x",
+        "http://h:99999999/",
+        "http://h:port/",
+        "http://[::1/",
+        "http://[zz]/x",
+        "http://h/\x1b[2J",
+        "host:9000",
+        "",
     ],
-)  # fmt: skip
+)
 def test_invalid_urls_are_reported_without_their_secrets(url):
     with pytest.raises(UserError, match="is not a valid URL") as failure:
         check_url(url)
@@ -106,12 +119,18 @@ HEAD = b"HTTP/1.1 206 Partial Content\r\nContent-Length: 1000\r\nContent-Range: 
         (lambda c: drip(c, HEAD), "no complete answer within 0.8 seconds, 2 times in a row"),
         (lambda c: (c.sendall(HEAD + b"\r\n"), drip(c)), "fewer than 1000 bytes per second, 2 times in a row"),
         (lambda c: c.sendall(HEAD + b"\r\nshort"), "2 times in a row"),
-        (lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: /a.tar\r\nContent-Length: 0\r\n\r\n"), "refuses the request .302"),
-        (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"), "web page"),
+        (
+            lambda c: c.sendall(b"HTTP/1.1 302 Found\r\nLocation: /a.tar\r\nContent-Length: 0\r\n\r\n"),
+            "refuses the request .302",
+        ),
+        (
+            lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: 6\r\n\r\n<html>"),
+            "web page",
+        ),
         (lambda c: c.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\n"), "does not report the size"),
         (lambda c: c.sendall(b"no HTTP at all\r\n\r\n"), "no complete answer from the server"),
     ],
-)  # fmt: skip
+)
 def test_transfers_from_slow_or_wrong_servers_fail(raw_server, answer, message):
     store, start = WebStore(IMPATIENT), time.monotonic()
     with pytest.raises(UserError, match=message):

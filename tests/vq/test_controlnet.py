@@ -34,9 +34,15 @@ def toy(stable_diffusion: str, **options) -> VQControlNet:
     """As it begins."""
     torch.manual_seed(0)
     defaults = {
-        "enc_type": "vit/B_1-Wi_32-H_2", "image_size": 32, "image_size_sd": 32, "codebook_size": 10, "latent_dim": 8,
-        "sd_path": stable_diffusion, "pretrained_cn": True, "freeze_enc": True,
-    }  # fmt: skip
+        "enc_type": "vit/B_1-Wi_32-H_2",
+        "image_size": 32,
+        "image_size_sd": 32,
+        "codebook_size": 10,
+        "latent_dim": 8,
+        "sd_path": stable_diffusion,
+        "pretrained_cn": True,
+        "freeze_enc": True,
+    }
     return VQControlNet(**defaults | options).eval()
 
 
@@ -109,9 +115,7 @@ def test_decoding_follows_its_formulas(model, stable_diffusion, guidance):
             without = _predict(model, x, t, latents, empty, 0.8, unconditional=True)
             found = without + guidance * (found - without)
         x = scheduler.step(found, t, x).prev_sample
-    got = model.decode_tokens(
-        IDS, timesteps=4, seed=3, prompt="a cat", guidance_scale=guidance, cond_scale=0.8
-    )  # fmt: skip
+    got = model.decode_tokens(IDS, timesteps=4, seed=3, prompt="a cat", guidance_scale=guidance, cond_scale=0.8)
     assert torch.allclose(got, x, atol=1e-4)
 
 
@@ -218,9 +222,18 @@ def test_what_to_install_if_transformers_is_not_there(monkeypatch):
 def write_run(folder, stable_diffusion, **keys):
     pictures = folder / "pictures" if (folder / "pictures").exists() else write_pictures(folder / "pictures", 8, 2)
     keys = {
-        "sd_path": stable_diffusion, "input_size_max": 32, "input_size_sd": 32, "max_input_size": True, "pretrained_cn": True,
-        "freeze_enc": True, "epoch_size": 16, "epochs": 1, "num_eval_timesteps": 2, "model_ema": False, "blr": 0.05,
-    } | keys  # fmt: skip
+        "sd_path": stable_diffusion,
+        "input_size_max": 32,
+        "input_size_sd": 32,
+        "max_input_size": True,
+        "pretrained_cn": True,
+        "freeze_enc": True,
+        "epoch_size": 16,
+        "epochs": 1,
+        "num_eval_timesteps": 2,
+        "model_ema": False,
+        "blr": 0.05,
+    } | keys
     config = write_config(folder, pictures, **keys)
     content = yaml.safe_load(config.read_text())
     del content["decoder_type"]
@@ -231,9 +244,7 @@ def write_run(folder, stable_diffusion, **keys):
 @pytest.fixture(scope="module")
 def alone(stable_diffusion, tmp_path_factory):
     """A run of one process with accumulation, of which two processes do half of each step."""
-    config = write_run(
-        tmp_path_factory.mktemp("alone"), stable_diffusion, batch_size=2, accum_iter=2, num_streams=2
-    )  # fmt: skip
+    config = write_run(tmp_path_factory.mktemp("alone"), stable_diffusion, batch_size=2, accum_iter=2, num_streams=2)
     run_in_process(config, task=VQControlNetTraining)
     return config.parent / "out"
 

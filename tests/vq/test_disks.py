@@ -63,26 +63,54 @@ def run(writer, inputs, out):
         "unpack": lambda: (pack, ["folders", inputs / "shards", out / "unpacked"]),
         "export": lambda: (export, [inputs / "checkpoints" / "step-00000001", out / "exported"]),
         "preview": lambda: (
-            preview, [data, "--out", out / "page.html", "--samples", 1, "--draws", 5,
-                      "--text_tokenizer_path", inputs / "toys" / "words.json"],
+            preview,
+            [
+                data,
+                "--out",
+                out / "page.html",
+                "--samples",
+                1,
+                "--draws",
+                5,
+                "--text_tokenizer_path",
+                inputs / "toys" / "words.json",
+            ],
         ),
         "generation": lambda: (
-            generate, ["--model", inputs / "run", "--tokenizers", inputs / "tokenizers", "--device", "cpu",
-                       "--cond_domains", "rgb", "--data", inputs / "photo.png", "--target_domains", "depth",
-                       "--tokens_per_target", 4, "--output_dir", out / "results"],
+            generate,
+            [
+                "--model",
+                inputs / "run",
+                "--tokenizers",
+                inputs / "tokenizers",
+                "--device",
+                "cpu",
+                "--cond_domains",
+                "rgb",
+                "--data",
+                inputs / "photo.png",
+                "--target_domains",
+                "depth",
+                "--tokens_per_target",
+                4,
+                "--output_dir",
+                out / "results",
+            ],
         ),
         "words": lambda: (
-            train_words, ["--input", inputs / "text.txt", "--output", out / "words.json", "--vocab_size", 5100],
+            train_words,
+            ["--input", inputs / "text.txt", "--output", out / "words.json", "--vocab_size", 5100],
         ),
-    }[writer]()  # fmt: skip
+    }[writer]()
     command([str(part) for part in arguments])
 
 
 def tree(folder):
     return {
-        str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*"))
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
         if path.is_file() and not any(above.is_symlink() for above in path.parents)
-    }  # fmt: skip
+    }
 
 
 @contextlib.contextmanager

@@ -17,13 +17,24 @@ from fourm.vq.vqvae import VQ, DiVAE
 from tests.vq.golden import assert_probed, fill, image
 
 TOY = {
-    "enc_type": "vit/B_1-Wi_32-H_2", "dec_type": "unet_patched/Wi_32", "image_size": 32, "patch_size": 16,
-    "codebook_size": 20, "latent_dim": 8,
-}  # fmt: skip
+    "enc_type": "vit/B_1-Wi_32-H_2",
+    "dec_type": "unet_patched/Wi_32",
+    "image_size": 32,
+    "patch_size": 16,
+    "codebook_size": 20,
+    "latent_dim": 8,
+}
 PUBLISHED = {
-    "enc_type": "vit_s_enc", "dec_type": "unet_patched", "image_size": 32, "codebook_size": 256, "latent_dim": 32,
-    "post_mlp": True, "prediction_type": "sample", "beta_schedule": "linear", "scheduler": "ddim",
-}  # fmt: skip
+    "enc_type": "vit_s_enc",
+    "dec_type": "unet_patched",
+    "image_size": 32,
+    "codebook_size": 256,
+    "latent_dim": 32,
+    "post_mlp": True,
+    "prediction_type": "sample",
+    "beta_schedule": "linear",
+    "scheduler": "ddim",
+}
 IDS = torch.tensor([[[3, 7, 1, 9], [0, 19, 4, 1]], [[5, 5, 5, 5], [11, 2, 8, 0]], [[1, 2, 3, 4], [5, 6, 7, 8]]])
 
 

@@ -17,9 +17,10 @@ NETWORKS = [("test_vit", 16, 64), ("test_efficientnet", 8, 32), ("test_efficient
 
 def config(backbone="test_efficientnet", patch_size=8, **changes):
     return FeatureCodebookConfig(
-        **{"modality": "rgb", "vocab_size": 8, "patch_size": patch_size, "num_channels": 3, "input_size": SIZE} | changes,
+        **{"modality": "rgb", "vocab_size": 8, "patch_size": patch_size, "num_channels": 3, "input_size": SIZE}
+        | changes,
         backbone=backbone,
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize(("backbone", "patch_size", "channels"), NETWORKS)
@@ -49,9 +50,19 @@ def test_images_become_tokens_and_tokens_features(tmp_path):
     # What follows on the map is not kept.
     assert len(own) < len(weights)
     save_tokens.main(
-        ["--tokenizer", str(tmp_path / "codebook"), "--data_root", str(tmp_path), "--output_modality", "tok_net@32",
-         "--num_crops", "2", "--device", "cpu"]
-    )  # fmt: skip
+        [
+            "--tokenizer",
+            str(tmp_path / "codebook"),
+            "--data_root",
+            str(tmp_path),
+            "--output_modality",
+            "tok_net@32",
+            "--num_crops",
+            "2",
+            "--device",
+            "cpu",
+        ]
+    )
     tokens = torch.stack([torch.from_numpy(array) for array in read_files(tmp_path / "tok_net@32").values()]).long()
     assert tokens.shape == (8, 2, 16) and len(tokens.unique()) > 8
     features = tokenizer.decode_tokens(tokens.view(16, 4, 4))
@@ -84,9 +95,12 @@ def test_a_network_of_one_size_says_so():
         ({"patch_size": 4, "backbone": "test_vit"}, "test_vit has feature maps of stride 16: patch_size must be one"),
         ({"backbone": "test_vit", "one_hot_classes": 3}, "'one_hot_classes' is for patches"),
         ({"backbone_weights": "w.pth"}, "'backbone_weights' needs a 'backbone'"),
-        ({"backbone": "test_resnet", "backbone_weights": "none.pth"}, "none.pth does not hold the weights of backbone test_resnet"),
+        (
+            {"backbone": "test_resnet", "backbone_weights": "none.pth"},
+            "none.pth does not hold the weights of backbone test_resnet",
+        ),
     ],
-)  # fmt: skip
+)
 def test_options_that_do_not_fit_are_an_error(tmp_path, changes, message):
     write_files(tmp_path, "rgb", 2)
     with pytest.raises(UserError, match=message):

@@ -77,9 +77,23 @@ def test_a_transform_of_a_plugin(tmp_path, monkeypatch):
         assert load_tokenizer(tmp_path / "codebook").codebook.max() < 0.51
         del MODALITY_TRANSFORMS["half_depth"], sys.modules["half_depth"]  # as in a new process
         save_tokens.main(
-            ["--tokenizer", str(tmp_path / "codebook"), "--data_root", str(tmp_path), "--num_crops", "1",
-             "--modality", "depth", "--num_workers", "0", "--plugin", "half_depth", "--output_modality", "tok_half"]
-        )  # fmt: skip
+            [
+                "--tokenizer",
+                str(tmp_path / "codebook"),
+                "--data_root",
+                str(tmp_path),
+                "--num_crops",
+                "1",
+                "--modality",
+                "depth",
+                "--num_workers",
+                "0",
+                "--plugin",
+                "half_depth",
+                "--output_modality",
+                "tok_half",
+            ]
+        )
         assert len(read_files(tmp_path / "tok_half")) == 6
     finally:
         MODALITY_TRANSFORMS.pop("half_depth", None)

@@ -24,9 +24,14 @@ from tests.vq.image_files import read_files, write_files
 from tests.vq.test_vqvae import FEATURES, TOY, VECTORS, toy
 
 KINDS = {
-    "plain": {}, "classes": {"n_labels": 5, "n_channels": 4}, "features": FEATURES, "vectors": VECTORS, "conv": {"out_conv": True},
-    "fsq": {"quant_type": "fsq", "levels": [8, 5, 5]}, "no last MLP": {"post_mlp": False},
-}  # fmt: skip
+    "plain": {},
+    "classes": {"n_labels": 5, "n_channels": 4},
+    "features": FEATURES,
+    "vectors": VECTORS,
+    "conv": {"out_conv": True},
+    "fsq": {"quant_type": "fsq", "levels": [8, 5, 5]},
+    "no last MLP": {"post_mlp": False},
+}
 
 
 def an_input(model):
@@ -139,8 +144,16 @@ def test_files_in_half_precision_are_loaded_in_float32(tmp_path):
 
 def published_pth(path, model, **options):
     path.parent.mkdir(parents=True, exist_ok=True)
-    args = {"domain": "rgb", "encoder_type": model.enc_type, "decoder_type": model.dec_type, "input_size_max": 32,
-            "quantizer_type": "lucid", "patch_size": 8, "quantizer_ema_decay": 0.8, "opt": "adamw"}  # fmt: skip
+    args = {
+        "domain": "rgb",
+        "encoder_type": model.enc_type,
+        "decoder_type": model.dec_type,
+        "input_size_max": 32,
+        "quantizer_type": "lucid",
+        "patch_size": 8,
+        "quantizer_ema_decay": 0.8,
+        "opt": "adamw",
+    }
     torch.save({"model": model.state_dict(), "args": argparse.Namespace(**args | options)}, path)
 
 
@@ -282,8 +295,10 @@ def hub(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=str(folder)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     environment = os.environ | {
-        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1",
-    }  # fmt: skip
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_HUB_DISABLE_XET": "1",
+    }
     environment.pop("HF_HUB_OFFLINE", None)
     yield folder, environment
     server.shutdown()
@@ -317,9 +332,12 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / "ids.pt", tmp_path], env=environment, capture_output=True, text=True,
+        [sys.executable, "-c", code, tmp_path / "x.pt", tmp_path / "ids.pt", tmp_path],
+        env=environment,
+        capture_output=True,
+        text=True,
         timeout=120,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     expected = model.tokenize(an_input(model))
     assert all(torch.equal(ids, expected) for ids in torch.load(tmp_path / "ids.pt"))

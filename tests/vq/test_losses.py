@@ -67,9 +67,12 @@ def weights(tmp_path_factory):
 @pytest.mark.parametrize("kind", ["cosine", "l1"])
 def test_perceptual_loss_compares_what_the_blocks_of_a_network_see(weights, kind):
     options = Perceptual(
-        percept_loss_weight=1.0, percept_model="test_vit", percept_layers="blocks.1-blocks.3", percept_loss_fn=kind,
+        percept_loss_weight=1.0,
+        percept_model="test_vit",
+        percept_layers="blocks.1-blocks.3",
+        percept_loss_fn=kind,
         dtype_percept="fp32",
-    )  # fmt: skip
+    )
     network = timm_network("test_vit", weights)
     loss = PerceptualLoss(network, options)
     torch.manual_seed(0)

@@ -162,11 +162,39 @@ def test_the_published_option_names_are_understood(tmp_path):
     (tmp_path / "ckpts/cc12m").mkdir(parents=True)
     published_pth(tmp_path / "ckpts/cc12m/rgb.pth", model, domain="rgb")
     save(
-        "--tokenizer_id", "cc12m/rgb", "--tokenizers_root", tmp_path / "ckpts", "--data_root", tmp_path, "--split", "train",
-        "--n_crops", 3, "--min_crop_scale", 0.8, "--input_size", 32, "--task", "rgb", "--resample_mode", "nearest",
-        "--corrupt_samples_log", tmp_path / "bad.txt", "--verbose", "--seed", 0, "--folder_suffix", "dvae_BUa_224", "--pin_mem",
-        "--batch_size_dataloader", 2, "--batch_size", 4, "--max_bad_fraction", 1,
-    )  # fmt: skip
+        "--tokenizer_id",
+        "cc12m/rgb",
+        "--tokenizers_root",
+        tmp_path / "ckpts",
+        "--data_root",
+        tmp_path,
+        "--split",
+        "train",
+        "--n_crops",
+        3,
+        "--min_crop_scale",
+        0.8,
+        "--input_size",
+        32,
+        "--task",
+        "rgb",
+        "--resample_mode",
+        "nearest",
+        "--corrupt_samples_log",
+        tmp_path / "bad.txt",
+        "--verbose",
+        "--seed",
+        0,
+        "--folder_suffix",
+        "dvae_BUa_224",
+        "--pin_mem",
+        "--batch_size_dataloader",
+        2,
+        "--batch_size",
+        4,
+        "--max_bad_fraction",
+        1,
+    )
     tokens, crops = read_files(tmp_path / "train/rgb_dvae_BUa_224"), read_files(tmp_path / "train/crop_settings")
     assert len(tokens) == COUNT - 1 and all(ids.shape == (3, 16) for ids in tokens.values())
     assert all((own[:, 2] * own[:, 3] > 0.7 * 72 * 72).all() for own in crops.values())

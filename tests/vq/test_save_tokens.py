@@ -203,10 +203,15 @@ def test_tokens_travel_through_the_pipeline(tokenizers, data):
     declared = {names[0]: shape | {"num_channels": 3}, names[1]: shape | {"vocab_size": VOCAB}}
     shards = any((data / "rgb").glob("*.tar"))
     dataset = {
-        "in_domains": "-".join(names), "out_domains": names[1], "input_alphas": 1.0, "target_alphas": 1.0,
-        "main_augment_domain": "rgb", "use_wds": shards, "max_bad_fraction": 0.0,
+        "in_domains": "-".join(names),
+        "out_domains": names[1],
+        "input_alphas": 1.0,
+        "target_alphas": 1.0,
+        "main_augment_domain": "rgb",
+        "use_wds": shards,
+        "max_bad_fraction": 0.0,
         "data_path": f"{data}/[{','.join(names)},crop_settings]/shard-{{00000..00002}}.tar" if shards else str(data),
-    }  # fmt: skip
+    }
     path = data / "data.yaml"
     path.write_text(yaml.safe_dump({"modalities": declared, "train": {"datasets": {"toy": dataset}}}))
     config = load_data_config(path, num_input_tokens=8, num_target_tokens=8)
@@ -444,11 +449,23 @@ def test_killed_and_started_again_is_as_if_never_killed(tokenizers, tmp_path):
         output, suffix = data / f"tok_rgb@{SIDE}", "tar" if kind == "shards" else "npy"
         process = subprocess.Popen(
             script(
-                "save_vq_tokens.py", "--tokenizer", tokenizers["rgb"], "--data_root", data, "--num_crops", CROPS,
-                "--num_workers", 1, "--batch_size", 1, "--device", "cpu",
+                "save_vq_tokens.py",
+                "--tokenizer",
+                tokenizers["rgb"],
+                "--data_root",
+                data,
+                "--num_crops",
+                CROPS,
+                "--num_workers",
+                1,
+                "--batch_size",
+                1,
+                "--device",
+                "cpu",
             ),
-            start_new_session=True, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
+            start_new_session=True,
+            stderr=subprocess.DEVNULL,
+        )
         finished, deadline = [], time.monotonic() + 60
         while len(finished) < 2 and time.monotonic() < deadline:
             finished = [path for path in output.rglob(f"*.{suffix}") if not path.name.startswith(".")]

@@ -169,9 +169,12 @@ class InstanceMaskTransform(AbstractTransform):
             if outline.ndim != 2 or outline.shape[1] != 2 or len(outline) < 3:
                 raise DataError(f"expected an outline of shape (3 or more, 2), not {outline.shape}")
         kept = [
-            outline for outline in outlines
-            if np.isfinite(outline).all() and (box := np.ptp(outline, axis=0).astype(float)).all() and box.prod() >= min_area
-        ]  # fmt: skip
+            outline
+            for outline in outlines
+            if np.isfinite(outline).all()
+            and (box := np.ptp(outline, axis=0).astype(float)).all()
+            and box.prod() >= min_area
+        ]
         if not kept:
             least = f" of at least {self.min_share:.2%} of the image" if min_area else " that is not empty"
             raise UnreadableValue(f"it has no instance with a box{least}")

@@ -111,12 +111,18 @@ def main(argv: list[str] | None = None) -> int:
     paint, read = _painter(_load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
     previews = [
         preview(
-            dataset, text_tokenizer, paint, read, training=options.split == "train", samples=options.samples,
-            draws=options.draws, seed=options.seed,
+            dataset,
+            text_tokenizer,
+            paint,
+            read,
+            training=options.split == "train",
+            samples=options.samples,
+            draws=options.draws,
+            seed=options.seed,
         )
         for name, dataset in datasets.items()
         if name in options.datasets or not options.datasets
-    ]  # fmt: skip
+    ]
     with atomic_path(out) as path:
         path.write_text(page(Path(options.data_config).name, previews), encoding="utf-8")
     print(out)

@@ -96,9 +96,16 @@ class Preview:
 
 
 def preview(
-    dataset: DatasetConfig, text_tokenizer: Tokenizer, paint: Painter, read: Reader, *, training: bool, samples: int,
-    draws: int, seed: int,
-) -> Preview:  # fmt: skip
+    dataset: DatasetConfig,
+    text_tokenizer: Tokenizer,
+    paint: Painter,
+    read: Reader,
+    *,
+    training: bool,
+    samples: int,
+    draws: int,
+    seed: int,
+) -> Preview:
     """Draw the content of a preview. All components get the same samples and crops; only the masks differ.
 
     Args:

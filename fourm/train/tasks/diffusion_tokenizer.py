@@ -39,9 +39,14 @@ class DiVAETraining(TokenizerTraining[DiVAEConfig]):
 
     def model_arguments(self) -> dict[str, Any]:
         config = self.config
-        return super().model_arguments() | config.diffusion_arguments(config.bounded) | {
-            "dec_type": config.decoder_type, "image_size_dec": config.input_size_dec,
-        }  # fmt: skip
+        return (
+            super().model_arguments()
+            | config.diffusion_arguments(config.bounded)
+            | {
+                "dec_type": config.decoder_type,
+                "image_size_dec": config.input_size_dec,
+            }
+        )
 
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
         schedule = getattr(model, "module", model).noise_scheduler
@@ -62,16 +67,25 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
     """Trains a ControlNet, with which Stable Diffusion decodes the tokens of a frozen tokenizer."""
 
     name, config_class, model_class, format = (
-        "vqcontrolnet", VQControlNetConfig, VQControlNet, VQControlNet.model_format(),
-    )  # fmt: skip
+        "vqcontrolnet",
+        VQControlNetConfig,
+        VQControlNet,
+        VQControlNet.model_format(),
+    )
     forward_methods = (*TokenizerTraining.forward_methods, "vae_encode")
 
     def model_arguments(self) -> dict[str, Any]:
         config = self.config
-        return super().model_arguments() | config.condition_arguments() | {
-            "sd_path": config.sd_path, "image_size_sd": config.input_size_sd, "pretrained_cn": config.pretrained_cn,
-            "enable_xformer": config.use_xformer,
-        }  # fmt: skip
+        return (
+            super().model_arguments()
+            | config.condition_arguments()
+            | {
+                "sd_path": config.sd_path,
+                "image_size_sd": config.input_size_sd,
+                "pretrained_cn": config.pretrained_cn,
+                "enable_xformer": config.use_xformer,
+            }
+        )
 
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
         unwrapped: Any = getattr(model, "module", model)
@@ -84,9 +98,14 @@ class VQControlNetTraining(TokenizerTraining[VQControlNetConfig]):
         assert values.seeds is not None
         config = self.config
         decoded = model.autoencode(  # type: ignore[operator]
-            values.images, timesteps=config.num_eval_timesteps, guidance_scale=config.guidance_scale,
-            cond_scale=config.cond_scale, seed=values.seeds.tolist(), vae_decode=True, verbose=False,
-        )  # fmt: skip
+            values.images,
+            timesteps=config.num_eval_timesteps,
+            guidance_scale=config.guidance_scale,
+            cond_scale=config.cond_scale,
+            seed=values.seeds.tolist(),
+            vae_decode=True,
+            verbose=False,
+        )
         return resized(decoded.float(), values.images.shape[-1])
 
 

@@ -116,10 +116,13 @@ class Pretrain(Task[PretrainConfig]):
         with torch.device("meta"):
             return FM(
                 model_config(
-                    config.model, self.data.in_domains, self.data.out_domains, modalities=own | declared,
+                    config.model,
+                    self.data.in_domains,
+                    self.data.out_domains,
+                    modalities=own | declared,
                     **options | config.model_kwargs,
                 )
-            )  # fmt: skip
+            )
 
     @property
     def model_name(self) -> str:
@@ -157,24 +160,42 @@ class Pretrain(Task[PretrainConfig]):
         log.info("model %s", self.config.model)
 
     def train_batches(
-        self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
+        self,
+        rank: int,
+        world_size: int,
+        batches_per_epoch: int,
+        start_batch: int,
+        draws: Mapping[int, int] | None,
         pin_memory: bool,
-    ) -> BatchLoader:  # fmt: skip
+    ) -> BatchLoader:
         config = self.config
         return build_train_loader(
-            self.data, self.text_tokenizer, batch_size=config.batch_size, batches_per_epoch=batches_per_epoch,
-            num_workers=config.num_workers, rank=rank, world_size=world_size, seed=config.seed, start_batch=start_batch,
-            positions=draws, num_streams=config.streams(world_size), pin_memory=pin_memory,
+            self.data,
+            self.text_tokenizer,
+            batch_size=config.batch_size,
+            batches_per_epoch=batches_per_epoch,
+            num_workers=config.num_workers,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            start_batch=start_batch,
+            positions=draws,
+            num_streams=config.streams(world_size),
+            pin_memory=pin_memory,
             raw_pixels=True,
-        )  # fmt: skip
+        )
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
         return self._select_and_copy(model, batch, device, self.slots, None)
 
     def _select_and_copy(
-        self, model: nn.Module, batch: Batch, device: torch.device, slots: tuple[int, int],
+        self,
+        model: nn.Module,
+        batch: Batch,
+        device: torch.device,
+        slots: tuple[int, int],
         generator: torch.Generator | None,
-    ) -> Inputs:  # fmt: skip
+    ) -> Inputs:
         """Select the tokens that the model uses on the host, so that nothing waits for the device."""
         assert isinstance(model, FM)
         # Compiled blocks need the same shapes in every batch.
@@ -222,23 +243,36 @@ class Pretrain(Task[PretrainConfig]):
                     log.warning(
                         "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d takes all "
                         "of its "
-                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval", name, fixed[0][0],
-                    )  # fmt: skip
+                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
+                        name,
+                        fixed[0][0],
+                    )
             for kind, (inputs, targets, batch_size) in kinds.items():
                 loader = build_eval_loader(
-                    dataset, self.text_tokenizer, batch_size=batch_size, num_workers=config.num_workers, rank=rank,
-                    world_size=world_size, seed=config.seed, input_tokens_range=inputs, target_tokens_range=targets,
+                    dataset,
+                    self.text_tokenizer,
+                    batch_size=batch_size,
+                    num_workers=config.num_workers,
+                    rank=rank,
+                    world_size=world_size,
+                    seed=config.seed,
+                    input_tokens_range=inputs,
+                    target_tokens_range=targets,
                     raw_pixels=True,
-                )  # fmt: skip
+                )
                 evaluations.append(
                     Evaluation(name, kind, loader, partial(self._prepare_evaluation, (inputs[1], targets[1])))
                 )
         return evaluations
 
     def _prepare_evaluation(
-        self, slots: tuple[int, int], model: nn.Module, batch: Batch | None, device: torch.device,
+        self,
+        slots: tuple[int, int],
+        model: nn.Module,
+        batch: Batch | None,
+        device: torch.device,
         generator: torch.Generator,
-    ) -> Inputs:  # fmt: skip
+    ) -> Inputs:
         return self._select_and_copy(model, batch or _EMPTY_BATCH, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:

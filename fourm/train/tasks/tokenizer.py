@@ -45,14 +45,24 @@ log = logging.getLogger("fourm")
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(
-    TokenizerEvaluationOptions, ImageDataOptions, EncoderOptions, QuantizerOptions, LossOptions, PublishedOptions, RunConfig
-):  # fmt: skip
+    TokenizerEvaluationOptions,
+    ImageDataOptions,
+    EncoderOptions,
+    QuantizerOptions,
+    LossOptions,
+    PublishedOptions,
+    RunConfig,
+):
     """The options that the trainings of all tokenizers share."""
 
     epoch_size: int = option(
-        "samples that make an epoch (default: those of the folder)", -1, at_least=1, unset=-1, fixed=True,
+        "samples that make an epoch (default: those of the folder)",
+        -1,
+        at_least=1,
+        unset=-1,
+        fixed=True,
         alias="dataset_size",
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,14 +132,21 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         config, info = self.config, self.config.domain_info
         size = 1 if info.kind == "vector" else config.sizes()[-1]
         return {
-            "image_size": size, "image_size_enc": config.input_size_enc or size, "n_channels": config.channels,
-            "n_labels": config.labels, "enc_type": config.encoder_type, "patch_proj": info.is_picture,
-            "post_mlp": config.post_mlp, "patch_size": config.patch_size, "freeze_enc": config.freeze_enc,
-            "undo_std": config.undo_std, "threshold_ema_dead_code": self._dead_code_threshold(),
+            "image_size": size,
+            "image_size_enc": config.input_size_enc or size,
+            "n_channels": config.channels,
+            "n_labels": config.labels,
+            "enc_type": config.encoder_type,
+            "patch_proj": info.is_picture,
+            "post_mlp": config.post_mlp,
+            "patch_size": config.patch_size,
+            "freeze_enc": config.freeze_enc,
+            "undo_std": config.undo_std,
+            "threshold_ema_dead_code": self._dead_code_threshold(),
             "modality": info.transform or config.domain,
             "transform_options": {} if config.network else config.transform_options(),
             "feature_network": config.network or ("none" if info.kind in ("map", "vector") else ""),
-        } | config.quantizer_arguments()  # fmt: skip
+        } | config.quantizer_arguments()
 
     def _dead_code_threshold(self) -> float:
         """Return how many latents of a step must choose a code, on average, to keep it alive; 0 keeps all codes."""
@@ -173,9 +190,10 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             parts = ("encoder.", "quant_proj.", "quantize.", "cls_emb.")
             weights = {name: tensor for name, tensor in weights.items() if name.startswith(parts)}
         resized_tables = {
-            name for name, tensor in weights.items()
+            name
+            for name, tensor in weights.items()
             if name.endswith("pos_emb") and name in own and tensor.shape != own[name].shape
-        }  # fmt: skip
+        }
         if config.freeze_enc and "encoder.pos_emb" in resized_tables:
             size = weights["encoder.pos_emb"].shape[-1] * config.patch_size
             raise UserError(
@@ -187,9 +205,14 @@ class TokenizerTraining(Task[Config], Generic[Config]):
     # A step
 
     def train_batches(
-        self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
+        self,
+        rank: int,
+        world_size: int,
+        batches_per_epoch: int,
+        start_batch: int,
+        draws: Mapping[int, int] | None,
         pin_memory: bool,
-    ) -> BatchLoader:  # fmt: skip
+    ) -> BatchLoader:
         self._rank, self._world_size = rank, world_size
         return self._batches.train_loader(rank, world_size, batches_per_epoch, start_batch, draws, pin_memory)
 
@@ -327,9 +350,11 @@ class VQVAETraining(TokenizerTraining[VQVAEConfig]):
     def model_arguments(self) -> dict[str, Any]:
         config = self.config
         return super().model_arguments() | {
-            "dec_type": config.decoder_type, "out_conv": config.out_conv, "image_size_dec": config.input_size_dec,
+            "dec_type": config.decoder_type,
+            "out_conv": config.out_conv,
+            "image_size_dec": config.input_size_dec,
             "patch_size_dec": config.patch_size_dec,
-        }  # fmt: skip
+        }
 
     def _forward(self, model: nn.Module, values: Values, **options: Any) -> tuple[Any, ...]:
         prediction, *others = model(values.images, values.part, **options)

@@ -39,8 +39,13 @@ class TokenizerBatches:
         config = self.config
         first = None if training else config.num_eval_metrics_samples
         return open_samples(
-            config.dataset(training), config.labels, training, config.max_bad_fraction, first, config.keeps_depth(training)
-        )  # fmt: skip
+            config.dataset(training),
+            config.labels,
+            training,
+            config.max_bad_fraction,
+            first,
+            config.keeps_depth(training),
+        )
 
     def samples_per_epoch(self) -> int:
         """Count the samples of the training folder.
@@ -62,26 +67,42 @@ class TokenizerBatches:
         return {} if self._train is None else dataset_facts(self.config.dataset(training=True))
 
     def train_loader(
-        self, rank: int, world_size: int, batches_per_epoch: int, start_batch: int, draws: Mapping[int, int] | None,
+        self,
+        rank: int,
+        world_size: int,
+        batches_per_epoch: int,
+        start_batch: int,
+        draws: Mapping[int, int] | None,
         pin_memory: bool,
-    ) -> BatchLoader:  # fmt: skip
+    ) -> BatchLoader:
         """Return the training batches, see :meth:`fourm.train.task.Task.train_batches`."""
         config = self.config
         assert self._train is not None
         batches = TrainBatches(
-            [self._train], [1.0], self._train.modalities, batch_size=config.batch_size,
-            batches_per_epoch=batches_per_epoch, rank=rank, world_size=world_size, seed=config.seed,
-            start_batch=start_batch, positions=draws, num_streams=config.streams(world_size),
-        )  # fmt: skip
+            [self._train],
+            [1.0],
+            self._train.modalities,
+            batch_size=config.batch_size,
+            batches_per_epoch=batches_per_epoch,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+            start_batch=start_batch,
+            positions=draws,
+            num_streams=config.streams(world_size),
+        )
         return BatchLoader(batches, config.num_workers, pin_memory)
 
     def eval_loader(self, rank: int, world_size: int) -> BatchLoader:
         """Return the validation batches of one rank."""
         config = self.config
         batches = EvalBatches(
-            self._samples(training=False), batch_size=config.batch_size_eval or config.batch_size, rank=rank,
-            world_size=world_size, seed=config.seed,
-        )  # fmt: skip
+            self._samples(training=False),
+            batch_size=config.batch_size_eval or config.batch_size,
+            rank=rank,
+            world_size=world_size,
+            seed=config.seed,
+        )
         return BatchLoader(batches, config.num_workers)
 
     def empty(self) -> Batch:
