@@ -1,4 +1,7 @@
-"""Train a ControlNet that decodes tokens with Stable Diffusion with one process or DistributedDataParallel: torchrun … run_training_vqcontrolnet.py --config cfgs/….yaml"""
+"""Train a ControlNet that decodes tokens with Stable Diffusion, with one process or DistributedDataParallel.
+
+torchrun … run_training_vqcontrolnet.py --config cfgs/….yaml
+"""
 
 from fourm.utils.errors import run_cli
 from fourm.utils.interrupts import exit_on_interrupt

@@ -1,11 +1,13 @@
 """Measure how many of the objects that captions name appear in what a model generates from them.
 
-    python benchmarks/demo_model.py --train_judge judge_scenes/data/train --judge judge.safetensors --data demo_run/data/val
+    python benchmarks/demo_model.py --train_judge judge_scenes/data/train --judge judge.safetensors \
+        --data demo_run/data/val
     python benchmarks/demo_model.py --judge judge.safetensors --data demo_run/data/val --out demo_model
 
-The first command trains the judge, a small network that sees which toys a picture shows, on true renders of other scenes
-(``fourm demo --stages render --train_scenes 5000 --seed 7 --out judge_scenes``), and measures it on those of ``--data``.
-The second generates from the captions of ``--data``. It prints a table and writes ``OUT/scores.json`` and ``OUT/sheet.png``.
+The first command trains the judge, a small network that sees which toys a picture shows, on true renders of other
+scenes (``fourm demo --stages render --train_scenes 5000 --seed 7 --out judge_scenes``), and measures it on those of
+``--data``. The second generates from the captions of ``--data``. It prints a table and writes ``OUT/scores.json`` and
+``OUT/sheet.png``.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
     python benchmarks/image_tokenizers.py                                 # everything on the CPU, at the published size
     python benchmarks/image_tokenizers.py --only decode_divae --batch_size 3 --steps 2
-    python benchmarks/image_tokenizers.py --device cuda --dtype bfloat16 --compile --batch_size 1 16 --steps 50 --repeats 10
+    python benchmarks/image_tokenizers.py --device cuda --dtype bfloat16 --compile --batch_size 1 16 --steps 50 \
+        --repeats 10
 
 It prints a JSON object per case and batch size. The cases are: ``tokenize`` and ``decode_vqvae`` (VQ-VAE B),
 ``decode_divae`` (DDIM with the patched UNet), ``train_vqvae`` and ``train_divae`` (``Trainer.train_step`` on one

@@ -1,4 +1,4 @@
-"""Compare the data pipeline of two versions of the code: processor time per sample in turns, and whether data are equal.
+"""Compare the data pipeline of two versions of the code: processor time per sample, and whether data are equal.
 
     git worktree add ../before COMMIT
     OMP_NUM_THREADS=1 python benchmarks/loader_trees.py --before ../before --modalities 7 21 --repeats 4 1

@@ -1,8 +1,8 @@
 """Compare the decoding schemes of images by quality against number of steps, on the demo's validation scenes.
 
 ``python benchmarks/schemes.py demo_run`` generates depth and segmentation from RGB with ROAR, MaskGIT and the Halton
-scheme, each target by itself. It prints a table, and writes JSON with ``--out``. The absolute relative error of depth is
-better if lower, the mean IoU of the classes if higher.
+scheme, each target by itself. It prints a table, and writes JSON with ``--out``. The absolute relative error of depth
+is better if lower, the mean IoU of the classes if higher.
 """
 
 from __future__ import annotations

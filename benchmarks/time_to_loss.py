@@ -10,8 +10,9 @@ reaches it in the step in which the line through its evaluations crosses it; ``f
 divided by the mean of these steps over the runs with Muon.
 
 ``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the
-optimizers take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON objects: one for each run, and one for the comparison.
-The runs are ordinary training runs in folders of their own, so that an interrupted benchmark continues.
+optimizers take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON objects:
+one for each run, and one for the comparison. The runs are ordinary training runs in folders of their own, so that an
+interrupted benchmark continues.
 """
 
 from __future__ import annotations

@@ -3,7 +3,8 @@
     python benchmarks/train_step.py                                       # a step at width 384, and its speed-up
     python benchmarks/train_step.py --model tiny small base large --modalities 7 21 --batch_size 1 --no_baseline --fit
     python benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
-    torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
+    torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda \
+        --dtype bfloat16 --compile
 
 It prints a JSON object per setting. It measures ``Trainer.train_step`` itself on one synthetic batch. The baseline
 alternates with it in the same process, on the same model: it embeds all tokens before it selects any, computes

@@ -32,9 +32,10 @@ KEPT_SECONDS = 600
 """How long results can be downloaded; uploads are removed as soon as they are read."""
 
 _FONTS = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
-_REGION = """<div class="editor"><div class="picture ${value.sharp ? 'sharp' : ''}"><img src="${value.picture}" alt="region">
-<svg viewBox="0 0 ${value.columns} ${value.rows}" preserveAspectRatio="none">${Array.from({length: value.rows * value.columns},
-(_, i) => `<rect x="${i % value.columns}" y="${Math.floor(i / value.columns)}" width="1" height="1"
+_REGION = """<div class="editor"><div class="picture ${value.sharp ? 'sharp' : ''}">
+<img src="${value.picture}" alt="region"><svg viewBox="0 0 ${value.columns} ${value.rows}" preserveAspectRatio="none">
+${Array.from({length: value.rows * value.columns}, (_, i) =>
+`<rect x="${i % value.columns}" y="${Math.floor(i / value.columns)}" width="1" height="1"
 class="${value.cells.includes(i) ? 'on' : ''}"/>`).join("")}</svg></div>
 <div class="tools"><span>${value.cells.length} of ${value.rows * value.columns} tokens selected</span>
 <button type="button" data-tool="all">all</button><button type="button" data-tool="none">none</button></div></div>"""

@@ -1,7 +1,7 @@
 """A sample on disk: the location of its members, and their values once they are needed.
 
-A :class:`RawSample` is a reference. If a sample is repeated, it keeps its decoded and preprocessed values until its last
-repeat is done.
+A :class:`RawSample` is a reference. If a sample is repeated, it keeps its decoded and preprocessed values until its
+last repeat is done.
 """
 
 from __future__ import annotations

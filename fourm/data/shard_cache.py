@@ -266,7 +266,8 @@ class ShardCache:
         limit = self._options.cache_bytes
         if item.size > limit:
             raise UserError(
-                f"{redact_url(item.url)}: its {item.size / 1e9:.3g} GB are more than data_cache_gb={limit / 1e9:g}; raise it"
+                f"{redact_url(item.url)}: its {item.size / 1e9:.3g} GB are more than data_cache_gb={limit / 1e9:g}; "
+                "raise it"
             )
         file.truncate(0)
         while True:

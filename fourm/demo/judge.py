@@ -1,7 +1,7 @@
 """An independent judge of generated pictures: a small network, trained on true renders, that says which toys it sees.
 
-The network knows nothing of tokens, captions or the model. It looks at a picture of 64 pixels, says for each cell of 4 x 4
-pixels which toys are visible in it, and takes a toy to be in the picture if it is visible in any cell.
+The network knows nothing of tokens, captions or the model. It looks at a picture of 64 pixels, says for each cell
+of 4 x 4 pixels which toys are visible in it, and takes a toy to be in the picture if it is visible in any cell.
 
 Shapes: B pictures, K toys, N scenes, h x w cells.
 """
@@ -225,7 +225,7 @@ class Score:
 
 
 def score_scenes(scenes: Sequence[DecodedScene], named: Sequence[set[str]], source: str, judge: Judge) -> list[Score]:
-    """Compare the objects in RGB, segmentations and boxes of scenes, as far as they have them, with those that are named.
+    """Compare the objects in RGB, segmentations and boxes of scenes, if they have them, with those that are named.
 
     Args:
         scenes: Scenes at 64 pixels, kind → value.

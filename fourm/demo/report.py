@@ -23,8 +23,8 @@ from fourm.utils.config import load_yaml
 from fourm.utils.files import atomic_path
 
 MUST_LEARN = ("tok_depth", "tok_normal", "tok_semseg", "caption", "det")
-# A loss that is lower than the entropy by this number of nats is clearly below it, as it is a mean of over 1 000 targets.
-# Not a ratio: it would ask more of a modality whose tokens tell more of what cannot be predicted.
+# A loss that is lower than the entropy by this number of nats is clearly below it, as it is a mean of over 1 000
+# targets. Not a ratio: it would ask more of a modality whose tokens tell more of what cannot be predicted.
 CLEAR_GAIN = 0.3
 
 

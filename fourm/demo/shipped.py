@@ -43,9 +43,9 @@ tags:
 
 # The demo's model
 
-A small any-to-any model of the kind of [4M](https://arxiv.org/abs/2312.06647). It reads and generates pictures, depth, surface
-normals, segmentation, edges, bounding boxes and captions of toy scenes, 64 x 64 pixels each, in any direction. It comes with the
-library `fourm`, so that everything can be tried without training and without a GPU:
+A small any-to-any model of the kind of [4M](https://arxiv.org/abs/2312.06647). It reads and generates pictures, depth,
+surface normals, segmentation, edges, bounding boxes and captions of toy scenes, 64 x 64 pixels each, in any direction.
+It comes with the library `fourm`, so that everything can be tried without training and without a GPU:
 
 ```python
 from fourm import load_demo
@@ -54,14 +54,16 @@ sampler = load_demo()
 sampler.plot(sampler("a red car and a yellow duck on a brick floor"))
 ```
 
-`generation.yaml` holds the order of the targets, and their steps, temperatures and guidance, which Python, `fourm generate --demo` and
-`fourm app` share. The tokenizers are in `fourm/demo/trained`. The weights are stored in bfloat16 and used in float32.
+`generation.yaml` holds the order of the targets, and their steps, temperatures and guidance, which Python,
+`fourm generate --demo` and `fourm app` share. The tokenizers are in `fourm/demo/trained`. The weights are stored in
+bfloat16 and used in float32.
 
 ## How it was made
 
-The data are rendered: 17 kinds of toys, whose meshes come with pybullet, stand on photographs of scikit-image. All other modalities follow
-from the renderer, and captions from templates. `fourm demo --stages render` makes such scenes, and `docs/demo.md` has the commands of the
-training. The validation scenes of the demo, which the figures below are from, were not used.
+The data are rendered: 17 kinds of toys, whose meshes come with pybullet, stand on photographs of scikit-image. All
+other modalities follow from the renderer, and captions from templates. `fourm demo --stages render` makes such scenes,
+and `docs/demo.md` has the commands of the training. The validation scenes of the demo, which the figures below are
+from, were not used.
 
 {facts}
 
@@ -71,20 +73,23 @@ training. The validation scenes of the demo, which the figures below are from, w
 
 ## What it cannot do
 
-- It knows nothing but these scenes: 17 kinds of toys in 8 colours or their own, 6 grounds, one or more toys in view from above. Other words
-  are ignored or misread, and photographs of the real world are far from what it was trained on.
-- Captions have the form of the templates: "a red cup and a yellow duck on the grass", "on gravel, a blue car on the left and a grey tray on
-  the right". Words for numbers, actions, or relations other than left, right, between and closest have no meaning for it.
-- Pictures are 64 pixels wide and made of 64 tokens, so that thin parts, such as the spokes of a bicycle, get lost. Some toys are
-  missing or appear twice, the more of them are named.
-- Toys have the colours that are their own (ducks are yellow, tables wooden), but colours that a caption gives them are often wrong.
+- It knows nothing but these scenes: 17 kinds of toys in 8 colours or their own, 6 grounds, one or more toys in view
+  from above. Other words are ignored or misread, and photographs of the real world are far from what it was trained on.
+- Captions have the form of the templates: "a red cup and a yellow duck on the grass", "on gravel, a blue car on the
+  left and a grey tray on the right". Words for numbers, actions, or relations other than left, right, between and
+  closest have no meaning for it.
+- Pictures are 64 pixels wide and made of 64 tokens, so that thin parts, such as the spokes of a bicycle, get lost. Some
+  toys are missing or appear twice, the more of them are named.
+- Toys have the colours that are their own (ducks are yellow, tables wooden), but colours that a caption gives them are
+  often wrong.
 - It is a demonstration of the library, and no measure of what 4M can do.
 """
 
 _INTRODUCTION = """\
-Captions of {captions} validation scenes, for each of which all modalities were generated. For RGB, a judge says which toys a picture shows: a
-small network that was trained on true renders and knows nothing of the model. In segmentation, a toy counts if it has at least 0.4 % of the
-pixels. *Tokens of the truth* is the most that the tokenizers can show, and a *guess* is the toys of another caption.
+Captions of {captions} validation scenes, for each of which all modalities were generated. For RGB, a judge says which
+toys a picture shows: a small network that was trained on true renders and knows nothing of the model. In segmentation,
+a toy counts if it has at least 0.4 % of the pixels. *Tokens of the truth* is the most that the tokenizers can show, and
+a *guess* is the toys of another caption.
 
 """
 

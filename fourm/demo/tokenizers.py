@@ -1,7 +1,7 @@
 """Stage 3: a tokenizer for each image modality.
 
-Those of 64-pixel pictures are learned and come with the package, in ``trained/``. They can also be trained anew. For any
-other declaration of tokens, and for the features of a network, a codebook is fitted.
+Those of 64-pixel pictures are learned and come with the package, in ``trained/``. They can also be trained anew. For
+any other declaration of tokens, and for the features of a network, a codebook is fitted.
 
     python -m fourm.demo.tokenizers RUN_FOLDER FOLDER    # saves the tokenizer of a training run in half precision
 """

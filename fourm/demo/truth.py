@@ -44,7 +44,7 @@ def read_scenes(root: Path, shard: str | None = None, kinds: Sequence[str] = (*P
 
 
 def truth(sample: RawSample, size: int) -> DecodedScene:
-    """Return the true values of a scene at ``size`` × ``size`` pixels, with depth in metres, as far as they were read."""
+    """Return the true values of a scene that were read, at ``size`` × ``size`` pixels and with depth in metres."""
     values = sample.values(OpenFiles(), keep_pixels=False)
     scene: dict[str, Decoded] = {}
     for kind in PICTURES:

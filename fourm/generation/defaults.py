@@ -1,7 +1,7 @@
 """How a model is meant to be used: ``generation.yaml`` beside its weights.
 
-``Sampler.load``, ``fourm generate`` and ``fourm app`` read the file, so that they agree; what is asked of them goes before
-it. Its keys are those of ``fourm generate``. Paths are relative to its folder.
+``Sampler.load``, ``fourm generate`` and ``fourm app`` read the file, so that they agree; what is asked of them goes
+before it. Its keys are those of ``fourm generate``. Paths are relative to its folder.
 
     text_tokenizer: vocabulary.json
     cond_domains: caption

@@ -150,7 +150,8 @@ class Demo4MSampler(nn.Module):
         """Generate what is not given.
 
         Args:
-            sample: Maps modalities to texts, or to tensors with a batch axis, such as normalised pixels (1, 3, 224, 224).
+            sample: Maps modalities to texts, or to tensors with a batch axis, such as normalised pixels
+                (1, 3, 224, 224).
             seed: Seed of generation and decoding; super-resolution uses the one after it.
             top_p, top_k: See :class:`fourm.generation.token_sampling.TokenSampler`.
             target_modalities: Names of the modalities to generate; None means all.

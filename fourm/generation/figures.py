@@ -121,8 +121,7 @@ def text_to_pil_image(
 
 
 def to_pil(image: Any) -> Image.Image:
-    """Convert a picture: a PIL image, a tensor (C, H, W) or (1, C, H, W) or an array (H, W, C) or (H, W), uint8 or floats
-    in [0, 1].
+    """Convert a PIL image, a tensor (C, H, W) or (1, C, H, W), or an array (H, W, C) or (H, W), uint8 or in [0, 1].
 
     Raises:
         UserError: If it has another shape.
@@ -239,7 +238,7 @@ def plot_images_with_captions(
     wrap_width: int = 30,
     dpi: int = _DPI,
 ) -> None:
-    """Show pictures, see :func:`to_pil`, with a text above each; the other arguments are those of :func:`plot_pictures`."""
+    """Show pictures (see :func:`to_pil`) with a text above each; other arguments are those of :func:`plot_pictures`."""
     titles = [textwrap.fill(caption, wrap_width) for caption in captions]
     plot_pictures(list(zip(map(to_pil, images), titles, strict=True)), ncols_max, figscale, save_path, dpi)
 

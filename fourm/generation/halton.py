@@ -35,8 +35,8 @@ def halton_ranks(height: int, width: int) -> Tensor:
 
     Points that fall on a position visited before are skipped.
     """
-    # The first 2^a · 3^b points lie in different boxes of a grid of 2^a rows and 3^b columns, one in each. If boxes have
-    # at most half the height and width of a position, one of them lies within it, so that every position is visited.
+    # The first 2^a · 3^b points lie in different boxes of a grid of 2^a rows and 3^b columns, one in each. If boxes
+    # have at most half the height and width of a position, one lies within it, so that every position is visited.
     rows, columns = _power(2, 2 * height), _power(3, 2 * width)
     index = torch.arange(rows * columns)
     cells = _scaled_inverse(index, 2, height) * width + _scaled_inverse(index, 3, width)

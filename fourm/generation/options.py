@@ -51,7 +51,8 @@ class GenerationOptions(StageOptions):
         "input modalities, joined by '-' (default: those of the model's generation.yaml)", None
     )
     data: InputPath | list[str] = option(
-        "folder with one folder per modality, folder of pictures, one picture, or prompts (a list, a .txt or a .tsv file)"
+        "folder with one folder per modality, folder of pictures, one picture, or prompts "
+        "(a list, a .txt or a .tsv file)"
     )
     output_dir: AnyPath = option("folder of the results (default of prompts: generated/PROMPT-SEED)")
     class_names: list[str] = option("names of the classes of segmentations (default: the model's)", [])

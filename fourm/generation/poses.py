@@ -77,8 +77,8 @@ def decode_poses(people: Sequence[dict[str, Any]], tokenizer: ImageTokenizer) ->
     """
     if (tokenizer.num_channels, tokenizer.num_codebooks) != (207, _CODES):
         raise UserError(
-            f"the tokenizer of human_poses must decode {_CODES} codes to 207 numbers, but it has {tokenizer.num_codebooks} "
-            f"codebooks and {tokenizer.num_channels} channels"
+            f"the tokenizer of human_poses must decode {_CODES} codes to 207 numbers, but it has "
+            f"{tokenizer.num_codebooks} codebooks and {tokenizer.num_channels} channels"
         )
     people, dropped = [dict(person) for person in people], 0
     for person in people:
@@ -95,7 +95,7 @@ def decode_poses(people: Sequence[dict[str, Any]], tokenizer: ImageTokenizer) ->
 
 
 def nearest_rotations(matrices: np.ndarray) -> np.ndarray:
-    """Return the rotation matrices (..., 3, 3) that are nearest to any matrices; what a decoder gives are almost ones."""
+    """Return the rotation matrices (..., 3, 3) that are nearest to matrices, such as the inexact ones of a decoder."""
     u, _, vt = np.linalg.svd(np.nan_to_num(matrices))
     sign = np.sign(np.linalg.det(u @ vt))
     u[..., -1] *= sign[..., None]
@@ -128,7 +128,8 @@ def draw_pose(people: Sequence[dict[str, Any]], background: np.ndarray | None = 
     People without ``rotations`` are only a box.
 
     Args:
-        people: People as of :func:`decode_poses`: ``{"box": [xmin, ymin, xmax, ymax] in [0, 1], "rotations", "global"}``.
+        people: People as of :func:`decode_poses`:
+            ``{"box": [xmin, ymin, xmax, ymax] in [0, 1], "rotations", "global"}``.
         background: Picture (H, W, 3) uint8 to draw on; None: white.
         size: Minimum side of the result in pixels.
 

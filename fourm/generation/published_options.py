@@ -102,8 +102,8 @@ def without_published(content: Mapping[str, Any], files: Mapping[str, str | None
         files: The paths of ``config``, ``data_config``, ``gen_config`` and ``sr_config``.
 
     Returns:
-        Keys of :class:`fourm.generation.options.GenerationOptions`. Of the tokenizers, only those of modalities that are
-        read or generated are left.
+        Keys of :class:`fourm.generation.options.GenerationOptions`. Of the tokenizers, only those of modalities that
+        are read or generated are left.
     """
     known = {item.name for item in fields(PublishedOptions)}
     result = {key: value for key, value in content.items() if key not in known}

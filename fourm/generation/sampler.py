@@ -202,9 +202,9 @@ class Sampler:
         """Generate like :meth:`__call__`, but yield after every step.
 
         Args:
-            inputs: Maps modalities to values, see :func:`fourm.generation.inputs.read_value`; a text alone is a caption.
-                A list of such samples with the same modalities is one batch. Results may be inputs, too; those that the
-                model cannot read are ignored.
+            inputs: Maps modalities to values, see :func:`fourm.generation.inputs.read_value`; a text alone is a
+                caption. A list of such samples with the same modalities is one batch. Results may be inputs, too; those
+                that the model cannot read are ignored.
             targets: One or several modalities; None means those of ``default_targets`` that are not given. Here and in
                 ``inputs``, ``depth`` stands for ``tok_depth@224``. If an image is also an input, its tokens that are −1
                 are generated.
@@ -354,7 +354,7 @@ class Sampler:
         return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning, own=self._own_settings)
 
     def default_settings(self, target: str) -> dict[str, Any]:
-        """Return the settings that a target has if a call gives none; see :func:`fourm.generation.settings.chained_schedule`."""
+        """Return a target's settings if a call gives none; see :func:`fourm.generation.settings.chained_schedule`."""
         return default_settings(self.targets[target]) | self._own_settings.get(target, {})
 
     def remaining_targets(self, given: Iterable[str]) -> list[str]:

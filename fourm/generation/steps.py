@@ -230,7 +230,7 @@ def decode_sequence(conditions: Conditions, entry: Entry, step: StepOptions) -> 
     starts = [row[0] if row and row[0] != PAD_ID else first for row in targets]
     ends = [_end_token(*rows, step.sentinels) for rows in zip(inputs, targets, strict=True)]
     max_tokens = min(step.num_tokens or step.max_tokens, step.max_tokens)
-    # As in the published code, a row of L target positions, the first of which holds the start token, gives L more tokens.
+    # As in the published code, a row of L target positions, the first of them a start token, gives L new tokens.
     max_lengths = [1 + min(len(row), max_tokens) for row in targets]
     with torch.inference_mode():
         generated = _generate_ids(conditions, step, starts, ends, max_lengths)

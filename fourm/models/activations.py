@@ -6,7 +6,7 @@ with 16-bit autocast and 4 otherwise; the residual stream and the inputs of norm
 width D, with MLPs of hidden width h:
 
 * every block: the input of each norm (4 D each, shared with the residual stream), its output, q, k, v and the output of
-  attention (c D each), and the output of fc1 in the MLP (c h), and of fc3 if it is gated; the input of fc2 is recomputed
+  attention (c D each), the output of fc1 in the MLP (c h), and that of fc3 if it is gated; fc2's input is recomputed
 * once: the inputs of the last norms, the context, and for every target token float32 log-probabilities and logits (c)
 
 With recomputed activations, a block keeps only its input, and one block at a time keeps all of the above.

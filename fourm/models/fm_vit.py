@@ -84,7 +84,10 @@ class FMViT(FourMViT, Hub4M):
         UserError: If the configuration is invalid or has no RGB pixels.
     """
 
-    summary = "The encoder of a 4M model ([4M](https://arxiv.org/abs/2312.06647)) as a plain vision transformer for RGB images."
+    summary = (
+        "The encoder of a 4M model ([4M](https://arxiv.org/abs/2312.06647)) "
+        "as a plain vision transformer for RGB images."
+    )
     config_keys = CONFIG_KEYS
 
     def __init__(self, config: dict, output_head: nn.Module | None = None):

@@ -80,8 +80,8 @@ class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_ca
 
         Args:
             repo_id: ``OWNER/NAME`` of the repository, which is created if it does not exist.
-            options: Those of the base class: ``private``, ``token``, ``branch``, … ``model_card_kwargs`` are arguments of
-                :meth:`generate_model_card`, and ``ignore_patterns="README.md"`` keeps the card that is on the hub.
+            options: Those of the base class: ``private``, ``token``, ``branch``, … ``model_card_kwargs`` are arguments
+                of :meth:`generate_model_card`, and ``ignore_patterns="README.md"`` keeps the card that is on the hub.
         """
         card = {"repo_id": repo_id} | (options.pop("model_card_kwargs", None) or {})
         return super().push_to_hub(repo_id, model_card_kwargs=card, **options)
@@ -113,7 +113,7 @@ class HubModel(PyTorchModelHubMixin, library_name="fourm", tags=["4m"], model_ca
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, *arguments: Any, **options: Any) -> Any:
-        """Load a model from a folder, from a ``.safetensors`` file with the configuration in its header, or from the hub.
+        """Load a model from a folder, a ``.safetensors`` file with the configuration in its header, or the hub.
 
         Raises:
             UserError: If there is no model, or its files are damaged, malformed, or do not fit together.
@@ -186,7 +186,7 @@ class Hub4M(HubModel):
 
     @staticmethod
     def published(config: dict[str, Any]) -> dict[str, Any]:
-        """Return the configuration to publish: files store tied weights under each of their names, so they are untied."""
+        """Return the configuration to publish: untied, because files store tied weights under each of their names."""
         return {key: value for key, value in config.items() if key != "share_embedding"}
 
     @classmethod

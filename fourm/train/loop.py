@@ -70,7 +70,7 @@ class Trainer:
                 with phase("forward"), autocast(config, parallel.device):
                     losses = task.loss(wrapped, inputs)
                 with phase("backward"):
-                    # 0 · loss is 0, or NaN if the loss is not finite: the gradients are then NaN, and all processes skip.
+                    # 0 · loss is 0, or NaN if the loss is not finite: then the gradients are NaN, and all ranks skip.
                     scale = self.gradient_step.scale / len(batches) + 0 * losses.total.detach()
                     (losses.total * scale).backward()
             statistics = add(statistics, {name: value.detach() for name, value in losses.statistics.items()})

@@ -15,7 +15,8 @@ FSDP, ZeRO-3   4 P/W + c (E + 2 B)                    4 P/W + (4 + c) B         
 Under DDP, c counts the copies that autocast makes. FSDP gathers parameters in c bytes; with ZeRO-3 these are the ones
 outside of the blocks, a block and the next one. The gradients of a block wait to be reduced; with ``accum_iter`` the
 whole gradient waits, in the bytes of ``fsdp_reduce_dtype``. A moving average of the weights adds 4 P to the parameters,
-under FSDP 4 P/W. Muon keeps 4 bytes instead of 8 for the matrices of the blocks. Fragmentation of the allocator, communication buffers and CUDA itself are not included.
+under FSDP 4 P/W. Muon keeps 4 bytes instead of 8 for the matrices of the blocks. Fragmentation of the allocator,
+communication buffers and CUDA itself are not included.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ def load_safetensors(path: str | Path, return_config: bool = True) -> Any:
         return_config: Whether to return the configuration, too.
 
     Returns:
-        The state dict and the configuration, or the state dict alone. The configuration is empty if the header has none.
+        The state dict and the configuration, which is empty if the header has none, or the state dict alone.
 
     Raises:
         UserError: If the file does not exist or is damaged.

@@ -1,9 +1,10 @@
-"""A tokenizer that decodes with Stable Diffusion and a ControlNet (https://arxiv.org/abs/2302.05543), which reads the tokens.
+"""A tokenizer that decodes with Stable Diffusion and a ControlNet, which reads the tokens.
 
-The models are those of diffusers and transformers. Only safetensors files of Stable Diffusion are read.
+ControlNets are described in https://arxiv.org/abs/2302.05543. The models are those of diffusers and transformers. Only
+safetensors files of Stable Diffusion are read.
 
-Shapes: B images, H x W pixels, h x w tokens, L latent width, Z x Z positions of Stable Diffusion's latents, with Z = H/8,
-T = 77 tokens of a text, E width of their embedding.
+Shapes: B images, H x W pixels, h x w tokens, L latent width, Z x Z positions of Stable Diffusion's latents, with
+Z = H/8, T = 77 tokens of a text, E width of their embedding.
 """
 
 from __future__ import annotations
@@ -136,8 +137,8 @@ class ControlledUNet(nn.Module):
             cond_mask: (B, h, w) bool; latents at True count as unknown.
             text: (B, T, E) from :meth:`encode_text`; None for the empty text.
             cond_scale: The weight of the ControlNet.
-            unconditional: Ignore the text, and all of the ControlNet except its output for the middle of the UNet, as in the
-                published guidance.
+            unconditional: Ignore the text, and all of the ControlNet except its output for the middle of the UNet, as
+                in the published guidance.
 
         Returns:
             (B, 4, Z, Z).

@@ -1,8 +1,8 @@
 """Choose the crops of an image that are tokenized, and read their pixels in worker processes.
 
-A crop is (top, left, height, width, flip) in pixels of the original image (method: aligned augmentation). It depends only on
-the seed, the key of the sample and the size of the image, so that all modalities get the same crops, in whatever order they
-are tokenized.
+A crop is (top, left, height, width, flip) in pixels of the original image (method: aligned augmentation). It depends
+only on the seed, the key of the sample and the size of the image, so that all modalities get the same crops, in
+whatever order they are tokenized.
 """
 
 from __future__ import annotations

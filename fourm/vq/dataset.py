@@ -1,8 +1,8 @@
 """A data set of images whose tokens are computed part by part.
 
-Each shard ``root/MODALITY/NAME.tar`` is a part, and the results for its images become a shard of the same name. All the files
-``root/MODALITY/FOLDER/KEY.EXT`` together are one part, with one file of results per image. A file gets its final name only
-when it is complete, and a part is *pending* until all of its files exist.
+Each shard ``root/MODALITY/NAME.tar`` is a part, and the results for its images become a shard of the same name. All the
+files ``root/MODALITY/FOLDER/KEY.EXT`` together are one part, with one file of results per image. A file gets its final
+name only when it is complete, and a part is *pending* until all of its files exist.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path
 
 PIXELS, MAIN = "pixels", "main"
-"""Members of a sample: the image that is tokenized, and another image whose pixels the crops refer to, if there is one."""
+"""Members of a sample: the image that is tokenized, and the image whose pixels the crops refer to, if it is another."""
 
 _REMOVE_CROPS = "remove crop_settings and all tokens made with it, and tokenize again"
 
@@ -37,7 +37,7 @@ Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
 
 
 StoredCrops: TypeAlias = np.ndarray | BadSample
-"""The crops (K, 5) of a sample, or the error of their file. They are not drawn anew, because tokens were made with them."""
+"""The crops (K, 5) of a sample, or the error of their file. As tokens were made with them, they are not drawn anew."""
 
 
 class ImageSet(ABC):
@@ -248,7 +248,7 @@ def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tupl
 
 
 def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
-    # With a fixed time, the same content gives the same file. TarWriter would treat a path as a URL, which may be a command.
+    # With a fixed time, the same content gives the same file. TarWriter takes a path for a URL, which may be a command.
     with path.open("wb") as file, TarWriter(file, mtime=0) as tar:
         for key, array in arrays:
             tar.write({"__key__": key, "npy": _npy(array)})

@@ -1,9 +1,9 @@
 """Noise schedules and sampling for tokenizers that decode by diffusion, with the schedulers of diffusers.
 
-A picture x0 is noised to x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε with noise ε, and ᾱ falls from almost 1 to 0 over T time steps. From
-x_t, a network predicts x0 ("sample"), ε ("epsilon") or v = √ᾱ_t ε - √(1 - ᾱ_t) x0 ("v_prediction", Salimans & Ho,
-https://arxiv.org/abs/2202.00512). As proposed by Lin et al. (https://arxiv.org/abs/2305.08891), ᾱ ends at 0 and sampling
-begins at the last step.
+A picture x0 is noised to x_t = √ᾱ_t x0 + √(1 - ᾱ_t) ε with noise ε, and ᾱ falls from almost 1 to 0 over T time steps.
+From x_t, a network predicts x0 ("sample"), ε ("epsilon") or v = √ᾱ_t ε - √(1 - ᾱ_t) x0 ("v_prediction", Salimans & Ho,
+https://arxiv.org/abs/2202.00512). As proposed by Lin et al. (https://arxiv.org/abs/2305.08891), ᾱ ends at 0 and
+sampling begins at the last step.
 
 Shapes: B images, C channels, H x W pixels, N_H x N_W tokens.
 """
@@ -32,7 +32,7 @@ PREDICTIONS = ("sample", "epsilon", "v_prediction")
 SPACINGS = ("trailing", "leading", "linspace")
 
 Generators = torch.Generator | list[torch.Generator] | None
-"""The source of the noise of a batch: one generator, one generator per picture, or None for torch's global generator."""
+"""The source of the noise of a batch: one generator, one per picture, or None for torch's global generator."""
 
 
 def diffusers() -> ModuleType:
@@ -132,8 +132,8 @@ def set_steps(scheduler: Any, steps: int) -> None:
         raise UserError(f"the number of decoding steps must be from 1 to {total}, not {steps}")
     scheduler.set_timesteps(steps)
     if isinstance(scheduler, diffusers().DDIMScheduler) and scheduler.config.timestep_spacing == "trailing":
-        # The width of a DDIM step is an integer. If it does not divide T, the steps of diffusers would not begin where the
-        # previous ones end.
+        # The width of a DDIM step is an integer. If it does not divide T, the steps of diffusers would not begin where
+        # the previous ones end.
         scheduler.timesteps = torch.arange(total, 0, -(total // steps)) - 1
 
 
@@ -141,8 +141,8 @@ def generators(seed: int | Sequence[int] | None, generator: Generators, batch: i
     """Return the source of the noise of ``batch`` pictures.
 
     Args:
-        seed: One seed per picture, or the seed of the first picture, from which the others count up. The noise of a picture
-            depends only on its own seed.
+        seed: One seed per picture, or the seed of the first picture, from which the others count up. The noise of a
+            picture depends only on its own seed.
         generator: A generator, instead of a seed.
         batch: The number of pictures.
 
@@ -184,7 +184,7 @@ def sample(
     """
     from diffusers.utils.torch_utils import randn_tensor
 
-    # Without a generator the noise is drawn on the CPU too, so that torch.manual_seed has the same effect on all devices.
+    # Without a generator the noise is drawn on the CPU, too: torch.manual_seed has the same effect on all devices.
     source = generator[0] if isinstance(generator, list) else generator
     x = randn_tensor(tuple(shape), generator, source.device if source else torch.device("cpu"), torch.float32)
     x = x.to(device) * scheduler.init_noise_sigma

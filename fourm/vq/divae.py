@@ -35,7 +35,7 @@ from fourm.vq.weights import Shapes
 from fourm.vq.winograd import fast_convolutions
 
 _TWINS = ("decoder.downsample_mid.conv.", "decoder.downsample_mid.Conv2d_0.")
-"""Prefixes of the two names of one convolution of a U-ViT in diffusers; safetensors files may contain either of them."""
+"""Prefixes of the two names of one convolution of a U-ViT in diffusers; safetensors files may contain either."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,7 @@ class DiffusionVQ(VQ):
     masked_cfg_high: int | None
 
     def hidden_tokens(self, quant: Tensor) -> Tensor | None:
-        """Draw the tokens of latents (B, L, h, w) to hide from the decoder in a training step: (B, h, w) bool, or None."""
+        """Draw which tokens of latents (B, L, h, w) a training step hides from the decoder: (B, h, w) bool, or None."""
         if not self.training or not self.cls_free_guidance_dropout:
             return None
         batch, _, height, width = quant.shape
@@ -206,8 +206,8 @@ class DiVAE(DiffusionVQ):
             verbose: Show a progress bar.
             scheduler_timesteps_mode: "trailing", "leading" or "linspace".
             orig_res: Ignored.
-            seed: One seed per image, or the seed of the first image, from which the others count up, instead of a generator.
-                The noise of an image then depends only on its own seed.
+            seed: One seed per image, or the seed of the first image, from which the others count up, instead of a
+                generator. The noise of an image then depends only on its own seed.
             dtype: The precision of the decoder, such as ``torch.bfloat16``; None for that of its weights.
 
         Returns:

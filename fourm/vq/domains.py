@@ -14,8 +14,8 @@ class Domain:
 
     Attributes:
         channels: The number of channels of the encoder's input; for class maps, the width of the embedding of a class.
-        kind: ``picture`` for pixels, ``classes`` for class ids, ``mask`` for masks of one instance in [0, 1], ``map`` for
-            features of another network with one vector per patch, and ``vector`` for a single vector.
+        kind: ``picture`` for pixels, ``classes`` for class ids, ``mask`` for masks of one instance in [0, 1], ``map``
+            for features of another network with one vector per patch, and ``vector`` for a single vector.
         labels: The number of classes of class maps; class 0 is "none".
         transform: Key of ``MODALITY_TRANSFORMS``; None for the name of the domain.
         network: The network of timm that extracts the features from RGB images; None reads them from files.

@@ -60,8 +60,8 @@ class TokenizerEvaluationOptions(ImageDataOptions):
                 raise UserError(f"'{name}' compares pictures with values in [-1, 1], which {self.domain} is not")
         if self.ms_ssim and self.evaluated_sizes()[-1] < MS_SSIM_SIDE:
             raise UserError(
-                f"'ms_ssim' needs pictures of at least {MS_SSIM_SIDE} pixels, because it compares them at five scales; set "
-                f"'input_size_eval', or leave it out (the largest evaluated size is {self.evaluated_sizes()[-1]})"
+                f"'ms_ssim' needs pictures of at least {MS_SSIM_SIDE} pixels, because it compares them at five scales; "
+                f"set 'input_size_eval', or leave it out (the largest evaluated size is {self.evaluated_sizes()[-1]})"
             )
 
 

@@ -39,8 +39,8 @@ class FeatureCodebookConfig(TokenizerConfig):
 class FeatureCodebook(Codebook):
     """Vector quantization of the features of a frozen network, compared by their direction.
 
-    The input is RGB in [-1, 1]; decoding returns features (B, D, h, w) of unit length. The weights of the network are part of
-    the tokenizer.
+    The input is RGB in [-1, 1]; decoding returns features (B, D, h, w) of unit length. The weights of the network are
+    part of the tokenizer.
 
     Args:
         config: The configuration.

@@ -32,12 +32,12 @@ class FeatureOptions(Options):
 class FeatureNetwork(nn.Module):
     """A frozen vision transformer that computes the final features of pictures, which must be standardised for it.
 
-    Its final norm is applied to every patch, and so is its projection to the space in which CLIP compares pictures and texts,
-    if it has one.
+    Its final norm is applied to every patch, and so is its projection to the space in which CLIP compares pictures and
+    texts, if it has one.
 
     Args:
         network: A network of timm, with its weights.
-        single: Return the features of the class token, which stand for the whole picture, instead of those of the patches.
+        single: Return the features of the class token, which stand for the whole picture, not those of the patches.
     """
 
     def __init__(self, network: Any, single: bool = False):

@@ -79,8 +79,8 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
         The codebook, and how well it fits.
 
     Raises:
-        UserError: The options contradict each other or the images, there are fewer items than codes, or ``output`` cannot be
-            written.
+        UserError: The options contradict each other or the images, there are fewer items than codes, or ``output``
+            cannot be written.
     """
     load_plugin(options.plugin)
     check_output(options.output)
@@ -144,6 +144,6 @@ def main(argv: list[str] | None = None) -> None:
     options = parse_options(FitOptions, argv, "Fit a codebook, of patches or of features, to the images of a data set.")
     _, report = fit_codebook(options)
     print(
-        f"{options.output}: {report.used_codes} of {options.vocab_size} codes in use, perplexity {report.perplexity:.0f}, "
-        f"{report.error:.1%} of the variance left"
+        f"{options.output}: {report.used_codes} of {options.vocab_size} codes in use, "
+        f"perplexity {report.perplexity:.0f}, {report.error:.1%} of the variance left"
     )

@@ -15,9 +15,9 @@ _SCORES = 2**22  # number of vector-code pairs that are compared at a time: 16 M
 _ITEMS_PER_CODE = 8  # in a mini-batch, and in the items from which the seeds are chosen
 _SMALLEST_BATCH = 1024
 _SEED_ROUNDS = 64
-# Decay of the counts per mini-batch, because old mini-batches were averaged around codes that have moved since. Lower values
-# follow the noise of a mini-batch. With 512 codes for 8x8 patches of four photographs, the error is 0.0528 for a decay of 1,
-# 0.0514 for 0.9 and 0.0558 for 0.5.
+# Decay of the counts per mini-batch, because old mini-batches were averaged around codes that have moved since. Lower
+# values follow the noise of a mini-batch. With 512 codes for 8x8 patches of four photographs, the error is 0.0528 for a
+# decay of 1, 0.0514 for 0.9 and 0.0558 for 0.5.
 _DECAY = 0.9
 _SAME = 1e-5  # squared distance below which vectors are considered equal, as a share of the mean squared norm
 
@@ -29,8 +29,8 @@ class KMeansReport:
     Attributes:
         error: The mean squared distance to the nearest code, as a share of the variance of the vectors.
         used_codes: The number of codes that are the nearest code of some vector.
-        perplexity: The exponential of the entropy of the code frequencies, which is the number of equally frequent codes
-            with the same entropy.
+        perplexity: The exponential of the entropy of the code frequencies, which is the number of equally frequent
+            codes with the same entropy.
     """
 
     error: float

@@ -71,7 +71,8 @@ class VQOptions(Options):
         for name, value in used.items() if self.quant_type == "lucid" else ():
             if getattr(self, name) != value:
                 raise UserError(
-                    f"tokenizer: '{name}' {getattr(self, name)} is not supported: no published tokenizer has it; leave it out"
+                    f"tokenizer: '{name}' {getattr(self, name)} is not supported: no published tokenizer has it; "
+                    "leave it out"
                 )
         if self.quant_type == "fsq":
             object.__setattr__(self, "codebook_size", fsq_codebook_size(self.levels))

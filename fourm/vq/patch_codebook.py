@@ -19,8 +19,8 @@ class PatchCodebookConfig(TokenizerConfig):
     """The configuration of a patch codebook.
 
     Attributes:
-        one_hot_classes: The number of classes of maps of class ids (1 channel), whose patches are compared by the classes of
-            their pixels and decoded to the most likely class of each pixel; None for other images.
+        one_hot_classes: The number of classes of maps of class ids (1 channel), whose patches are compared by the
+            classes of their pixels and decoded to the most likely class of each pixel; None for other images.
     """
 
     one_hot_classes: int | None = None

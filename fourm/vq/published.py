@@ -28,8 +28,8 @@ def get_image_tokenizer(
     """Load a learned tokenizer in evaluation mode, and the options that it was trained with.
 
     Args:
-        tokenizer_id: Names the file ``tokenizers_root/tokenizer_id.pth``, which is read without running code in it. If there
-            is no such file, any ``place`` of :func:`fourm.vq.load_tokenizer`.
+        tokenizer_id: Names the file ``tokenizers_root/tokenizer_id.pth``, which is read without running code in it. If
+            there is no such file, any ``place`` of :func:`fourm.vq.load_tokenizer`.
         tokenizers_root: The folder of the files.
         encoder_only: Load a :class:`VQ`, which can only tokenize.
         device: The device of the tokenizer.

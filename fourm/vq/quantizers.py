@@ -1,8 +1,8 @@
 """Quantizers map latents to token ids, and token ids to the latents that a decoder reads.
 
-They know nothing about processes. In training, a forward pass returns *statistics*. The training loop sums them over the
-micro-batches and processes of a step and passes the sums to :meth:`Quantizer.update`, so that all processes have the same
-codebook as a single process with the whole batch.
+They know nothing about processes. In training, a forward pass returns *statistics*. The training loop sums them over
+the micro-batches and processes of a step and passes the sums to :meth:`Quantizer.update`, so that all processes have
+the same codebook as a single process with the whole batch.
 
 Shapes: B images, L latent width, h x w positions, n = B h w latents, K codes, G codebooks.
 """
@@ -28,8 +28,8 @@ _SCORES = 2**24  # number of latent-code pairs that are compared at a time, 64 M
 class Part:
     """The number ``index`` of a micro-batch among the ``count`` micro-batches of a step, over all processes.
 
-    Each micro-batch proposes latents as replacements of dead codes. The proposals are collected by a sum, for which each
-    micro-batch fills rows of its own.
+    Each micro-batch proposes latents as replacements of dead codes. The proposals are collected by a sum, for which
+    each micro-batch fills rows of its own.
     """
 
     index: int = 0
@@ -112,17 +112,17 @@ class CosineCodebook(nn.Module):
 class LucidQuantizer(Quantizer):
     """A codebook whose codes follow the mean direction of the latents that choose them (arXiv 1711.00937, 2110.04627).
 
-    Latents choose a code by its direction but are replaced by the code itself, whose length is below 1 if the directions
-    of its latents differ.
+    Latents choose a code by its direction but are replaced by the code itself, whose length is below 1 if the
+    directions of its latents differ.
 
     Args:
         codebook_size: K.
         latent_dim: L.
         ema_decay: The share of the old codes in the new ones.
         commitment_weight: The weight of the loss that pulls latents to their codes.
-        threshold_ema_dead_code: A code that fewer latents per step choose, on average, is replaced by one of the latents of
-            the step; 0 keeps all codes. The average starts at 0, so that the first steps replace most codes, which
-            initialises them.
+        threshold_ema_dead_code: A code that fewer latents per step choose, on average, is replaced by one of the
+            latents of the step; 0 keeps all codes. The average starts at 0, so that the first steps replace most codes,
+            which initialises them.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class LucidQuantizer(Quantizer):
 
     @torch.no_grad()
     def _statistics(self, directions: Tensor, ids: Tensor, part: Part) -> dict[str, Tensor]:
-        """Return the number of latents that chose each code, the sums of their directions, and candidates for dead codes.
+        """Return how many latents chose each code, the sums of their directions, and candidates for dead codes.
 
         The candidates (K, L) are latents of the whole step, of which each micro-batch fills rows of its own.
         """
@@ -193,8 +193,8 @@ class LucidQuantizer(Quantizer):
 class MemcodesQuantizer(Quantizer):
     """Several codebooks of keys and values that are learned by gradient descent.
 
-    The latent is split into one part per codebook, and each part retrieves the value of its best key. Training adds Gumbel
-    noise to the scores (arXiv 1611.01144).
+    The latent is split into one part per codebook, and each part retrieves the value of its best key. Training adds
+    Gumbel noise to the scores (arXiv 1611.01144).
 
     Args:
         codebook_size: K.
@@ -261,12 +261,12 @@ _FSQ_RANGE = 1.5  # FSQ penalises latents beyond it
 class FSQ(Quantizer):
     """Finite scalar quantization (arXiv 2309.15505): each channel of the latent is rounded to one of a few levels.
 
-    It is recommended for new tokenizers, because it has no codebook to learn and no dead codes. Its one risk is that all
-    latents drift to where tanh is flat, for example while the decoder learns the mean of the images through them; then they
-    share one code for good. The loss prevents this: it is the mean square of the part of each channel beyond ±1.5, where
-    tanh is 0.9, and is 0 for latents that use their levels. K is the product of the levels. Table 1 of the paper recommends
-    at least 5 levels per channel: 8, 6, 5 for about 2^8 codes; 8, 5, 5, 5 for 2^10; 7, 5, 5, 5, 5 for 2^12; 8, 8, 8, 6, 5
-    for 2^14.
+    It is recommended for new tokenizers, because it has no codebook to learn and no dead codes. Its one risk is that
+    all latents drift to where tanh is flat, for example while the decoder learns the mean of the images through them;
+    then they share one code for good. The loss prevents this: it is the mean square of the part of each channel beyond
+    ±1.5, where tanh is 0.9, and is 0 for latents that use their levels. K is the product of the levels. Table 1 of the
+    paper recommends at least 5 levels per channel: 8, 6, 5 for about 2^8 codes; 8, 5, 5, 5 for 2^10; 7, 5, 5, 5, 5 for
+    2^12; 8, 8, 8, 6, 5 for 2^14.
 
     Args:
         levels: The number of levels of each of the L channels.
@@ -283,7 +283,7 @@ class FSQ(Quantizer):
         self._weight = commitment_weight
         self.codebook_size = fsq_codebook_size(levels)
         self._levels = tuple(levels)
-        # The levels follow from the configuration, so that they are in no file, and have values even on the meta device.
+        # The levels follow from the configuration: they are in no file, and have values even on the meta device.
         self.register_buffer("levels", torch.tensor(levels, dtype=torch.float32, device="cpu"), persistent=False)
 
     def reset_parameters(self) -> None:
@@ -322,7 +322,8 @@ def fsq_codebook_size(levels: Sequence[int]) -> int:
     size = math.prod(levels)
     if not levels or min(levels) < 3 or size >= 2**31:
         raise UserError(
-            f"'levels' must be numbers of at least 3 whose product is below 2^31, such as [8, 5, 5, 5], not {list(levels)}"
+            f"'levels' must be numbers of at least 3 whose product is below 2^31, such as [8, 5, 5, 5], "
+            f"not {list(levels)}"
         )
     return size
 

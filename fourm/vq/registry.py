@@ -49,9 +49,9 @@ def load_tokenizer(place: str | Path, device: str | torch.device = "cpu", encode
     """Load a codebook or a learned tokenizer, in evaluation mode.
 
     Args:
-        place: A folder with ``config.json`` and ``model.safetensors``, a run folder (the newest checkpoint is used while the
-            run is unfinished), a ``.safetensors`` file with the configuration in its header, a published ``.pth`` file, the
-            ``s3://`` URL of one of these, or an id on the Hugging Face hub.
+        place: A folder with ``config.json`` and ``model.safetensors``, a run folder (the newest checkpoint is used
+            while the run is unfinished), a ``.safetensors`` file with the configuration in its header, a published
+            ``.pth`` file, the ``s3://`` URL of one of these, or an id on the Hugging Face hub.
         device: The device of the tokenizer.
         encoder_only: Load only the encoder and the quantizer of a learned tokenizer.
 

@@ -1,7 +1,7 @@
 """Tokenizes the images of a data set: writes tokens (crops, tokens) for each image, and the crops that they stand for.
 
-Results that already exist are kept, so that an interrupted run can simply be started again. ``.made_with.json`` in the output
-folder records how its tokens were made; a run with other options does not add to them.
+Results that already exist are kept, so that an interrupted run can simply be started again. ``.made_with.json`` in the
+output folder records how its tokens were made; a run with other options does not add to them.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> To
     """Determine how the input of ``tokenizer`` is read.
 
     Raises:
-        UserError: The modality of the tokenizer is not known, it does not tokenize images, or ``options`` do not fit it.
+        UserError: The modality of the tokenizer is unknown, it does not tokenize images, or ``options`` do not fit it.
     """
     info = tokenizer.info
     modality = info.modality or options.modality
@@ -162,8 +162,8 @@ def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> To
         return TokenizerInput(folder, output, size, rgb, network)
     if options.main_modality is None:
         raise UserError(
-            "'main_modality' is not set: name the folder of the pictures that the features in files were made of, because "
-            "crops are measured in their pixels"
+            "'main_modality' is not set: name the folder of the pictures that the features in files were made of, "
+            "because crops are measured in their pixels"
         )
     if not tokenizer.takes_vectors and size % info.patch_size:
         raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
@@ -186,8 +186,8 @@ def save_tokens(options: SaveTokensOptions) -> int:
         The number of images that were tokenized, or that would be with ``dry_run``.
 
     Raises:
-        UserError: The options contradict each other or the existing tokens, more than ``max_bad_fraction`` of the images
-            cannot be read, or a value breaks the contract of the modality.
+        UserError: The options contradict each other or the existing tokens, more than ``max_bad_fraction`` of the
+            images cannot be read, or a value breaks the contract of the modality.
     """
     load_plugin(options.plugin)
     rank, world_size, local_rank = torchrun_ranks()
@@ -270,7 +270,8 @@ def _feature_network(
     channels = features(torch.zeros(1, 3, patch, patch, device=tokenizer.device)).shape[1]
     if channels != tokenizer.num_channels:
         raise UserError(
-            f"'feature_network': {source.network} gives {channels} features, but the tokenizer takes {tokenizer.num_channels}"
+            f"'feature_network': {source.network} gives {channels} features, but the tokenizer "
+            f"takes {tokenizer.num_channels}"
         )
     return features
 
@@ -329,7 +330,7 @@ def _digest(weights: Path) -> str:
 
 
 def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
-    """Check that ``folder`` contains nothing but tokens, and that those of the parts ``kept`` were made with these options.
+    """Check that ``folder`` contains nothing but tokens, and that the parts ``kept`` were made with these options.
 
     Raises:
         UserError: It contains other files or other tokens.
@@ -341,8 +342,8 @@ def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / RECORD} is damaged, so nobody knows how its tokens were made: use another output_modality, or remove "
-            "this folder"
+            f"{folder / RECORD} is damaged, so nobody knows how its tokens were made: use another output_modality, "
+            "or remove this folder"
         ) from error
     except FileNotFoundError:
         if folder.is_dir() and any(not path.name.startswith(".") for path in folder.iterdir()):

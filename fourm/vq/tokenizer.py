@@ -65,8 +65,8 @@ class TokenizerConfig:
 class ImageTokenizer(nn.Module, ABC):
     """The base class of tokenizers.
 
-    A subclass sets ``kind`` and ``Config``, is built from a config, keeps everything that it learns in its state dict, and is
-    listed in ``fourm.vq.registry``. Inputs and outputs have the values that the modality's transform gives them
+    A subclass sets ``kind`` and ``Config``, is built from a config, keeps everything that it learns in its state dict,
+    and is listed in ``fourm.vq.registry``. Inputs and outputs have the values that the modality's transform gives them
     (``fourm.vq.crops.tokenizer_transform``).
 
     Attributes:
@@ -75,8 +75,8 @@ class ImageTokenizer(nn.Module, ABC):
         input_patch: The side length of the part of the input that becomes a token; 1 if the input is a map of features.
         takes_vectors: Whether a sample is a single vector, (D, 1, 1).
         num_codebooks: G, the number of ids for each place.
-        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read from
-            files, and empty if that is not known.
+        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read
+            from files, and empty if that is not known.
         picture_options: The options of :meth:`decode_tokens` for pictures to look at.
     """
 
@@ -98,7 +98,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     @abstractmethod
     def tokenize(self, x: Tensor) -> Tensor:
-        """Tokenize images, (B, C, H, W) float → ids (B, h, w) int64 in [0, vocab_size); (B, G, h, w) with G codebooks."""
+        """Tokenize images (B, C, H, W) float → ids (B, h, w), or (B, G, h, w) with G codebooks, in [0, vocab_size)."""
 
     @abstractmethod
     def decode_tokens(self, ids: Tensor, /) -> Tensor:
@@ -119,7 +119,7 @@ class ImageTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
-        """Decode ids on any device to float32 on the CPU, by :meth:`decode_tokens` with ``picture_options`` and ``options``."""
+        """Decode ids on any device to float32 on the CPU, with ``picture_options``, which ``options`` override."""
         return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:

@@ -121,8 +121,8 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
         sizes = list(range(self.input_size_min, self.input_size_max + 1, self.resolution_step))
         if not sizes or sizes[-1] != self.input_size_max:
             raise UserError(
-                f"'input_size_max' {self.input_size_max} must be input_size_min {self.input_size_min} plus a multiple of "
-                f"resolution_step {self.resolution_step}"
+                f"'input_size_max' {self.input_size_max} must be input_size_min {self.input_size_min} plus a multiple "
+                f"of resolution_step {self.resolution_step}"
             )
         return sizes
 

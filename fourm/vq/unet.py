@@ -1,6 +1,6 @@
 """The UNet of DiVAE: the one of Dhariwal & Nichol (2021, https://arxiv.org/abs/2105.05233) on patches of 4x4 pixels.
 
-It predicts a picture from a noised one and the latents of its tokens. Names of layers are those of the published weights.
+It predicts a picture from a noised one and the latents of its tokens. Layers are named as in the published weights.
 
 Shapes: B images, C channels, H x W pixels, h x w = H/4 x W/4 patches, L numbers in a token's latent, D features,
 T numbers that embed the time step.

@@ -1,10 +1,10 @@
 """A U-ViT: convolutions at high resolutions and a transformer at the lowest one (https://arxiv.org/abs/2301.11093).
 
-It predicts a picture from a noised one and the latents of its tokens. The convolutional blocks are those of diffusers, and
-the layers have their published names.
+It predicts a picture from a noised one and the latents of its tokens. The convolutional blocks are those of diffusers,
+and the layers have their published names.
 
-Shapes: B images, C channels, H x W pixels, h x w = H/16 x W/16 positions of the transformer, L latent width, D width of the
-transformer, F channels of the lowest convolutions, T width of the embedding of the time step.
+Shapes: B images, C channels, H x W pixels, h x w = H/16 x W/16 positions of the transformer, L latent width, D width of
+the transformer, F channels of the lowest convolutions, T width of the embedding of the time step.
 """
 
 from __future__ import annotations

@@ -52,8 +52,8 @@ def vit_size(name: str) -> ViTSize:
     if size is None:
         known = [*SIZES, *(f"{size}_{side}" for side in ("enc", "dec") for size in SIZES)]
         raise UserError(
-            f"unknown vision transformer '{name}'{did_you_mean(name, known)}; there are {', '.join(SIZES)}, and sizes of "
-            "your own such as vit/B_3-Wi_192-H_6"
+            f"unknown vision transformer '{name}'{did_you_mean(name, known)}; there are {', '.join(SIZES)}, and sizes "
+            "of your own such as vit/B_3-Wi_192-H_6"
         )
     return size
 

@@ -1,8 +1,8 @@
 """Learned tokenizers (arXiv 2312.06647, section 2 and appendix): an encoder, a quantizer and a decoder.
 
 All share the encoder and the quantizer of :class:`VQ`. :class:`VQVAE` decodes with a plain network, :class:`DiVAE` and
-:class:`VQControlNet` decode by diffusion. The arguments, the methods and the names of the weights are those of the published
-tokenizers.
+:class:`VQControlNet` decode by diffusion. The arguments, the methods and the names of the weights are those of the
+published tokenizers.
 
 Shapes: B images, C channels, H x W pixels, h x w tokens, L latent width, G codebooks.
 """
@@ -172,7 +172,8 @@ class VQ(ImageTokenizer, HubModel, tags=["tokenizer"]):
         """
         if self.n_labels and (x.min() < 0 or x.max() >= self.n_labels):
             raise DataError(
-                f"class ids of {self.modality_name} must be below n_labels = {self.n_labels}, not {x.min():.0f} to {x.max():.0f}"
+                f"class ids of {self.modality_name} must be below n_labels = {self.n_labels}, "
+                f"not {x.min():.0f} to {x.max():.0f}"
             )
         return self.quantized(x).ids
 
@@ -407,7 +408,7 @@ def _build_quantizer(options: VQOptions) -> Quantizer:
 
 
 def _vit_of_file(side: str, config: Mapping[str, Any], shapes: Shapes) -> dict[str, str]:
-    """Return the type of the encoder (``enc``) or decoder (``dec``) as an option, unless the configured one is right."""
+    """Return the type of the encoder (``enc``) or decoder (``dec``) as an option if the configured one is not right."""
     root = f"{side}oder"
     dim, depth = shapes[f"{root}.pos_emb"][1], _count(f"{root}.blocks.", shapes)
     configured = config.get(f"{side}_type")

@@ -1,8 +1,9 @@
 """3x3 convolutions with a quarter of the multiplications, for decoding on a CPU.
 
-Winograd's algorithm F(4x4, 3x3) (Lavin & Gray, https://arxiv.org/abs/1509.09308): a tile of 6x6 inputs and the 3x3 weights
-are transformed to 36 numbers each, whose products, summed over the channels, are transformed to a tile of 4x4 outputs. The
-sums over channels are matrix products. The rounding errors are about five times those of a direct convolution in float32.
+Winograd's algorithm F(4x4, 3x3) (Lavin & Gray, https://arxiv.org/abs/1509.09308): a tile of 6x6 inputs and the 3x3
+weights are transformed to 36 numbers each, whose products, summed over the channels, are transformed to a tile of 4x4
+outputs. The sums over channels are matrix products. The rounding errors are about five times those of a direct
+convolution in float32.
 
 Shapes: B images, C and D input and output channels, H x W positions, R x S = H/4 x W/4 tiles.
 """
@@ -22,9 +23,9 @@ from torch import Tensor, nn
 _TILE, _INPUT = 4, 6
 """Side lengths of a tile of outputs and of the inputs that it depends on."""
 _POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
-"""Points, besides infinity, at which the polynomials are evaluated; the rounding error is a quarter of that with the usual points."""
+"""Where the polynomials are evaluated, besides infinity. The usual points give four times the rounding error."""
 _MIN_SIDE = 20
-"""Smaller maps have so few tiles that reading the transformed weights, which are four times as large, takes too long."""
+"""Smaller maps have so few tiles that reading the transformed weights, four times as large, takes too long."""
 
 _transformed: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("_transformed", default=None)
 
@@ -88,7 +89,7 @@ def _transform_weight(weight: Tensor) -> Tensor:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """Convolve x, (B, C, H, W) → (B, D, H, W) with channels last in memory; see :func:`_transform_weight` for the weight."""
+    """Convolve x (B, C, H, W) → (B, D, H, W), channels last in memory, with a result of :func:`_transform_weight`."""
     batch, channels, height, width = x.shape
     rows, columns = -(-height // _TILE), -(-width // _TILE)
     x = x.permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""An S3 store of its own process on the loopback interface, and a proxy in front of it that makes what goes wrong go wrong."""
+"""An S3 store in a process of its own on the loopback interface, and a proxy in front of it that makes it fail."""
 
 from __future__ import annotations
 

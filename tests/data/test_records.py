@@ -331,7 +331,7 @@ def hub(tmp_path, monkeypatch):
     import datasets
     import pyarrow.parquet
 
-    # It waits so many seconds after each pass over Parquet, for the threads of pyarrow to end; the passes here are short.
+    # It waits so many seconds after each pass over Parquet for the threads of pyarrow to end; these passes are short.
     monkeypatch.setattr(datasets.config, "SLEEP_TIME_ON_THREADS_SHUTDOWN", 0, raising=False)
     (tmp_path / "space" / "texts").mkdir(parents=True)
     for part in range(2):

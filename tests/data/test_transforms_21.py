@@ -1,4 +1,4 @@
-"""People, instances, embeddings, grids, scalars and codebooks: values by hand, and back from the published vocabulary."""
+"""People, instances, embeddings, grids, scalars and codebooks: values by hand, and back from published words."""
 
 import numpy as np
 import pytest

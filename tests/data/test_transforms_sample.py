@@ -89,7 +89,8 @@ def test_tokens_captions_pixels_and_boxes_follow_the_same_stored_crop():
         index = int(out["tok_rgb@224"][0])
         seen.add(index)
         assert (out["tok_semseg@224"] == index + 10).all() and out["caption"] == ("zero", "one", "two")[index]
-        # Crop 1 sees columns 40-80 of 0-80, mirrored; rows 48-80 of 0-80. Crop 2: columns 80-120 of 80-160, rows 48-96 of 40-120.
+        # Crop 1 sees columns 40-80 of 0-80, mirrored, and rows 48-80 of 0-80.
+        # Crop 2 sees columns 80-120 of 80-160, and rows 48-96 of 40-120.
         det = {
             0: "v0=100 v1=480 v2=899 v3=959 cat",
             1: "v0=0 v1=599 v2=500 v3=999 cat",

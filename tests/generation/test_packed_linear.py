@@ -1,4 +1,4 @@
-"""Packed weights give the results of plain ones, follow every change of the weights, and are used only where they can be."""
+"""Packed weights give the results of plain ones, follow every change of them, and are used only where they can be."""
 
 import copy
 

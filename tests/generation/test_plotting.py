@@ -148,7 +148,8 @@ def test_without_matplotlib_only_plotting_fails_and_says_what_to_install(tmp_pat
         "from fourm.generation import Decoded, as_image, plot\n"
         "from fourm.utils.errors import MissingDependency\n"
         "assert as_image(Decoded('rgb', np.zeros((2, 2, 3), np.uint8))) is not None\n"
-        "for draw in (lambda: plot({'caption': Decoded('caption', 'a cup')}), lambda: as_image(Decoded('depth', np.eye(3)))):\n"
+        "caption, depth = Decoded('caption', 'a cup'), Decoded('depth', np.eye(3))\n"
+        "for draw in (lambda: plot({'caption': caption}), lambda: as_image(depth)):\n"
         "    try:\n        draw()\n"
         "    except MissingDependency as error:\n        print(error)"
     )

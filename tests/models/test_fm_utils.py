@@ -115,5 +115,8 @@ def test_paths_are_dropped_as_timm_does_it_with_the_same_random_numbers(drop_pro
 
 def test_only_who_needs_a_network_of_timm_waits_for_its_import():
     """It imports torchvision and the compiler of torch: with them, every command took twice as long to start."""
-    code = "import sys, fourm.train.run, fourm.generation.script, fourm.vq.save_tokens; print({'timm', 'wandb'} & {*sys.modules})"
+    code = (
+        "import sys, fourm.train.run, fourm.generation.script, fourm.vq.save_tokens; "
+        "print({'timm', 'wandb'} & {*sys.modules})"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "set()\n"

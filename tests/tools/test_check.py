@@ -255,7 +255,7 @@ def test_a_transfer_is_checked_as_one(tmp_path, capsys):
 
 
 def write_records(tmp_path, **options):
-    """300 lines of which one cannot be parsed and one has no text, a compressed file that is cut off, and one that is not there."""
+    """Write 300 lines, of which one cannot be parsed and one has no text, and name a truncated and a missing file."""
     lines = [json.dumps({"text": "sample crop dog" + " crop" * (i % 3)}) for i in range(300)]
     lines[5], lines[7] = "{broken", '{"words": "sample"}'
     (tmp_path / "part-0.jsonl").write_text("\n".join(lines))

@@ -27,7 +27,7 @@ def within(name: str) -> bool:
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operations that would wait for a GPU, except those of the selection of tokens, which run on the host."""
+    """Collects the operations that would wait for a GPU, except for the selection of tokens, which runs on the host."""
 
     def __init__(self):
         super().__init__()

@@ -29,9 +29,9 @@ def test_layout_of_the_shipped_vocabulary():
     ids = SHIPPED.get_vocab()
     assert len(ids) == 30_000 and sorted(ids.values()) == list(range(30_000))
     expected = {
-        "[PAD]": 0, "[UNK]": 1, "[SOS]": 2, "[EOS]": 3, "[S_0]": 4, "[S_1]": 5, "[S_199]": 203, "v0=0": 204, "v0=999": 1203,
-        "v1=0": 1204, "v2=0": 2204, "v3=0": 3204, "v3=999": 4203, "airplane": 4204, "baseball bat": 4208, "teddy bear": 4270,
-        "zebra": 4283,
+        "[PAD]": 0, "[UNK]": 1, "[SOS]": 2, "[EOS]": 3, "[S_0]": 4, "[S_1]": 5, "[S_199]": 203,
+        "v0=0": 204, "v0=999": 1203, "v1=0": 1204, "v2=0": 2204, "v3=0": 3204, "v3=999": 4203,
+        "airplane": 4204, "baseball bat": 4208, "teddy bear": 4270, "zebra": 4283,
     }  # fmt: skip
     assert {token: ids[token] for token in expected} == expected
     assert len(COCO_CLASSES) == 80 and list(COCO_CLASSES) == sorted(COCO_CLASSES)

@@ -1,4 +1,4 @@
-"""Models and images that are functions of names and seeds alone, in which numbers of the published code were measured."""
+"""Models and images that depend on names and seeds alone, for which numbers of the published code were measured."""
 
 import zlib
 

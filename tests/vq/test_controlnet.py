@@ -1,4 +1,4 @@
-"""VQControlNet on a tiny, random Stable Diffusion: sampling and guidance against plain loops, what is trained, files."""
+"""VQControlNet on a tiny, random Stable Diffusion: sampling, guidance, what is trained, and files."""
 
 import sys
 

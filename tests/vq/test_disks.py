@@ -1,4 +1,4 @@
-"""Full and read-only disks, for every command that writes: one sentence, nothing half-written, and what was there stays."""
+"""Full and read-only disks, for every command that writes: one sentence, nothing half-written, and nothing lost."""
 
 import contextlib
 import resource

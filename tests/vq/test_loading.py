@@ -322,9 +322,10 @@ from fourm.vq.save_tokens import main
 from fourm.vq.vqvae import VQ, VQVAE
 x = torch.load(sys.argv[1])
 name = "EPFL-VILAB/4M_tokenizers_edge_8k_224-512"
-found = [load_tokenizer(name), VQVAE.from_pretrained(name), VQ.from_pretrained(name), load_tokenizer("me/header"), VQVAE.from_pretrained("me/header")]
+found = [load_tokenizer(name), VQVAE.from_pretrained(name), VQ.from_pretrained(name)]
+found += [load_tokenizer("me/header"), VQVAE.from_pretrained("me/header")]
 torch.save([model.tokenize(x) for model in found], sys.argv[2])
-main(["--tokenizer", "me/header", "--data_root", sys.argv[3], "--task", "rgb", "--num_crops", "1", "--num_workers", "0"])
+main("--tokenizer me/header --task rgb --num_crops 1 --num_workers 0 --data_root".split() + [sys.argv[3]])
 print(found[0].info.modality)
 try:
     load_tokenizer("me/nothing")

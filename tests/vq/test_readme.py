@@ -26,7 +26,10 @@ BLOCKS = re.findall(
 # Nothing is downloaded: a small network of the same kind, with weights of its own.
 DINOV2 = "--vocab_size 8192 --patch_size 14 --backbone vit_base_patch14_dinov2.lvd142m"
 SMALL = "--vocab_size 64 --patch_size 16 --input_size 64 --backbone test_vit --backbone_weights vit.safetensors"
-TRAINED = "--encoder_type vit_s_enc --decoder_type vit_s_dec --patch_size 8 --input_size_min 64 --input_size_max 64 --epochs 100 --batch_size 32 --warmup_epochs 5"
+TRAINED = (
+    "--encoder_type vit_s_enc --decoder_type vit_s_dec --patch_size 8 --input_size_min 64 --input_size_max 64 "
+    "--epochs 100 --batch_size 32 --warmup_epochs 5"
+)
 TINY = TRAINED.replace("vit_s_enc", "vit/B_1-Wi_32-H_2").replace("vit_s_dec", "vit/B_1-Wi_32-H_2").replace("100", "2")
 TINY = TINY.replace("size 32", "size 4").replace("epochs 5", "epochs 0") + " --device cpu --num_workers 1"
 

@@ -115,8 +115,8 @@ def noise_at_random(schedule: Any, clean: Tensor, seeds: Tensor | None) -> tuple
     Args:
         schedule: A scheduler of diffusers.
         clean: (B, C, H, W).
-        seeds: One seed per sample, (B,), with which an evaluation does not depend on the batches; None draws from torch's
-            global generator.
+        seeds: One seed per sample, (B,), with which an evaluation does not depend on the batches; None draws from
+            torch's global generator.
 
     Returns:
         The noised samples and the noise, (B, C, H, W) float32 each, and the noise levels (B,) int64.

@@ -337,8 +337,8 @@ def to_device(
 ) -> tuple[dict[str, dict[str, Tensor]], TokenSelection]:
     """Copy the values and selected tokens of a batch to ``device``, without waiting if they are in page-locked memory.
 
-    The masks are not copied, because the selection has all that the model needs of them. Images are copied in 8 bits and
-    normalised on the device.
+    The masks are not copied, because the selection has all that the model needs of them. Images are copied in 8 bits
+    and normalised on the device.
     """
     values = {}
     for name, entry in batch.mod_dict.items():

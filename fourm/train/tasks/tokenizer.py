@@ -197,8 +197,8 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         if config.freeze_enc and "encoder.pos_emb" in resized_tables:
             size = weights["encoder.pos_emb"].shape[-1] * config.patch_size
             raise UserError(
-                f"the frozen encoder was trained with 'input_size_enc' {size}: set it, because other positions give other "
-                "tokens"
+                f"the frozen encoder was trained with 'input_size_enc' {size}: set it, because other positions give "
+                "other tokens"
             )
         return {name: tensor for name, tensor in weights.items() if name not in resized_tables}
 
