@@ -69,7 +69,7 @@ def embed_all_loss(
     loss_type: str = "mod",
     order: Sequence[str] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute the loss of :meth:`fourm.models.fm.FourM.forward`.
+    """Compute the loss of :meth:`fourm.models.fourm.FourM.forward`.
 
     Args:
         model: The model.

@@ -27,7 +27,7 @@ from fourm.generation.packed_linear import PackedLinears
 from fourm.generation.schedules import GenerationSchedule, check_schedule
 from fourm.generation.steps import SCHEMES, Conditions, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
-from fourm.models.fm import FourM
+from fourm.models.fourm import FourM
 from fourm.utils.errors import UserError
 from fourm.utils.tokenizer.special_tokens import EOS_ID
 

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from fourm.models.fm import FourM
 from fourm.models.fm_utils import KeysValues, attendable
+from fourm.models.fourm import FourM
 
 
 class LayerCache:

@@ -33,7 +33,8 @@ from fourm.generation.plotting import plot
 from fourm.generation.prompts import check_prompts
 from fourm.generation.settings import COLUMNS, chained_schedule, default_settings, per_target
 from fourm.generation.token_sampling import Seed
-from fourm.models.fm import FM, FourM
+from fourm.models.fm import FM
+from fourm.models.fourm import FourM
 from fourm.models.from_checkpoint import load_model
 from fourm.utils.checkpoints import WEIGHTS, newest_checkpoint
 from fourm.utils.config import load_yaml

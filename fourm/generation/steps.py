@@ -24,8 +24,8 @@ from fourm.data.collate import ModDict
 from fourm.generation.batch_entries import merged
 from fourm.generation.kv_cache import DecoderCache
 from fourm.generation.token_sampling import SampleNoise, TokenSampler
-from fourm.models.fm import FourM
 from fourm.models.fm_utils import Slots
+from fourm.models.fourm import FourM
 from fourm.models.modality_embedding import Rows
 from fourm.models.token_selection import select_inputs
 from fourm.utils.tokenizer.special_tokens import PAD_ID

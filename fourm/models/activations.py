@@ -18,8 +18,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from fourm.models.fm import FourM
 from fourm.models.fm_utils import GatedMlp, LayerNorm
+from fourm.models.fourm import FourM
 
 
 def activation_bytes(

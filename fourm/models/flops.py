@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import nn
 
-from fourm.models.fm import FourM
+from fourm.models.fourm import FourM
 
 
 class StepFlops:

@@ -29,7 +29,7 @@ class FourMViT(Encoder):
         modality: Name of the modality, as in the checkpoints to load.
         output_head: Module that is called with (B, N, D).
 
-    The other arguments are those of :class:`fourm.models.fm.FourM`.
+    The other arguments are those of :class:`fourm.models.fourm.FourM`.
     """
 
     def __init__(
