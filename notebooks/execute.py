@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from fourm.utils.errors import MissingDependency, run_cli
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import run_cli
 from fourm.utils.files import atomic_path
 from fourm.utils.options import option, parse_options
 
@@ -34,12 +35,10 @@ def execute(options: ExecuteOptions) -> None:
     Raises:
         CellExecutionError: If a cell fails; nothing is written then.
     """
-    try:
+    with optional_import("nbclient ipykernel", "executing notebooks"):
         import nbformat
         from nbclient import NotebookClient
         from traitlets.config import Config
-    except ImportError as error:
-        raise MissingDependency("nbclient ipykernel", "executing notebooks") from error
     path = Path(options.notebook)
     notebook = nbformat.read(path, as_version=4)
     with TemporaryDirectory() as sockets:  # instead of ports, which other users may occupy or listen to

@@ -25,7 +25,8 @@ from fourm.app.session import MAX_SEED, Limits, Request, Session, Sessions, Vers
 from fourm.generation.decoding import kind_of
 from fourm.generation.plotting import as_image, titles_of
 from fourm.generation.sampler import Sampler, Step
-from fourm.utils.errors import MissingDependency, UserError, is_out_of_memory
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import UserError, is_out_of_memory
 
 FOLDER = Path(__file__).parent
 KEPT_SECONDS = 600
@@ -56,10 +57,8 @@ def import_gradio(folder: Path) -> Any:
     # Gradio reads these variables when it is imported.
     os.environ["GRADIO_TEMP_DIR"] = str(folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    try:
+    with optional_import("gradio", "the app", "'fourm[app]'"):
         import gradio
-    except ImportError as error:
-        raise MissingDependency("gradio", "the app", "'fourm[app]'") from error
     return gradio
 
 

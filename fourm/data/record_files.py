@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import IO, Any, Protocol, cast
 
 from fourm.data.layout import expand
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import UserError
 from fourm.utils.seeds import generator
 from fourm.utils.urls import redact_url
 
@@ -294,12 +295,8 @@ class Tables(HubRows):
 
 def _stream(path: str, *name: str, **options: Any) -> Any:
     """Open a streaming data set with ``datasets.load_dataset(*name, **options)``; ``path`` is used in messages."""
-    try:
+    with optional_import("datasets", f"data_path {path}: reading it from the Hugging Face hub, or from tables"):
         import datasets
-    except ImportError as error:
-        raise MissingDependency(
-            "datasets", f"data_path {path}: reading it from the Hugging Face hub, or from tables"
-        ) from error
     try:
         return datasets.load_dataset(*name, **options, streaming=True)
     except Exception as error:  # datasets raises many types of errors

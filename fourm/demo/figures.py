@@ -13,7 +13,7 @@ import numpy as np
 from fourm.data.images import open_image
 from fourm.demo.report import ModalityResult
 from fourm.generation.plotting import class_colors
-from fourm.utils.errors import MissingDependency
+from fourm.utils.dependencies import optional_import
 from fourm.utils.files import atomic_path
 
 # Paul Tol's muted scheme, which colour-blind readers can distinguish.
@@ -32,10 +32,8 @@ _INK, _FAINT = "#222222", "#999999"
 
 
 def _pyplot() -> Any:
-    try:
+    with optional_import("matplotlib", "drawing the demo's figures"):
         import matplotlib
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "drawing the demo's figures") from error
     matplotlib.use("Agg")  # draws to files, without a display
     import matplotlib.pyplot as plt
 

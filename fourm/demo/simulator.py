@@ -22,7 +22,7 @@ from PIL import Image
 
 from fourm.demo.camera import Camera
 from fourm.demo.scene import GROUNDS, PAINTS, TOYS, Placement, Scene
-from fourm.utils.errors import MissingDependency
+from fourm.utils.dependencies import optional_import
 
 FIELD_OF_VIEW = 45.0
 NEAR, FAR = 0.05, 3.0  # metres
@@ -53,13 +53,12 @@ class Simulator:
     """A physics world that contains every toy once, invisible until a scene uses it. It is a context manager."""
 
     def __init__(self) -> None:
-        try:
+        with optional_import("pybullet", "rendering the demo's scenes", "'.[demo]'"):
             with _quiet():
                 import pybullet
             import pybullet_data
+        with optional_import("scikit-image", "rendering the demo's scenes", "'.[demo]'"):
             import skimage.data
-        except ImportError as error:
-            raise MissingDependency(error.name or "pybullet", "rendering the demo's scenes", "'.[demo]'") from error
         self._p: Any = pybullet
         with _quiet(), tempfile.TemporaryDirectory() as folder:
             self._client = pybullet.connect(pybullet.DIRECT)

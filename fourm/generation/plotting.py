@@ -12,7 +12,8 @@ import numpy as np
 from fourm.generation.decoding import CLASSES, Decoded
 from fourm.generation.instances import draw_instances
 from fourm.generation.poses import draw_pose
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import UserError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -115,10 +116,8 @@ def matplotlib_module() -> Any:
     Raises:
         MissingDependency: If it is not installed.
     """
-    try:
+    with optional_import("matplotlib", "plotting"):
         import matplotlib
-    except ImportError as error:
-        raise MissingDependency("matplotlib", "plotting") from error
     return matplotlib
 
 

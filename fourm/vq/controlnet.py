@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourm.utils.errors import MissingDependency, UserError
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import UserError
 from fourm.utils.options import option
 from fourm.vq.diffusion import DECODING_STEPS, Generators, diffusers, generators, sample, set_steps
 from fourm.vq.divae import DiffusionOptions, DiffusionVQ, precision
@@ -57,10 +58,8 @@ class StableDiffusion:
 
     def __init__(self, path: str):
         diffusers()
-        try:
+        with optional_import("transformers", "Stable Diffusion", "'fourm[diffusion]'"):
             import transformers
-        except ImportError as error:
-            raise MissingDependency("transformers", "Stable Diffusion", "'fourm[diffusion]'") from error
         self.path = path
         self._text_classes = (transformers.CLIPTextModel, transformers.CLIPTextConfig, transformers.CLIPTokenizer)
 

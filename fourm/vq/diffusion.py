@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from fourm.utils.errors import MissingDependency, UserError, did_you_mean
+from fourm.utils.dependencies import optional_import
+from fourm.utils.errors import UserError, did_you_mean
 
 DECODING_STEPS = 50
 SCHEDULERS = {"ddim": "DDIMScheduler", "ddpm": "DDPMScheduler"}
@@ -41,10 +42,8 @@ def diffusers() -> ModuleType:
     Raises:
         MissingDependency: It is not installed.
     """
-    try:
+    with optional_import("diffusers", "decoding by diffusion", "'fourm[diffusion]'"):
         import diffusers
-    except ImportError as error:
-        raise MissingDependency("diffusers", "decoding by diffusion", "'fourm[diffusion]'") from error
     return diffusers
 
 

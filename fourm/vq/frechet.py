@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fourm.utils.errors import MissingDependency
+from fourm.utils.dependencies import optional_import
 from fourm.vq.picture_network import PictureNetwork
 
 
@@ -27,11 +27,9 @@ def torchmetrics() -> ModuleType:
     Raises:
         MissingDependency: It is not installed.
     """
-    try:
+    with optional_import("torchmetrics", "MS-SSIM or FID", "'fourm[eval]'"):
         import torchmetrics.functional.image
         import torchmetrics.image.fid
-    except ImportError as error:
-        raise MissingDependency("torchmetrics", "MS-SSIM or FID", "'fourm[eval]'") from error
     return torchmetrics
 
 
