@@ -15,7 +15,7 @@ import torch
 from fourm.app.page import Page
 from fourm.app.session import Limits
 from fourm.demo.scene import CLASSES
-from fourm.demo.shipped import MODEL
+from fourm.generation.options import DEMO_MODEL
 from fourm.generation.sampler import Sampler
 from fourm.utils.errors import UserError
 from fourm.utils.options import option, parse_options
@@ -30,7 +30,7 @@ class AppOptions(Limits):
     model: InputPath = option(
         "run folder, folder of a demo, folder with a model, s3:// URL of one of these, or id on the hub (default: the "
         "model that comes with the package)",
-        str(MODEL),
+        str(DEMO_MODEL),
     )
     tokenizers: InputPath | dict[str, InputPath] | None = option(
         "folder with one tokenizer per modality of images, or a mapping from modality to folder or hub id", None
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     load_plugin(options.plugin)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that temporary files are removed
     with tempfile.TemporaryDirectory(prefix="fourm-app-") as folder:
-        name = "demo" if options.model == str(MODEL) else Path(options.model).resolve().name
+        name = "demo" if options.model == str(DEMO_MODEL) else Path(options.model).resolve().name
         page = Page(load(options), options, name, Path(folder))
         url = page.launch(options.host, options.port)
         print(f"{url} (Ctrl-C stops the app)", flush=True)

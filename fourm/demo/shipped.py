@@ -20,6 +20,7 @@ import torch
 
 from fourm.demo.report import aligned
 from fourm.generation.defaults import FILE
+from fourm.generation.options import DEMO_MODEL
 from fourm.generation.sampler import Sampler, load_fm, vocabulary_path
 from fourm.models import FM
 from fourm.models.model_card import markdown
@@ -28,7 +29,6 @@ from fourm.utils.files import atomic_path
 from fourm.utils.options import Options, option, parse_options
 from fourm.utils.paths import InputPath, OutputPath
 
-MODEL = Path(__file__).resolve().parents[1] / "trained" / "demo"
 VOCABULARY, CARD = "vocabulary.json", "README.md"
 
 _CARD = """\
@@ -110,7 +110,7 @@ def load_demo(device: str = "auto", dtype: torch.dtype | None = None) -> Sampler
         device: See :func:`fourm.utils.device.choose_device`.
         dtype: Autocast precision; None disables autocast.
     """
-    return Sampler.load(MODEL, device=device, dtype=dtype)
+    return Sampler.load(DEMO_MODEL, device=device, dtype=dtype)
 
 
 def export(run: Path, folder: Path, figures: Mapping[str, Any] | None = None) -> None:
@@ -133,7 +133,7 @@ def export(run: Path, folder: Path, figures: Mapping[str, Any] | None = None) ->
     model.save_pretrained(folder)
     _copy(Path(vocabulary), folder / VOCABULARY)
     if not (folder / FILE).exists():
-        _copy(MODEL / FILE, folder / FILE)
+        _copy(DEMO_MODEL / FILE, folder / FILE)
     with atomic_path(folder / CARD) as path:
         path.write_text(model_card(model, figures), encoding="utf-8")
 

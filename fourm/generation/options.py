@@ -21,7 +21,7 @@ from fourm.generation.settings import TargetSettings
 from fourm.utils.config import check_keys, convert, convert_fields, load_yaml, make, resolve_options
 from fourm.utils.errors import UserError
 from fourm.utils.options import flat_options, option, option_group, parse_overrides
-from fourm.utils.paths import AnyPath, InputPath, expand_path, shipped
+from fourm.utils.paths import PACKAGE, AnyPath, InputPath, expand_path, shipped
 from fourm.vq.diffusion import DECODING_STEPS
 
 
@@ -106,8 +106,8 @@ class GenerationOptions(StageOptions):
         return {**values, **{f"sr_{key}": value for key, value in second.items()}}
 
 
-DEMO_MODEL = "fourm/trained/demo"
-"""The model that comes with the package, as a path for :func:`shipped`."""
+DEMO_MODEL = PACKAGE / "trained" / "demo"
+"""The folder of the model that comes with the package."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +166,7 @@ def _without_shortcuts(content: dict[str, Any], where: str) -> dict[str, Any]:
             raise UserError(f"{where}: '{key}' and '{other}' exclude each other; leave out one of them")
     content = dict(content)
     if convert(content.pop("demo", None) or False, bool, f"{where}: 'demo'"):
-        content["model"] = shipped(DEMO_MODEL)
+        content["model"] = str(DEMO_MODEL)
     prompt = content.pop("prompt", None)
     if prompt is not None:
         content["data"] = check_prompts([prompt], where)

@@ -16,8 +16,8 @@ from fourm.app.command import AppOptions, load
 from fourm.app.forms import default_rows
 from fourm.app.page import import_gradio
 from fourm.demo.scene import CLASSES
-from fourm.demo.shipped import MODEL
 from fourm.generation.decoding import kind_of
+from fourm.generation.options import DEMO_MODEL
 from fourm.utils.config import load_yaml
 from fourm.utils.errors import MissingDependency
 from fourm.utils.options import parse_options
@@ -43,7 +43,7 @@ def test_without_a_model_the_shipped_one_is_used_with_its_settings(tmp_path, mon
     monkeypatch.chdir(tmp_path)
     options = parse_options(AppOptions, ["--device", "cpu"], "", positional=("model",))
     sampler = load(options)
-    settings = load_yaml(MODEL / "generation.yaml")
+    settings = load_yaml(DEMO_MODEL / "generation.yaml")
     assert "-".join(kind_of(sampler.targets[name]) for name in sampler.default_targets) == settings["target_domains"]
     assert sampler.class_names == CLASSES
     rows = {row[0]: row[1:] for row in default_rows(sampler)}

@@ -13,8 +13,9 @@ import torch
 
 import fourm
 from fourm.demo.scene import CLASSES, GROUNDS, PAINTS, TOYS
-from fourm.demo.shipped import MODEL, main
+from fourm.demo.shipped import main
 from fourm.generation import Sampler
+from fourm.generation.options import DEMO_MODEL
 from fourm.generation.results import read_result
 from fourm.models import FM
 from fourm.utils.errors import UserError
@@ -86,7 +87,7 @@ def test_a_finished_run_is_exported_in_half_precision_with_its_card(tmp_path):
     assert "| RGB " in card and "| 0.61 " in card.replace("      0.61", " 0.61") and "of 12 validation scenes" in card
     assert str(tmp_path) not in card and "What it cannot do" in card and "{" not in card
     main([str(run), str(tmp_path / "new")])
-    assert (tmp_path / "new" / "generation.yaml").read_bytes() == (MODEL / "generation.yaml").read_bytes()
+    assert (tmp_path / "new" / "generation.yaml").read_bytes() == (DEMO_MODEL / "generation.yaml").read_bytes()
     (run / "config.yaml").unlink()
     with pytest.raises(UserError, match="there is no text vocabulary"):
         main([str(run), str(tmp_path / "newer")])
