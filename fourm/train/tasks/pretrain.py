@@ -276,7 +276,10 @@ class Pretrain(Task[PretrainConfig]):
         return self._select_and_copy(model, batch or _EMPTY_BATCH, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """Average as in training: over the modalities with targets or, for ``loss_type`` token, over the tokens."""
+        """Average over the modalities with targets or, for ``loss_type`` token, over the tokens.
+
+        In training, a modality of the batch that happens to have no targets counts as a loss of 0 for ``loss_type`` mod.
+        """
         if self.config.loss_type == "mod":
             return super().evaluation_loss(sums, targets)
         return sum(sums.values()) / sum(targets.values())
