@@ -68,7 +68,8 @@ class Evaluation:
 
     Attributes:
         dataset: The name of the data set.
-        kind: A name that distinguishes several evaluations of the same data set.
+        kind: A name that distinguishes several evaluations of the same data set. All of them are validation losses: in
+            4M, ``train`` stands for the token budgets of training, and ``fixed`` for fixed ones.
         loader: The batches of this process.
         prepare: A function like :meth:`Task.prepare`, with a generator that is seeded in the same way for each
             evaluation. A batch that is None stands for an empty one, in a forward pass that only the other processes
