@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Options)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on its device, with its statistics on the host.
+    """A batch on its device, and its counts, which the host knows without asking the device.
 
     Attributes:
         values: The inputs of :meth:`Task.loss`.
@@ -72,8 +72,8 @@ class Evaluation:
             4M, ``train`` stands for the token budgets of training, and ``fixed`` for fixed ones.
         loader: The batches of this process.
         prepare: A function like :meth:`Task.prepare`, with a generator that is seeded in the same way for each
-            evaluation. A batch that is None stands for an empty one, in a forward pass that only the other processes
-            need.
+            evaluation. The batch is None if this rank has run out of batches but must still take part in the collective
+            operations of the forward pass.
     """
 
     dataset: str
@@ -96,7 +96,7 @@ class StepCost:
 
 
 def add(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``sums`` with ``more`` of the same names added; empty ones are sums of nothing."""
+    """Add two dictionaries of tensors by name; an empty one counts as zeros."""
     return {name: sums[name] + value if sums else value for name, value in more.items()} or dict(sums)
 
 
