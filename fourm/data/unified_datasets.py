@@ -120,7 +120,7 @@ class SampleDataset:
 
     @property
     def scaling(self) -> dict[str, tuple[list[float], list[float]]]:
-        """:attr:`Batch.scaling`"""
+        """Scale and bias of the modalities whose images stay in 8 bits, for :attr:`Batch.scaling`."""
         transforms = self.transform.transforms_dict.items()
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
@@ -182,9 +182,10 @@ def name_file_in_errors(sample: RawSample) -> Iterator[None]:
 
 def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
     """Shuffle an endless sequence through a buffer: each item replaces a randomly chosen one."""
-    buffer = list(itertools.islice(items, size))
-    if not buffer:
+    if not size:
         yield from items
+        return
+    buffer = list(itertools.islice(items, size))
     for item in items:
         slot = rng.integers(size)
         chosen, buffer[slot] = buffer[slot], item

@@ -32,7 +32,7 @@ from fourm.utils.urls import redact_url
 
 log = logging.getLogger("fourm")
 _BUDGET_DRAWS = 400  # for the mean token budgets
-Budgets = dict[str, float]
+MeanBudgets = dict[str, float]  # tokens in a batch by modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -242,8 +242,7 @@ class Pretrain(Task[PretrainConfig]):
                 elif is_main:
                     log.warning(
                         "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d takes all "
-                        "of its "
-                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
+                        "of its tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
                         name,
                         fixed[0][0],
                     )
@@ -308,7 +307,7 @@ class Pretrain(Task[PretrainConfig]):
             activations=sum(activation_bytes(model, config.batch_size, *self.slots, targets, half).values()),
         )
 
-    def mean_budgets(self) -> tuple[Budgets, Budgets]:
+    def mean_budgets(self) -> tuple[MeanBudgets, MeanBudgets]:
         """Return the mean input and target tokens per modality in a batch, if no text is shorter than its budget."""
         data = self.data
         totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
