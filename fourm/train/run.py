@@ -22,7 +22,7 @@ from fourm.train.config import RunConfig, parse_args
 from fourm.train.coordinator import Coordinator, StopRequested
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import Results, evaluate
-from fourm.train.facts import export
+from fourm.train.facts import export_with_facts
 from fourm.train.finetune import load_weights
 from fourm.train.journal import JOURNAL_FILES, Journal, run_logging
 from fourm.train.loop import Trainer
@@ -354,9 +354,9 @@ class Run:
             self._writer.save(trainer.step, config, tensors, state_to_save(trainer, self._identity))
 
     def _export(self, checkpoint: Path) -> None:
-        export(checkpoint, self.folder, self.task.format)
+        export_with_facts(checkpoint, self.folder, self.task.format)
         if self.config.model_ema:
-            export(checkpoint, self.folder / "ema", self.task.format, ema=True)
+            export_with_facts(checkpoint, self.folder / "ema", self.task.format, ema=True)
         self.run_copy.complete(checkpoint)
         ema_folder = ["ema"] if self.config.model_ema else []
         self.run_copy.copy("config.json", "model.safetensors", *ema_folder, *JOURNAL_FILES)
