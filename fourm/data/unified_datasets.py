@@ -36,8 +36,8 @@ from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
 from fourm.data.masking import TransferMasking, UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, transforms_for
-from fourm.data.presence import Presence, presence
+from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform
+from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.records import Records
 from fourm.data.shards import Shards
@@ -385,12 +385,11 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
     Raises:
         UserError: The files do not exist, or are of an unsupported type.
     """
-    transforms = transforms_for(config.modalities)
-    used = presence(config.missing, config.modalities, transforms, config.main_augment_domain)
+    presence = config.presence
     if config.type == "huggingface":
-        return Records(config.data_path, list(config.modalities), config.modality_name_map, used)
+        return Records(config.data_path, list(config.modalities), config.modality_name_map, presence)
     location = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    return Shards(*location, used, config.remote) if config.use_wds else Folders(*location, ledger, used)
+    return Shards(*location, presence, config.remote) if config.use_wds else Folders(*location, ledger, presence)
 
 
 def build_masking(
@@ -437,9 +436,7 @@ def build_dataset(
         repeats=config.wds_n_repeats if training else 1,
         repeat_buffer=config.wds_shuffle_buffer_repeat,
         max_bad_fraction=config.max_bad_fraction,
-        presence=presence(
-            config.missing, config.modalities, transforms_for(config.modalities), config.main_augment_domain
-        ),
+        presence=config.presence,
     )
 
 
