@@ -67,7 +67,9 @@ class UnifiedMasking:
     ):
         self.modality_info = {name: as_modality(name, entry) for name, entry in modality_info.items()}
         self._text = None if text_tokenizer is None else TextEncoder(text_tokenizer)
-        self._sentinels = {name: self._check(modality) for name, modality in self.modality_info.items()}
+        for modality in self.modality_info.values():
+            self._check(modality)
+        self._sentinels = {name: self._find_sentinels(modality) for name, modality in self.modality_info.items()}
         self._budgets = BudgetSampler(
             self.modality_info, input_tokens_range, target_tokens_range, max_tries, sampling_weights
         )
@@ -172,12 +174,16 @@ class UnifiedMasking:
         ids = ids[: modality.max_tokens]
         return ids, np.ones(len(ids), np.int64)
 
-    def _check(self, modality: Modality) -> Sequence[int] | None:
-        """Return the sentinels of a modality.
+    def _find_sentinels(self, modality: Modality) -> Sequence[int] | None:
+        """Return the ids that may mark dropped tokens; None if there are none in the vocabulary of the modality."""
+        if modality.type == "seq":
+            assert self._text
+            return self._text.sentinels
+        sentinels = range(sentinel_id(1), sentinel_id(_max_sentinels(modality)) + 1)
+        return sentinels if modality.type == "seq_token" and sentinels.stop <= modality.vocab_offset else None
 
-        Raises:
-            UserError: The modality cannot be masked with these settings.
-        """
+    def _check(self, modality: Modality) -> None:
+        """Raise a :class:`UserError` if the modality cannot be masked with these settings; warn if masking is unclear."""
         where = f"modality {modality.name}"
         if not modality.max_tokens:
             raise UserError(
@@ -186,21 +192,17 @@ class UnifiedMasking:
         for scheme in modality.keep:
             if scheme not in KEEP_SCHEMES:
                 raise UserError(f"{where}: keep must be one of {', '.join(KEEP_SCHEMES)}, not '{scheme}'")
-        max_sentinels = (modality.max_tokens + 1) // 2 + 1  # if every other token is dropped, plus the final one
-        if modality.type == "seq_token":
-            if modality.vocab_offset > sentinel_id(max_sentinels):
-                return range(sentinel_id(1), sentinel_id(max_sentinels) + 1)
-            if any(modality.target_alphas):
-                _log.warning(
-                    "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are "
-                    "missing, and the first target is given to it; set vocab_offset to at least %d and raise "
-                    "vocab_size by as much",
-                    where,
-                    modality.vocab_offset,
-                    sentinel_id(max_sentinels) + 1,
-                )
+        max_sentinels = _max_sentinels(modality)
+        if modality.type == "seq_token" and any(modality.target_alphas) and self._find_sentinels(modality) is None:
+            _log.warning(
+                "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are missing, "
+                "and the first target is given to it; set vocab_offset to at least %d and raise vocab_size by as much",
+                where,
+                modality.vocab_offset,
+                sentinel_id(max_sentinels) + 1,
+            )
         if modality.type != "seq":
-            return None
+            return
         if self._text is None:
             raise UserError(f"{where}: a text needs a vocabulary; pass text_tokenizer")
         if modality.vocab_size is not None and self._text.vocab_size > modality.vocab_size:
@@ -212,7 +214,12 @@ class UnifiedMasking:
                 f"{where}: max_tokens {modality.max_tokens} needs {max_sentinels} sentinels, but the text vocabulary "
                 f"has {len(self._text.sentinels)}; lower max_tokens"
             )
-        return self._text.sentinels
+
+
+def _max_sentinels(modality: Modality) -> int:
+    """Return the number of sentinels if every other token is dropped, with the final one."""
+    assert modality.max_tokens
+    return (modality.max_tokens + 1) // 2 + 1
 
 
 class TransferMasking(UnifiedMasking):
