@@ -34,7 +34,7 @@ from fourm.data.collate import MaskedSample, collate, single
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
-from fourm.data.masking import TransferMasking, UnifiedMasking
+from fourm.data.masking import Masking, TransferMasking, UnifiedMasking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform
 from fourm.data.presence import Presence
@@ -99,7 +99,7 @@ class SampleDataset:
     source: Source
     modalities: Mapping[str, Modality]
     transform: UnifiedDataTransform
-    masking: UnifiedMasking
+    masking: Masking
     shuffle_buffer: int = 0
     repeats: int = 1
     repeat_buffer: int = 0
@@ -397,7 +397,7 @@ def build_masking(
     text_tokenizer: Any,
     input_tokens_range: tuple[int, int] | None = None,
     target_tokens_range: tuple[int, int] | None = None,
-) -> UnifiedMasking:
+) -> Masking:
     """Build the masking of a data set; the given token ranges override those of the config.
 
     Raises:
