@@ -130,11 +130,11 @@ class Run:
             weights = config.finetune or finished_model(config, Path(config.resume or self.folder))
         self._has_weights = bool(checkpoint or weights)
         self.trainer = self._build_trainer(weights)
-        self._checkpoint_epoch, self._draws = 0, None
+        self._checkpoint_epoch, self._draws_by_stream = 0, dict[int, int]()
         if checkpoint and config.eval:
             self._checkpoint_epoch = restore_weights(self.trainer, checkpoint, self._identity)
         elif checkpoint:
-            self._draws = restore(self.trainer, checkpoint, self._identity)
+            self._draws_by_stream = restore(self.trainer, checkpoint, self._identity)
         elif config.eval:
             self.trainer.ema = None  # it would be the same weights again
         self._log_overview(f"resumed from {checkpoint}" if checkpoint else weights or "new weights")
@@ -289,7 +289,7 @@ class Run:
             parallel.world_size,
             self.length.batches_per_epoch,
             self.trainer.step * config.accum_iter,
-            self._draws,
+            self._draws_by_stream,
             pin_memory=config.pin_mem and parallel.device.type == "cuda",
         )
         return iter(loader)

@@ -186,19 +186,17 @@ class Task(ABC, Generic[Config]):
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         """Return the endless training batches of one rank.
 
-        Each batch has a ``position``, a dictionary for JSON: ``stream``, ``epoch`` and ``draws`` are the position of
-        its data stream after the batch (:mod:`fourm.data.unified_datasets`); ``skipped`` and ``missing`` are described
-        in :class:`fourm.train.metrics.Counts`.
+        Each batch has a ``position``, a :class:`fourm.data.unified_datasets.Position`.
 
         Args:
             start_batch: The number of the first micro-batch in the run.
-            draws: The number of draws made in the epoch of ``start_batch``, by stream; None at the beginning of an
-                epoch.
+            draws_by_stream: The number of draws that were made in the epoch of ``start_batch``; none by streams that
+                are absent.
         """
 
     @abstractmethod

@@ -165,7 +165,7 @@ class Pretrain(Task[PretrainConfig]):
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         config = self.config
@@ -179,7 +179,7 @@ class Pretrain(Task[PretrainConfig]):
             world_size=world_size,
             seed=config.seed,
             start_batch=start_batch,
-            positions=draws,
+            draws_by_stream=draws_by_stream,
             num_streams=config.streams(world_size),
             pin_memory=pin_memory,
             raw_pixels=True,
@@ -331,7 +331,7 @@ class Pretrain(Task[PretrainConfig]):
 # A batch of one sample without tokens.
 _NO_MASK = torch.zeros(1, 0, dtype=torch.bool)
 _NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attention_mask": _NO_MASK.long()}
-_EMPTY_BATCH = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
+_EMPTY_BATCH = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}})
 
 
 def to_device(
