@@ -109,7 +109,7 @@ def step_costs(best: dict[str, Setting], options: argparse.Namespace, shared: di
         with contextlib.redirect_stdout(sys.stderr):
             runs[opt] = Run(Pretrain(config), DDP(config))
     batches_per_epoch = options.steps * config.accum_iter
-    batches = iter(runs["adamw"].task.train_batches(0, 1, batches_per_epoch, 0, None, pin_memory=False))
+    batches = iter(runs["adamw"].task.train_batches(0, 1, batches_per_epoch, 0, {}, pin_memory=False))
     seconds: dict[str, list[tuple[float, float]]] = {opt: [] for opt in runs}
     with contextlib.closing(batches):
         for _ in range(WARM_UP + options.timed_steps):

@@ -30,6 +30,21 @@ class Budgets:
     component: int
 
 
+@dataclass(frozen=True)
+class FixedBudgets:
+    """The same budgets for every sample, in place of a :class:`BudgetSampler`."""
+
+    budgets: Budgets
+    components: int = 1
+
+    @property
+    def targets(self) -> list[str]:
+        return [name for name, tokens in self.budgets.target.items() if tokens]
+
+    def draw(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
+        return self.budgets
+
+
 class _RestrictedMixture(NamedTuple):
     """The mixture over the modalities that a sample has.
 
@@ -63,6 +78,7 @@ class BudgetSampler:
 
     Attributes:
         components: Number of components of the mixture.
+        targets: Names of the modalities that may get target tokens.
 
     Raises:
         UserError: The settings are inconsistent.
@@ -84,6 +100,9 @@ class BudgetSampler:
         self._max_tries = max_tries
         self._alphas = _alphas(modalities)
         self.components = len(self._alphas[0])
+        self.targets = [
+            name for name, alphas in zip(modalities, self._alphas[1].T, strict=True) if alphas.max() > _MIN_ALPHA
+        ]
         weights = np.ones(self.components) if sampling_weights is None else np.asarray(sampling_weights, float)
         if len(weights) != self.components or (weights < 0).any() or not weights.sum() > 0:
             raise UserError(

@@ -24,7 +24,7 @@ def collate(
     """Stack masked samples (method section 1).
 
     Args:
-        samples: Results of ``UnifiedMasking.apply``.
+        samples: Results of ``Masking.apply``.
         modality_info: The modalities of the batch in order. A sample without one of them gets a fully masked row.
         shared: Allocate the batch in shared memory. Otherwise a worker process has to copy it there to send it.
 

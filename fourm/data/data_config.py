@@ -35,7 +35,7 @@ from fourm.data.modality_transforms import (
     UnifiedDataTransform,
     transforms_for,
 )
-from fourm.data.presence import Missing
+from fourm.data.presence import Missing, Presence, presence
 from fourm.data.shard_cache import RemoteOptions
 from fourm.utils.config import Range, build, check_keys, convert, load_yaml
 from fourm.utils.errors import UserError, did_you_mean
@@ -128,6 +128,11 @@ class DatasetConfig(_Options):
     input_tokens_range: tuple[int, int]
     target_tokens_range: tuple[int, int]
     remote: RemoteOptions | None = None
+
+    @property
+    def presence(self) -> Presence:
+        """The rules for samples that lack modalities."""
+        return presence(self.missing, self.modalities, transforms_for(self.modalities), self.main_augment_domain)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from fourm.data.budgets import Budgets, BudgetSampler, TokensRange
+from fourm.data.budgets import Budgets, BudgetSampler, FixedBudgets, TokensRange
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.span_masking import (
     KEEP_SCHEMES,
@@ -30,13 +30,13 @@ from fourm.utils.tokenizer import TextEncoder, split_spans
 from fourm.utils.tokenizer.special_tokens import EOS_ID, sentinel_id
 from fourm.utils.tokenizer.text_tokenizer import UnreadableText
 
-__all__ = ["Budgets", "TransferMasking", "UnifiedMasking"]
+__all__ = ["Budgets", "Masking", "TransferMasking", "UnifiedMasking"]
 
 _log = logging.getLogger(__name__)
 Masked = dict[str, np.ndarray]
 
 
-class UnifiedMasking:
+class Masking:
     """Masks samples of any modalities: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}.
 
     Integer codes (``seq_token``) need no text vocabulary. Their ids below ``vocab_offset`` follow the layout of the
@@ -47,10 +47,7 @@ class UnifiedMasking:
         modality_info: Name → entry of the modality table, with ``input_alphas``, ``target_alphas`` and, for sequences,
             ``keep`` (random, all or binary): one value per component of the mixture.
         text_tokenizer: The vocabulary or its path; required only for modalities of type ``seq``.
-        input_tokens_range: Total input tokens of a sample, or the minimum and maximum.
-        target_tokens_range: Total target tokens of a sample, or the minimum and maximum.
-        max_tries: Maximum draws of budgets until every modality has its ``min_tokens``.
-        sampling_weights: Weights of the components of the mixture; None = equal.
+        budgets: Source of the token budgets.
 
     Raises:
         UserError: The settings are inconsistent.
@@ -60,21 +57,18 @@ class UnifiedMasking:
         self,
         modality_info: Mapping[str, Mapping[str, Any]],
         text_tokenizer: Tokenizer | str | Path | None,
-        input_tokens_range: TokensRange,
-        target_tokens_range: TokensRange,
-        max_tries: int = 100,
-        sampling_weights: Sequence[float] | None = None,
+        budgets: BudgetSampler | FixedBudgets,
     ):
         self.modality_info = {name: as_modality(name, entry) for name, entry in modality_info.items()}
         self._text = None if text_tokenizer is None else TextEncoder(text_tokenizer)
-        self._sentinels = {name: self._check(modality) for name, modality in self.modality_info.items()}
-        self._budgets = BudgetSampler(
-            self.modality_info, input_tokens_range, target_tokens_range, max_tries, sampling_weights
-        )
+        for modality in self.modality_info.values():
+            self._check(modality, is_target=modality.name in budgets.targets)
+        self._sentinels = {name: self._find_sentinels(modality) for name, modality in self.modality_info.items()}
+        self._budgets = budgets
         for name, modality in self.modality_info.items():
-            if len(modality.keep) not in (0, self._budgets.components):
+            if len(modality.keep) not in (0, budgets.components):
                 raise UserError(
-                    f"modality {name}: keep needs one value per component of the mixture, {self._budgets.components}, "
+                    f"modality {name}: keep needs one value per component of the mixture, {budgets.components}, "
                     f"not {len(modality.keep)}"
                 )
 
@@ -172,12 +166,16 @@ class UnifiedMasking:
         ids = ids[: modality.max_tokens]
         return ids, np.ones(len(ids), np.int64)
 
-    def _check(self, modality: Modality) -> Sequence[int] | None:
-        """Return the sentinels of a modality.
+    def _find_sentinels(self, modality: Modality) -> Sequence[int] | None:
+        """Return the ids that may mark dropped tokens; None if there are none in the vocabulary of the modality."""
+        if modality.type == "seq":
+            assert self._text
+            return self._text.sentinels
+        sentinels = range(sentinel_id(1), sentinel_id(_max_sentinels(modality)) + 1)
+        return sentinels if modality.type == "seq_token" and sentinels.stop <= modality.vocab_offset else None
 
-        Raises:
-            UserError: The modality cannot be masked with these settings.
-        """
+    def _check(self, modality: Modality, is_target: bool) -> None:
+        """Raise a :class:`UserError` if the modality cannot be masked with these settings; warn if masking is unclear."""
         where = f"modality {modality.name}"
         if not modality.max_tokens:
             raise UserError(
@@ -186,21 +184,17 @@ class UnifiedMasking:
         for scheme in modality.keep:
             if scheme not in KEEP_SCHEMES:
                 raise UserError(f"{where}: keep must be one of {', '.join(KEEP_SCHEMES)}, not '{scheme}'")
-        max_sentinels = (modality.max_tokens + 1) // 2 + 1  # if every other token is dropped, plus the final one
-        if modality.type == "seq_token":
-            if modality.vocab_offset > sentinel_id(max_sentinels):
-                return range(sentinel_id(1), sentinel_id(max_sentinels) + 1)
-            if any(modality.target_alphas):
-                _log.warning(
-                    "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are "
-                    "missing, and the first target is given to it; set vocab_offset to at least %d and raise "
-                    "vocab_size by as much",
-                    where,
-                    modality.vocab_offset,
-                    sentinel_id(max_sentinels) + 1,
-                )
+        max_sentinels = _max_sentinels(modality)
+        if modality.type == "seq_token" and is_target and self._find_sentinels(modality) is None:
+            _log.warning(
+                "%s: vocab_offset %d leaves no room for sentinels, so the model cannot tell which codes are missing, "
+                "and the first target is given to it; set vocab_offset to at least %d and raise vocab_size by as much",
+                where,
+                modality.vocab_offset,
+                sentinel_id(max_sentinels) + 1,
+            )
         if modality.type != "seq":
-            return None
+            return
         if self._text is None:
             raise UserError(f"{where}: a text needs a vocabulary; pass text_tokenizer")
         if modality.vocab_size is not None and self._text.vocab_size > modality.vocab_size:
@@ -212,15 +206,48 @@ class UnifiedMasking:
                 f"{where}: max_tokens {modality.max_tokens} needs {max_sentinels} sentinels, but the text vocabulary "
                 f"has {len(self._text.sentinels)}; lower max_tokens"
             )
-        return self._text.sentinels
 
 
-class TransferMasking(UnifiedMasking):
+def _max_sentinels(modality: Modality) -> int:
+    """Return the number of sentinels if every other token is dropped, with the final one."""
+    assert modality.max_tokens
+    return (modality.max_tokens + 1) // 2 + 1
+
+
+class UnifiedMasking(Masking):
+    """Masks samples for pre-training, with budgets from a mixture of Dirichlet distributions.
+
+    Args:
+        modality_info, text_tokenizer: See :class:`Masking`.
+        input_tokens_range: Total input tokens of a sample, or the minimum and maximum.
+        target_tokens_range: Total target tokens of a sample, or the minimum and maximum.
+        max_tries: Maximum draws of budgets until every modality has its ``min_tokens``.
+        sampling_weights: Weights of the components of the mixture; None = equal.
+
+    Raises:
+        UserError: The settings are inconsistent.
+    """
+
+    def __init__(
+        self,
+        modality_info: Mapping[str, Mapping[str, Any]],
+        text_tokenizer: Tokenizer | str | Path | None,
+        input_tokens_range: TokensRange,
+        target_tokens_range: TokensRange,
+        max_tries: int = 100,
+        sampling_weights: Sequence[float] | None = None,
+    ):
+        modalities = {name: as_modality(name, entry) for name, entry in modality_info.items()}
+        budgets = BudgetSampler(modalities, input_tokens_range, target_tokens_range, max_tries, sampling_weights)
+        super().__init__(modalities, text_tokenizer, budgets)
+
+
+class TransferMasking(Masking):
     """Masks samples for fine-tuning on a task: some modalities are input and others are target, with all their tokens.
 
     Args:
-        modality_info: See :class:`UnifiedMasking`; alphas are ignored.
-        text_tokenizer: See :class:`UnifiedMasking`.
+        modality_info: See :class:`Masking`; alphas are ignored.
+        text_tokenizer: See :class:`Masking`.
         input_modalities: Names of the input modalities.
         target_modalities: Names of the target modalities, none of which is an input.
         input_tokens_range: Maximum input tokens that the model uses of a sample, or a range that ends with it; None =
@@ -246,24 +273,20 @@ class TransferMasking(UnifiedMasking):
         entries = {}
         for name in (*input_modalities, *target_modalities):
             entry = as_modality(name, modality_info[name])
-            keep = () if entry.type == "img" else ("all",)
-            entries[name] = replace(entry, input_alphas=(1.0,), target_alphas=(1.0,), keep=keep)
-        super().__init__(entries, text_tokenizer, 0, 0)
-        room = {name: (entry.max_tokens or 0) for name, entry in entries.items()}
-        _check_budget("input", {name: room[name] for name in input_modalities}, input_tokens_range)
-        # Two sentinels enclose a target sequence, and each token predicts the next: one position more than tokens.
-        slots = {name: room[name] + (entries[name].type != "img") for name in target_modalities}
-        _check_budget("target", slots, target_tokens_range)
-        # Two sentinels enclose a target sequence.
-        with_sentinels = {name: count + 2 * (entries[name].type != "img") for name, count in room.items()}
-        self._fixed = Budgets(
-            {name: count if name in input_modalities else 0 for name, count in room.items()},
-            {name: count if name in target_modalities else 0 for name, count in with_sentinels.items()},
+            entries[name] = replace(entry, keep=() if entry.type == "img" else ("all",))
+        inputs = {name: entries[name].max_tokens or 0 for name in input_modalities}
+        targets = {name: entries[name].max_tokens or 0 for name in target_modalities}
+        # Two sentinels enclose a target sequence, and each token predicts the next: one slot more than tokens.
+        sequences = {name: entries[name].type != "img" for name in targets}
+        nothing = dict.fromkeys(entries, 0)
+        budgets = Budgets(
+            nothing | inputs,
+            nothing | {name: count + 2 * sequences[name] for name, count in targets.items()},
             component=0,
         )
-
-    def draw_budgets(self, generator: np.random.Generator, present: Collection[str] | None = None) -> Budgets:
-        return self._fixed
+        super().__init__(entries, text_tokenizer, FixedBudgets(budgets))
+        _check_budget("input", inputs, input_tokens_range)
+        _check_budget("target", {name: count + sequences[name] for name, count in targets.items()}, target_tokens_range)
 
 
 def _check_budget(role: str, needed: Mapping[str, int], tokens_range: TokensRange | None) -> None:

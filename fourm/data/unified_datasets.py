@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -34,10 +34,10 @@ from fourm.data.collate import MaskedSample, collate, single
 from fourm.data.data_config import DataConfig, DatasetConfig, build_sample_transform
 from fourm.data.folders import Folders
 from fourm.data.layout import wanted_names
-from fourm.data.masking import TransferMasking, UnifiedMasking
+from fourm.data.masking import Masking, TransferMasking, UnifiedMasking
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform, transforms_for
-from fourm.data.presence import Presence, presence
+from fourm.data.modality_transforms import PixelTransform, UnifiedDataTransform
+from fourm.data.presence import Presence
 from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.records import Records
 from fourm.data.shards import Shards
@@ -45,21 +45,37 @@ from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.seeds import generator
 
 
+class Position(TypedDict):
+    """The position of a stream after a batch, as checkpoints keep it in JSON, and what was counted since its last batch.
+
+    Attributes:
+        stream: Index of the stream.
+        epoch: Index of the epoch.
+        draws: Number of draws of the stream in this epoch.
+        skipped: Number of bad samples by data set and reason.
+        missing: For data sets whose samples may lack modalities: modality → number of samples without it, and of all.
+    """
+
+    stream: int
+    epoch: int
+    draws: int
+    skipped: dict[str, int]
+    missing: dict[str, tuple[int, int]]
+
+
 @dataclass
 class Batch:
-    """A batch and the position of its stream after it.
+    """A batch.
 
     Attributes:
         mod_dict: {modality: {tensor, input_mask, target_mask, decoder_attention_mask}}, each (B, …).
-        position: ``stream``, ``epoch``, and ``draws`` of the stream in this epoch. ``skipped`` holds the number of bad
-            samples since the stream's previous batch by data set and reason. ``missing`` maps each modality to the
-            number of samples without it and of all samples, for data sets whose samples may lack modalities.
+        position: The position of its stream after it; zeros for a batch that is not from a stream.
         scaling: Scale and bias per channel of the modalities whose images are still in 8 bits; see ``raw_pixels``.
         number: The number of the micro-batch among those of its rank in the whole run.
     """
 
     mod_dict: dict[str, dict[str, Tensor]]
-    position: dict[str, Any]
+    position: Position = field(default_factory=lambda: Position(stream=0, epoch=0, draws=0, skipped={}, missing={}))
     scaling: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
     number: int = 0
 
@@ -99,7 +115,7 @@ class SampleDataset:
     source: Source
     modalities: Mapping[str, Modality]
     transform: UnifiedDataTransform
-    masking: UnifiedMasking
+    masking: Masking
     shuffle_buffer: int = 0
     repeats: int = 1
     repeat_buffer: int = 0
@@ -120,7 +136,7 @@ class SampleDataset:
 
     @property
     def scaling(self) -> dict[str, tuple[list[float], list[float]]]:
-        """:attr:`Batch.scaling`"""
+        """Scale and bias of the modalities whose images stay in 8 bits, for :attr:`Batch.scaling`."""
         transforms = self.transform.transforms_dict.items()
         return {name: t.scaling for name, t in transforms if isinstance(t, PixelTransform) and t.raw}
 
@@ -182,9 +198,10 @@ def name_file_in_errors(sample: RawSample) -> Iterator[None]:
 
 def _shuffled(items: Iterator[RawSample], size: int, rng: np.random.Generator) -> Iterator[RawSample]:
     """Shuffle an endless sequence through a buffer: each item replaces a randomly chosen one."""
-    buffer = list(itertools.islice(items, size))
-    if not buffer:
+    if not size:
         yield from items
+        return
+    buffer = list(itertools.islice(items, size))
     for item in items:
         slot = rng.integers(size)
         chosen, buffer[slot] = buffer[slot], item
@@ -202,7 +219,10 @@ class Stream:
         epoch: Index of the epoch.
         stream: Index of the stream.
         num_streams: Total number of streams.
-        draws: Number of draws to skip.
+        skip: Number of draws to skip.
+
+    Attributes:
+        num_draws: Number of draws that were made or skipped.
     """
 
     def __init__(
@@ -214,33 +234,34 @@ class Stream:
         epoch: int,
         stream: int,
         num_streams: int,
-        draws: int = 0,
+        skip: int = 0,
     ):
         self._datasets, self._ledgers = datasets, ledgers
         self._key = (seed, "sample", epoch, stream)
         self._cumulative = list(np.cumsum(weights) / np.sum(weights))[:-1]
         self._choice = generator(seed, "mixture", epoch, stream)
-        self._draws = [
+        self._iterators = [
             dataset.draw(seed, epoch, stream, num_streams, ledger)
             for dataset, ledger in zip(datasets, ledgers, strict=True)
         ]
-        self.draws = 0
-        for _ in range(draws):
+        self.num_draws = 0
+        for _ in range(skip):
             self._draw()
-        if draws:
+        if skip:
             for ledger in ledgers:
                 ledger.collect()  # these were reported before
 
     def _draw(self) -> tuple[int, RawSample]:
         index = bisect(self._cumulative, self._choice.random()) if self._cumulative else 0
-        sample = next(self._draws[index])
-        self.draws += 1
+        sample = next(self._iterators[index])
+        self.num_draws += 1
         return index, sample
 
     def __next__(self) -> MaskedSample:
         while True:
             index, sample = self._draw()
-            masked = read_sample(self._datasets[index], sample, generator(*self._key, self.draws), self._ledgers[index])
+            rng = generator(*self._key, self.num_draws)
+            masked = read_sample(self._datasets[index], sample, rng, self._ledgers[index])
             if masked is not None:
                 return masked
 
@@ -283,13 +304,13 @@ class TrainBatches(IterableDataset):
         world_size: int,
         seed: int,
         start_batch: int = 0,
-        positions: Mapping[int, int] | None = None,
+        draws_by_stream: Mapping[int, int] | None = None,
         num_streams: int | None = None,
     ):
         self.datasets, self.weights, self.modalities = datasets, weights, modalities
         self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
         self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.start_batch, self.positions, self.num_streams = start_batch, positions or {}, num_streams
+        self.start_batch, self.draws_by_stream, self.num_streams = start_batch, draws_by_stream or {}, num_streams
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker_info()
@@ -302,14 +323,13 @@ class TrainBatches(IterableDataset):
             for k in batches:
                 stream = (k * self.world_size + self.rank) % num_streams
                 if stream not in streams:
-                    draws = self.positions.get(stream, 0) if epoch == self._epoch(self.start_batch) else 0
+                    skip = self.draws_by_stream.get(stream, 0) if epoch == self._epoch(self.start_batch) else 0
                     streams[stream] = Stream(
-                        self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_streams, draws
+                        self.datasets, self.weights, ledgers, self.seed, epoch, stream, num_streams, skip
                     )
                 samples = streams[stream]
                 mod_dict = self._next(samples)
-                position = {"stream": stream, "epoch": epoch, "draws": samples.draws} | _collect_reports(ledgers)
-                yield Batch(mod_dict, position, scaling, k)
+                yield Batch(mod_dict, _position(stream, epoch, samples.num_draws, ledgers), scaling, k)
 
     def _next(self, samples: Stream) -> dict[str, dict[str, Tensor]]:
         if self.batch_size is None:
@@ -320,15 +340,15 @@ class TrainBatches(IterableDataset):
         return k // self.batches_per_epoch if self.batches_per_epoch else 0
 
 
-def _collect_reports(ledgers: Iterable[BadSampleLedger]) -> dict[str, Any]:
-    """Collect the counts since the last call for :attr:`Batch.position`."""
+def _position(stream: int, epoch: int, draws: int, ledgers: Iterable[BadSampleLedger]) -> Position:
+    """Return the position of a stream with the counts of ``ledgers`` since the last call."""
     skipped, missing = Counter[str](), dict[str, tuple[int, int]]()
     for ledger in ledgers:
         skipped.update(ledger.collect())
         for name, (lacking, total) in ledger.collect_missing().items():
             previous_lacking, previous_total = missing.get(name, (0, 0))
             missing[name] = (previous_lacking + lacking, previous_total + total)
-    return {"skipped": dict(skipped), "missing": missing}
+    return Position(stream=stream, epoch=epoch, draws=draws, skipped=dict(skipped), missing=missing)
 
 
 class EvalBatches(IterableDataset):
@@ -358,7 +378,7 @@ class EvalBatches(IterableDataset):
             skipped += Counter(ledger.collect())
             kept = [row for row in rows if row is not None]
             if kept:
-                position = {"stream": self.rank, "epoch": 0, "draws": samples[-1][0] + 1} | _collect_reports([ledger])
+                position = _position(self.rank, 0, samples[-1][0] + 1, [ledger])
                 position["skipped"] = dict(skipped)
                 yield Batch(_collate(kept, self.dataset.modalities), position, self.dataset.scaling)
                 skipped = Counter()
@@ -384,12 +404,11 @@ def open_source(config: DatasetConfig, ledger: BadSampleLedger) -> Source:
     Raises:
         UserError: The files do not exist, or are of an unsupported type.
     """
-    transforms = transforms_for(config.modalities)
-    used = presence(config.missing, config.modalities, transforms, config.main_augment_domain)
+    presence = config.presence
     if config.type == "huggingface":
-        return Records(config.data_path, list(config.modalities), config.modality_name_map, used)
+        return Records(config.data_path, list(config.modalities), config.modality_name_map, presence)
     location = (config.data_path, wanted_names(config.modalities), config.modality_name_map)
-    return Shards(*location, used, config.remote) if config.use_wds else Folders(*location, ledger, used)
+    return Shards(*location, presence, config.remote) if config.use_wds else Folders(*location, ledger, presence)
 
 
 def build_masking(
@@ -397,7 +416,7 @@ def build_masking(
     text_tokenizer: Any,
     input_tokens_range: tuple[int, int] | None = None,
     target_tokens_range: tuple[int, int] | None = None,
-) -> UnifiedMasking:
+) -> Masking:
     """Build the masking of a data set; the given token ranges override those of the config.
 
     Raises:
@@ -436,9 +455,7 @@ def build_dataset(
         repeats=config.wds_n_repeats if training else 1,
         repeat_buffer=config.wds_shuffle_buffer_repeat,
         max_bad_fraction=config.max_bad_fraction,
-        presence=presence(
-            config.missing, config.modalities, transforms_for(config.modalities), config.main_augment_domain
-        ),
+        presence=config.presence,
     )
 
 
@@ -453,7 +470,7 @@ def build_train_loader(
     world_size: int,
     seed: int,
     start_batch: int = 0,
-    positions: Mapping[int, int] | None = None,
+    draws_by_stream: Mapping[int, int] | None = None,
     num_streams: int | None = None,
     pin_memory: bool = False,
     raw_pixels: bool = False,
@@ -470,7 +487,7 @@ def build_train_loader(
         world_size: Number of ranks.
         seed: Seed of the run.
         start_batch: Index of the first micro-batch.
-        positions: Stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every
+        draws_by_stream: Stream → draws in the epoch of ``start_batch``, from the latest :attr:`Batch.position` of every
             stream of all ranks (:func:`draws_in_epoch`). A stream that is absent has made no draw in that epoch.
         num_streams: A multiple of ``world_size · max(1, num_workers)``, which is the default; see the top of this file.
         pin_memory: Copy batches to page-locked memory.
@@ -480,8 +497,8 @@ def build_train_loader(
         UserError: A data set cannot be read. While iterating, :class:`DataError` is raised if data violates the
             contract of its modality or too many samples are bad.
     """
-    if start_batch % batches_per_epoch and positions is None:
-        raise ValueError(f"start_batch {start_batch} is inside an epoch, which requires 'positions'")
+    if start_batch % batches_per_epoch and draws_by_stream is None:
+        raise ValueError(f"start_batch {start_batch} is inside an epoch, which requires 'draws_by_stream'")
     datasets = [
         build_dataset(dataset, text_tokenizer, training=True, raw_pixels=raw_pixels)
         for dataset in config.train.values()
@@ -496,14 +513,14 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         start_batch=start_batch,
-        positions=positions,
+        draws_by_stream=draws_by_stream,
         num_streams=num_streams,
     )
     return BatchLoader(batches, num_workers, pin_memory)
 
 
-def draws_in_epoch(positions: Iterable[Mapping[str, Any]], epoch: int) -> dict[int, int]:
-    """Return ``positions`` for :func:`build_train_loader` from the latest :attr:`Batch.position` of each stream."""
+def draws_in_epoch(positions: Iterable[Position], epoch: int) -> dict[int, int]:
+    """Return ``draws_by_stream`` for :func:`build_train_loader` from the latest :attr:`Batch.position` of each stream."""
     return {position["stream"]: position["draws"] for position in positions if position["epoch"] == epoch}
 
 

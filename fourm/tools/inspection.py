@@ -22,9 +22,8 @@ from fourm.data.decoding import EncodedImage
 from fourm.data.folders import Folders
 from fourm.data.layout import CROP_SETTINGS, shard_patterns, split_data_path, wanted_names
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import UnreadableValue, transforms_for
+from fourm.data.modality_transforms import UnreadableValue
 from fourm.data.object_arrays import ObjectArray
-from fourm.data.presence import presence
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.record_files import local_files
 from fourm.data.records import Record, Records
@@ -237,8 +236,7 @@ class Inspector:
         self._encode = TextEncoder(text_tokenizer)
         self._transform = build_sample_transform(dataset, training=True)
         self._masking = build_masking(dataset, text_tokenizer)
-        transforms = transforms_for(dataset.modalities)
-        self._presence = presence(dataset.missing, dataset.modalities, transforms, dataset.main_augment_domain)
+        self._presence = dataset.presence
         self._files = OpenFiles()
         # Only the latest shard or folder is kept, because the slices of a folder follow each other.
         self._joined: tuple[str, _Join] = "", ({}, [])

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fourm.train.checkpoint import read_task_name
-from fourm.train.facts import export
+from fourm.train.facts import export_with_facts
 from fourm.train.task import task_named
 from fourm.train.tasks import diffusion_tokenizer, tokenizer  # noqa: F401 (their tasks are found by name)
 from fourm.train.tasks.pretrain import Pretrain
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     load_plugin(options.plugin)
     checkpoint = newest_checkpoint(Path(download_if_remote(options.checkpoint, find_checkpoint)))
     task = task_named(read_task_name(checkpoint) or Pretrain.name)  # earlier versions had only this task
-    export(checkpoint, Path(options.folder), task.format, options.ema)
+    export_with_facts(checkpoint, Path(options.folder), task.format, options.ema)
     print(f"{checkpoint} -> from_pretrained('{options.folder}')")
 
 

@@ -13,8 +13,8 @@ from fourm.utils.checkpoints import ModelFormat, export_model
 from fourm.utils.errors import UserError
 
 
-def export(checkpoint: Path, folder: Path, model_format: ModelFormat, ema: bool = False) -> None:
-    """Export the model of a checkpoint with the facts about its training, see :func:`export_model`."""
+def export_with_facts(checkpoint: Path, folder: Path, model_format: ModelFormat, ema: bool = False) -> None:
+    """Export the model of a checkpoint with the facts about its training; see :func:`export_model`."""
     export_model(checkpoint, folder, model_format, ema, to_header(training_facts(checkpoint, ema)))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fourm.data.unified_datasets import Position
 from fourm.train.config import RunConfig
 from fourm.train.device import autocast, peak_tflops
 from fourm.train.ema import EMA
@@ -37,7 +38,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     step: int = 0
-    positions: dict[int, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    positions: dict[int, Position] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         config, task, device = self.config, self.task, self.parallel.device

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from fourm.data.unified_datasets import Position
 from fourm.train.device import peak_memory
 from fourm.train.parallel import Processes
 from fourm.train.task import Inputs, Losses
@@ -52,8 +53,8 @@ class Counts:
             else:
                 setattr(self, item.name, own + more)
 
-    def add_batch(self, inputs: Inputs, position: Mapping[str, Any]) -> None:
-        """Count a batch, with its ``position`` as in :class:`fourm.data.unified_datasets.Batch`."""
+    def add_batch(self, inputs: Inputs, position: Position) -> None:
+        """Count a batch."""
         self.batches += 1
         self.samples += inputs.samples
         self.tokens += inputs.tokens
@@ -157,11 +158,8 @@ class Interval:
         self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
         self._start = time.perf_counter()
 
-    def add_batch(self, losses: Losses, inputs: Inputs, position: Mapping[str, Any]) -> Tensor:
+    def add_batch(self, losses: Losses, inputs: Inputs, position: Position) -> Tensor:
         """Count a micro-batch.
-
-        Args:
-            position: As in :class:`fourm.data.unified_datasets.Batch`.
 
         Returns:
             (losses,) 1 where a loss was not finite, otherwise 0. Such losses are left out of the means.

@@ -107,7 +107,7 @@ def restore(trainer: Trainer, path: Path, identity: dict[str, Any]) -> dict[int,
         identity: The result of :meth:`Task.identity`.
 
     Returns:
-        The number of draws of every stream in the epoch of the next batch, for :meth:`Task.train_batches`.
+        ``draws_by_stream`` in the epoch of the next batch, for :meth:`Task.train_batches`.
 
     Raises:
         UserError: The checkpoint is of another model or global batch size, or the configuration has changed.

@@ -22,7 +22,7 @@ from fourm.train.config import RunConfig, parse_args
 from fourm.train.coordinator import Coordinator, StopRequested
 from fourm.train.device import keep_freed_memory
 from fourm.train.evaluate import Results, evaluate
-from fourm.train.facts import export
+from fourm.train.facts import export_with_facts
 from fourm.train.finetune import load_weights
 from fourm.train.journal import JOURNAL_FILES, Journal, run_logging
 from fourm.train.loop import Trainer
@@ -130,11 +130,11 @@ class Run:
             weights = config.finetune or finished_model(config, Path(config.resume or self.folder))
         self._has_weights = bool(checkpoint or weights)
         self.trainer = self._build_trainer(weights)
-        self._checkpoint_epoch, self._draws = 0, None
+        self._checkpoint_epoch, self._draws_by_stream = 0, dict[int, int]()
         if checkpoint and config.eval:
             self._checkpoint_epoch = restore_weights(self.trainer, checkpoint, self._identity)
         elif checkpoint:
-            self._draws = restore(self.trainer, checkpoint, self._identity)
+            self._draws_by_stream = restore(self.trainer, checkpoint, self._identity)
         elif config.eval:
             self.trainer.ema = None  # it would be the same weights again
         self._log_overview(f"resumed from {checkpoint}" if checkpoint else weights or "new weights")
@@ -289,7 +289,7 @@ class Run:
             parallel.world_size,
             self.length.batches_per_epoch,
             self.trainer.step * config.accum_iter,
-            self._draws,
+            self._draws_by_stream,
             pin_memory=config.pin_mem and parallel.device.type == "cuda",
         )
         return iter(loader)
@@ -354,9 +354,9 @@ class Run:
             self._writer.save(trainer.step, config, tensors, state_to_save(trainer, self._identity))
 
     def _export(self, checkpoint: Path) -> None:
-        export(checkpoint, self.folder, self.task.format)
+        export_with_facts(checkpoint, self.folder, self.task.format)
         if self.config.model_ema:
-            export(checkpoint, self.folder / "ema", self.task.format, ema=True)
+            export_with_facts(checkpoint, self.folder / "ema", self.task.format, ema=True)
         self.run_copy.complete(checkpoint)
         ema_folder = ["ema"] if self.config.model_ema else []
         self.run_copy.copy("config.json", "model.safetensors", *ema_folder, *JOURNAL_FILES)

@@ -26,7 +26,7 @@ Config = TypeVar("Config", bound=Options)
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch on its device, with its statistics on the host.
+    """A batch on its device, and its counts, which the host knows without asking the device.
 
     Attributes:
         values: The inputs of :meth:`Task.loss`.
@@ -68,11 +68,12 @@ class Evaluation:
 
     Attributes:
         dataset: The name of the data set.
-        kind: A name that distinguishes several evaluations of the same data set.
+        kind: A name that distinguishes several evaluations of the same data set. All of them are validation losses: in
+            4M, ``train`` stands for the token budgets of training, and ``fixed`` for fixed ones.
         loader: The batches of this process.
         prepare: A function like :meth:`Task.prepare`, with a generator that is seeded in the same way for each
-            evaluation. A batch that is None stands for an empty one, in a forward pass that only the other processes
-            need.
+            evaluation. The batch is None if this rank has run out of batches but must still take part in the collective
+            operations of the forward pass.
     """
 
     dataset: str
@@ -95,7 +96,7 @@ class StepCost:
 
 
 def add(sums: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``sums`` with ``more`` of the same names added; empty ones are sums of nothing."""
+    """Add two dictionaries of tensors by name; an empty one counts as zeros."""
     return {name: sums[name] + value if sums else value for name, value in more.items()} or dict(sums)
 
 
@@ -185,19 +186,17 @@ class Task(ABC, Generic[Config]):
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         """Return the endless training batches of one rank.
 
-        Each batch has a ``position``, a dictionary for JSON: ``stream``, ``epoch`` and ``draws`` are the position of
-        its data stream after the batch (:mod:`fourm.data.unified_datasets`); ``skipped`` and ``missing`` are described
-        in :class:`fourm.train.metrics.Counts`.
+        Each batch has a ``position``, a :class:`fourm.data.unified_datasets.Position`.
 
         Args:
             start_batch: The number of the first micro-batch in the run.
-            draws: The number of draws made in the epoch of ``start_batch``, by stream; None at the beginning of an
-                epoch.
+            draws_by_stream: The number of draws that were made in the epoch of ``start_batch``; none by streams that
+                are absent.
         """
 
     @abstractmethod
@@ -223,7 +222,12 @@ class Task(ABC, Generic[Config]):
         return []
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """Compute the loss of an evaluation from the sums of the losses that had targets: the mean of their means."""
+        """Compute the loss of an evaluation, by default the mean of the means of the losses.
+
+        Args:
+            sums: The sum of each loss over its targets, for the losses that had targets.
+            targets: The numbers of these targets.
+        """
         return sum(sums[name] / targets[name] for name in targets) / len(targets)
 
     def evaluation_metrics(self, statistics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -17,9 +17,7 @@ from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import DatasetConfig, build_sample_transform
 from fourm.data.layout import is_remote
 from fourm.data.modality_info import Modality
-from fourm.data.modality_transforms import transforms_for
 from fourm.data.options import RemoteDataOptions
-from fourm.data.presence import presence
 from fourm.data.raw_sample import RawSample
 from fourm.data.transforms.image import standardise_depth
 from fourm.data.unified_datasets import SampleDataset, Source, name_file_in_errors, open_source
@@ -283,5 +281,5 @@ def open_samples(
         max_bad_fraction=max_bad_fraction,
         labels=labels,
         keep_depth=keep_depth,
-        presence=presence("error", config.modalities, transforms_for(config.modalities), config.main_augment_domain),
+        presence=config.presence,
     )

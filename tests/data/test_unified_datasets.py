@@ -87,7 +87,7 @@ def train(
         world_size=ranks,
         seed=seed,
         start_batch=start,
-        positions=positions,
+        draws_by_stream=positions,
         num_streams=streams,
     )
     return list(itertools.islice(loader, count))
@@ -195,15 +195,15 @@ def test_resumed_run_continues_bit_for_bit(tmp_path, request, kind, workers, cap
 
 
 def test_resuming_within_an_epoch_needs_positions(tmp_path, shards):
-    with pytest.raises(ValueError, match="positions"):
+    with pytest.raises(ValueError, match="draws_by_stream"):
         train(config(tmp_path, shards), 1, start=3)
 
 
 def test_passing_over_draws_reads_no_content(tmp_path):
     data = config(tmp_path, write_shards(tmp_path / "garbage", 3, 4, lambda *_: b"garbage"))
     dataset = build_dataset(data.train["d0"], TOKENIZER, training=True)
-    stream = Stream([dataset], [1], [BadSampleLedger("d0", 0.0)], 0, 0, 0, 1, draws=500)
-    assert stream.draws == 500
+    stream = Stream([dataset], [1], [BadSampleLedger("d0", 0.0)], 0, 0, 0, 1, skip=500)
+    assert stream.num_draws == 500
 
 
 def test_repeats_share_a_sample_with_other_crops_and_masks(tmp_path, shards):

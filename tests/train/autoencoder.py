@@ -91,7 +91,7 @@ class AutoencoderTask(Task[AutoencoderConfig]):
     def changing_buffers(self, model):
         return ["mean"]
 
-    def train_batches(self, rank, world_size, batches_per_epoch, start_batch, draws, pin_memory):
+    def train_batches(self, rank, world_size, batches_per_epoch, start_batch, draws_by_stream, pin_memory):
         numbers = itertools.count(start_batch * world_size + rank, world_size)
         config = self.config
         return BatchLoader(ImageBatches(config.data_path, numbers, config.batch_size, config.seed), config.num_workers)

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.data_config import DatasetConfig
-from fourm.data.masking import Masked, UnifiedMasking
+from fourm.data.masking import Masked, Masking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
 from fourm.data.raw_sample import BadSample, OpenFiles
@@ -200,9 +200,7 @@ def _pictures(
                 yield name, picture
 
 
-def _describe(
-    value: Any, entry: Masked, modality: Modality, masking: UnifiedMasking, read: SequenceReader
-) -> MaskedModality:
+def _describe(value: Any, entry: Masked, modality: Modality, masking: Masking, read: SequenceReader) -> MaskedModality:
     inputs, targets = ~entry["input_mask"], ~entry["target_mask"]
     counts = int(inputs.sum()), int(targets.sum())
     if modality.type == "img":

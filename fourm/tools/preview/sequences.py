@@ -15,7 +15,7 @@ import torch
 from tokenizers import Tokenizer
 
 from fourm.data.budgets import Budgets
-from fourm.data.masking import Masked, UnifiedMasking
+from fourm.data.masking import Masked, Masking
 from fourm.data.modality_info import Modality
 from fourm.data.transforms.sequence import Box
 from fourm.utils.tokenizer.special_tokens import EOS, EOS_ID, sentinel, sentinel_id
@@ -55,10 +55,10 @@ class Annotation(NamedTuple):
     roles: tuple[str, ...] = ()
 
 
-class PositionMasking(UnifiedMasking):
+class PositionMasking(Masking):
     """Masks the positions of sequence tokens instead of their ids; sentinels and grids keep their ids."""
 
-    def __init__(self, masking: UnifiedMasking):
+    def __init__(self, masking: Masking):
         vars(self).update(vars(masking))
 
     def encode(self, modality: Modality, value: Any) -> tuple[list[int], np.ndarray]:

@@ -32,7 +32,7 @@ from fourm.utils.urls import redact_url
 
 log = logging.getLogger("fourm")
 _BUDGET_DRAWS = 400  # for the mean token budgets
-Budgets = dict[str, float]
+MeanBudgets = dict[str, float]  # tokens in a batch by modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +165,7 @@ class Pretrain(Task[PretrainConfig]):
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         config = self.config
@@ -179,7 +179,7 @@ class Pretrain(Task[PretrainConfig]):
             world_size=world_size,
             seed=config.seed,
             start_batch=start_batch,
-            positions=draws,
+            draws_by_stream=draws_by_stream,
             num_streams=config.streams(world_size),
             pin_memory=pin_memory,
             raw_pixels=True,
@@ -242,8 +242,7 @@ class Pretrain(Task[PretrainConfig]):
                 elif is_main:
                     log.warning(
                         "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d takes all "
-                        "of its "
-                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
+                        "of its tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
                         name,
                         fixed[0][0],
                     )
@@ -276,7 +275,10 @@ class Pretrain(Task[PretrainConfig]):
         return self._select_and_copy(model, batch or _EMPTY_BATCH, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """Average as in training: over the modalities with targets or, for ``loss_type`` token, over the tokens."""
+        """Average over the modalities with targets or, for ``loss_type`` token, over the tokens.
+
+        In training, a modality of the batch that happens to have no targets counts as a loss of 0 for ``loss_type`` mod.
+        """
         if self.config.loss_type == "mod":
             return super().evaluation_loss(sums, targets)
         return sum(sums.values()) / sum(targets.values())
@@ -305,7 +307,7 @@ class Pretrain(Task[PretrainConfig]):
             activations=sum(activation_bytes(model, config.batch_size, *self.slots, targets, half).values()),
         )
 
-    def mean_budgets(self) -> tuple[Budgets, Budgets]:
+    def mean_budgets(self) -> tuple[MeanBudgets, MeanBudgets]:
         """Return the mean input and target tokens per modality in a batch, if no text is shorter than its budget."""
         data = self.data
         totals: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
@@ -329,7 +331,7 @@ class Pretrain(Task[PretrainConfig]):
 # A batch of one sample without tokens.
 _NO_MASK = torch.zeros(1, 0, dtype=torch.bool)
 _NO_TOKENS = {"input_mask": _NO_MASK, "target_mask": _NO_MASK, "decoder_attention_mask": _NO_MASK.long()}
-_EMPTY_BATCH = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}}, position={})
+_EMPTY_BATCH = Batch({"nothing": {"tensor": torch.empty(0), **_NO_TOKENS}})
 
 
 def to_device(

@@ -210,11 +210,11 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         self._rank, self._world_size = rank, world_size
-        return self._batches.train_loader(rank, world_size, batches_per_epoch, start_batch, draws, pin_memory)
+        return self._batches.train_loader(rank, world_size, batches_per_epoch, start_batch, draws_by_stream, pin_memory)
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
         """Prepare images of the same size in all micro-batches and processes of a step."""

@@ -72,7 +72,7 @@ class TokenizerBatches:
         world_size: int,
         batches_per_epoch: int,
         start_batch: int,
-        draws: Mapping[int, int] | None,
+        draws_by_stream: Mapping[int, int],
         pin_memory: bool,
     ) -> BatchLoader:
         """Return the training batches, see :meth:`fourm.train.task.Task.train_batches`."""
@@ -88,7 +88,7 @@ class TokenizerBatches:
             world_size=world_size,
             seed=config.seed,
             start_batch=start_batch,
-            positions=draws,
+            draws_by_stream=draws_by_stream,
             num_streams=config.streams(world_size),
         )
         return BatchLoader(batches, config.num_workers, pin_memory)
@@ -111,7 +111,7 @@ class TokenizerBatches:
         size = config.loaded_size(training=False)
         tensor = torch.zeros(1, 3, size, size) if config.network else self.blank_input(size)
         entry = {"tensor": tensor, "seed": torch.zeros(1, dtype=torch.int64)}
-        return Batch({config.domain: entry | ({"depth": tensor} if config.keeps_depth(False) else {})}, position={})
+        return Batch({config.domain: entry | ({"depth": tensor} if config.keeps_depth(False) else {})})
 
     def step_size(self, step: int) -> int:
         """Draw the size in pixels of an optimizer step, which depends only on the seed and the step."""
