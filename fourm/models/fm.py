@@ -1,4 +1,4 @@
-"""4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406; method sections 2-4).
+"""4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406).
 
 Shapes: B batch, N encoder slots, R register tokens, M decoder slots, L tokens of one modality, n_m selected tokens of
 modality m in the whole batch, D model width, V vocabulary size. Masks: True = masked.
