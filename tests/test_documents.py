@@ -45,16 +45,20 @@ def test_every_file_of_the_repository_that_is_named_exists(document):
     assert not missing
 
 
-def test_the_trees_of_files_name_files_that_exist():
-    for document in ("README.md", "CONTRIBUTING.md"):
-        (tree,) = re.findall(r"^```\nfourm/\n(.*?)^```", (ROOT / document).read_text(), re.M | re.S)
+def test_the_maps_of_the_packages_name_files_that_exist():
+    (tree,) = re.findall(r"^```\nfourm/\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+    contributing = (ROOT / "CONTRIBUTING.md").read_text()
+    table = "".join(re.findall(r"^\| \[`\w+/`\]\(fourm/.*\n", contributing, re.M))
+    for text, minimum in ((tree, 10), (table, 60)):
         folder, named = "", 0
-        for line in tree.splitlines():
-            folder = next(iter(re.findall(r"^  (\w+/)", line)), folder)
-            for name in re.findall(r"[\w]+\.py|(?<= )transforms/|(?<= )tokenizer/|tasks/\w+\.py", line):
+        for line in text.splitlines():
+            folder = next(iter(re.findall(r"^(?:  |\| \[`)(\w+/)", line)), folder)
+            for name in re.findall(r"[\w]+\.py|(?<=[ `])(?:transforms|tokenizer|preview)/|tasks/\w+\.py", line):
                 assert any((ROOT / "fourm" / place / name).exists() for place in (folder, "")), name
                 named += 1
-        assert named > 10
+        assert named > minimum
+    packages = {path.parent.name for path in (ROOT / "fourm").glob("*/__init__.py")}
+    assert {*re.findall(r"^\| \[`(\w+)/`\]", table, re.M)} == packages
 
 
 def test_the_walks_name_functions_that_exist():
@@ -76,9 +80,8 @@ TASKS = {"run_training_4m.py": Pretrain, "run_training_4m_fsdp.py": Pretrain, "r
 
 def test_the_options_of_the_training_commands_are_accepted(monkeypatch):
     monkeypatch.chdir(ROOT)
-    commands = re.findall(
-        r"^(?:python|torchrun .*) (run_training_\w+\.py) (.*)$", (ROOT / "README.md").read_text(), re.M
-    )
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    commands = re.findall(r"^(?:python|torchrun .*) (run_training_\w+\.py) (.*)$", text, re.M)
     assert {script for script, _ in commands} == set(TASKS)
     for script, arguments in commands:
         parse_args(TASKS[script].config_class, shlex.split(arguments, comments=True))

@@ -1,7 +1,7 @@
 """The Dirichlet mixture of a data set, which divides a sample's tokens among its modalities.
 
 Component m of the mixture draws the input budgets from Dirichlet(input_alphas[:, m]), and the target budgets from
-Dirichlet(target_alphas[:, m]) (method section of the paper, and its appendix on masking).
+Dirichlet(target_alphas[:, m]) (4M, arXiv 2312.06647, its method section and its appendix on masking).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Token budgets: how many tokens of a sample each modality gets (method sections 5.1 to 5.3).
+"""Token budgets: how many tokens of a sample each modality gets, as in 4M (arXiv 2312.06647).
 
 The totals are drawn uniformly from their ranges and divided by a Dirichlet distribution that is drawn from a mixture.
 """

@@ -21,7 +21,7 @@ ModDict = Mapping[str, Mapping[str, Tensor]]
 def collate(
     samples: Sequence[MaskedSample], modality_info: Mapping[str, Modality], shared: bool = False
 ) -> dict[str, dict[str, Tensor]]:
-    """Stack masked samples (method section 1).
+    """Stack masked samples.
 
     Args:
         samples: Results of ``Masking.apply``.

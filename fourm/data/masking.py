@@ -1,4 +1,4 @@
-"""Mask a sample: choose which tokens the model sees and which it predicts (method section 5).
+"""Mask a sample: choose which tokens the model sees and which it predicts, as in 4M (arXiv 2312.06647).
 
 Masks are True where a token is masked, as everywhere. All randomness comes from the generator that is passed in.
 """

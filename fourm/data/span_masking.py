@@ -1,4 +1,4 @@
-"""Choose the kept tokens of a sequence, and build the row that input and target share (method section 5.5).
+"""Choose the kept tokens of a sequence, and build the row that input and target share.
 
 Shapes: n tokens of the sequence, u units that are kept or dropped as a whole (tokens or chunks), L = (max_tokens +
     1)·2.

@@ -1,8 +1,8 @@
 """Build batches from data sets on disk: read and join by key → aligned transform → masking → collate.
 
 **The data position.** The training data of a run consists of ``S = num_streams`` logical *streams*. Micro-batch ``k``
-of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; its content depends only on
-``(seed, S, g)``. ``S`` is a multiple of the total number of workers, ``world_size · max(1, num_workers)``, which is
+of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; for given ``S``,
+``batch_size`` and ``batches_per_epoch``, its content depends only on ``(seed, g)``. ``S`` is a multiple of the total number of workers, ``world_size · max(1, num_workers)``, which is
 also its default. Each stream therefore belongs to one worker, each worker cycles through its ``S / (world_size · max(1,
 num_workers))`` streams, and every such number of ranks and workers sees the same batches.
 

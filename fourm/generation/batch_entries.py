@@ -156,7 +156,7 @@ def expand_to_batch(mod_dict: ModDict, batch_size: int) -> dict[str, Any]:
 
 
 def emptied(mod_dict: ModDict, modality_info: ModalityInfo, domains: Iterable[str]) -> dict[str, Any]:
-    """Remove the content of ``domains`` from the batch, for the unconditional side of guidance (method section 8)."""
+    """Remove the content of ``domains`` from the batch, for the unconditional side of guidance."""
     return {**mod_dict, **{name: _emptied(mod_dict[name], modality_info[name], name) for name in domains}}
 
 

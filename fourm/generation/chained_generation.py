@@ -1,4 +1,4 @@
-"""Any-to-any generation: a chain of targets, each conditioned on the inputs and earlier targets (method section 8).
+"""Any-to-any generation: a chain of targets, each conditioned on the inputs and earlier targets.
 
 Call ``GenerationSampler(model).generate(batch, schedule)`` with a batch from :mod:`fourm.generation.batch_entries` and
 a schedule from :mod:`fourm.generation.schedules`. The steps themselves are in :mod:`fourm.generation.steps`.

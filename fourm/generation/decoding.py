@@ -39,6 +39,8 @@ Tokenizers = Mapping[str, ImageTokenizer]
 class Detokenizer:
     """How tokenizers that decode by diffusion sample images; others ignore it.
 
+    The ``picture_options`` of a tokenizer override these options and the seed.
+
     Attributes:
         steps: Number of diffusion steps.
         guidance_scale, cond_scale: Of a ControlNet: how far to go beyond a prediction without tokens, and their weight.
@@ -62,7 +64,9 @@ class Detokenizer:
         """
         options: dict[str, Any] = {}
         if isinstance(tokenizer, (DiVAE, VQControlNet)):
-            options = {"timesteps": self.steps, "seed": [0] * len(ids) if seed is None else seed}
+            options = {"timesteps": self.steps}
+            if seed is not None:
+                options["seed"] = seed
         if isinstance(tokenizer, VQControlNet):
             options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale}
         return tokenizer.decode_pictures(tokenizer.to_grid(ids), **options)

@@ -1,4 +1,4 @@
-"""Generation schedules: targets one after another, each in steps with tokens and temperatures (method section 8)."""
+"""Generation schedules: targets one after another, each in steps with tokens and temperatures."""
 
 from __future__ import annotations
 

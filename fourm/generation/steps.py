@@ -1,4 +1,4 @@
-"""One step of generation: a decoding scheme applied to weighted conditions (method section 8).
+"""One step of generation: a decoding scheme applied to weighted conditions.
 
 A condition is a set of inputs. All conditions run through the model in one batch, and the decoder outputs are summed
 with the weights of their conditions. A single condition of weight 1 is generation without guidance. Guidance with scale

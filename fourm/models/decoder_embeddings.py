@@ -1,4 +1,4 @@
-"""Embedding modules of the decoder: decoder tokens, target ids and logits of one modality (method section 2).
+"""Embedding modules of the decoder: decoder tokens, target ids and logits of one modality.
 
 Shapes: B batch, L tokens of one modality, n selected targets of one modality in the whole batch, D model width,
 V vocabulary size.

@@ -1,4 +1,4 @@
-"""The encoder that FourM and FourMViT share: it embeds the inputs and encodes them (method section 3, 1 and 3).
+"""The encoder that FourM and FourMViT share: it embeds the inputs and encodes them.
 
 Shapes: B batch, N encoder slots, R register tokens, D model width. Masks: True = masked.
 """

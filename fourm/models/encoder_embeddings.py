@@ -1,4 +1,4 @@
-"""Embedding modules of the encoder, for token ids, image patches and vectors (method section 2).
+"""Embedding modules of the encoder, for token ids, image patches and vectors.
 
 Shapes: B batch, L tokens of one modality, n selected tokens of one modality in the whole batch, D model width.
 """

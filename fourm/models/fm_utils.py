@@ -1,4 +1,4 @@
-"""Norm, attention, MLPs and blocks of the trunk (method section 3, "Blocks").
+"""Norm, attention, MLPs and blocks of the trunk.
 
 Shapes: B batch, N tokens, M targets, S slots, T packed tokens of the whole batch, Q queries, K keys, D width, H heads,
 C width of one head.
@@ -343,7 +343,7 @@ class DecoderBlock(nn.Module):
 
 
 def init_weights(model: nn.Module, std: float = INIT_STD) -> None:
-    """Initialise all submodules of ``model`` (method section 3), the embedding vectors with ``std``.
+    """Initialise all submodules of ``model``, the embedding vectors with ``std``.
 
     A tied output matrix is initialised twice, first as an embedding and then as a linear layer, and so ends up
     Xavier-uniform.

@@ -1,4 +1,4 @@
-"""Base classes of the embedding modules: positions and the modality vector (method section 2).
+"""Base classes of the embedding modules: positions and the modality vector.
 
 An embedding module embeds only the selected tokens, which :class:`Rows` names, never the whole modality. It returns
 their content ``x`` and ``emb`` = position + modality vector.

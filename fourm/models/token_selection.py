@@ -1,4 +1,4 @@
-"""Selects the tokens of a batch that the model reads and predicts, from the masks alone (method section 3, 1 and 2).
+"""Selects the tokens of a batch that the model reads and predicts, from the masks alone.
 
 A sample has several thousand tokens, of which a few hundred are used. Because they are selected before anything is
 embedded, memory and time do not depend on the others. The selection happens on the host, before the batch moves to the

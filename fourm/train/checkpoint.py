@@ -5,7 +5,7 @@
 * ``shard-*.safetensors``: the tensors, or parts of tensors, that each process writes: ``model/PARAMETER``,
   ``ema/PARAMETER`` and ``optimizer/PARAMETER/STATE``
 * ``config.json``: the configuration of the model
-* ``state.json``: the step, the position in the data of every rank, the state of the log, the configuration of the run
+* ``state.json``: everything else that the run needs to continue, see :func:`fourm.train.resume.state_to_save`
 * ``checksums.json``: the sizes and checksums of all of these
 
 There is no state of a random generator: all randomness of a step derives from the seed and the number of its batch.

@@ -173,7 +173,19 @@ def data_layout(trainer: Trainer) -> dict[str, int]:
 
 
 def state_to_save(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
-    """Return the state that :func:`restore` reads; all processes must call this."""
+    """Return the content of ``state.json``, which :func:`restore` reads; all processes must call this.
+
+    Returns:
+        * ``task``: The name of the task.
+        * ``step``: The number of finished steps.
+        * ``config``: The configuration of the run.
+        * ``identity``: The result of :meth:`Task.identity`.
+        * ``facts``: The result of :meth:`Task.facts`, for the model card.
+        * ``global_batch``: The number of samples per step.
+        * ``layout``: The options that the positions in the data depend on.
+        * ``loss_scale``: The state of the loss scale.
+        * ``ranks``: For each rank, ``positions`` in the data and the open ``interval`` of the log.
+    """
     config, parallel = trainer.config, trainer.parallel
     rank_state = {"positions": list(trainer.positions.values()), "interval": trainer.interval.state()}
     return {

@@ -191,7 +191,7 @@ class VQControlNet(DiffusionVQ):
     """
 
     options_class = VQControlNetOptions
-    picture_options = MappingProxyType({"seed": 0, "vae_decode": True})
+    picture_options = MappingProxyType({"vae_decode": True})
     decoder: ControlledUNet
     vae: Any
     image_size_sd: int

@@ -9,7 +9,6 @@ import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -100,11 +99,14 @@ class DiffusionVQ(VQ):
     """The base class of tokenizers with a diffusion decoder."""
 
     options_class: ClassVar[type[DiffusionOptions]] = DiffusionOptions
-    picture_options = MappingProxyType({"seed": 0})  # the same tokens always give the same picture
     cls_free_guidance_dropout: float
     masked_cfg: bool
     masked_cfg_low: int
     masked_cfg_high: int | None
+
+    def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
+        """See :meth:`ImageTokenizer.decode_pictures`. By default, the same tokens always give the same picture."""
+        return super().decode_pictures(ids, **{"seed": [0] * len(ids), **options})
 
     def hidden_tokens(self, quant: Tensor) -> Tensor | None:
         """Draw which tokens of latents (B, L, h, w) a training step hides from the decoder: (B, h, w) bool, or None."""

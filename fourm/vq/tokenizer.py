@@ -75,9 +75,10 @@ class ImageTokenizer(nn.Module, ABC):
         input_patch: The side length of the part of the input that becomes a token; 1 if the input is a map of features.
         takes_vectors: Whether a sample is a single vector, (D, 1, 1).
         num_codebooks: G, the number of ids for each place.
-        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read
-            from files, and empty if that is not known.
-        picture_options: The options of :meth:`decode_tokens` for pictures to look at.
+        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read from
+            files, and empty if that is not known.
+        picture_options: Options of :meth:`decode_tokens` that :meth:`decode_pictures` always uses; set your own to override
+            the defaults.
     """
 
     kind: ClassVar[str]
@@ -119,8 +120,16 @@ class ImageTokenizer(nn.Module, ABC):
 
     @torch.no_grad()
     def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
-        """Decode ids on any device to float32 on the CPU, with ``picture_options``, which ``options`` override."""
-        return self.decode_tokens(ids.long().to(self.device), **{**self.picture_options, **options}).float().cpu()
+        """Decode ids on any device to float32 on the CPU, by :meth:`decode_tokens`.
+
+        Args:
+            ids: Ids, (B, h, w), or (B, G, h, w) with G codebooks.
+            options: Options of :meth:`decode_tokens`, which ``picture_options`` override.
+
+        Returns:
+            What the tokenizer decodes, (B, C, H, W).
+        """
+        return self.decode_tokens(ids.long().to(self.device), **{**options, **self.picture_options}).float().cpu()
 
     def to_patches(self, x: Tensor) -> Tensor:
         """Cut images into patches, (B, C, H, W) → (B, h, w, C, patch, patch); raises like :meth:`check_images`."""

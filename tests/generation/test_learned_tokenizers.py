@@ -7,7 +7,7 @@ import yaml
 
 from fourm.data.modality_info import resolve_modalities
 from fourm.generation import Sampler, as_image, plot
-from fourm.generation.decoding import decode
+from fourm.generation.decoding import Detokenizer, decode
 from fourm.generation.drawing import SIZE
 from fourm.generation.instances import decode_instances, draw_instances, merge_instances, place_mask
 from fourm.generation.plotting import pca_picture
@@ -132,6 +132,14 @@ def test_the_same_tokens_give_the_same_vectors_and_pictures(tokenizers):
     ids = torch.tensor([[3, 7, 1, 9]])
     first, second = (decode({"tok_rgb@32": entry(ids)}, info, tokenizers)[0]["tok_rgb@32"].value for _ in range(2))
     np.testing.assert_array_equal(first, second)  # although it is drawn out of noise
+
+
+def test_the_picture_options_of_a_tokenizer_override_all_others():
+    tokenizer, ids = toy_divae(), torch.tensor([[3, 7, 1, 9]] * 2)
+    default, seeded = Detokenizer(steps=2).decode(tokenizer, ids), Detokenizer(steps=2).decode(tokenizer, ids, seed=5)
+    assert default[0].equal(default[1]) and not seeded[0].equal(seeded[1]) and not seeded[0].equal(default[0])
+    tokenizer.picture_options = {"seed": 5, "timesteps": 2}
+    assert Detokenizer(steps=3).decode(tokenizer, ids, seed=1).equal(seeded)
 
 
 def test_a_feature_map_is_its_principal_components():

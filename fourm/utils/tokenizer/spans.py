@@ -1,4 +1,4 @@
-"""Split a sequence into input and target by span masking (method section 5.5), and merge them again.
+"""Split a sequence into input and target by span masking, as in T5 (arXiv 1910.10683), and merge them again.
 
 Each run of dropped tokens becomes one sentinel in the input. The target repeats each sentinel, followed by the tokens
 that it replaces, and ends with the next unused sentinel: ``a b c d`` without ``b c`` becomes ``a S1 d``
