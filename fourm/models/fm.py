@@ -251,6 +251,7 @@ class FourM(Encoder):
         With ``slots`` the targets, and with ``context_slots`` the context, are packed.
         """
         masks = (None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding))
+        y, context = y.to(self.residual_dtype), context.to(self.residual_dtype)
         return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks, None, slots, context_slots))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:
