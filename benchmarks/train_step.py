@@ -77,7 +77,9 @@ def full_name(model: str) -> str:
     return next((n for n in MODEL_NAMES if n.startswith(f"fm_{model}_") and n.endswith("d_swiglu_nobias")), model)
 
 
-def build_config(options: argparse.Namespace, model_name: str, batch_size: int) -> PretrainConfig:
+def build_config(
+    options: argparse.Namespace, model_name: str, batch_size: int, residual_dtype: str = "float32"
+) -> PretrainConfig:
     return load_config(
         PretrainConfig,
         None,
@@ -95,6 +97,7 @@ def build_config(options: argparse.Namespace, model_name: str, batch_size: int) 
             "opt": options.opt,
             "momentum": 0.0,
             "compile": options.compile,
+            "residual_dtype": residual_dtype,
         },
     )
 
@@ -120,14 +123,15 @@ class Synthetic(Pretrain):
 
 
 def build_trainer(
-    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
+    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int, residual_dtype: str
 ) -> Trainer:
-    config = build_config(options, model_name, batch_size)
+    config = build_config(options, model_name, batch_size, residual_dtype)
     task = Synthetic(config, modalities)
     torch.manual_seed(0)
     more = {"share_embedding": True, "use_act_checkpoint": options.act_checkpoint, **(TOY if options.toy else {})}
     with torch.device("meta"):
         model = FM(model_config(model_name, *DOMAINS[modalities], **more))
+    model.residual_dtype = getattr(torch, config.residual_dtype)
     parallel.materialise(model, task.parts(model))
     if options.compile:
         model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
@@ -196,10 +200,10 @@ def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], tr
 
 
 def measure(
-    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int
+    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int, residual_dtype: str
 ) -> dict[str, Any]:
     """Measure one setting."""
-    trainer = build_trainer(options, parallel, model_name, modalities, batch_size)
+    trainer = build_trainer(options, parallel, model_name, modalities, batch_size, residual_dtype)
     model, config = trainer.model, trainer.config
     batch = synthetic(model, batch_size, options.tokens, options.padding)
     ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
@@ -238,6 +242,7 @@ def measure(
         "world_size": parallel.world_size,
         "device": describe_device(parallel.device),
         "dtype": config.autocast_dtype,
+        "residual_dtype": residual_dtype,
         "torch_threads": torch.get_num_threads(),
         "parameters": count_parameters(model),
         "seconds_per_step": seconds,
@@ -296,8 +301,10 @@ def fitted(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:
     return exponents
 
 
-def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, int]]:
-    return itertools.product(map(full_name, options.model), options.modalities, options.batch_size)
+def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
+    return itertools.product(
+        map(full_name, options.model), options.modalities, options.batch_size, options.residual_dtype
+    )
 
 
 def main() -> None:
@@ -311,6 +318,7 @@ def main() -> None:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--residual_dtype", nargs="+", default=["float32"], help="precision of the residual stream")
     parser.add_argument("--compile", action="store_true")
     parser.add_argument("--fsdp", action="store_true", help="shard the model, even in a single process")
     parser.add_argument("--toy", action="store_true", help="use a model of one narrow block, to test the command")

@@ -30,7 +30,13 @@ class Encoder(nn.Module):
         use_act_checkpoint: Recompute the blocks in the backward pass; a number k recomputes only every k-th block.
         init_std: Standard deviation of the initial embedding vectors.
         pos_temperature: Temperature of the sine-cosine positions in images.
+
+    Attributes:
+        residual_dtype: Precision of the residual stream; None keeps that of the embeddings. Like autocast, it belongs to
+            a training run, and is not saved with the model.
     """
+
+    residual_dtype: torch.dtype | None = None
 
     def __init__(
         self,
@@ -100,7 +106,7 @@ class Encoder(nn.Module):
     def encode(self, x: Tensor, padding: Tensor | None = None, slots: Slots | None = None) -> Tensor:
         """Run the encoder, (B, R + N, D) → (B, R + N, D), or on packed tokens."""
         mask = None if padding is None else additive(attendable(padding), x)
-        return self.encoder_norm(self.run_blocks(self.encoder, x, mask, slots))
+        return self.encoder_norm(self.run_blocks(self.encoder, x.to(self.residual_dtype), mask, slots))
 
     def run_blocks(self, blocks: Iterable[nn.Module], x: Tensor, *context: Tensor | Slots | None) -> Tensor:
         """Run ``x`` through a stack of blocks that all get the same ``context``."""

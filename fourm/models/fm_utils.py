@@ -32,9 +32,10 @@ class LayerNorm(nn.LayerNorm):
             self.register_buffer("bias", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # FSDP may keep the weight in lower precision than x or the bias, and not every device can mix the two.
-        dtype = torch.promote_types(x.dtype, self.weight.dtype)
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(dtype), self.bias.to(dtype), self.eps)
+        # The kernel computes in float32 whatever the type of x. Autocast would convert a 16-bit x before F.layer_norm, and
+        # the copy would be kept for the backward pass. FSDP may gather the weight in lower precision than x.
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
 
 @dataclass(frozen=True)

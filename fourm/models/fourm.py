@@ -1,4 +1,4 @@
-"""4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406; method sections 2-4).
+"""4M: one transformer encoder-decoder for all modalities (arXiv 2312.06647, 2406.09406).
 
 Shapes: B batch, N encoder slots, R register tokens, M decoder slots, L tokens of one modality, n_m selected tokens of
 modality m in the whole batch, D model width, V vocabulary size. Masks: True = masked.
@@ -241,6 +241,7 @@ class FourM(Encoder):
         With ``slots`` the targets, and with ``context_slots`` the context, are packed.
         """
         masks = (None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding))
+        y, context = y.to(self.residual_dtype), context.to(self.residual_dtype)
         return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks, None, slots, context_slots))
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:

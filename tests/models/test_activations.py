@@ -18,10 +18,15 @@ def small_model(name, **overrides):
     return FM(model_config(name, ["rgb@224", *TARGETS], TARGETS, **sizes | overrides))
 
 
-@pytest.mark.parametrize("half", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("half", "residual_dtype"),
+    [(False, None), (True, torch.float32), (True, torch.bfloat16)],
+    ids=["float32", "bfloat16", "bfloat16 residual stream"],
+)
 @pytest.mark.parametrize("name", ["tiny_6e_6d_gelu", "tiny_6e_6d_swiglu_nobias", "base_12e_12d_swiglu_qknorm_nobias"])
-def test_the_formula_is_what_autograd_keeps(name, half):
+def test_the_formula_is_what_autograd_keeps(name, half, residual_dtype):
     model = small_model(f"fm_{name}", num_register_tokens=2)
+    model.residual_dtype = residual_dtype
     batch = synthetic_batch(model.modality_info, 8, 16, 20)
     selection = model.select_tokens(batch, *SLOTS)
 

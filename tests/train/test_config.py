@@ -99,6 +99,10 @@ def test_commands_are_no_part_of_the_configuration_that_is_saved(main_yaml):
         (["--epochs", "1", "--min_input_tokens", "300"], "'min_input_tokens' must lie between 0 and"),
         (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine or inverse_sqrt-T"),
         (["--epochs", "1", "--dtype", "float8"], "'dtype' must be one of"),
+        (
+            ["--epochs", "1", "--dtype", "fp16", "--residual_dtype", "bfloat16"],
+            "'residual_dtype' bfloat16 needs 'dtype' bfloat16, not fp16",
+        ),
         (["--epochs", "1", "--s3_save_dir", "/bucket"], "'s3_save_dir' must be s3://BUCKET"),
         (["--epochs", "1", "--s3_endpoint", "x:9", "--resume", "s3://b/c"], "'s3_endpoint' must be a URL"),
         (["--epochs", "1", "--data_cache_gb", "0"], "'data_cache_gb' must be above 0"),

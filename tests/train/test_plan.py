@@ -3,6 +3,7 @@
 import dataclasses
 
 import pytest
+import torch
 import yaml
 
 from fourm.train.config import load_config, parse_args
@@ -74,6 +75,15 @@ def test_shards_shrink_with_the_number_of_gpus(monkeypatch):
     assert few.memory["DDP"] == many.memory["DDP"]
     assert few.flops == many.flops, "of a step on one GPU"
     assert few.days == pytest.approx(8 * many.days, rel=0.01)
+
+
+def test_a_residual_stream_in_bfloat16_takes_less_memory(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    path = "cfgs/default/4m/models/main/4m-b_mod7_500b.yaml"
+    (default, _), (narrow, model) = (planned(path, residual_dtype=dtype) for dtype in ("float32", "bfloat16"))
+    assert model.residual_dtype == torch.bfloat16
+    activations = [plan.memory["DDP"]["activations"] for plan in (default, narrow)]
+    assert 0.7 * activations[0] < activations[1] < 0.9 * activations[0]
 
 
 def test_the_command_prints_a_table_and_touches_nothing(tmp_path):

@@ -48,6 +48,9 @@ class ModelOptions(Options):
         "input size in pixels where a modality declares none", 224, at_least=1, at_most=100_000, fixed=True
     )
     num_register_tokens: int = option("register tokens of the encoder", 0, at_least=0, at_most=100_000, fixed=True)
+    residual_dtype: Literal["float32", "bfloat16"] = option(
+        "precision of the residual stream between the blocks; bfloat16 needs 'dtype' bfloat16", "float32", fixed=True
+    )
     loss_type: Literal["mod", "token"] = option("average the loss over modalities, or over tokens", "mod", fixed=True)
     frozen_embedding_domain: str | None = option(
         "domains, joined by '-', whose embeddings are also frozen in the frozen phase", None, fixed=True
@@ -67,6 +70,10 @@ class PretrainConfig(DataOptions, ModelOptions, RunConfig):
     @property
     def tokens_per_sample(self) -> int:
         return self.num_input_tokens + self.num_target_tokens
+
+    def check(self) -> None:
+        if self.residual_dtype == "bfloat16" != self.autocast_dtype:
+            raise UserError(f"'residual_dtype' bfloat16 needs 'dtype' bfloat16, not {self.dtype}")
 
 
 class Pretrain(Task[PretrainConfig]):
@@ -114,7 +121,7 @@ class Pretrain(Task[PretrainConfig]):
         own = own_declarations(self.data.modalities)
         declared = {name: own.get(name, {}) | dict(fields or {}) for name, fields in self.data.declarations.items()}
         with torch.device("meta"):
-            return FM(
+            model = FM(
                 model_config(
                     config.model,
                     self.data.in_domains,
@@ -123,6 +130,8 @@ class Pretrain(Task[PretrainConfig]):
                     **options | config.model_kwargs,
                 )
             )
+        model.residual_dtype = getattr(torch, config.residual_dtype)
+        return model
 
     @property
     def model_name(self) -> str:
