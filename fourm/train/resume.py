@@ -182,6 +182,7 @@ def state_to_save(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
         "config": saved_options(config),
         "identity": identity,
         "facts": trainer.task.facts(),
+        "losses": list(trainer.task.losses),
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": data_layout(trainer),
         "loss_scale": trainer.gradient_step.state(),
