@@ -252,10 +252,10 @@ class TransferMasking(UnifiedMasking):
         room = {name: (entry.max_tokens or 0) for name, entry in entries.items()}
         _check_budget("input", {name: room[name] for name in input_modalities}, input_tokens_range)
         # Two sentinels enclose a target sequence, and each token predicts the next: one position more than tokens.
-        slots = {name: room[name] + (entries[name].type != "img") for name in target_modalities}
+        sequences = {name for name, entry in entries.items() if entry.type != "img"}
+        slots = {name: room[name] + 1 if name in sequences else room[name] for name in target_modalities}
         _check_budget("target", slots, target_tokens_range)
-        # Two sentinels enclose a target sequence.
-        with_sentinels = {name: count + 2 * (entries[name].type != "img") for name, count in room.items()}
+        with_sentinels = {name: count + 2 if name in sequences else count for name, count in room.items()}
         self._fixed = Budgets(
             {name: count if name in input_modalities else 0 for name, count in room.items()},
             {name: count if name in target_modalities else 0 for name, count in with_sentinels.items()},
