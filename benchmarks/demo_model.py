@@ -89,9 +89,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True, help="scenes that neither model was trained on")
     parser.add_argument("--train_judge", type=Path, help="only train the judge, on these scenes, and measure it")
     parser.add_argument("--epochs", type=int, default=JudgeOptions.epochs, help="epochs of the judge's training")
-    parser.add_argument(
-        "--model", default=str(DEMO_MODEL), help="run folder or folder with a model (default: the shipped)"
-    )
+    parser.add_argument("--model", default=str(DEMO_MODEL), help="run folder or folder with a model")
     parser.add_argument("--tokenizers", help="folder of the tokenizers, unless the model has a generation.yaml")
     parser.add_argument("--captions", type=int, default=200, help="number of captions")
     parser.add_argument("--batch_size", type=int, default=20)

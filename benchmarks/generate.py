@@ -112,9 +112,8 @@ def case(
 ) -> dict[str, Callable]:
     """Return both variants of one task as functions that return tokens; ``dtype`` applies to ``cached`` only."""
     batch = inputs(model, given)
-    batch = init_empty_target_modality(
-        batch, model.modality_info, target, 1, tokens + (target == TEXT) * 2, model.mask_token.device
-    )
+    positions = tokens + 2 if target == TEXT else tokens  # a text has two sentinels
+    batch = init_empty_target_modality(batch, model.modality_info, target, 1, positions, model.mask_token.device)
     schedule = build_chained_generation_schedules(
         [given], [target], [tokens], [scheme], [steps], ["linear"], [0.0], ["constant"], [scale], ["constant"]
     )

@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 
-HERE = Path(__file__).resolve().parent
+BENCHMARKS = Path(__file__).resolve().parent
 
 
 class Version:
@@ -102,7 +102,7 @@ def compare(versions: list[Version], samples: int, rounds: int, warm_up: int) ->
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--before", type=Path, required=True, help="folder with the other version of the code")
-    parser.add_argument("--now", type=Path, default=HERE.parent)
+    parser.add_argument("--now", type=Path, default=BENCHMARKS.parent)
     parser.add_argument("--modalities", type=int, nargs="+", default=[7])
     parser.add_argument("--repeats", type=int, nargs="+", default=[4, 1], help="values of wds_n_repeats")
     parser.add_argument("--batch_size", type=int, help="measure batches of this size instead of single samples")

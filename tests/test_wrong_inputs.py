@@ -126,7 +126,7 @@ def test_a_malformed_state_given_to_generation(original, tmp_path, content):
 def test_a_malformed_state_given_to_training(tmp_path, change):
     state = {"step": 1, "config": {}, "global_batch": 4, "layout": {}, "loss_scale": [], "ranks": []}
     (tmp_path / "state.json").write_text(json.dumps(state | change))
-    with pytest.raises(UserError, match=f"state.json is damaged: it has no proper '{next(iter(change))}'"):
+    with pytest.raises(UserError, match=f"state.json is damaged: '{next(iter(change))}' is missing or invalid"):
         read_state(tmp_path)
 
 

@@ -81,13 +81,13 @@ def picture(image: np.ndarray, label: str, overlay: str = "") -> str:
 def _body(decoded: Decoded, result: Mapping[str, Decoded]) -> str:
     image = as_image(decoded)
     if image is not None:
-        shown = picture(image, decoded.kind) + (_legend(decoded) if decoded.kind in CLASSES else "")
+        content = picture(image, decoded.kind) + (_legend(decoded) if decoded.kind in CLASSES else "")
     else:
-        shown = _RENDERERS.get(decoded.kind, _json)(decoded.value, result)
+        content = _RENDERERS.get(decoded.kind, _json)(decoded.value, result)
     unit, state = ("token", "missing") if image is not None else ("word", "left out")
     count = decoded.dropped
     note = f'<p class="note">{count} {unit}{"s" if count > 1 else ""} {state}</p>' if count else ""
-    return shown + note
+    return content + note
 
 
 def _legend(decoded: Decoded) -> str:

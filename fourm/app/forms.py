@@ -179,9 +179,9 @@ def read_settings(rows: Iterable[Sequence[Any]], sampler: Sampler) -> dict[str, 
     for name, title, row in zip(names, titles_of(names), rows, strict=False):
         modality = sampler.targets[name]
         defaults = sampler.default_settings(name)
-        most = (modality.max_tokens or 1) if modality.type == "img" else 1
+        max_steps = (modality.max_tokens or 1) if modality.type == "img" else 1
         for column, (key, low, high) in enumerate(
-            (("temps", 0.0, 100.0), ("cfg_scales", -20.0, 20.0), ("decoding_steps", 1, most)), 1
+            (("temps", 0.0, 100.0), ("cfg_scales", -20.0, 20.0), ("decoding_steps", 1, max_steps)), 1
         ):
             value = _number(str(row[column])) if len(row) == len(COLUMNS) else None
             whole = key == "decoding_steps"

@@ -291,9 +291,9 @@ class Page:
         for box in texts:
             box.submit(**hide)
             box.submit(generate, [form["targets"], *how, *texts], outcome, api_visibility="private", **model)
-        shown = [editor, parts["region"], parts["title"], parts["conditions"], parts["later"], parts["edited"]]
+        outputs = [editor, parts["region"], parts["title"], parts["conditions"], parts["later"], parts["edited"]]
         results.click(
-            self._with_session(self._edit, event=gr.EventData), None, shown, api_visibility="private", **quick
+            self._with_session(self._edit, event=gr.EventData), None, outputs, api_visibility="private", **quick
         )
         parts["close"].click(**hide)
         parts["regenerate"].click(
@@ -358,7 +358,7 @@ class Page:
         except UserError as error:
             return _error(error), *[gr.skip()] * 4
         text = f"Back to: {version.title}." if version else "Ready."
-        return *self._shown(session, version, _idle(text)), gr.update(visible=False)
+        return *self._outputs(session, version, _idle(text)), gr.update(visible=False)
 
     def _generate(self, session: Session, targets: Any, values: tuple) -> Iterator[tuple[Step, Version]]:
         request, texts = self._request(targets, values)
@@ -405,13 +405,13 @@ class Page:
                     now = time.monotonic()
                     if version.results or now - last < pause:
                         continue
-                    shown = cards.samples(
+                    html = cards.samples(
                         step.results(), version.given, version.targets, version.seeds, running=step.target
                     )
                     last = time.monotonic()
                     pause = max(0.1, 2 * (last - now))
                     text = f"Generating {titles_of([step.target])[0]}: step {step.number} of {step.total}"
-                    yield _progress(text, step.number / step.total), shown, gr.skip(), gr.skip()
+                    yield _progress(text, step.number / step.total), html, gr.skip(), gr.skip()
             except UserError as error:
                 yield _error(error), gr.skip(), gr.skip(), gr.skip()
                 return
@@ -423,22 +423,22 @@ class Page:
                 return
             assert version is not None  # there is at least one step
             word = "Finished" if version.complete else "Stopped"
-            yield self._shown(session, version, _idle(f"{word} after {time.monotonic() - began:.1f} s."))
+            yield self._outputs(session, version, _idle(f"{word} after {time.monotonic() - began:.1f} s."))
 
         return self._typed(handle, request=gr.Request)
 
-    def _shown(self, session: Session, version: Version | None, status: str) -> tuple[Any, ...]:
+    def _outputs(self, session: Session, version: Version | None, status: str) -> tuple[Any, ...]:
         gr = self.gradio
         if version is None:
             empty = cards.samples((), (), ())
             return status, empty, gr.update(interactive=False), gr.update(value=None, interactive=False)
-        shown = cards.samples(
+        html = cards.samples(
             version.results, version.given, version.targets, version.seeds, editable=session.editable()
         )
         archive = self.folder / f"results-{os.urandom(8).hex()}" / "results.zip"
         archive.parent.mkdir(parents=True)
         archive.write_bytes(session.archive())
-        return status, shown, gr.update(interactive=True), gr.update(value=str(archive), interactive=True)
+        return status, html, gr.update(interactive=True), gr.update(value=str(archive), interactive=True)
 
     def _edit(self, session: Session, event: Any) -> tuple[Any, ...]:
         gr = self.gradio

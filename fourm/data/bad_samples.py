@@ -100,7 +100,8 @@ class BadSampleLedger:
         return counts
 
     def _judge(self, bad: int, total: int, problem: str, max_fraction: float) -> None:
-        if bad > max_fraction * total or bad == total > 0:  # if all are bad, the search for a good one would not end
+        all_bad = total > 0 and bad == total  # the search for a good one would not end
+        if all_bad or bad > max_fraction * total:
             raise DataError(
                 f"data set {self._dataset}: {bad} of {total} samples {problem}, with "
                 f"max_bad_fraction={self._max_bad_fraction:g}; the warnings above name the files"

@@ -84,10 +84,10 @@ def _name_and_size(path: str, remote: bool = False) -> str:
     return f"{path.rpartition('/')[2]} {size}"
 
 
-def _digest(kind: str, lines: list[str], further_lines: list[str] | None = None) -> str:
+def _digest(unit: str, lines: list[str], further_lines: list[str] | None = None) -> str:
     text = "".join(f"{line}\n" for line in [*lines, *(further_lines or ())])
     digest = hashlib.sha256(text.encode("utf-8", "surrogateescape"))
-    return f"{len(lines)} {kind} {digest.hexdigest()[:12]}"
+    return f"{len(lines)} {unit} {digest.hexdigest()[:12]}"
 
 
 def _plain(value: Any) -> Any:

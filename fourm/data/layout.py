@@ -93,8 +93,8 @@ def _glob_shards(path: str, folders: list[str]) -> list[str]:
             groups = iter(re.fullmatch(regex, match).groups())  # type: ignore[union-attr]
             shards.add("".join(next(groups) if part in ("*", "?") else part for part in re.split("([*?])", path)))
     if not shards:
-        shown_path = path.replace("\0", f"[{','.join(folders)}]")
-        raise UserError(f"data_path {shown_path}: no file matches it")
+        pattern = path.replace("\0", f"[{','.join(folders)}]")
+        raise UserError(f"data_path {pattern}: no file matches it")
     return sorted(shards)
 
 

@@ -175,7 +175,7 @@ class Masking:
         return sentinels if modality.type == "seq_token" and sentinels.stop <= modality.vocab_offset else None
 
     def _check(self, modality: Modality, is_target: bool) -> None:
-        """Raise a :class:`UserError` if the modality cannot be masked with these settings; warn if masking is unclear."""
+        """Raise a :class:`UserError` if the modality cannot be masked with these settings; warn if that is unclear."""
         where = f"modality {modality.name}"
         if not modality.max_tokens:
             raise UserError(
@@ -277,16 +277,18 @@ class TransferMasking(Masking):
         inputs = {name: entries[name].max_tokens or 0 for name in input_modalities}
         targets = {name: entries[name].max_tokens or 0 for name in target_modalities}
         # Two sentinels enclose a target sequence, and each token predicts the next: one slot more than tokens.
-        sequences = {name: entries[name].type != "img" for name in targets}
+        sequences = {name for name in targets if entries[name].type != "img"}
+        with_sentinels = {name: count + 2 if name in sequences else count for name, count in targets.items()}
+        slots = {name: count + 1 if name in sequences else count for name, count in targets.items()}
         nothing = dict.fromkeys(entries, 0)
         budgets = Budgets(
             nothing | inputs,
-            nothing | {name: count + 2 * sequences[name] for name, count in targets.items()},
+            nothing | with_sentinels,
             component=0,
         )
         super().__init__(entries, text_tokenizer, FixedBudgets(budgets))
         _check_budget("input", inputs, input_tokens_range)
-        _check_budget("target", {name: count + sequences[name] for name, count in targets.items()}, target_tokens_range)
+        _check_budget("target", slots, target_tokens_range)
 
 
 def _check_budget(role: str, needed: Mapping[str, int], tokens_range: TokensRange | None) -> None:

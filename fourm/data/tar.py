@@ -67,7 +67,7 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
     window, window_start, position = b"", 0, 0
     extended, shared = dict[str, str](), dict[str, str]()
     match = _USUAL.match
-    unnamed = ended = False  # the member's name was lost; the end-of-archive mark was seen
+    unnamed, ended = False, False  # the member's name was lost; the end-of-archive mark was seen
     while position + _BLOCK <= end:
         at = position - window_start
         if at + _BLOCK > len(window):
@@ -88,11 +88,11 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
             position, extended, unnamed = following, {}, False
             continue
         ended = False
-        kind = header[156]
+        type_flag = header[156]
         try:
-            size = 0 if kind in _WITHOUT_DATA else _number(header[124:136])
-            if kind not in _EXTENDED and (extended or shared):
-                size = int(extended.get("size") or shared.get("size") or size) if kind not in _WITHOUT_DATA else 0
+            size = 0 if type_flag in _WITHOUT_DATA else _number(header[124:136])
+            if type_flag not in _EXTENDED and (extended or shared):
+                size = int(extended.get("size") or shared.get("size") or size) if type_flag not in _WITHOUT_DATA else 0
             if size < 0:
                 raise ValueError
         except ValueError:
@@ -104,13 +104,13 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
         if data + size > end:
             problems.append(f"cut off within a member at byte {end}")
             return
-        if kind in _EXTENDED:
+        if type_flag in _EXTENDED:
             try:
                 if size > _MAX_EXTENDED_BYTES:
                     raise ValueError
                 at = data - window_start
                 content = window[at : at + size] if at + size <= len(window) else os.pread(descriptor, size, data)
-                _read_extended_header(kind, content, extended, shared)
+                _read_extended_header(type_flag, content, extended, shared)
             except ValueError:
                 problems.append(f"a damaged or too large extended header at byte {header_at}")
                 unnamed = True
@@ -118,16 +118,16 @@ def _scan(descriptor: int, problems: list[str], links: list[_Link]) -> Iterator[
         name = extended.get("path") or shared.get("path") or _plain_name(header)
         if unnamed:
             pass  # already reported with its damaged header
-        elif kind == 83 or "sparse" in extended:
+        elif type_flag == 83 or "sparse" in extended:
             problems.append(f"{name!r} is a sparse file, which is not supported; pack it without --sparse")
-            if kind == 83 and header[482]:
+            if type_flag == 83 and header[482]:
                 position = _skip_sparse_map(descriptor, data, end) + position - data
-        elif kind in _FILES:
-            if kind or not name.endswith("/"):  # in v7, a trailing slash marks a folder
+        elif type_flag in _FILES:
+            if type_flag or not name.endswith("/"):  # in v7, a trailing slash marks a folder
                 yield name, data, size
-        elif kind in b"12":
+        elif type_flag in b"12":
             target = extended.get("linkpath") or shared.get("linkpath") or _text(header[157:257])
-            links.append(_Link(name, target if kind == 49 else posixpath.join(posixpath.dirname(name), target)))
+            links.append(_Link(name, target if type_flag == 49 else posixpath.join(posixpath.dirname(name), target)))
         extended, unnamed = {}, False
     else:
         if compression := _compression(os.pread(descriptor, 8, 0)) if position == 0 else None:
@@ -185,8 +185,8 @@ def _skip_gap(descriptor: int, position: int, end: int, block: bytes, problems: 
 
 def _compression(block: bytes) -> str | None:
     """Return a description of the problem if a file that begins with ``block`` is compressed."""
-    kind = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
-    return f"compressed with {kind}, but shards need random access; decompress it" if kind else None
+    compression = next((name for magic, name in _COMPRESSED.items() if block.startswith(magic)), None)
+    return f"compressed with {compression}, but shards need random access; decompress it" if compression else None
 
 
 def _end_of_zeros(descriptor: int, position: int, end: int) -> int:
@@ -229,15 +229,15 @@ def _plain_name(header: bytes) -> str:
     return f"{prefix}/{_text(header[:100])}" if prefix else _text(header[:100])
 
 
-def _read_extended_header(kind: int, content: bytes, extended: dict[str, str], shared: dict[str, str]) -> None:
+def _read_extended_header(type_flag: int, content: bytes, extended: dict[str, str], shared: dict[str, str]) -> None:
     """Add the fields of an extended header for the next member, or for all members (``g``); the first value wins."""
-    if kind == 76:
+    if type_flag == 76:
         extended.setdefault("path", _text(content))
-    elif kind == 75:
+    elif type_flag == 75:
         extended.setdefault("linkpath", _text(content))
     elif b"path=" in content or b"size=" in content or b"sparse" in content:  # most extended headers hold only times
         records = _pax_records(content)
-        if kind == 103:
+        if type_flag == 103:
             shared.update(records)
         else:
             for key, value in records.items():

@@ -175,7 +175,8 @@ class Simulator:
         near, far = camera.near, camera.far
         projection = list(self._p.computeProjectionMatrixFOV(camera.field_of_view, 1, near, far))
         # The rasteriser samples the lower left corners of pixels: shift the picture so that it samples their centres.
-        projection[8] = projection[9] = 1 / size
+        projection[8] = 1 / size
+        projection[9] = 1 / size
         _, _, rgb, buffer, bodies = self._call(
             "getCameraImage",
             size,

@@ -143,7 +143,9 @@ def decode_tok_rgb(
     return tensor_to_images(pixels.expand(-1, 3, -1, -1) * 0.5 + 0.5)
 
 
-decode_tok_normal = decode_tok_canny_edge = decode_tok_sam_edge = decode_tok_rgb
+decode_tok_normal = decode_tok_rgb
+decode_tok_canny_edge = decode_tok_rgb
+decode_tok_sam_edge = decode_tok_rgb
 
 
 def decode_tok_depth(
@@ -206,7 +208,8 @@ def decode_tok_clip(mod_dict: ModDict, tokenizers: Images, key: str, *sizes: Any
     return _squeezed(np.stack([pca_visualize(features) for features in _decode(mod_dict, tokenizers, key)]))
 
 
-decode_tok_dinov2 = decode_tok_imagebind = decode_tok_clip
+decode_tok_dinov2 = decode_tok_clip
+decode_tok_imagebind = decode_tok_clip
 
 
 def decode_tok_dinov2_global(mod_dict: ModDict, tokenizers: Images, key: str, *sizes: Any, **ignored: Any) -> Tensor:

@@ -301,7 +301,7 @@ def img_from_url(url: str, img_size: int = 224) -> Tensor:
     store = WebStore()
     item = store.describe(url)
     if item.size > MAX_ARRAY_BYTES:
-        raise UserError(f"{url}: {item.size} bytes are more than a picture has")
+        raise UserError(f"{url} has {item.size} bytes, which is too large for a picture")
     content = store.retries(lambda: b"".join(store.chunks(item, 0, item.size)), url)
     try:
         picture = open_image(content)

@@ -44,10 +44,10 @@ def halton_ranks(height: int, width: int) -> Tensor:
     return first.argsort().argsort()
 
 
-def _power(base: int, least: int) -> int:
-    """Return the smallest power of ``base`` that is at least ``least``."""
+def _power(base: int, minimum: int) -> int:
+    """Return the smallest power of ``base`` that is at least ``minimum``."""
     power = 1
-    while power < least:
+    while power < minimum:
         power *= base
     return power
 

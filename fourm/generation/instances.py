@@ -40,18 +40,18 @@ def decode_instances(points: Sequence[dict[str, Any]], tokenizer: ImageTokenizer
             f"the tokenizer of sam_instance must decode {_CODES} codes to a mask, but it has {tokenizer.num_codebooks} "
             f"codebooks and {tokenizer.num_channels} channels"
         )
-    found, dropped = [], 0
+    decoded, dropped = [], 0
     for point in points:
         known = [dict(polygon) for polygon in point["polygons"] if max(polygon["codes"]) < tokenizer.vocab_size]
         dropped += (len(point["polygons"]) - len(known)) * (1 + 4 + _CODES)
-        found.append({**point, "polygons": known})
-    polygons = [polygon for point in found for polygon in point["polygons"]]
+        decoded.append({**point, "polygons": known})
+    polygons = [polygon for point in decoded for polygon in point["polygons"]]
     if polygons:
         ids = torch.tensor([polygon["codes"] for polygon in polygons])
         masks = tokenizer.decode_pictures(tokenizer.to_grid(ids)).sigmoid()[:, 0].half().numpy()
         for polygon, mask in zip(polygons, masks, strict=True):
             polygon["mask"] = mask
-    return found, dropped
+    return decoded, dropped
 
 
 def merge_instances(points: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -130,7 +130,8 @@ def parse(argv: list[str] | None = None) -> GenerationOptions:
     content = (_read(load_yaml(path), path, path) if path else {}) | _read(overrides, "command line", None)
     files = {"config": path}
     for key in ("data_config", "model_config", "gen_config", "sr_config"):
-        files[key] = file = content.get(key)
+        file = content.get(key)
+        files[key] = file
         if file:
             defaults = load_yaml(file)
             if key == "sr_config":

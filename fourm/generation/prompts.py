@@ -41,7 +41,7 @@ def read_prompt_table(path: Path) -> list[str]:
 
 def _unquoted(field: str) -> str:
     """Remove the quotes of a field; quotes within it are doubled."""
-    quoted = len(field) > 1 and field[0] == field[-1] == '"'
+    quoted = len(field) > 1 and field.startswith('"') and field.endswith('"')
     return field[1:-1].replace('""', '"') if quoted else field
 
 

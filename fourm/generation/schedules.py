@@ -205,8 +205,7 @@ def check_schedule(
         if scheme not in schemes:
             raise UserError(
                 f"{where}: {target} is {'an image' if modality.type == 'img' else 'a sequence'} and can be generated "
-                f"with {', '.join(schemes[:-1])}{' or ' * (len(schemes) > 1)}{schemes[-1]}, not {scheme}"
-                f"{did_you_mean(scheme, schemes)}"
+                f"with {' or '.join(schemes)}, not {scheme}{did_you_mean(scheme, schemes)}"
             )
         if not multi and step.get("cfg_scale", 1.0) != 1.0 and not step.get("cfg_cond_domains"):
             raise UserError(

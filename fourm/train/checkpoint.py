@@ -197,7 +197,7 @@ def read_state(path: Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path}: {STATE} is damaged ({type(error).__name__}: {error})") from error
     for key, is_valid in valid.items():
         if not is_valid:
-            raise UserError(f"checkpoint {path}: {STATE} is damaged: it has no proper '{key}'")
+            raise UserError(f"checkpoint {path}: {STATE} is damaged: '{key}' is missing or invalid")
     return state
 
 

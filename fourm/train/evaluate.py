@@ -34,7 +34,8 @@ class Results:
 
     Attributes:
         loss: The loss that :meth:`Task.evaluation_loss` computes.
-        losses: The mean of each loss over its targets; in 4M the cross-entropy of each modality.
+        losses: The mean of each loss over its targets, in 4M the cross-entropy of each modality, and the means over
+            samples of other metrics of the task.
         targets: The number of all targets; in 4M tokens.
         bad_samples: The number of samples that could not be used, by data set and reason.
         missing: The share of samples without a modality, by modality, where samples may lack one.

@@ -40,19 +40,26 @@ def training_facts(checkpoint: Path, ema: bool = False) -> Tables:
         "fourm": _version(),
     }
     facts = checked_tables(state.get("facts")) | {"Training": [training]}
-    return facts | checked_tables({"Results": _results(checkpoint.parent.parent / LOG, step, ema)})
+    return facts | checked_tables({"Results": _results(checkpoint.parent.parent / LOG, step, state.get("losses"), ema)})
 
 
-def _results(log: Path, step: int, ema: bool) -> list[dict[str, Any]]:
-    """Return the results of the evaluation after ``step``, a row for each data set and way to evaluate it."""
+def _results(log: Path, step: int, losses: list[str] | None, ema: bool) -> list[dict[str, Any]]:
+    """Return the results of the evaluation after ``step``, a row for each data set and way to evaluate it.
+
+    Args:
+        losses: The names of the losses of the task; other means in the log are metrics. None takes all for losses.
+    """
     lines = [line["eval"] for line in read_lines(log)[0] if line["step"] == step and "eval" in line]
     try:
         return [
-            {"data set": name, "evaluation": kind.removesuffix("_ema")}
+            {"data set": dataset, "evaluation": kind.removesuffix("_ema")}
             | {key: result[key] for key in ("samples", "loss")}
-            | {f"loss of {part}": loss for part, loss in result["per_modality"].items()}
+            | {
+                f"loss of {name}" if losses is None or name in losses else name: mean
+                for name, mean in result["per_modality"].items()
+            }
             | result.get("metrics", {})
-            for name, kinds in (lines[-1] if lines else {}).items()
+            for dataset, kinds in (lines[-1] if lines else {}).items()
             for kind, result in kinds.items()
             if kind.endswith("_ema") == ema
         ]

@@ -27,7 +27,7 @@ from fourm.utils.options import option
 from fourm.utils.urls import redact
 
 log = logging.getLogger("fourm")
-LOG, WANDB_ID = "log.jsonl", "wandb_id.txt"
+LOG, EVALUATIONS, WANDB_ID = "log.jsonl", "eval.jsonl", "wandb_id.txt"
 JOURNAL_FILES = (LOG, WANDB_ID)
 """The files from which another machine continues the journal."""
 
@@ -91,7 +91,8 @@ class Journal:
     """Records the results of a run; only the journal of the main process writes.
 
     ``log.jsonl`` holds an object per line: ``step``, ``epoch``, and the means of a logging interval or, under ``eval``,
-    the results of an evaluation per data set.
+    the results of an evaluation per data set. With ``--eval``, the results are added to ``eval.jsonl`` instead, because
+    ``log.jsonl`` belongs to the training.
 
     Args:
         step: The step from which the run continues. Later lines, of an interrupted run that got further, are dropped.
@@ -103,7 +104,7 @@ class Journal:
 
     def __init__(self, options: LogOptions, step: int, total_steps: int, main: bool):
         self._main, self._total = main and not options.dry_run, total_steps
-        self._path = Path(options.output_dir) / ("eval.jsonl" if options.eval else LOG)
+        self._path = Path(options.output_dir) / (EVALUATIONS if options.eval else LOG)
         lines, damaged = read_lines(self._path)
         kept = [line for line in lines if options.eval or line["step"] <= step]
         self.evaluated = any("eval" in line for line in kept if line["step"] == step)
@@ -180,6 +181,8 @@ class Journal:
                     log.warning("eval %s: bad samples: %s", name, result.bad_samples)
                 if result.missing:
                     log.info("eval %s: missing values: %s", name, _percent(result.missing))
+        if self._path.name == EVALUATIONS:
+            log.info("the results were added to %s", self._path)
 
     def _write_pictures(self, step: int, name: str, pictures: list[Tensor]) -> None:
         """One below the other, into ``pictures`` in the run folder."""

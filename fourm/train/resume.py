@@ -64,7 +64,7 @@ def _candidates(config: RunConfig, folder: Path, copy: RunCopy) -> list[str]:
             raise UserError(f"all checkpoints in {copy.url} are damaged; choose another run_name to start a new run")
     elif newer and not (config.eval or config.dry_run):
         raise UserError(
-            f"{newer[0]} is of an earlier run: set --auto_resume to continue it, or choose another run_name"
+            f"{newer[0]} belongs to an earlier run: set --auto_resume to continue it, or choose another run_name"
         )
     if own and config.auto_resume:
         return [str(path) for path in own]
@@ -90,7 +90,7 @@ def _candidates(config: RunConfig, folder: Path, copy: RunCopy) -> list[str]:
         return []
     checkpoints = [named] if (named / CHECKSUMS).exists() else complete_checkpoints(named / "checkpoints")
     if not checkpoints:
-        raise UserError(f"'resume': {named} is no checkpoint, and no run folder with checkpoints")
+        raise UserError(f"'resume': {named} is neither a checkpoint nor a run folder with checkpoints")
     return [str(path) for path in checkpoints]
 
 
@@ -194,6 +194,7 @@ def state_to_save(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
         "config": saved_options(config),
         "identity": identity,
         "facts": trainer.task.facts(),
+        "losses": list(trainer.task.losses),
         "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
         "layout": data_layout(trainer),
         "loss_scale": trainer.gradient_step.state(),

@@ -35,7 +35,7 @@ class StopSignals:
         return self
 
     def _record(self, number: int, frame: FrameType | None) -> None:
-        if self.received == number == signal.SIGINT:
+        if number == signal.SIGINT and self.received == signal.SIGINT:
             self._restore()
             raise KeyboardInterrupt
         self.received = number

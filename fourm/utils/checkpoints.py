@@ -72,7 +72,7 @@ class ModelFormat:
 
 def checksum(file: Path) -> list[int]:
     """Return [bytes, CRC-32] of a file."""
-    size = crc = 0
+    size, crc = 0, 0
     with file.open("rb") as stream:
         while chunk := stream.read(2**22):
             size += len(chunk)

@@ -67,7 +67,7 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
     if not isinstance(transform, ImageTransform):
         known = [name for name, value in MODALITY_TRANSFORMS.items() if isinstance(value, ImageTransform)]
         raise UserError(
-            f"'{modality}' is no modality of pixels that can be tokenized{did_you_mean(modality, known)}; "
+            f"'{modality}' is not a modality of pixels that can be tokenized{did_you_mean(modality, known)}; "
             f"there are {', '.join(known)}"
         )
     if isinstance(transform, RGBTransform):
@@ -172,7 +172,7 @@ class CropDataset(Dataset):
         """Return the stored crops, after checking them, or else draw them."""
         crops = self.stored.get(key)
         if crops is None and self.only_stored:
-            raise UserError("it has no crop_settings, and force_load_crop does not let new crops be drawn")
+            raise UserError("it has no crop_settings, and with force_load_crop no new crops are drawn")
         if crops is None:
             return draw_crops(key, orig_size, self.num_crops, self.hflip, self.seed, self.min_scale)
         if isinstance(crops, BadSample):

@@ -96,7 +96,8 @@ class EvaluationMetrics:
         options = self.options
         names = metrics_of(options.domain_info, options.domain, options.bounded)
         depth_names = ["abs_rel", "abs_rel_fitted"] if options.keeps_depth(training=False) else []
-        return names + depth_names + ["ms_ssim"] * (options.ms_ssim and size >= MS_SSIM_SIDE)
+        similarity = ["ms_ssim"] if options.ms_ssim and size >= MS_SSIM_SIDE else []
+        return names + depth_names + similarity
 
     def means(self, prediction: Tensor, target: Tensor, depth: Tensor | None) -> dict[str, Tensor]:
         """Compute the means over the samples of a batch, see :func:`fourm.vq.metrics.sample_metrics`."""

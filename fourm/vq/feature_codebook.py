@@ -32,7 +32,7 @@ class FeatureCodebookConfig(TokenizerConfig):
         super().__post_init__()
         if self.num_channels != 3:
             raise UserError(
-                f"backbone {self.backbone} sees colours: {self.modality} has {self.num_channels} channels, not 3"
+                f"backbone {self.backbone} needs RGB images, but {self.modality} has {self.num_channels} channels"
             )
 
 

@@ -45,7 +45,7 @@ class FeatureNetwork(nn.Module):
         self.network = network.eval().requires_grad_(False)
         self._single = single
         if single and getattr(network, "cls_token", None) is None:
-            raise UserError("'feature_network': it has no class token, which a global feature is")
+            raise UserError("'feature_network': it has no class token, which would be the global feature")
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:

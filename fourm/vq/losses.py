@@ -93,8 +93,8 @@ class PerceptualOptions(Options):
         names = self.percept_layers.split("-")
         if not all(name.removeprefix("blocks.").isdigit() for name in names):
             raise UserError(
-                f"'percept_layers' must be like blocks.2-blocks.5, not {self.percept_layers!r}: vision transformers "
-                "of timm call their blocks so"
+                "'percept_layers' must be like blocks.2-blocks.5, as vision transformers of timm name their blocks, "
+                f"not {self.percept_layers!r}"
             )
         return [int(name.removeprefix("blocks.")) for name in names]
 

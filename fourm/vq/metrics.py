@@ -29,7 +29,7 @@ def metrics_of(domain: Domain, name: str, bounded: bool) -> list[str]:
         return ["accuracy"]
     if domain.kind == "mask":
         return ["iou"]
-    return ["l1", "mse"] + ["psnr"] * bounded + ["angle"] * (name == "normal")
+    return ["l1", "mse"] + (["psnr"] if bounded else []) + (["angle"] if name == "normal" else [])
 
 
 def sample_metrics(

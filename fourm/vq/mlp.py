@@ -36,9 +36,7 @@ def mlp_size(name: str) -> MLPSize:
     match = _SIZE.fullmatch(name)
     numbers = [int(number) for number in match.groups() if number] if match else []
     if not numbers or 0 in numbers or numbers[0] > MAX_BLOCKS:
-        raise UserError(
-            f"'{name}' is no size of an MLP such as BottleneckMLP/B_6-Wi_1024, with at most {MAX_BLOCKS} blocks"
-        )
+        raise UserError(f"'{name}' is not an MLP such as BottleneckMLP/B_6-Wi_1024, with at most {MAX_BLOCKS} blocks")
     return MLPSize(*numbers)
 
 

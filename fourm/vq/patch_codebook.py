@@ -62,5 +62,6 @@ class PatchCodebook(Codebook):
         return torch.zeros(len(ids), classes, *ids.shape[2:], device=ids.device).scatter_(1, ids, 1.0).flatten(1)
 
     def fit(self, pool: Tensor, *, epochs: int, generator: torch.Generator) -> KMeansReport:
-        self.config = self.info = replace(self.config, value_range=(float(pool.min()), float(pool.max())))
+        self.config = replace(self.config, value_range=(float(pool.min()), float(pool.max())))
+        self.info = self.config
         return super().fit(pool, epochs=epochs, generator=generator)

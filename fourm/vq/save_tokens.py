@@ -342,7 +342,7 @@ def _check_record(folder: Path, made_with: dict, kept: list[str]) -> None:
             raise ValueError("it is no object")
     except (ValueError, RecursionError) as error:
         raise UserError(
-            f"{folder / RECORD} is damaged, so nobody knows how its tokens were made: use another output_modality, "
+            f"{folder / RECORD} is damaged, so it is unknown how its tokens were made: use another output_modality, "
             "or remove this folder"
         ) from error
     except FileNotFoundError:

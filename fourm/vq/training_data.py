@@ -75,7 +75,7 @@ class ImageDataOptions(RemoteDataOptions, FeatureOptions):
         self.sizes()
         info = self.domain_info
         if info.kind == "classes" and not self.labels:
-            raise UserError(f"'n_labels' is not set: how many classes does {self.domain} have, 'none' included?")
+            raise UserError(f"'n_labels' is not set: set it to the number of classes of {self.domain}, 'none' included")
         if self.feature_network not in ("", "none") and info.kind not in ("map", "vector"):
             raise UserError(f"'feature_network' makes features, but the domain {self.domain} is not of features")
         if is_remote(self.data_path) and not self.use_wds:
@@ -226,7 +226,7 @@ class TokenizerSamples(SampleDataset):
             value = value if value.dtype.kind != "b" else value.astype(np.float32)
             if self.labels is not None and not 0 <= value.min() <= value.max() < self.labels:
                 raise DataError(
-                    f"classes {value.min()} to {value.max()} are not among the {self.labels} of n_labels", name
+                    f"class ids {value.min()} to {value.max()} are not all below n_labels = {self.labels}", name
                 )
         row = {"tensor": value, "seed": rng.integers(2**62)}
         return {name: row | ({"tensor": standardise_depth(value), "depth": value} if self.keep_depth else {})}

@@ -218,6 +218,6 @@ class PublishedOptions(Options):
         if self.min_lr:
             raise UserError("'min_lr' is not scaled with the batch: set 'min_blr', the final rate per 256 samples")
         if self.model_ema_update_freq != 1:
-            raise UserError("'model_ema_update_freq' can only be 1: a cheaper average is one with a larger decay")
+            raise UserError("'model_ema_update_freq' can only be 1; to average over more steps, raise model_ema_decay")
         if self.standardize_surface_normals:
             raise UserError("'standardize_surface_normals': normals are always in [-1, 1]; leave it out")

@@ -206,7 +206,7 @@ def unet_width(name: str) -> int:
     width = int(match[1] or 256) if match else 0
     if not width or width % 32:
         raise UserError(
-            f"'{name}' is no UNet: use unet_patched, or unet_patched/Wi_64 with a multiple of 32 as its width"
+            f"'{name}' is not a UNet: use unet_patched, or unet_patched/Wi_64 with a multiple of 32 as its width"
         )
     return width
 

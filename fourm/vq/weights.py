@@ -129,7 +129,9 @@ def download(repository: str, **options: Any) -> Path:
         with contextlib.suppress(EntryNotFoundError):
             hf_hub_download(repository, CONFIG, **options)
     except (HFValidationError, HfHubHTTPError, OSError, ValueError) as error:
-        raise UserError(f"'{repository}' is no file, no folder, and not on the hub: {_brief(error)}") from error
+        raise UserError(
+            f"'{repository}' is neither a file nor a folder, and could not be loaded from the hub: {_brief(error)}"
+        ) from error
     return path
 
 

@@ -118,7 +118,7 @@ def test_resume_names_a_checkpoint(uninterrupted, tmp_path):
     actual, expected = losses(config.parent / "out"), losses(uninterrupted)
     assert actual == {step: loss for step, loss in expected.items() if step > 12}
     assert "step-00000024" in run_in_process(config, "--resume", uninterrupted / "checkpoints" / "step-00000012")
-    with pytest.raises(UserError, match="'resume': nowhere is no checkpoint"):
+    with pytest.raises(UserError, match="'resume': nowhere is neither a checkpoint"):
         run_in_process(config, "--resume", "nowhere", "--output_dir", tmp_path / "other")
 
 

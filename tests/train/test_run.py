@@ -99,7 +99,10 @@ def test_a_finished_run_has_nothing_to_do(finished):
 
 def test_eval_alone_repeats_the_last_evaluation(finished):
     config, out, _ = finished
-    run_in_process(config, "--eval", "--fixed_eval_batch_size", "3", "--num_workers", "0")
+    before = (out / "log.jsonl").read_text()
+    output = run_in_process(config, "--eval", "--fixed_eval_batch_size", "3", "--num_workers", "0")
+    assert f"the results were added to {out / 'eval.jsonl'}" in output
+    assert (out / "log.jsonl").read_text() == before
     (again,) = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
     last = [line for line in log_lines(out) if "eval" in line][-1]
     for kind in ("train", "fixed"):

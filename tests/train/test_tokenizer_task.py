@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from fourm.models.model_card import read_facts
 from fourm.tools.pack import main as pack
 from fourm.train.export import main as export
 from fourm.train.fsdp import FSDP
@@ -43,6 +44,12 @@ def alone(pictures, tmp_path_factory):
 
 def evaluations(out):
     return [line["eval"]["rgb"] for line in log_lines(out) if "eval" in line]
+
+
+def test_its_card_tells_losses_from_metrics(alone):
+    for row in read_facts(alone / "model.safetensors")["Results"]:
+        assert {"loss", "loss of reconstruction", "psnr", "mse", "perplexity"} <= row.keys()
+        assert [name for name in row if name.startswith("loss of")] == ["loss of reconstruction"]
 
 
 def test_it_learns_and_its_codes_come_to_be_used(alone):

@@ -61,5 +61,5 @@ def test_transform_options_are_set_and_checked():
 
 @pytest.mark.parametrize("modality", ["caption", "tok_rgb", "dpeth", "CLIP-B16"])
 def test_only_pixels_can_be_tokenized(modality):
-    with pytest.raises(UserError, match=f"'{modality}' is no modality of pixels"):
+    with pytest.raises(UserError, match=f"'{modality}' is not a modality of pixels"):
         tokenizer_transform(modality, {})

@@ -249,7 +249,7 @@ def test_what_cannot_be_decoded(model, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dec_type": "unet_cat"}, "'unet_cat' is no UNet"),
+        ({"dec_type": "unet_cat"}, "'unet_cat' is not a UNet"),
         ({"dec_type": "uvit_b_p4_f8"}, "unknown U-ViT 'uvit_b_p4_f8'"),
         ({"beta_schedule": "cosine"}, "beta_schedule 'cosine' is none of linear"),
         ({"conditioning": "xattn"}, "conditioning"),

@@ -127,5 +127,5 @@ def test_weights_of_another_network_and_objects_are_an_error(tmp_path):
 
 def test_images_without_colours_are_an_error(tmp_path):
     write_files(tmp_path, "depth", 2)
-    with pytest.raises(UserError, match="backbone test_vit sees colours: depth has 1 channels, not 3"):
+    with pytest.raises(UserError, match="backbone test_vit needs RGB images, but depth has 1 channels"):
         fit(tmp_path, "depth", backbone="test_vit", patch_size=16)

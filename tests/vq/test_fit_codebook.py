@@ -54,7 +54,7 @@ def test_same_seed_same_codebook(tmp_path):
 def test_a_folder_of_another_name(tmp_path):
     write_files(tmp_path, "depth", 6)
     (tmp_path / "depth").rename(tmp_path / "lidar")
-    with pytest.raises(UserError, match="'lidar' is no modality of pixels"):
+    with pytest.raises(UserError, match="'lidar' is not a modality of pixels"):
         fit(tmp_path, "lidar")
     fit(tmp_path, "lidar", transform="depth")
     assert load_tokenizer(tmp_path / "codebook").config.modality == "depth"

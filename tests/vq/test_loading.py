@@ -345,7 +345,7 @@ except ValueError as error:
     assert len(read_files(tmp_path / "tok_rgb@32")) == 2
     modality, error = done.stdout.strip().splitlines()[-2:]
     assert modality == "canny_edge"
-    assert "'me/nothing' is no file, no folder, and not on the hub" in error
+    assert "'me/nothing' is neither a file nor a folder, and could not be loaded from the hub" in error
 
 
 def test_images_are_tokenized_by_a_learned_tokenizer(tmp_path):

@@ -106,5 +106,5 @@ def test_names_give_widths():
     assert unet_width("unet_patched") == 256
     assert unet_width("unet_patched/Wi_64") == 64
     for name in ("unet_cat", "unet_patched/Wi_48", "unet_patched/Wi_0", "unet_patched/64"):
-        with pytest.raises(UserError, match=f"'{name}' is no UNet: use unet_patched, or unet_patched/Wi_64"):
+        with pytest.raises(UserError, match=f"'{name}' is not a UNet: use unet_patched, or unet_patched/Wi_64"):
             unet_width(name)

@@ -72,8 +72,7 @@ def crop_box(
     Raises:
         DataError: The image's size is unknown.
     """
-    left = top = 0.0
-    width = height = 1.0
+    left, top, width, height = 0.0, 0.0, 1.0, 1.0
     if crop_coords is not None:
         if orig_size is None:
             raise DataError("boxes can follow a crop only if the image's size is known; set main_augment_domain")
@@ -333,8 +332,7 @@ class MetadataTransform(AbstractTransform):
 def _is_color(value: Any) -> bool:
     if not isinstance(value, list) or len(value) != 3:
         return False
-    red, green, blue = value
-    return type(red) is type(green) is type(blue) is int and min(value) >= 0 and max(value) < 256
+    return all(type(channel) is int and 0 <= channel < 256 for channel in value)
 
 
 @dataclass(frozen=True)

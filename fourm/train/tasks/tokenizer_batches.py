@@ -58,7 +58,7 @@ class TokenizerBatches:
             return 1
         if self._train is None or config.use_wds:
             raise UserError(
-                "'epoch_size' is not set: how many samples make an epoch? Only those of folders are counted"
+                "'epoch_size' is not set: set it to the number of samples of an epoch, which shards do not tell"
             )
         return len(self._train.source.all(BadSampleLedger(config.domain, config.max_bad_fraction)))
 

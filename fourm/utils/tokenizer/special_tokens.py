@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-PAD, UNK, SOS, EOS = CONTROL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")  # ids 0 … 3
+CONTROL = ("[PAD]", "[UNK]", "[SOS]", "[EOS]")  # ids 0 … 3
+PAD, UNK, SOS, EOS = CONTROL
 PAD_ID, UNK_ID, SOS_ID, EOS_ID = range(4)
 
 NUM_SENTINELS = 200
