@@ -34,10 +34,10 @@ from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.train.config import load_config
 from fourm.train.device import DeviceOptions, autocast, keep_freed_memory, peak_tflops
-from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
 from fourm.train.schedules import build_schedule, run_length
+from fourm.train.step import Trainer
 from fourm.train.tasks.diffusion_tokenizer import DiVAEConfig, DiVAETraining
 from fourm.train.tasks.pretrain import normalise
 from fourm.train.tasks.tokenizer import VQVAEConfig, VQVAETraining

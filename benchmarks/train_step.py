@@ -34,10 +34,10 @@ from fourm.models import FM, MODEL_NAMES, count_parameters, model_config
 from fourm.train.config import load_config
 from fourm.train.device import autocast, keep_freed_memory, peak_tflops
 from fourm.train.fsdp import FSDP
-from fourm.train.loop import Trainer
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
 from fourm.train.schedules import build_schedule, run_length
+from fourm.train.step import Trainer
 from fourm.train.task import Task
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise
 from fourm.utils.errors import run_cli

@@ -93,7 +93,7 @@ class CheckpointWriter:
         on_saved: Callable[[Path], None] | None = None,
         protected: Container[Path] = (),
     ):
-        self._folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
+        self.folder, self._parallel, self._keep_last, self._background = folder, parallel, keep_last, background
         self._on_saved, self._protected = on_saved, protected
         # The messages of the writer threads must not mix with those of the training.
         self._group: Any = parallel.new_group()
@@ -116,7 +116,7 @@ class CheckpointWriter:
             use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
         )
         copy = DefaultStager(options).stage(tensors)
-        self._pending = self._thread.submit(self._write, self._folder / f"step-{step:08d}", config, copy, state)
+        self._pending = self._thread.submit(self._write, self.folder / f"step-{step:08d}", config, copy, state)
         if not self._background:
             self.wait()
 

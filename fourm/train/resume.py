@@ -10,11 +10,11 @@ from typing import Any
 from fourm.data.unified_datasets import draws_in_epoch
 from fourm.train.checkpoint import SAVED_MARKER, load_tensors, read_state
 from fourm.train.config import RunConfig
-from fourm.train.loop import Trainer
 from fourm.train.options import saved_options
 from fourm.train.parallel import Processes
 from fourm.train.run_copy import RunCopy, fetch_if_remote
 from fourm.train.same_run import check_same_run, check_same_vocabulary
+from fourm.train.step import Trainer
 from fourm.utils import model_store
 from fourm.utils.checkpoints import CHECKSUMS, WEIGHTS, complete_checkpoints, verify
 from fourm.utils.errors import UserError

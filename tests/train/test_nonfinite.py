@@ -7,7 +7,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from fourm.train.checkpoint import CheckpointWriter
 from fourm.train.config import parse_args
+from fourm.train.coordinator import Coordinator
+from fourm.train.journal import Journal
+from fourm.train.loop import TrainingLoop
 from fourm.train.nonfinite import NonFiniteStreak, replace_non_finite
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
@@ -92,12 +96,12 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_taken(finished, tmp_p
     run = Run(Pretrain(config), DDP(config))
     with torch.no_grad():
         next(run.trainer.model.parameters()).view(-1)[0] = float("inf")
-    from fourm.train.checkpoint import CheckpointWriter
-
-    run._writer = CheckpointWriter(run.checkpoints, run.parallel, 1, background=False)
+    writer = CheckpointWriter(run.checkpoints, run.parallel, 1, background=False)
+    journal = Journal(config, run.trainer.step, run.trainer.total_steps, main=False)
+    loop = TrainingLoop(run.trainer, [], {}, Coordinator(run.parallel, 1.0), journal, writer)
     run.trainer.step += 1
     with pytest.raises(UserError, match="step-00000009 could not be written: model/.* not finite.*step-00000008"):
-        run._save()
+        loop.save()
     assert max(path.name for path in run.checkpoints.iterdir()) == "step-00000008"
     weights = load_file(finished.parent / "out" / "model.safetensors")
     name = next(iter(weights))

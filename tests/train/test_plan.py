@@ -55,7 +55,7 @@ def test_states_take_what_they_take_in_a_run(tmp_path, opt):
     actual["optimizer"] = sum(t.nbytes for state in optimizer.state.values() for t in state.values() if t.ndim)
     expected = plan.memory["DDP"]
     assert actual == {part: expected[part] for part in actual}
-    assert plan.steps == run.total_steps and plan.samples == 4
+    assert plan.steps == run.trainer.total_steps and plan.samples == 4
 
 
 def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made(tmp_path):
