@@ -29,7 +29,7 @@ class AppOptions(Limits):
 
     model: InputPath = option(
         "run folder, folder of a demo, folder with a model, s3:// URL of one of these, or id on the hub (default: the "
-        "model that comes with the package)",
+        "packaged model)",
         str(DEMO_MODEL),
     )
     tokenizers: InputPath | dict[str, InputPath] | None = option(

@@ -1,4 +1,4 @@
-"""The model that comes with the package: loading it, and making it from a training run.
+"""The packaged model: loading it, and making it from a training run.
 
 from fourm import load_demo
 sampler = load_demo()
@@ -104,7 +104,7 @@ class ExportOptions(Options):
 
 
 def load_demo(device: str = "auto", dtype: torch.dtype | None = None) -> Sampler:
-    """Load the model that comes with the package, with its tokenizers, vocabulary and settings.
+    """Load the packaged model, with its tokenizers, vocabulary and settings.
 
     Args:
         device: See :func:`fourm.utils.device.choose_device`.

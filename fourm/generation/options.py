@@ -107,14 +107,14 @@ class GenerationOptions(StageOptions):
 
 
 DEMO_MODEL = PACKAGE / "trained" / "demo"
-"""The folder of the model that comes with the package."""
+"""The folder of the packaged model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class AllOptions(GenerationOptions, PublishedOptions):
     """All keys of the command line and of files"""
 
-    demo: bool = option("use the model that comes with the package, with its settings", False)
+    demo: bool = option("use the packaged model, with its settings", False)
     prompt: str | None = option("one prompt, instead of data", None)
 
 

@@ -1,4 +1,4 @@
-"""The model that comes with the package works right after installation."""
+"""The packaged model works right after installation."""
 
 import io
 import json

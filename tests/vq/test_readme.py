@@ -19,9 +19,8 @@ from tests.vq.image_files import write_files, write_shards
 from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```", (REPOSITORY / "README_TOKENIZATION.md").read_text().split("## Images")[1], re.M | re.S
-)
+IMAGES = (REPOSITORY / "README_TOKENIZATION.md").read_text().split("## Images")[1].replace(" \\\n    ", " ")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", IMAGES, re.M | re.S)
 
 # Nothing is downloaded: a small network of the same kind, with weights of its own.
 DINOV2 = "--vocab_size 8192 --patch_size 14 --backbone vit_base_patch14_dinov2.lvd142m"
