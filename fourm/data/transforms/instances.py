@@ -187,8 +187,7 @@ class BodyPoseTransform(ObjectTransform):
     num_codes: ClassVar[int] = _POSE_CODES
 
     def preprocess(self, value: Any) -> np.ndarray:
-        lists = isinstance(value, list) and bool(value) and all(isinstance(item, list) for item in value)
-        people = [person for people in value for person in people] if lists else value
+        people = value if self.crops_in_file(value) is None else [person for in_crop in value for person in in_crop]
         if isinstance(people, list) and people and all(isinstance(person, MAPPINGS) for person in people):
             value = [self._rotations(person).ravel() for person in people]
         return self._checked(value)
@@ -213,7 +212,8 @@ class BodyPoseTransform(ObjectTransform):
         return rotations[0]
 
     def crops_in_file(self, value: Any) -> int | None:
-        return HumanPoseTransform().stored_crops(value) if isinstance(value, list) else None
+        lists = isinstance(value, list) and bool(value) and all(isinstance(people, list) for people in value)
+        return len(value) if lists and all(isinstance(p, MAPPINGS) for people in value for p in people) else None
 
     def objects(self, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[list[Described]]:
         """Return the people in each crop. Those of a whole picture are mirrored in a flipped crop.
