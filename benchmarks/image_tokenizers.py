@@ -6,7 +6,8 @@
         --repeats 10
 
 It prints a JSON object per case and batch size. The cases are: ``tokenize`` and ``decode_vqvae`` (VQ-VAE B),
-``decode_divae`` (DDIM with the patched UNet), ``train_vqvae`` and ``train_divae`` (``Trainer.train_step`` on one
+``decode_divae`` (DDIM with the patched UNet), ``unet_step`` (one of its steps, with weights that are already transformed
+for fast convolutions, so that the ratios are those of many steps), ``train_vqvae`` and ``train_divae`` (``Trainer.train_step`` on one
 synthetic batch). The plain variant has the same weights and must compute the same. It is written in the published way:
 attention is softmax(QK^T)V, images are decoded one at a time, the codebook's statistics are products with one-hot
 vectors, AdamW is not fused, and nothing is compiled. ``one_at_a_time`` is our decoder on one image after the other.
@@ -47,6 +48,7 @@ from fourm.vq.divae import DiVAE, precision
 from fourm.vq.unet import PATCH, AttentionBlock, ResidualBlock, embed_timesteps
 from fourm.vq.vit import ViT
 from fourm.vq.vqvae import VQ, VQVAE
+from fourm.vq.winograd import fast_convolutions
 
 PUBLISHED = {"size": 224, "vit": "vit_b", "unet": "unet_patched", "codebook_size": 16384}
 TOY = {"size": 32, "vit": "vit/B_1-Wi_32-H_2", "unet": "unet_patched/Wi_32", "codebook_size": 64}
@@ -315,6 +317,34 @@ def measure_inference(options: argparse.Namespace, case: str, batch_size: int) -
     return result
 
 
+def measure_unet_step(options: argparse.Namespace, case: str, batch_size: int) -> dict[str, Any]:
+    """Measure one step of the UNet."""
+    model = build_tokenizer(options, DiVAE)
+    device, dtype, side = torch.device(options.device), getattr(torch, options.dtype), options.sizes["size"]
+    ids = torch.randint(model.vocab_size, (batch_size, *[side // model.patch_size] * 2), device=device)
+    x, codes = torch.randn(batch_size, 3, side, side, device=device), model.tokens_to_embedding(ids)
+    steps = torch.arange(batch_size, device=device) * 7
+
+    def loop(run: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        return torch.cat([run(*(part[i : i + 1] for part in (x, steps, codes))) for i in range(batch_size)])
+
+    variants: Variants = {"ours": lambda: model.decoder(x, steps, codes)}
+    if batch_size > 1:
+        variants["one_at_a_time"] = lambda: loop(model.decoder)
+    if options.plain:
+        variants["plain"] = lambda: loop(partial(plain_unet, model.decoder))
+    with torch.no_grad(), precision(device, dtype):
+        with FlopCounterMode(display=False) as counter:
+            plain_unet(model.decoder, x[:1], steps[:1], codes[:1])
+        with fast_convolutions(model.decoder):
+            other = variants["plain" if options.plain else "one_at_a_time" if batch_size > 1 else "ours"]
+            result = {"difference": difference(variants["ours"](), other(), options)}
+            times = alternate(variants, options.alternation)
+    per_image = median(times["ours"]["seconds"]) / batch_size
+    flops = counter.get_total_flops()
+    return result | compared(times, batch_size) | speed(options, flops, per_image)
+
+
 def difference(own: Tensor, theirs: Tensor, options: argparse.Namespace) -> float:
     """The share of ids that differ, or the largest difference of pixels relative to their mean magnitude.
 
@@ -400,6 +430,7 @@ CASES = {
     "tokenize": measure_inference,
     "decode_vqvae": measure_inference,
     "decode_divae": measure_inference,
+    "unet_step": measure_unet_step,
     "train_vqvae": measure_training,
     "train_divae": measure_training,
 }

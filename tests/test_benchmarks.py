@@ -111,7 +111,7 @@ def test_two_versions_of_the_loader_are_compared_on_equal_samples(capsys, monkey
 
 @pytest.mark.slow
 def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the_same():
-    cases = ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]
+    cases = ["tokenize", "decode_vqvae", "decode_divae", "unet_step", "train_vqvae", "train_divae"]
     options = ["--toy", "--batch_size", "2", "--steps", "2", "--rounds", "2", "--peak_tflops", "1"]
     rows = {row["case"]: row for row in lines("benchmarks/image_tokenizers.py", *options)}
     assert list(rows) == cases
@@ -121,6 +121,7 @@ def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the
         assert row["mfu"] == pytest.approx(row["tflops"]) and row["tflops"] > 0
         assert ("speed_up_over_one_at_a_time_in_seconds" in row) == (not case.startswith("train"))
     assert rows["tokenize"]["difference"] == 0 and rows["decode_vqvae"]["difference"] < 1e-4
+    assert rows["unet_step"]["difference"] < 1e-4
     step = rows["decode_divae"]["seconds_per_unet_step"]
     assert step == pytest.approx(rows["decode_divae"]["seconds_per_image"]["ours"] / 2)
     assert rows["decode_divae"]["seconds_per_image_of_50_steps"] == pytest.approx(50 * step)
@@ -150,7 +151,7 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     ]
     assert len(found["generation"]["results"][0]["seconds"]) == 4
     cases = [row["case"] for row in found["tokenizers"]["results"]]
-    assert cases == ["tokenize", "decode_vqvae", "decode_divae", "train_vqvae", "train_divae"]
+    assert cases == ["tokenize", "decode_vqvae", "decode_divae", "unet_step", "train_vqvae", "train_divae"]
     assert "skipped" in found["tests"]["output"]
 
 

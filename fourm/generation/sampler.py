@@ -153,8 +153,7 @@ class Sampler:
         model = download_if_remote(model, find_model)
         defaults = read_defaults(model)
         tokenizers, class_names = tokenizers or defaults.tokenizers, class_names or defaults.class_names
-        places = _tokenizer_places(tokenizers)
-        images: Tokenizers = {name: load_tokenizer(place, torch_device) for name, place in places.items()}
+        images = load_tokenizers(tokenizers, torch_device)
         path = text_tokenizer or defaults.text_tokenizer or vocabulary_path(Path(model))
         vocabulary = load_text_tokenizer(path) if path else None
         if like is not None:
@@ -473,12 +472,24 @@ def vocabulary_path(folder: Path) -> str | None:
     return path
 
 
-def _tokenizer_places(tokenizers: str | Path | Mapping[str, str | Path] | None) -> Mapping[str, str | Path]:
-    if tokenizers is None or isinstance(tokenizers, Mapping):
-        return tokenizers or {}
-    folders = {path.parent.name: path.parent for path in sorted(Path(tokenizers).glob(f"*/{CONFIG}"))}
-    if not folders:
-        raise UserError(
-            f"tokenizers: {tokenizers} has no folder with a {CONFIG}; make a tokenizer with fourm fit-codebook"
-        )
-    return folders
+def load_tokenizers(
+    places: str | Path | Mapping[str, str | Path] | None, device: str | torch.device = "cpu"
+) -> Tokenizers:
+    """Load the tokenizers of several kinds of modalities.
+
+    Args:
+        places: A folder with one tokenizer folder per kind (``rgb``, ``clip``, ``human_poses``, …), or a mapping from kind to
+            folder, file or hub id; None loads nothing.
+        device: The device of the tokenizers.
+
+    Raises:
+        UserError: There are no tokenizers, or one cannot be loaded.
+    """
+    if not isinstance(places, (Mapping, type(None))):
+        folder = places
+        places = {path.parent.name: path.parent for path in sorted(Path(folder).glob(f"*/{CONFIG}"))}
+        if not places:
+            raise UserError(
+                f"tokenizers: {folder} has no folder with a {CONFIG}; make a tokenizer with fourm fit-codebook"
+            )
+    return {name: load_tokenizer(place, device) for name, place in (places or {}).items()}

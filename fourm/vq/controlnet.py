@@ -23,7 +23,7 @@ from fourm.utils.dependencies import optional_import
 from fourm.utils.errors import UserError
 from fourm.utils.options import option
 from fourm.vq.diffusion import DECODING_STEPS, Generators, diffusers, generators, sample, set_steps
-from fourm.vq.divae import DiffusionOptions, DiffusionVQ, precision
+from fourm.vq.divae import DiffusionVQ, DiffusionVQOptions, precision
 from fourm.vq.quantizers import WHOLE, Part
 from fourm.vq.vqvae import outputs
 
@@ -34,7 +34,7 @@ _TEXT = ("decoder.text_encoder.text_model.", "decoder.text_encoder.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQControlNetOptions(DiffusionOptions):
+class VQControlNetOptions(DiffusionVQOptions):
     """Encoder, quantizer and Stable Diffusion"""
 
     sd_path: str = option(

@@ -24,7 +24,8 @@ from fourm.data.raw_sample import BadSample, OpenFiles, RawSample
 from fourm.data.transforms.image import ImageTransform, RGBTransform, image_size
 from fourm.utils.errors import DataError, UserError, did_you_mean, sanitize
 from fourm.utils.seeds import generator
-from fourm.vq.dataset import MAIN, PIXELS
+from fourm.vq.dataset import MAIN, PIXELS, Value
+from fourm.vq.domains import transform_of
 
 MIN_SCALE, RATIO = 0.2, (3 / 4, 4 / 3)  # of the random crops: smallest share of the area, width / height
 WORKERS = min(4, os.cpu_count() or 1)  # default number of processes that read images
@@ -57,13 +58,13 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
     """Return the transform of a modality for tokenizers, with colours in [-1, 1].
 
     Args:
-        modality: A key of ``MODALITY_TRANSFORMS``.
+        modality: See :func:`fourm.vq.domains.transform_of`.
         options: Fields of the transform to set, for example ``{"standardize_depth": False}``.
 
     Raises:
         UserError: The modality has no pixels, or its transform has no such option.
     """
-    transform = MODALITY_TRANSFORMS.get(modality)
+    transform = transform_of(modality)
     if not isinstance(transform, ImageTransform):
         known = [name for name, value in MODALITY_TRANSFORMS.items() if isinstance(value, ImageTransform)]
         raise UserError(
@@ -87,18 +88,34 @@ class Skipped(NamedTuple):
     message: str
 
 
-class CropBatch(NamedTuple):
-    """The crops of n samples.
+class SampleInputs(NamedTuple):
+    """What a tokenizer gets of one sample.
 
     Attributes:
-        keys: The keys of the samples.
-        pixels: (n, K, C, size, size) float32, or features (n, K, C, h, w).
-        crops: (n, K, 5) int32.
+        key: The key of the sample.
+        inputs: (n, C, h, w) float32: the pixels or features of each crop, or the objects of all crops one after another.
+        crops: (K, 5) int32.
+        objects: The descriptions of the objects in each crop; None if crops are tokenized.
     """
 
-    keys: list[str]
-    pixels: Tensor
+    key: str
+    inputs: np.ndarray
     crops: np.ndarray
+    objects: list[list[dict[str, Any]]] | None = None
+
+
+class InputBatch(NamedTuple):
+    """The inputs of several samples.
+
+    Attributes:
+        samples: The samples, without their inputs.
+        counts: The number of inputs of each sample.
+        inputs: (N, C, h, w), those of all samples one after another.
+    """
+
+    samples: list[SampleInputs]
+    counts: list[int]
+    inputs: Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +148,7 @@ class CropDataset(Dataset):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, index: int) -> tuple[str, np.ndarray, np.ndarray] | Skipped | UserError:
+    def __getitem__(self, index: int) -> SampleInputs | Skipped | UserError:
         sample = self.samples[index]
         try:
             return self._read(RawSample(sample.key, sample.members))  # a copy, so that decoded values are not kept
@@ -140,33 +157,50 @@ class CropDataset(Dataset):
         except UserError as error:  # raised again outside the worker, without its traceback
             return error
 
-    def _read(self, sample: RawSample) -> tuple[str, np.ndarray, np.ndarray]:
+    def value(self, ids: np.ndarray, objects: list[list[dict[str, Any]]] | None) -> Value:
+        """Return what is written for a sample.
+
+        Args:
+            ids: The ids of its inputs, (n, L).
+            objects: See :class:`SampleInputs`.
+        """
+        return ids
+
+    def _read(self, sample: RawSample) -> SampleInputs:
         values = sample.values(self.files, keep_pixels=True)
         try:
             orig_size = image_size(values.get(MAIN, values[PIXELS]))
             crops = self._crops(sample.key, orig_size)
-            pixels = self._cut(sample.key, values[PIXELS], crops, orig_size)
+            return self._inputs(sample.key, values[PIXELS], crops, orig_size)
         except BadSample:
             raise
         except UserError as error:
             raise DataError(f"{sample.where(PIXELS)}: {error}") from error
         except Exception as error:  # the decoder of the image: its bytes are damaged
             raise BadSample("corrupt member", f"{sample.where(PIXELS)}: {error}") from error
-        stacked = np.stack(pixels).astype(np.float32, copy=False)
-        return sample.key, stacked if stacked.ndim == 4 else stacked[:, None], crops
 
-    def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
+    def _inputs(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> SampleInputs:
         """Cut the crops (K, 5) from an image, and transform them to the input of a tokenizer."""
         image = self.transform.preprocess(value)
         target = (self.size, self.size)
-        return [
-            self.transform.postprocess(
-                self.transform.image_augment(
-                    image, tuple(crop), bool(flip), orig_size, target, index, self.resample_mode
+        pixels = np.stack(
+            [
+                self.transform.postprocess(
+                    self.transform.image_augment(
+                        image, tuple(crop), bool(flip), orig_size, target, index, self.resample_mode
+                    )
                 )
-            )
-            for index, (*crop, flip) in enumerate(crops.tolist())
-        ]
+                for index, (*crop, flip) in enumerate(crops.tolist())
+            ]
+        ).astype(np.float32, copy=False)
+        return SampleInputs(key, pixels if pixels.ndim == 4 else pixels[:, None], crops)
+
+    def _check_count(self, key: str, count: int, crops: np.ndarray, content: str) -> None:
+        """Check that a file with the ``content`` of several crops has it for those that are stored."""
+        if count != len(crops):
+            raise DataError(f"expected {content} of {len(crops)} crops (num_crops), not {count}")
+        if count > 1 and key not in self.stored:
+            raise DataError(f"the crops of its {content} are not known, because it has no crop_settings")
 
     def _crops(self, key: str, orig_size: tuple[int, int]) -> np.ndarray:
         """Return the stored crops, after checking them, or else draw them."""
@@ -196,14 +230,35 @@ class FeatureDataset(CropDataset):
     ``transform`` is a :class:`GridTransform` of several maps.
     """
 
-    def _cut(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> list[np.ndarray]:
+    def _inputs(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> SampleInputs:
         maps = np.asarray(value)
         maps = maps[None] if maps.ndim == 3 else maps
-        if len(maps) != len(crops):
-            raise DataError(f"expected features of {len(crops)} crops (num_crops), not {len(maps)}")
-        if len(maps) > 1 and key not in self.stored:
-            raise DataError("the crops of its features are not known, because it has no crop_settings")
-        return list(self.transform.postprocess(self.transform.preprocess(maps)))
+        self._check_count(key, len(maps), crops, "features")
+        return SampleInputs(key, self.transform.postprocess(self.transform.preprocess(maps)), crops)
+
+
+class ObjectDataset(CropDataset):
+    """The objects in each crop, such as people, from files that describe them; ``transform`` is an :class:`ObjectTransform`."""
+
+    def value(self, ids: np.ndarray, objects: list[list[dict[str, Any]]] | None) -> Value:
+        codes, name = iter(ids.tolist()), self.transform.codes_key
+        return [
+            [
+                {key: item.tolist() if isinstance(item, np.ndarray) else item for key, item in described.items()}
+                | {name: next(codes)}
+                for described in in_crop
+            ]
+            for in_crop in objects or ()
+        ]
+
+    def _inputs(self, key: str, value: Any, crops: np.ndarray, orig_size: tuple[int, int]) -> SampleInputs:
+        count = self.transform.crops_in_file(value)
+        if count is not None:
+            self._check_count(key, count, crops, "objects")
+        found = self.transform.objects(value, crops, orig_size)
+        inputs = [own for in_crop in found for _, own in in_crop]
+        objects = [[described for described, _ in in_crop] for in_crop in found]
+        return SampleInputs(key, np.stack(inputs) if inputs else np.empty((0, 1, 1, 1), np.float32), crops, objects)
 
 
 def read_crops(
@@ -213,8 +268,8 @@ def read_crops(
     ledger: BadSampleLedger,
     pin_memory: bool = False,
     log: str = "",
-) -> Iterator[CropBatch]:
-    """Yield the crops of all samples in order, without those that cannot be read, which ``ledger`` counts.
+) -> Iterator[InputBatch]:
+    """Yield the inputs of all samples in order, without those that cannot be read, which ``ledger`` counts.
 
     Args:
         dataset: The samples.
@@ -238,15 +293,17 @@ def read_crops(
                 with open(log, "a", encoding="utf-8") as file:
                     file.write(f"{sanitize(problem.message)}\n")
         if batch is not None:
-            for _ in batch.keys:
+            for _ in batch.samples:
                 ledger.read()
             yield batch
 
 
-def _collate(items: list) -> tuple[CropBatch | None, list[Skipped | UserError]]:
+def _collate(items: list) -> tuple[InputBatch | None, list[Skipped | UserError]]:
     problems = [item for item in items if isinstance(item, (Skipped, UserError))]
-    good = [item for item in items if not isinstance(item, (Skipped, UserError))]
+    good: list[SampleInputs] = [item for item in items if isinstance(item, SampleInputs)]
     if not good:
         return None, problems
-    keys, pixels, crops = zip(*good, strict=True)
-    return CropBatch(list(keys), torch.from_numpy(np.stack(pixels)), np.stack(crops)), problems
+    counts = [len(item.inputs) for item in good]
+    inputs = np.concatenate([item.inputs for item in good if len(item.inputs)] or [good[0].inputs])
+    samples = [item._replace(inputs=item.inputs[:0]) for item in good]
+    return InputBatch(samples, counts, torch.from_numpy(inputs)), problems

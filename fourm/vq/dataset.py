@@ -1,4 +1,4 @@
-"""A data set of images whose tokens are computed part by part.
+"""A data set of images, features or objects whose tokens are computed part by part.
 
 Each shard ``root/MODALITY/NAME.tar`` is a part, and the results for its images become a shard of the same name. All the
 files ``root/MODALITY/FOLDER/KEY.EXT`` together are one part, with one file of results per image. A file gets its final
@@ -8,6 +8,7 @@ name only when it is complete, and a part is *pending* until all of its files ex
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
@@ -32,8 +33,11 @@ PIXELS, MAIN = "pixels", "main"
 
 _REMOVE_CROPS = "remove crop_settings and all tokens made with it, and tokenize again"
 
-Results: TypeAlias = Iterable[tuple[str, np.ndarray, np.ndarray]]
-"""The key, tokens (K, L) and crops (K, 5) of each sample."""
+Value: TypeAlias = np.ndarray | list
+"""The tokens of a sample: an array (K, L), or a list with one list of described objects per crop, which becomes JSON."""
+
+Results: TypeAlias = Iterable[tuple[str, Value, np.ndarray]]
+"""The key, tokens and crops (K, 5) of each sample."""
 
 
 StoredCrops: TypeAlias = np.ndarray | BadSample
@@ -41,7 +45,7 @@ StoredCrops: TypeAlias = np.ndarray | BadSample
 
 
 class ImageSet(ABC):
-    """Reads samples, and writes their tokens (K, L) to an output folder and their crops (K, 5) to ``crop_settings``.
+    """Reads samples, and writes their tokens to an output folder and their crops (K, 5) to ``crop_settings``.
 
     Args:
         root: The folder of the data set.
@@ -193,71 +197,78 @@ class FileSet(ImageSet):
         return self._samples
 
     def pending(self, part: str, output: str) -> list[RawSample]:
-        finished = self._keys(output) & self._keys(CROP_SETTINGS)
+        finished = self._files(output).keys() & self._files(CROP_SETTINGS).keys()
         pending = [sample for sample in self._samples if sample.key not in finished]
         for _ in range(len(self._samples) - len(pending)):
             self.ledger.read()  # otherwise bad images, which stay pending, would be a larger share of every later run
         return pending
 
     def tokenized(self, output: str) -> list[str]:
-        return [""] if self._keys(output) else []
+        return [""] if self._files(output) else []
 
     def crops(self, part: str) -> dict[str, StoredCrops]:
         files = OpenFiles()
         return {
-            key: _read_crops(Member(str(self._file(CROP_SETTINGS, key)), "npy"), key, files)
-            for key in sorted(self._keys(CROP_SETTINGS))
+            key: _read_crops(Member(str(path), "npy"), key, files)
+            for key, path in sorted(self._files(CROP_SETTINGS).items())
         }
 
     def write(self, part: str, output: str, results: Results) -> int:
-        stored, number = self._keys(CROP_SETTINGS), 0
+        stored, number = self._files(CROP_SETTINGS), 0
         for key, tokens, crops in results:
             if key not in stored:
                 self._write_file(CROP_SETTINGS, key, crops)
             self._write_file(output, key, tokens)
             number += 1
-        if number == 0 and not self._keys(output):
+        if number == 0 and not self._files(output):
             raise DataError(f"{self.root / self.folders[PIXELS]}: none of its images can be read")
         return number
 
     def remove(self, part: str, output: str) -> None:
-        for key in self._keys(output):
-            self._file(output, key).unlink()
+        for path in self._files(output).values():
+            path.unlink()
 
-    def _keys(self, folder: str) -> set[str]:
-        paths = (path.relative_to(self.root / folder) for path in (self.root / folder).rglob("*.npy"))
-        return {split_name(path.as_posix())[0] for path in paths if not path.name.startswith(".")}
+    def _files(self, folder: str) -> dict[str, Path]:
+        """Return the files of tokens or crops in a folder by key."""
+        paths = [path for path in (self.root / folder).rglob("*") if path.suffix in (".npy", ".json")]
+        return {
+            split_name(path.relative_to(self.root / folder).as_posix())[0]: path
+            for path in paths
+            if not path.name.startswith(".")
+        }
 
-    def _file(self, folder: str, key: str) -> Path:
-        return self.root / folder / f"{key}.npy"
-
-    def _write_file(self, folder: str, key: str, array: np.ndarray) -> None:
-        with atomic_path(self._file(folder, key)) as temporary:
-            temporary.write_bytes(_npy(array))
+    def _write_file(self, folder: str, key: str, value: Value) -> None:
+        extension, content = _encoded(value)
+        with atomic_path(self.root / folder / f"{key}.{extension}") as temporary:
+            temporary.write_bytes(content)
 
 
 def _shard_names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.glob("[!.]*.tar"))
 
 
-def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+def _keep_crops(results: Results, crops: dict[str, np.ndarray]) -> Iterator[tuple[str, Value]]:
     """Yield the key and tokens of ``results``, and add their crops to ``crops``."""
     for key, tokens, own in results:
         crops[key] = own
         yield key, tokens
 
 
-def _write_tar(path: Path, arrays: Iterable[tuple[str, np.ndarray]]) -> None:
+def _write_tar(path: Path, values: Iterable[tuple[str, Value]]) -> None:
     # With a fixed time, the same content gives the same file. TarWriter takes a path for a URL, which may be a command.
     with path.open("wb") as file, TarWriter(file, mtime=0) as tar:
-        for key, array in arrays:
-            tar.write({"__key__": key, "npy": _npy(array)})
+        for key, value in values:
+            extension, content = _encoded(value)
+            tar.write({"__key__": key, extension: content})
 
 
-def _npy(array: np.ndarray) -> bytes:
+def _encoded(value: Value) -> tuple[str, bytes]:
+    """Return the extension and the content of a file."""
+    if isinstance(value, list):
+        return "json", json.dumps(value, separators=(",", ":")).encode()
     buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    return buffer.getvalue()
+    np.save(buffer, value, allow_pickle=False)
+    return "npy", buffer.getvalue()
 
 
 def _read_crops(member: Member, key: str, files: OpenFiles) -> StoredCrops:

@@ -38,7 +38,7 @@ _TWINS = ("decoder.downsample_mid.conv.", "decoder.downsample_mid.Conv2d_0.")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiffusionOptions(VQOptions):
+class DiffusionVQOptions(VQOptions):
     """Encoder and quantizer, and how a decoder learns to do without tokens"""
 
     cls_free_guidance_dropout: float = option(
@@ -57,7 +57,7 @@ class DiffusionOptions(VQOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiVAEOptions(DiffusionOptions):
+class DiVAEOptions(DiffusionVQOptions):
     """Encoder, quantizer, decoder and noise"""
 
     dec_type: str = option(
@@ -98,7 +98,7 @@ class DiVAEOptions(DiffusionOptions):
 class DiffusionVQ(VQ):
     """The base class of tokenizers with a diffusion decoder."""
 
-    options_class: ClassVar[type[DiffusionOptions]] = DiffusionOptions
+    options_class: ClassVar[type[DiffusionVQOptions]] = DiffusionVQOptions
     cls_free_guidance_dropout: float
     masked_cfg: bool
     masked_cfg_low: int

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from fourm.data.modality_transforms import MODALITY_TRANSFORMS, AbstractTransform
 from fourm.utils.errors import UserError, did_you_mean
 
 
@@ -20,7 +21,8 @@ class Domain:
         transform: Key of ``MODALITY_TRANSFORMS``; None for the name of the domain.
         network: The network of timm that extracts the features from RGB images; None reads them from files.
         options: The fields of the transform that differ from its defaults.
-        tokens: The modality of its tokens in 4M-21, without ``tok_`` and the size; None for the name of the domain.
+        tokens: The kind of its modality in 4M-21, which is the name of that modality without ``tok_`` and the size; None
+            for the name of the domain.
     """
 
     channels: int
@@ -48,7 +50,7 @@ DOMAINS = {
     "sam_edge": Domain(1, transform="canny_edge"),
     "semseg_coco": Domain(64, "classes", labels=134, options={"zero_is_none": True}),
     "semseg": Domain(64, "classes"),
-    "sam_mask": Domain(1, "mask", transform="instance_mask"),
+    "sam_mask": Domain(1, "mask", transform="instance_mask", tokens="sam_instance"),
     "CLIP-B16": Domain(512, "map", network=_CLIP_B, tokens="clip"),
     "CLIP-L14": Domain(768, "map", network=_CLIP_L, transform="features"),
     "DINOv2-B14": Domain(768, "map", network=_DINO_B, tokens="dinov2"),
@@ -58,6 +60,16 @@ DOMAINS = {
     "ImageBind-H14-global": Domain(1280, "vector", tokens="imagebind_global"),
     "human_poses": Domain(207, "vector", transform="body_pose"),
 }
+
+
+def transform_of(modality: str) -> AbstractTransform | None:
+    """Return the transform that reads the files of a modality, or None if it is not known.
+
+    Args:
+        modality: The name of a domain, or a key of ``MODALITY_TRANSFORMS``.
+    """
+    domain = DOMAINS.get(modality)
+    return MODALITY_TRANSFORMS.get((domain and domain.transform) or modality)
 
 
 def domain_named(name: str) -> Domain:

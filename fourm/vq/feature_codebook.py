@@ -13,8 +13,9 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from fourm.utils.errors import DataError, UserError, did_you_mean
+from fourm.utils.errors import DataError, UserError
 from fourm.vq.codebook import Codebook
+from fourm.vq.features import timm_network
 from fourm.vq.tokenizer import TokenizerConfig
 
 
@@ -95,24 +96,13 @@ def create_backbone(
     Raises:
         UserError: timm does not know it, or its weights cannot be read or downloaded.
     """
-    import timm  # imported here because it takes longer than importing torch
-    from timm.models import load_checkpoint
-
-    name = config.backbone
-    if not timm.is_model(name):
-        raise UserError(f"timm has no backbone '{name}'{did_you_mean(name, timm.list_models())}")
-    plain: Any = timm.create_model(name)
+    plain = timm_network(config.backbone, download=False)
     _deepest_map(plain, config)  # checks the stride before anything is downloaded
     # timm resizes the position table of networks with a fixed size.
     size: dict[str, Any] = {"img_size": config.input_size} if plain.pretrained_cfg.get("fixed_input_size") else {}
-    try:
-        network = timm.create_model(name, pretrained=download, **size) if download or size else plain
-        if weights is not None:
-            load_checkpoint(network, str(weights), weights_only=True)
-    except Exception as error:  # of any type, because many libraries may fail here
-        problem = f"{weights} does not hold the weights of" if weights else "cannot make"
-        raise UserError(f"{problem} backbone {name}: {' '.join(str(error).split())[:300]}") from error
-    return network
+    if not (weights or download or size):
+        return plain
+    return timm_network(config.backbone, str(weights or ""), download, **size)
 
 
 def _deepest_map(network: Any, config: FeatureCodebookConfig) -> int:

@@ -60,12 +60,13 @@ class FeatureNetwork(nn.Module):
         return rearrange(patches, "b (h w) d -> b d h w", h=height, w=width).float()
 
 
-def timm_network(name: str, weights: str = "", **arguments: Any) -> Any:
-    """Load a network of timm with its weights.
+def timm_network(name: str, weights: str = "", download: bool = True, **arguments: Any) -> Any:
+    """Build a network of timm.
 
     Args:
         name: The name of the network in timm.
-        weights: A ``.safetensors`` or ``.pth`` file of its weights under timm's names; if empty, timm downloads them.
+        weights: A ``.safetensors`` or ``.pth`` file of its weights under timm's names.
+        download: Without a file, use the weights that timm publishes; otherwise they are random.
         arguments: Arguments of ``timm.create_model``.
 
     Raises:
@@ -77,10 +78,10 @@ def timm_network(name: str, weights: str = "", **arguments: Any) -> Any:
     if not timm.is_model(name):
         raise UserError(f"timm has no network '{name}'{did_you_mean(name, timm.list_models())}")
     try:
-        network = timm.create_model(name, pretrained=not weights, **arguments)
+        network = timm.create_model(name, pretrained=download and not weights, **arguments)
         if weights:
             load_checkpoint(network, weights, weights_only=True)
     except Exception as error:  # of whatever kind: clients of the hub and readers of files raise many
-        what = f"{weights} does not hold the weights of" if weights else "cannot get the weights of"
-        raise UserError(f"{what} {name}: {' '.join(str(error).split())[:300]}") from error
+        problem = f"{weights} does not hold the weights of" if weights else "cannot make"
+        raise UserError(f"{problem} {name}: {' '.join(str(error).split())[:300]}") from error
     return network

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from einops import rearrange
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
@@ -96,10 +95,9 @@ def fit_codebook(options: FitOptions) -> tuple[Codebook, KMeansReport]:
     chosen = []
     with tqdm(desc=f"patches of {options.modality}", total=len(samples), unit=" images", disable=None) as bar:
         for batch in read_crops(dataset, options.batch_size, options.num_workers, ledger):
-            pixels = rearrange(batch.pixels, "n k c h w -> (n k) c h w").to(codebook.device)
-            items = codebook.items(pixels).flatten(0, 2).cpu()
-            chosen.append(items[torch.randperm(len(items), generator=rng)[: per_image * len(batch.keys)]])
-            bar.update(len(batch.keys))
+            items = codebook.items(batch.inputs.to(codebook.device)).flatten(0, 2).cpu()
+            chosen.append(items[torch.randperm(len(items), generator=rng)[: per_image * len(batch.samples)]])
+            bar.update(len(batch.samples))
     if not chosen:
         raise UserError(
             f"{images.root / options.modality}: none of the images can be read; the warnings above name them"

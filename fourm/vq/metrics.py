@@ -138,12 +138,8 @@ def region_counts(prediction: Tensor, target: Tensor, classes: int) -> dict[str,
         Name → (classes,).
     """
     chosen = prediction.argmax(1)
-    count = lambda ids: torch.bincount(ids.flatten(), minlength=classes).double()  # noqa: E731
-    return {
-        "class_predicted": count(chosen),
-        "class_target": count(target),
-        "class_both": count(target[chosen == target]),
-    }
+    ids = {"class_predicted": chosen, "class_target": target, "class_both": target[chosen == target]}
+    return {name: torch.bincount(own.flatten(), minlength=classes).double() for name, own in ids.items()}
 
 
 def region_metrics(counts: Mapping[str, Tensor]) -> dict[str, float]:

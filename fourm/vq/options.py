@@ -54,7 +54,7 @@ class VQOptions(Options):
     )
     freeze_enc: bool = option("do not train the encoder and the quantizer", False)
     undo_std: bool = option("convert ImageNet-standardised input to [-1, 1]", False)
-    modality: str = option("modality of the images, a key of MODALITY_TRANSFORMS", "")
+    modality: str = option("domain that the tokenizer was trained on, or a key of MODALITY_TRANSFORMS", "")
     transform_options: dict = option("fields of the modality's transform that differ from the defaults", {})
     feature_network: str = option(
         "network of timm that extracted the training features; 'none' if they were read from files", ""

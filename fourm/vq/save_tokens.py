@@ -1,4 +1,6 @@
-"""Tokenizes the images of a data set: writes tokens (crops, tokens) for each image, and the crops that they stand for.
+"""Tokenizes the images of a data set: writes the tokens of each image, and the crops that they stand for.
+
+The input of a tokenizer may also be features or objects, such as people, that files hold for the images.
 
 Results that already exist are kept, so that an interrupted run can simply be started again. ``.made_with.json`` in the
 output folder records how its tokens were made; a run with other options does not add to them.
@@ -17,13 +19,13 @@ from typing import Literal
 
 import numpy as np
 import torch
-from einops import rearrange
 from torch import Tensor
 from torch.backends import cudnn
 from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.modality_transforms import MODALITY_TRANSFORMS, AbstractTransform, GridTransform
+from fourm.data.modality_transforms import AbstractTransform, GridTransform
+from fourm.data.transforms.instances import NUM_CODES, ObjectTransform
 from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
@@ -34,14 +36,15 @@ from fourm.utils.ranks import torchrun_ranks
 from fourm.vq.crops import (
     MIN_SCALE,
     WORKERS,
-    CropBatch,
     CropDataset,
     FeatureDataset,
+    InputBatch,
+    ObjectDataset,
     read_crops,
     tokenizer_transform,
 )
 from fourm.vq.dataset import MAIN, PIXELS, Results, open_images
-from fourm.vq.domains import DOMAINS
+from fourm.vq.domains import DOMAINS, transform_of
 from fourm.vq.features import FeatureNetwork, FeatureOptions, timm_network
 from fourm.vq.registry import find_weights, load_tokenizer
 from fourm.vq.tokenizer import CONFIG, ImageTokenizer
@@ -49,7 +52,7 @@ from fourm.vq.tokenizer import CONFIG, ImageTokenizer
 log = logging.getLogger(__name__)
 
 RECORD = ".made_with.json"
-_FEATURE_SIZE = 224  # side length in pixels of the training pictures of tokenizers of global features
+_CROP_SIZE = 224  # side length in pixels of the crops whose global features or objects are tokenized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +66,7 @@ class SaveTokensOptions(FeatureOptions, PluginOptions):
         "folder of published .pth files; --tokenizer may be the name of one of them", "./tokenizer_ckpts"
     )
     data_root: AnyPath = option(
-        "folder of the data set: images in DATA_ROOT/MODALITY/, as shards or as files in folders"
+        "folder of the data set: images, features or objects in DATA_ROOT/MODALITY/, as shards or as files in folders"
     )
     split: str = option("part of the data set, if DATA_ROOT has a folder for each: train", "")
     modality: str | None = option(
@@ -76,7 +79,10 @@ class SaveTokensOptions(FeatureOptions, PluginOptions):
     shards: str | None = option("only these shards, e.g. shard-{00000..00099}.tar (default: all)", None)
     main_modality: str | None = option("folder of the images in whose pixels crops are given (default: MODALITY)", None)
     input_size: int | None = option(
-        "side in pixels that crops are resized to (default: the tokenizer's)", None, at_least=1, at_most=100_000
+        "side in pixels that crops are resized to (default: the tokenizer's; 224 for global features and objects)",
+        None,
+        at_least=1,
+        at_most=100_000,
     )
     num_crops: int = option(
         "crops per image; the first is the centre crop, the others are random",
@@ -114,69 +120,127 @@ class TokenizerInput:
     """The input of a tokenizer and how it is read.
 
     Attributes:
-        folder: The folder of the images or features.
+        folder: The folder of the images, features or objects.
         output: The folder of the tokens.
         size: The side length of the crops in pixels.
-        transform: The transform of the images or features.
+        transform: The transform of the files.
+        dataset: The class that reads the files.
         network: The network of timm that extracts the features from the images; empty if there is none.
-        are_features: Whether features are read from files.
     """
 
     folder: str
     output: str
     size: int
     transform: AbstractTransform
+    dataset: type[CropDataset] = CropDataset
     network: str = ""
-    are_features: bool = False
 
 
 def tokenizer_input(options: SaveTokensOptions, tokenizer: ImageTokenizer) -> TokenizerInput:
     """Determine how the input of ``tokenizer`` is read.
 
     Raises:
-        UserError: The modality of the tokenizer is unknown, it does not tokenize images, or ``options`` do not fit it.
+        UserError: The modality of the tokenizer is not known, or ``options`` do not fit the tokenizer.
     """
-    info = tokenizer.info
-    modality = info.modality or options.modality
+    modality = tokenizer.info.modality or options.modality
     if not modality:
         raise UserError(f"{options.tokenizer} does not name the modality that it tokenizes: set 'modality'")
-    domain, transform = DOMAINS.get(modality), MODALITY_TRANSFORMS.get(modality)
-    if not isinstance(transform, GridTransform):
-        if options.feature_network:
-            raise UserError(f"'feature_network': {options.tokenizer} tokenizes {modality}, not features of a network")
-        size = options.input_size or info.input_size
-        if size % info.patch_size:
-            raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
-        folder = options.modality or modality
-        transform = tokenizer_transform(modality, info.transform_options)
-        return TokenizerInput(folder, _output(options, folder, f"@{size}"), size, transform)
-    own = tokenizer.feature_network or (domain and domain.network) or "none"
-    network = options.feature_network or own
-    size = options.input_size or (_FEATURE_SIZE if tokenizer.takes_vectors else info.input_size)
-    tokens = (domain and domain.tokens) or modality
-    output = _output(options, tokens, "" if tokenizer.takes_vectors else f"@{size}", modality)
-    if network != "none":
-        folder = "rgb" if options.modality in (None, modality) else options.modality
-        # The networks and the tokenizers of their features were trained on ImageNet-standardised colours.
-        rgb = tokenizer_transform("rgb", {"imagenet_default_mean_and_std": True})
-        return TokenizerInput(folder, output, size, rgb, network)
+    transform = transform_of(modality)
+    if isinstance(transform, GridTransform):
+        network = options.feature_network or tokenizer.feature_network
+        network = network or (DOMAINS[modality].network if modality in DOMAINS else None) or "none"
+        if network != "none":
+            return _pictures_of_features(options, tokenizer, modality, network)
+        return _features(options, tokenizer, modality, transform)
+    if options.feature_network:
+        raise UserError(f"'feature_network': {options.tokenizer} tokenizes {modality}, not features of a network")
+    if isinstance(transform, ObjectTransform):
+        return _objects(options, tokenizer, modality, transform)
+    return _pictures(options, tokenizer, modality)
+
+
+def _pictures(options: SaveTokensOptions, tokenizer: ImageTokenizer, modality: str) -> TokenizerInput:
+    size = options.input_size or tokenizer.info.input_size
+    _check_size(size, tokenizer)
+    folder = options.modality or modality
+    transform = tokenizer_transform(modality, tokenizer.info.transform_options)
+    return TokenizerInput(folder, _output(options, folder, f"@{size}", folder), size, transform)
+
+
+def _pictures_of_features(
+    options: SaveTokensOptions, tokenizer: ImageTokenizer, modality: str, network: str
+) -> TokenizerInput:
+    """Return the input of a network that extracts the features which are tokenized."""
+    folder = "rgb" if options.modality in (None, modality) else options.modality
+    # The networks and the tokenizers of their features were trained on ImageNet-standardised colours.
+    rgb = tokenizer_transform("rgb", {"imagenet_default_mean_and_std": True})
+    size, output = _size_and_output_of_features(options, tokenizer, modality)
+    return TokenizerInput(folder, output, size, rgb, network=network)
+
+
+def _features(
+    options: SaveTokensOptions, tokenizer: ImageTokenizer, modality: str, transform: GridTransform
+) -> TokenizerInput:
+    _check_main_modality(options, "the features in files")
+    size, output = _size_and_output_of_features(options, tokenizer, modality)
+    if not tokenizer.takes_vectors:
+        _check_size(size, tokenizer)
+    side = 1 if tokenizer.takes_vectors else size // tokenizer.info.patch_size
+    grids = dataclasses.replace(transform, per_crop=True, shape=(tokenizer.num_channels, side, side))
+    return TokenizerInput(options.modality or modality, output, size, grids, FeatureDataset)
+
+
+def _objects(
+    options: SaveTokensOptions, tokenizer: ImageTokenizer, modality: str, transform: ObjectTransform
+) -> TokenizerInput:
+    _check_main_modality(options, f"the {modality} in files")
+    info = tokenizer.info
+    side = 1 if tokenizer.takes_vectors else info.input_size // info.patch_size
+    codes = tokenizer.num_codebooks * side**2
+    if codes != transform.num_codes or tokenizer.vocab_size > NUM_CODES:
+        raise UserError(
+            f"{options.tokenizer} has {codes} codes below {tokenizer.vocab_size} for each of the {modality}, but a 4M model "
+            f"reads {transform.num_codes} codes below {NUM_CODES}"
+        )
+    size = options.input_size or _CROP_SIZE
+    transform = transform.for_sizes(info.input_size, size)
+    folder = options.modality or modality
+    return TokenizerInput(folder, _output(options, _kind(modality), "", folder), size, transform, ObjectDataset)
+
+
+def _kind(modality: str) -> str:
+    """Return the kind of the modality in 4M-21 that consists of the tokens of ``modality``."""
+    return (modality in DOMAINS and DOMAINS[modality].tokens) or modality
+
+
+def _size_and_output_of_features(
+    options: SaveTokensOptions, tokenizer: ImageTokenizer, modality: str
+) -> tuple[int, str]:
+    size = options.input_size or (_CROP_SIZE if tokenizer.takes_vectors else tokenizer.info.input_size)
+    suffix = "" if tokenizer.takes_vectors else f"@{size}"
+    return size, _output(options, _kind(modality), suffix, options.modality or modality)
+
+
+def _output(options: SaveTokensOptions, kind: str, size: str, task: str) -> str:
+    """Return the folder of the tokens."""
+    return (
+        f"{task}_{options.folder_suffix}" if options.folder_suffix else options.output_modality or f"tok_{kind}{size}"
+    )
+
+
+def _check_main_modality(options: SaveTokensOptions, content: str) -> None:
     if options.main_modality is None:
         raise UserError(
-            "'main_modality' is not set: name the folder of the pictures that the features in files were made of, "
-            "because crops are measured in their pixels"
+            f"'main_modality' is not set: name the folder of the pictures that {content} were made of, because crops are "
+            "measured in their pixels"
         )
-    if not tokenizer.takes_vectors and size % info.patch_size:
-        raise UserError(f"'input_size' {size} is not a multiple of the tokenizer's patch_size {info.patch_size}")
-    side = 1 if tokenizer.takes_vectors else size // info.patch_size
-    grids = dataclasses.replace(transform, per_crop=True, shape=(tokenizer.num_channels, side, side))
-    return TokenizerInput(options.modality or modality, output, size, grids, are_features=True)
 
 
-def _output(options: SaveTokensOptions, name: str, size: str, task: str | None = None) -> str:
-    """Return the folder of the tokens."""
-    if options.folder_suffix:
-        return f"{options.modality or task or name}_{options.folder_suffix}"
-    return options.output_modality or f"tok_{name}{size}"
+def _check_size(size: int, tokenizer: ImageTokenizer) -> None:
+    if size % tokenizer.info.patch_size:
+        raise UserError(
+            f"'input_size' {size} is not a multiple of the tokenizer's patch_size {tokenizer.info.patch_size}"
+        )
 
 
 def save_tokens(options: SaveTokensOptions) -> int:
@@ -232,7 +296,7 @@ def save_tokens(options: SaveTokensOptions) -> int:
             if not samples:
                 continue
             bar.total = done + len(samples) * (len(parts) - number)  # as if the parts to come were like this one
-            dataset = (FeatureDataset if source.are_features else CropDataset)(
+            dataset = source.dataset(
                 samples,
                 source.transform,
                 source.size,
@@ -248,7 +312,7 @@ def save_tokens(options: SaveTokensOptions) -> int:
             batches = read_crops(
                 dataset, images_at_a_time, options.num_workers, ledger, pin_memory, options.corrupt_samples_log
             )
-            done += images.write(part, output, _tokenized(batches, encode, bar))
+            done += images.write(part, output, _tokenized(batches, encode, dataset, bar))
     return done
 
 
@@ -288,30 +352,30 @@ class _Encoder:
                 "use it to try things out"
             )
 
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Tokenize crops, (B, C, H, W) → ids (B, h, w), or (B, G, h, w) with G codebooks, on the CPU."""
+    def __call__(self, inputs: Tensor) -> Tensor:
+        """Tokenize (N, C, H, W) → ids (N, L) on the CPU, where L counts all places and codebooks."""
         device = self.tokenizer.device
         # By default, convolutions on GPUs round float32 to TF32.
         with torch.autocast(device.type, torch.bfloat16, self._bf16), cudnn.flags(enabled=True, allow_tf32=False):
-            return torch.cat([self._tokenize(part.to(device)) for part in pixels.split(self._batch_size)])
+            return torch.cat([self._tokenize(part.to(device)) for part in inputs.split(self._batch_size)])
 
     def _tokenize(self, x: Tensor) -> Tensor:
-        return self.tokenizer.tokenize(self._network(x) if self._network else x).cpu()
+        return self.tokenizer.tokenize(self._network(x) if self._network else x).flatten(1).cpu()
 
 
-def _tokenized(batches: Iterable[CropBatch], encode: _Encoder, bar: tqdm) -> Results:
+def _tokenized(batches: Iterable[InputBatch], encode: _Encoder, dataset: CropDataset, bar: tqdm) -> Results:
     vocab_size = encode.tokenizer.vocab_size
     dtype = token_dtype(vocab_size)
-    for batch in batches:
+    for samples, counts, inputs in batches:
         try:
-            ids = encode(rearrange(batch.pixels, "n k c h w -> (n k) c h w"))
+            ids = encode(inputs) if len(inputs) else torch.empty(0, 0, dtype=torch.int64)
         except DataError as error:
-            raise DataError(f"one of the keys '{batch.keys[0]}' to '{batch.keys[-1]}': {error}") from error
-        tokens = rearrange(ids, "(n k) ... -> n k (...)", n=len(batch.keys)).numpy()
-        if tokens.min() < 0 or tokens.max() >= vocab_size:
-            raise DataError(f"the tokenizer gave ids {tokens.min()} to {tokens.max()} for a vocabulary of {vocab_size}")
-        yield from zip(batch.keys, tokens.astype(dtype), batch.crops, strict=True)
-        bar.update(len(batch.keys))
+            raise DataError(f"one of the keys '{samples[0].key}' to '{samples[-1].key}': {error}") from error
+        if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+            raise DataError(f"the tokenizer gave ids {ids.min()} to {ids.max()} for a vocabulary of {vocab_size}")
+        for sample, own in zip(samples, ids.split(counts), strict=True):
+            yield sample.key, dataset.value(own.numpy().astype(dtype), sample.objects), sample.crops
+        bar.update(len(samples))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:

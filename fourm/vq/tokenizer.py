@@ -30,7 +30,8 @@ class TokenizerConfig:
     """The configuration that all tokenizers share; ``config.json`` stores it together with the tokenizer's type.
 
     Attributes:
-        modality: The modality of the training images, a key of ``MODALITY_TRANSFORMS``.
+        modality: The modality of the training images: a domain of :mod:`fourm.vq.domains`, or a key of
+            ``MODALITY_TRANSFORMS``.
         vocab_size: The number of token ids.
         patch_size: The side length in pixels of the patch that one token stands for.
         num_channels: The number of channels of the input.
@@ -49,8 +50,9 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "patch_size", "num_channels", "input_size", "one_hot_classes"):
-            if (getattr(self, name, None) or 1) < 1 or getattr(self, name, None) == 0:
-                raise UserError(f"tokenizer: '{name}' must be at least 1, not {getattr(self, name)}")
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise UserError(f"tokenizer: '{name}' must be at least 1, not {value}")
         low, *others = self.value_range
         if len(others) != 1 or not -math.inf < low <= others[0] < math.inf:
             raise UserError(

@@ -25,10 +25,10 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.options import option
 from fourm.utils.paths import AnyPath
 from fourm.utils.s3 import check_endpoint
+from fourm.vq.crops import RATIO
 from fourm.vq.domains import Domain, domain_named
 from fourm.vq.features import FeatureOptions
 
-RATIO = (3 / 4, 4 / 3)  # width / height of random crops
 _BOUNDED = ("rgb", "normal", "canny_edge", "sam_edge")  # domains whose values lie in [-1, 1]
 
 

@@ -24,8 +24,10 @@ _TILE, _INPUT = 4, 6
 """Side lengths of a tile of outputs and of the inputs that it depends on."""
 _POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 """Where the polynomials are evaluated, besides infinity. The usual points give four times the rounding error."""
-_MIN_SIDE = 20
+_MIN_SIDE = 12
 """Smaller maps have so few tiles that reading the transformed weights, four times as large, takes too long."""
+_MAX_NUMBERS = 2**22
+"""Transformed inputs that are computed at a time, 16 MB: the products read them again, and more would leave the cache."""
 
 _transformed: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("_transformed", default=None)
 
@@ -45,7 +47,9 @@ class Conv3x3(nn.Conv2d):
             return super().forward(x)
         if self not in transformed:
             transformed[self] = _transform_weight(self.weight)
-        return _convolve(x, transformed[self], self.bias)
+        rows, columns = (-(-side // _TILE) for side in x.shape[2:])
+        images = max(_MAX_NUMBERS // (_INPUT**2 * rows * columns * x.shape[1]), 1)
+        return torch.cat([_convolve(part, transformed[self], self.bias) for part in x.split(images)])
 
 
 @contextlib.contextmanager

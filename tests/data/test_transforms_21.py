@@ -15,7 +15,7 @@ from fourm.data.modality_transforms import (
     ScalarTransform,
     transforms_for,
 )
-from fourm.data.transforms.instances import Polygons
+from fourm.data.transforms.instances import BodyPoseTransform, Polygons
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.tokenizer import TextEncoder, load_text_tokenizer
@@ -263,3 +263,13 @@ def test_small_instances_are_ignored_where_the_file_tells_the_size_of_the_image(
             transform.preprocess({"image": wrong, "annotations": outlines})
     with pytest.raises(DataError, match="expected a list of outlines, not None"):
         transform.preprocess({"image": image})
+
+
+def test_tokenizers_of_poses_train_on_people_and_on_bare_rotations():
+    people = np.random.default_rng(0).normal(size=(2, 23, 3, 3)).astype(np.float32)
+    described = [{"box": [0, 0, 1, 1], "rotations": rotations.tolist()} for rotations in people]
+    for value in (people, people.reshape(2, 207).tolist(), described, [described[:1], described[1:]]):
+        np.testing.assert_array_equal(BodyPoseTransform().preprocess(value).reshape(people.shape), people)
+    assert not run(BodyPoseTransform(), []).any() and not run(BodyPoseTransform(), [[], []]).any()
+    with pytest.raises(DataError, match="expected one person's 'rotations', 207 numbers, not 414"):
+        BodyPoseTransform().preprocess([{"rotations": people.tolist()}])

@@ -11,9 +11,11 @@ import torch
 import yaml
 
 from fourm.data.data_config import load_data_config
-from fourm.data.modality_info import Modality
+from fourm.data.modality_info import MODALITY_INFO, Modality
 from fourm.data.unified_datasets import build_masking
-from fourm.tools.preview.command import _reader, main
+from fourm.generation.plotting import pca_picture
+from fourm.generation.sampler import load_tokenizers
+from fourm.tools.preview.command import _painter, _reader, main
 from fourm.tools.preview.page import bins, page
 from fourm.tools.preview.samples import preview
 from fourm.tools.preview.sequences import INPUT, TARGET, PositionMasking, roles_of
@@ -21,7 +23,9 @@ from fourm.utils.errors import UserError
 from fourm.utils.tokenizer import load_text_tokenizer
 from fourm.vq import PatchCodebook, PatchCodebookConfig
 from tests.data.dataset_files import MODALITIES, text_tokenizer, write_folders, write_shards
+from tests.generation.test_learned_tokenizers import GLOBAL
 from tests.train.test_mod21 import write_folders as write_files
+from tests.vq.test_vqvae import FEATURES, toy
 from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
@@ -283,6 +287,22 @@ def test_tokens_with_a_tokenizer_are_pictures(config, tmp_path):
     assert len(uris[0]) == len(uris[1]) == 2 and len(set(uris[0]) & set(uris[1])) == 1, "rgb itself is the same"
 
 
+def test_features_are_decoded_as_in_generation_and_vectors_are_shown_by_their_ids(all_kinds, tmp_path):
+    toy(**FEATURES | {"codebook_size": 8192}, modality="CLIP-B16").save(tmp_path / "learned/clip")
+    toy(**GLOBAL | {"codebook_size": 8192}, modality="DINOv2-B14-global").save(tmp_path / "learned/dinov2_global")
+    tokenizers = load_tokenizers(tmp_path / "learned")
+    paint, paint_ids = _painter(tokenizers), _painter({})
+    ids = torch.arange(196) * 40
+    clip, vector = (MODALITY_INFO[name] for name in ("tok_clip@224", "tok_dinov2_global"))
+    features = tokenizers["clip"].decode_pictures(ids.view(1, 14, 14))[0].permute(1, 2, 0).numpy()
+    expected = (pca_picture(features).clip(0, 1) * 255).round().astype(np.uint8)
+    np.testing.assert_array_equal(paint(clip, ids), expected)
+    np.testing.assert_array_equal(paint(vector, ids[:16]), paint_ids(vector, ids[:16]))
+    out = tmp_path / "page.html"
+    assert main([str(all_kinds), "--out", str(out), "--draws", "5", "--tokenizers", f"{tmp_path}/learned"]) == 0
+    assert out.read_text().count("background-image") == 3 * 4
+
+
 def test_shards_and_validation(config, tmp_path):
     content = yaml.safe_load(config.read_text())
     toy = content["train"]["datasets"].pop("toy<&>")
@@ -359,7 +379,7 @@ def test_the_command(config, tmp_path, module):
 def test_bad_options_are_one_line(config, tmp_path):
     for options, message in (
         (["--datasets", "other"], r"no data set 'other' in train, only toy<&>"),
-        (["--tokenizers", f"{tmp_path}/none"], "none of its subfolders contains a tokenizer"),
+        (["--tokenizers", f"{tmp_path}/none"], "none has no folder with a config.json"),
         (["--samples", "0"], "'samples' must be at least 1"),
     ):
         with pytest.raises(UserError, match=message):

@@ -91,13 +91,13 @@ def test_a_network_of_one_size_says_so():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"backbone": "test_efficientnett"}, r"timm has no backbone 'test_efficientnett' \(did you mean"),
+        ({"backbone": "test_efficientnett"}, r"timm has no network 'test_efficientnett' \(did you mean"),
         ({"patch_size": 4, "backbone": "test_vit"}, "test_vit has feature maps of stride 16: patch_size must be one"),
         ({"backbone": "test_vit", "one_hot_classes": 3}, "'one_hot_classes' is for patches"),
         ({"backbone_weights": "w.pth"}, "'backbone_weights' needs a 'backbone'"),
         (
             {"backbone": "test_resnet", "backbone_weights": "none.pth"},
-            "none.pth does not hold the weights of backbone test_resnet",
+            "none.pth does not hold the weights of test_resnet",
         ),
     ],
 )
@@ -115,13 +115,9 @@ class Stranger:
 def test_weights_of_another_network_and_objects_are_an_error(tmp_path):
     torch.save(timm.create_model("test_vit").state_dict(), tmp_path / "vit.pth")
     torch.save({"state_dict": Stranger()}, tmp_path / "object.pth")
-    with pytest.raises(
-        UserError, match="object.pth does not hold the weights of backbone test_efficientnet: .*Stranger"
-    ):
+    with pytest.raises(UserError, match="object.pth does not hold the weights of test_efficientnet: .*Stranger"):
         create_backbone(config(), tmp_path / "object.pth")
-    with pytest.raises(
-        UserError, match="vit.pth does not hold the weights of backbone test_efficientnet: .*Missing key"
-    ):
+    with pytest.raises(UserError, match="vit.pth does not hold the weights of test_efficientnet: .*Missing key"):
         create_backbone(config(), tmp_path / "vit.pth")
 
 

@@ -22,13 +22,24 @@ def test_the_result_is_that_of_a_convolution_up_to_rounding(shape):
     assert not torch.equal(fast, conv(x)), "outside, it is a plain convolution"
 
 
+@torch.no_grad()
+def test_images_of_a_batch_are_convolved_in_parts_that_fit_a_cache(monkeypatch):
+    torch.manual_seed(0)
+    conv, x = Conv3x3(8, 8), torch.randn(5, 8, 16, 20)
+    with fast_convolutions(conv):
+        whole = conv(x)
+        for images in (1, 2):
+            monkeypatch.setattr(winograd, "_MAX_NUMBERS", images * 36 * 4 * 5 * 8)
+            torch.testing.assert_close(conv(x), whole)
+
+
 def test_training_and_other_precisions_and_small_maps_and_strides_use_a_plain_convolution():
     conv, x = Conv3x3(4, 4), torch.randn(1, 4, 24, 24)
     plain = conv(x)
     with fast_convolutions(conv):
         assert torch.equal(conv(x), plain) and plain.requires_grad
         with torch.no_grad():
-            assert torch.equal(conv(x[..., :16]), F.conv2d(x[..., :16], conv.weight, conv.bias, padding=1))
+            assert torch.equal(conv(x[..., :8]), F.conv2d(x[..., :8], conv.weight, conv.bias, padding=1))
         assert not winograd._transformed.get()
     with torch.no_grad(), fast_convolutions(strided := Conv3x3(4, 4, stride=2)):
         assert strided(x).shape == (1, 4, 12, 12)

@@ -20,6 +20,7 @@ from fourm.data.modality_info import Modality
 from fourm.data.options import DataOptions
 from fourm.generation.decoding import Tokenizers, decode_modality
 from fourm.generation.plotting import as_image
+from fourm.generation.sampler import load_tokenizers
 from fourm.tools.preview.page import PAGE_START, page
 from fourm.tools.preview.samples import Painter, preview
 from fourm.tools.preview.sequences import Reader
@@ -28,7 +29,6 @@ from fourm.utils.files import atomic_path, check_file
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath, InputPath
 from fourm.utils.tokenizer import load_text_tokenizer
-from fourm.vq import load_tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class PreviewOptions(DataOptions):
     draws: int = option("number of budgets drawn per component", 2000, at_least=1, at_most=10**7)
     seed: int = option("seed of samples, crops, masks and budgets", 0, at_least=0, at_most=2**62)
     tokenizers: InputPath | None = option(
-        "folder of image tokenizers, one per modality (default: show each id as a colour)", None
+        "folder with one tokenizer folder per modality, such as depth or clip (default: show each id as a colour)", None
     )
 
     def __post_init__(self) -> None:
@@ -54,11 +54,12 @@ class PreviewOptions(DataOptions):
 
 
 def _painter(tokenizers: Tokenizers) -> Painter:
-    """Return a function that draws grids in the same way as generation."""
+    """Return a function that draws grids in the same way as generation, and what is no picture by its ids."""
 
     def paint(modality: Modality, tensor: torch.Tensor) -> np.ndarray | None:
         known = torch.zeros(modality.max_tokens or 0, dtype=torch.bool)
-        return as_image(decode_modality(tensor, known, modality, tokenizers, None))
+        pictures = (as_image(decode_modality(tensor, known, modality, own, None)) for own in (tokenizers, {}))
+        return next((picture for picture in pictures if picture is not None), None)
 
     return paint
 
@@ -70,15 +71,6 @@ def _reader(text_tokenizer: Tokenizer) -> Reader:
         return decode_modality(ids, torch.zeros(len(ids), dtype=torch.bool), modality, {}, text_tokenizer).value
 
     return read
-
-
-def _load_tokenizers(folder: str | None) -> Tokenizers:
-    if folder is None:
-        return {}
-    tokenizers = [load_tokenizer(path.parent) for path in sorted(Path(folder).glob("*/config.json"))]
-    if not tokenizers:
-        raise UserError(f"tokenizers {folder}: none of its subfolders contains a tokenizer")
-    return {tokenizer.info.modality: tokenizer for tokenizer in tokenizers}
 
 
 def _check_output(path: Path) -> None:
@@ -108,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
                 f"{options.data_config}: no data set '{name}' in {options.split}, only {', '.join(datasets)}"
             )
     text_tokenizer = load_text_tokenizer(options.text_tokenizer_path)
-    paint, read = _painter(_load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
+    paint, read = _painter(load_tokenizers(options.tokenizers)), _reader(text_tokenizer)
     previews = [
         preview(
             dataset,

@@ -143,7 +143,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             "freeze_enc": config.freeze_enc,
             "undo_std": config.undo_std,
             "threshold_ema_dead_code": self._dead_code_threshold(),
-            "modality": info.transform or config.domain,
+            "modality": config.domain,
             "transform_options": {} if config.network else config.transform_options(),
             "feature_network": config.network or ("none" if info.kind in ("map", "vector") else ""),
         } | config.quantizer_arguments()
