@@ -322,13 +322,14 @@ class TrainBatches(IterableDataset):
 
 def _collect_reports(ledgers: Iterable[BadSampleLedger]) -> dict[str, Any]:
     """Collect the counts since the last call for :attr:`Batch.position`."""
-    skipped, missing = Counter[str](), dict[str, tuple[int, int]]()
+    skipped, missing = dict[str, int](), dict[str, tuple[int, int]]()
     for ledger in ledgers:
-        skipped.update(ledger.collect())
+        for reason, count in ledger.collect().items():
+            skipped[reason] = skipped.get(reason, 0) + count
         for name, (lacking, total) in ledger.collect_missing().items():
             previous_lacking, previous_total = missing.get(name, (0, 0))
             missing[name] = (previous_lacking + lacking, previous_total + total)
-    return {"skipped": dict(skipped), "missing": missing}
+    return {"skipped": skipped, "missing": missing}
 
 
 class EvalBatches(IterableDataset):
