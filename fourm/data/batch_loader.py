@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import os
 import pickle
 import signal
@@ -22,6 +23,7 @@ from fourm.utils.errors import DataError, UserError
 
 _POLL_SECONDS = 1.0  # how long one call waits for a batch
 _NOTE_BYTES = 400  # size of the note of a worker
+_GC_THRESHOLD = 20_000  # new objects in a worker until a garbage collection; the default is 700 or 2 000
 _PENDING, _END = object(), object()
 _note: memoryview | None = None  # in a worker: shared memory that tells the main process which sample is being read
 
@@ -67,7 +69,7 @@ class BatchIterator(Iterator):
             collate_fn=_identity,
             num_workers=num_workers,
             pin_memory=pin_memory,
-            worker_init_fn=_ignore_foreign_signals,
+            worker_init_fn=_init_worker,
             timeout=_POLL_SECONDS,
             generator=torch.Generator(),  # otherwise the DataLoader would draw from the global one
         )
@@ -209,7 +211,17 @@ def _remove_loader_handler(before: Any) -> None:
         signal.signal(signal.SIGCHLD, before if keep else signal.SIG_DFL)
 
 
-def _ignore_foreign_signals(worker: int) -> None:
+def _init_worker(worker: int) -> None:
+    """Prepare this process for nothing but building batches."""
+    _ignore_foreign_signals()
+    # Hundreds of thousands of objects of the imported packages live as long as the process. Collections need not visit
+    # them, which also saves copies of the pages that a worker shares with its parent. What a sample leaves behind is
+    # mostly freed by reference counting.
+    gc.freeze()
+    gc.set_threshold(_GC_THRESHOLD)
+
+
+def _ignore_foreign_signals() -> None:
     """Ignore signals that do not come from the parent, which needs batches until its last step is done.
 
     A worker that ignored every SIGTERM would outlive a parent that exits without closing its loader, and keep it

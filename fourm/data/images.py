@@ -15,6 +15,8 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF")
 """Supported formats. By default, Pillow would detect EPS by its content and run Ghostscript on it."""
 
 _ORIENTATION = 0x0112  # the EXIF tag
+_JFIF, _QUANTIZATION, _HUFFMAN, _START_OF_SCAN = 0xE0, 0xDB, 0xC4, 0xDA  # markers of JPEG segments
+_FRAMES = (0xC0, 0xC1, 0xC2)  # baseline, extended and progressive
 # Functions that turn the pixels (h, w, …) of each orientation upright; from 5 on, height and width are swapped.
 _UPRIGHT_VIEWS = {
     2: lambda a: a[:, ::-1],
@@ -49,6 +51,39 @@ def open_image(content: bytes) -> Image.Image:
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"{image.height}x{image.width} pixels exceed the limit of {MAX_PIXELS}")
     return image
+
+
+def plain_jpeg_size(content: bytes) -> tuple[int, int] | None:
+    """Return the (height, width) of a JPEG that is certainly upright and in RGB, several times as fast as Pillow.
+
+    Returns:
+        None if the header is damaged or holds anything uncommon, such as EXIF data. Pillow then has to open the file.
+    """
+    if content[:2] != b"\xff\xd8":
+        return None
+    at, size, end = 2, None, len(content)
+    while at + 4 <= end and content[at] == 0xFF:
+        marker = content[at + 1]
+        data, at = at + 4, at + 2 + (content[at + 2] << 8 | content[at + 3])
+        length = at - data
+        if at > end or length < 0:
+            return None
+        if marker == _START_OF_SCAN:
+            return size
+        if marker in _FRAMES:
+            # 8 bits, the height and width, and three components of three bytes.
+            if size or length != 15 or content[data] != 8 or content[data + 5] != 3:
+                return None
+            height, width = content[data + 1] << 8 | content[data + 2], content[data + 3] << 8 | content[data + 4]
+            if not 0 < height * width <= MAX_PIXELS:
+                return None
+            size = height, width
+        elif marker == _QUANTIZATION:
+            if length != 65 * (1 + (length == 130)) or any(content[table] > 15 for table in range(data, at, 65)):
+                return None
+        elif marker != _HUFFMAN and (marker != _JFIF or length < 14):
+            return None
+    return None
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -192,10 +227,15 @@ class EncodedImage:
 
     def __init__(self, content: bytes, keep: bool = False):
         self.content, self._keep = content, keep
-        self._opened: Image.Image | None = open_image(content)
+        self._opened: Image.Image | None = None
         self._kept: dict[str | None, np.ndarray] = {}
-        self.shape = upright_size(self._opened)
-        self.mode = self._opened.mode
+        self.mode, self._is_upright_jpeg = "RGB", True
+        size = plain_jpeg_size(content)
+        if size is None:
+            self._opened = image = open_image(content)
+            self.mode, size = image.mode, upright_size(image)
+            self._is_upright_jpeg = image.format == "JPEG" and orientation_of(image) == 1
+        self.shape = size
 
     def pixels(self, mode: str | None, scale: int = 1) -> np.ndarray:
         """Return the pixels, (h, w) or (h, w, C), which callers must not modify.
@@ -209,14 +249,17 @@ class EncodedImage:
         """
         if mode in self._kept:
             return self._kept[mode]
-        image, self._opened = self._opened or open_image(self.content), None
-        size = image.height, image.width
-        if scale > 1 and not self._keep:
-            image.draft(None, (image.width // scale, image.height // scale))  # type: ignore[arg-type]
+        opened, self._opened = self._opened, None
+        scale = 1 if self._keep else scale
         pixels = None
-        if image.format == "JPEG" and image.mode == mode == "RGB" and orientation_of(image) == 1:
-            pixels = _turbo_pixels(self.content, size, (image.height, image.width))
-        pixels = pixels_of(image, mode) if pixels is None else pixels
+        if self._is_upright_jpeg and self.mode == mode == "RGB":
+            height, width = self.shape
+            pixels = _turbo_pixels(self.content, self.shape, (-(-height // scale), -(-width // scale)))
+        if pixels is None:
+            image = opened or open_image(self.content)
+            if scale > 1:
+                image.draft(None, (image.width // scale, image.height // scale))  # type: ignore[arg-type]
+            pixels = pixels_of(image, mode)
         if self._keep:
             self._kept[mode] = pixels
         return pixels

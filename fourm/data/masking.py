@@ -21,6 +21,7 @@ from fourm.data.span_masking import (
     cut_target,
     draw_kept,
     keep_probability,
+    masked_row,
     padded,
     run_starts,
     sequence_row,
@@ -323,7 +324,7 @@ def _checked_ids(modality: Modality, value: Any) -> np.ndarray:
     if modality.vocab_size is not None:
         limit = modality.vocab_size - modality.vocab_offset
         # As an unsigned number, a negative id is huge, so one pass finds both kinds.
-        if ids.size and ids.view(np.uint64).max() >= limit:
+        if ids.size and np.maximum.reduce(ids.view(np.uint64), axis=None) >= limit:
             raise DataError(f"token id {ids[(ids < 0) | (ids >= limit)][0]} lies outside the vocabulary of {limit}")
     return ids
 
@@ -333,8 +334,7 @@ def _mask_image(
 ) -> Masked:
     """Mask a grid: the first tokens of a random permutation are input, and the next ones target."""
     assert modality.max_tokens
-    input_mask, target_mask = np.ones((2, modality.max_tokens), bool)
-    attention = np.zeros(modality.max_tokens, np.int32)
+    input_mask, target_mask, attention = masked_row(modality.max_tokens)
     if n_in or n_out:
         order = generator.permutation(modality.max_tokens)
         input_mask[order[:n_in]] = False

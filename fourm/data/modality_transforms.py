@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Set
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -251,9 +252,15 @@ def get_transform_resolution(mod_name: str, default_resolution: Any, to_tuple: b
         default_resolution: The resolution of a name that has none: a side, (height, width), or None.
         to_tuple: Return (height, width) instead of the side.
     """
-    _, _, side = mod_name.partition("@")
-    resolution = int(side) if side.isdigit() else default_resolution
+    side = _side_of(mod_name)
+    resolution = default_resolution if side is None else side
     return (resolution, resolution) if to_tuple and isinstance(resolution, int) else resolution
+
+
+@lru_cache(maxsize=1024)
+def _side_of(mod_name: str) -> int | None:
+    side = mod_name.partition("@")[2]
+    return int(side) if side.isdigit() else None
 
 
 def _augment(

@@ -63,21 +63,32 @@ class _Dtype(_StatefulRecord):
         return self._value
 
 
-class _Array(_StatefulRecord):
-    """``_reconstruct(ndarray, …)`` with the state (version, shape, dtype, Fortran order, bytes or list of objects)."""
+class _Array(list):
+    """``_reconstruct(ndarray, …)`` with the state (version, shape, dtype, Fortran order, bytes or list of objects).
+
+    A file has hundreds of these, of which one crop's are used, so creating one calls only functions written in C: the
+    arguments are dropped, and a state is appended to the list.
+    """
 
     __slots__ = ()
 
+    __init__ = object.__init__  # type: ignore[assignment]  # list.__init__ would reject the arguments
+    __setstate__ = list.append
+
     def value(self) -> np.ndarray:
         """Return the array; an object array still holds records in place of its values."""
-        _, shape, dtype, fortran, content = self.state
+        _, shape, dtype, fortran, content = self[-1]
         kind = dtype.value()
-        if isinstance(content, _Bytes):
+        if type(content) is _Bytes:
             content = content.value()
-        if kind.hasobject != isinstance(content, list) or not all(isinstance(n, int) and n >= 0 for n in shape):
+        if kind.hasobject != isinstance(content, list):
             raise pickle.UnpicklingError("an array whose content does not match its dtype")
+        for side in shape:
+            if not isinstance(side, int) or side < 0:
+                raise pickle.UnpicklingError(f"an array with a side of {side!r:.40}")
         if not kind.hasobject:
-            return np.frombuffer(content, kind, math.prod(shape)).reshape(shape, order=_ORDERS[bool(fortran)])
+            array = np.frombuffer(content, kind, math.prod(shape))
+            return array if len(shape) == 1 else array.reshape(shape, order=_ORDERS[bool(fortran)])
         array = np.empty(len(content), object)
         for index, item in enumerate(content):
             array[index] = item

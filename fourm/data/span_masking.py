@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -68,14 +69,25 @@ def cut_target(spans: Spans, budget: int, generator: np.random.Generator) -> lis
     return targets[start : start + budget]
 
 
+@lru_cache(maxsize=1024)
+def _masked_rows(length: int) -> tuple[np.ndarray, np.ndarray]:
+    return np.ones((2, length), bool), np.zeros(length, np.int32)
+
+
+def masked_row(length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return new masks of inputs and targets, and the attention of the decoder, of a row without tokens, (length,)."""
+    masks, attention = _masked_rows(length)  # copying is faster than filling
+    input_mask, target_mask = masks.copy()
+    return input_mask, target_mask, attention.copy()
+
+
 def sequence_row(
     inputs: Sequence[int] | np.ndarray, targets: Sequence[int], input_budget: int, max_tokens: int
 ) -> dict[str, np.ndarray]:
     """Place inputs at 0 and targets at ``input_budget`` in rows of length L; vectors are only inputs and not padded."""
     length = (max_tokens + 1) * 2
     end, target = len(inputs), slice(input_budget, input_budget + len(targets))
-    input_mask, target_mask = np.ones((2, length), bool)
-    attention = np.zeros(length, np.int32)
+    input_mask, target_mask, attention = masked_row(length)
     tensor = inputs
     if not isinstance(tensor, np.ndarray):
         tensor = np.zeros(length, np.int64)

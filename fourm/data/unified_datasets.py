@@ -342,13 +342,14 @@ class TrainBatches(IterableDataset):
 
 def _position(stream: int, epoch: int, draws: int, ledgers: Iterable[BadSampleLedger]) -> Position:
     """Return the position of a stream with the counts of ``ledgers`` since the last call."""
-    skipped, missing = Counter[str](), dict[str, tuple[int, int]]()
+    skipped, missing = dict[str, int](), dict[str, tuple[int, int]]()
     for ledger in ledgers:
-        skipped.update(ledger.collect())
+        for reason, count in ledger.collect().items():
+            skipped[reason] = skipped.get(reason, 0) + count
         for name, (lacking, total) in ledger.collect_missing().items():
             previous_lacking, previous_total = missing.get(name, (0, 0))
             missing[name] = (previous_lacking + lacking, previous_total + total)
-    return Position(stream=stream, epoch=epoch, draws=draws, skipped=dict(skipped), missing=missing)
+    return Position(stream=stream, epoch=epoch, draws=draws, skipped=skipped, missing=missing)
 
 
 class EvalBatches(IterableDataset):

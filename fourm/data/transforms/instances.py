@@ -408,17 +408,22 @@ class SAMInstanceTransform(AbstractTransform):
 
     def choose(self, value: Polygons, generator: np.random.Generator) -> list[str]:
         points = generator.integers(self.size, size=(self.num_points, 2))
+        boxes = (value.boxes.clip(0, self.size) / self.size).tolist()
+        codes = value.codes.tolist()
+        described: dict[int, list[str]] = {}  # several points may lie in the same polygon
         words: list[str] = []
         for (row, column), inside in zip(points.tolist(), value.enclosing(points[:, ::-1]), strict=True):
             words += ["point", f"v0={row}", f"v1={column}"]
             enclosing = inside.nonzero()[0].tolist()
-            order = generator.permutation(len(enclosing)).tolist()
-            words += [word for index in order for word in self._words(value, enclosing[index])] or ["none"]
+            for position in generator.permutation(len(enclosing)).tolist():
+                index = enclosing[position]
+                if index not in described:
+                    shape = map(_CODE_WORDS.__getitem__, codes[index])
+                    described[index] = ["polygon", *box_words(boxes[index]), *shape]
+                words += described[index]
+            if not enclosing:
+                words.append("none")
         return words
-
-    def _words(self, polygons: Polygons, index: int) -> list[str]:
-        box = polygons.boxes[index].clip(0, self.size) / self.size
-        return ["polygon", *box_words(box.tolist()), *(_CODE_WORDS[code] for code in polygons.codes[index].tolist())]
 
     def postprocess(self, value: list[str] | Polygons) -> str:
         if isinstance(value, Polygons):  # the caller skipped ``choose``
@@ -450,12 +455,13 @@ class Polygons:
         self.codes = array.astype(np.int64).reshape(len(codes), _MASK_CODES)
         if self.codes.view(np.uint64).max(initial=0) >= NUM_CODES:  # as unsigned numbers, negative codes are huge
             raise DataError(f"expected codes from 0 to 1023, not from {self.codes.min()} to {self.codes.max()}")
-        arrays = [np.asarray(outline, float) for outline in outlines]
+        arrays = [np.asarray(outline) for outline in outlines]
         for array in arrays:
             if array.ndim != 2 or array.shape[1] != 2 or len(array) < 3:
                 raise DataError(f"expected a polygon of shape (3 or more, 2), not {array.shape}")
         lengths = [len(array) for array in arrays]
-        self._corners = np.concatenate([*arrays, np.empty((0, 2))])  # start of each edge, (edges, 2)
+        # The start of each edge, (edges, 2).
+        self._corners = np.concatenate([*arrays, np.empty((0, 2))], dtype=float, casting="unsafe")
         if not np.isfinite(self._corners).all():
             raise UnreadableValue("a polygon has corners that are not finite")
         self._owner = np.arange(len(arrays)).repeat(lengths)

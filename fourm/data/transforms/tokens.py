@@ -69,7 +69,7 @@ class TokTransform(PerCropTransform):
         if self.vocab_size is not None and ids.size:
             limit = self.vocab_size - self.vocab_offset
             # As an unsigned number, a negative id is huge, so one pass finds both kinds.
-            if ids.view(ids.dtype.str.replace("i", "u")).max() >= limit:
+            if np.maximum.reduce(ids.view(ids.dtype.str.replace("i", "u")), axis=None) >= limit:
                 outside = ids[(ids < 0) | (ids >= limit)]
                 raise DataError(f"token id {outside[0]} lies outside the vocabulary of {limit}")
         return ids

@@ -16,6 +16,7 @@ from fourm.utils.tokenizer.special_tokens import CONTROL, EOS, sentinel
 
 _JOINT = "\0"  # replaces the spaces within class names
 _MAX_CACHED = 20_000  # words whose ids are cached
+_MAX_PHRASE_CHARS = 16  # texts whose ids are cached as a whole, such as the chunks of metadata
 _MAX_SPLIT_CHARS = 5_000  # for longer texts, the search for class names costs more than the cache saves
 _CONTROL = re.compile(r"\[(?=(?:PAD|UNK|SOS|EOS|BOS|MASK|CLS|SEP|S_\d+)\])", re.IGNORECASE)
 
@@ -118,6 +119,7 @@ class TextEncoder:
         self._names_with_space = [content for content in added if " " in content]
         self._words_per_name = max((name.count(" ") + 1 for name in self._names_with_space), default=1)
         self._cache = _PartIds(tokenizer)
+        self._phrases = _PartIds(tokenizer)
 
     def __call__(self, text: str, limit: int | None = None) -> list[int]:
         """Return the ids of ``text``, without any special tokens around it.
@@ -130,6 +132,8 @@ class TextEncoder:
             UnreadableText: See :func:`escape_control_tokens`.
         """
         text = escape_control_tokens(text)
+        if limit is None and len(text) <= _MAX_PHRASE_CHARS:
+            return self._phrases[text].copy()
         can_split = self._can_split(text)
         if can_split and limit is not None and "  " not in text:
             # Every word has an id of its own, except those of a class name, which share one.
