@@ -44,11 +44,13 @@ class Detokenizer:
     Attributes:
         steps: Number of diffusion steps.
         guidance_scale, cond_scale: Of a ControlNet: how far to go beyond a prediction without tokens, and their weight.
+        batch_size: Number of images that any tokenizer decodes at a time, which limits the memory that it needs.
     """
 
     steps: int = DECODING_STEPS
     guidance_scale: float = 2.5
     cond_scale: float = 0.8
+    batch_size: int = 8
 
     def decode(self, tokenizer: ImageTokenizer, ids: Tensor, seed: int | None = None) -> Tensor:
         """Decode the tokens of images.
@@ -62,11 +64,14 @@ class Detokenizer:
         Returns:
             What the tokenizer decodes, (B, C, H, W), on the CPU.
         """
+        seeds = [0] * len(ids) if seed is None else [seed + index for index in range(len(ids))]
+        parts = (slice(start, start + self.batch_size) for start in range(0, len(ids), self.batch_size))
+        return torch.cat([self._decode(tokenizer, ids[part], seeds[part]) for part in parts])
+
+    def _decode(self, tokenizer: ImageTokenizer, ids: Tensor, seeds: list[int]) -> Tensor:
         options: dict[str, Any] = {}
         if isinstance(tokenizer, (DiVAE, VQControlNet)):
-            options = {"timesteps": self.steps}
-            if seed is not None:
-                options["seed"] = seed
+            options = {"timesteps": self.steps, "seed": seeds}
         if isinstance(tokenizer, VQControlNet):
             options |= {"guidance_scale": self.guidance_scale, "cond_scale": self.cond_scale}
         return tokenizer.decode_pictures(tokenizer.to_grid(ids), **options)
@@ -107,7 +112,7 @@ def decode(
     text_tokenizer: Tokenizer | None = None,
     detokenizer: Detokenizer = DETOKENIZER,
 ) -> list[dict[str, Decoded]]:
-    """Decode all inputs of a batch, which include the targets after generation.
+    """Decode all inputs of a batch, which include the targets after generation. Images of a modality are decoded together.
 
     Args:
         mod_dict: The batch.
@@ -123,21 +128,38 @@ def decode(
         UserError: If the batch contains texts and there is no text vocabulary.
     """
     decoded = {
-        name: [
-            decode_modality(
-                tensor,
-                mask.bool(),
-                as_modality(name, modality_info[name]),
-                tokenizers or {},
-                text_tokenizer,
-                detokenizer,
-            )
-            for tensor, mask in zip(entry["tensor"].cpu(), entry["input_mask"].cpu(), strict=True)
-        ]
+        name: _decode_batch(
+            entry["tensor"].cpu(),
+            entry["input_mask"].cpu().bool(),
+            as_modality(name, modality_info[name]),
+            tokenizers or {},
+            text_tokenizer,
+            detokenizer,
+        )
         for name, entry in mod_dict.items()
         if name in modality_info
     }
     return [dict(zip(decoded, values, strict=True)) for values in zip(*decoded.values(), strict=True)]
+
+
+def _decode_batch(
+    tensor: Tensor,
+    masked: Tensor,
+    modality: Modality,
+    tokenizers: Tokenizers,
+    text_tokenizer: Tokenizer | None,
+    detokenizer: Detokenizer,
+) -> list[Decoded]:
+    if _has_tokenizer(modality):
+        kind = kind_of(modality)
+        return _images(tensor.flatten(1), masked, kind, tokenizers.get(kind), detokenizer)
+    rows = zip(tensor, masked, strict=True)
+    return [decode_modality(*row, modality, tokenizers, text_tokenizer, detokenizer) for row in rows]
+
+
+def _has_tokenizer(modality: Modality) -> bool:
+    """Return whether a modality consists of the ids of a tokenizer of images."""
+    return modality.type == "img" and not modality.is_pixels and modality.transform != "scalar"
 
 
 def decode_modality(
@@ -171,8 +193,8 @@ def decode_modality(
         assert isinstance(transform, ScalarTransform)
         value = transform.decode(int(tensor)) if known else None
         return Decoded("scalar", value, int(not known), tensor=tensor.flatten())
-    if modality.type == "img":
-        return _image(tensor.flatten(), masked, kind, tokenizers.get(kind), detokenizer)
+    if _has_tokenizer(modality):
+        return _images(tensor.view(1, -1), masked[None], kind, tokenizers.get(kind), detokenizer)[0]
     ids = tensor[~masked]
     if modality.type == "seq_token":
         return Decoded("tokens", ids[None].numpy() - modality.vocab_offset, tensor=ids)
@@ -187,27 +209,33 @@ def decode_modality(
     return Decoded(kind, value, dropped + unread + undecoded, tensor=ids)
 
 
-def _image(
+def _images(
     ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer
-) -> Decoded:
-    """Decode an image. Tokens that are unknown, or that the tokenizer does not have, are missing in the picture."""
-    side = round(len(ids) ** 0.5)
-    width = side if side * side == len(ids) else len(ids)
-    known = torch.where(masked, -1, ids).view(-1, width)
+) -> list[Decoded]:
+    """Decode images (B, L). Tokens that are unknown, or that the tokenizer does not have, are missing in the pictures."""
+    length = ids.shape[1]
+    side = round(length**0.5)
+    width = side if side * side == length else length
+    known = torch.where(masked, -1, ids)
+    grids = known.view(len(ids), -1, width)
     if tokenizer is None:
-        return Decoded("tokens", known.numpy(), int(masked.sum()), tensor=known)
-    if len(ids) % tokenizer.num_codebooks:
+        return [Decoded("tokens", grid.numpy(), int((grid < 0).sum()), tensor=grid) for grid in grids]
+    if length % tokenizer.num_codebooks:
         raise UserError(
-            f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {len(ids)} tokens do not fit"
+            f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {length} tokens do not fit"
         )
-    unknown = ((known < 0) | (known >= tokenizer.vocab_size)).view(1, -1)
-    pixels = detokenizer.decode(tokenizer, known.view(1, -1).masked_fill(unknown, 0))
-    grid = tokenizer.to_grid(unknown)
-    missing = grid.view(-1, *grid.shape[-2:]).any(0)  # a place needs the ids of all its codebooks
-    hidden = interpolate(missing[None, None].float(), pixels.shape[-2:], mode="nearest")[0, 0].bool()
-    pixels = (pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels).clone()
-    pixels[:, :, hidden] = torch.nan
-    return replace(decode_pixels(kind, pixels, ((0.5,), (0.5,)), int(unknown.sum())), tensor=known)
+    unknown = (known < 0) | (known >= tokenizer.vocab_size)
+    pixels = detokenizer.decode(tokenizer, known.masked_fill(unknown, 0))
+    places = tokenizer.to_grid(unknown)
+    missing = places if places.ndim == 3 else places.any(1)  # a place needs the ids of all its codebooks
+    hidden = interpolate(missing[:, None].float(), pixels.shape[-2:], mode="nearest").bool()
+    pixels = pixels.argmax(1, keepdim=True).float() if kind in CLASSES and pixels.shape[1] > 1 else pixels
+    pixels = pixels.masked_fill(hidden, torch.nan)
+    scale = ((0.5,), (0.5,))
+    return [
+        replace(decode_pixels(kind, picture[None], scale, int(row.sum())), tensor=grid)
+        for picture, row, grid in zip(pixels, unknown, grids, strict=True)
+    ]
 
 
 def decode_pixels(kind: str, pixels: Tensor, statistics: tuple | None, dropped: int = 0) -> Decoded:

@@ -1,15 +1,17 @@
-"""Linear layers whose weights are kept on the CPU in the order in which oneDNN reads them.
+"""Linear layers whose weights are kept on the CPU in the order in which their product reads them fastest.
 
 A matrix product on a CPU first copies the weights into the order of its kernel. Generation multiplies by the same
-weights in every step, often with only a few tokens, so that it pays to copy them once.
+weights in every step, often with only a few tokens, so that it pays to copy them once: for oneDNN, or, if a single token
+is multiplied, which takes the time of reading the weights, with the columns of the weights as rows.
 """
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,32 +72,63 @@ class PackedLinears:
                 del linear.forward  # the method of the class again
 
 
+class _Order(NamedTuple):
+    """An order of the weights: copies them, and multiplies ``x`` by the copy, (…, in) and the bias → (…, out)."""
+
+    copy: Callable[[Tensor], Tensor]
+    multiply: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def _multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+def _multiply_transposed(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ columns if bias is None else x @ columns + bias
+
+
+def _multiply_pair(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply two rows as the columns of a matrix, which is faster than either copy."""
+    y = (weight @ x.reshape(2, -1).t()).t().reshape(*x.shape[:-1], -1)
+    return y.contiguous() if bias is None else y + bias
+
+
+_ORDERS: Mapping[str, _Order] = {
+    "packed": _Order(lambda weight: torch.ops.mkldnn._reorder_linear_weight(weight), _multiply_packed),
+    "transposed": _Order(lambda weight: weight.t().contiguous(), _multiply_transposed),
+}
+
+
 class _PackedLinear:
     def __init__(self, linear: nn.Linear, owner: PackedLinears):
         self._linear, self._owner = linear, owner
-        self._packed: Tensor | None = None
+        self._copies: dict[str, Tensor] = {}
+        self._uses: Counter[str] = Counter()
         self._state: Any = None
-        self._uses = 0
         self.checked = False
 
     @property
     def nbytes(self) -> int:
-        return 0 if self._packed is None else self._linear.weight.nbytes
+        return len(self._copies) * self._linear.weight.nbytes
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self._linear.weight, self._linear.bias
         if x.numel() == 0 or x.dtype != torch.float32:
             return F.linear(x, weight, bias)
-        self._uses += 1
-        if self._packed is not None and not self.checked and self._state != _state(weight):
-            self._packed = None
+        rows = x.numel() // x.shape[-1]
+        if rows == 2:
+            return _multiply_pair(x, weight, bias)
+        order = "transposed" if rows == 1 and weight.shape[0] >= weight.shape[1] else "packed"
+        self._uses[order] += 1
+        if self._copies and not self.checked and self._state != _state(weight):
+            self._copies.clear()
         self.checked = True
-        if self._packed is None and self._uses > 1 and self._owner.nbytes + weight.nbytes <= self._owner.limit:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach())
-            self._state = _state(weight)
-        if self._packed is None:
+        fits = self._owner.nbytes + weight.nbytes <= self._owner.limit
+        if order not in self._copies and self._uses[order] > 1 and fits:
+            self._copies[order], self._state = _ORDERS[order].copy(weight.detach()), _state(weight)
+        if order not in self._copies:
             return F.linear(x, weight, bias)
-        return torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], "")
+        return _ORDERS[order].multiply(x, self._copies[order], bias)
 
 
 def _is_ordinary(weight: Tensor) -> bool:

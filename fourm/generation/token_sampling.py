@@ -85,8 +85,7 @@ class TokenSampler:
         """
         logits = logits.float()
         if temperature <= MIN_TEMPERATURE:
-            confidence, ids = logits.max(-1)
-            return ids, (confidence - logits.logsumexp(-1)).exp()
+            return logits.argmax(-1), logits.softmax(-1).amax(-1)
         probabilities = (self.filter(logits) / temperature).softmax(-1)
         ends = probabilities.cumsum(-1)
         # Take the first token whose share of [0, 1) ends beyond the number; tokens of probability 0 are never drawn.

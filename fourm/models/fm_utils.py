@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -111,10 +110,13 @@ class Slots:
     Attributes:
         index: (T,) Slot of each token, as an index into the B·S slots.
         shape: B and S.
+        lengths: Number of tokens of each sample, if the tokens are sorted by slot and attention is to be computed for one
+            sample after another. On a CPU that is faster than to place them, because it needs neither copies nor a mask.
     """
 
     index: Tensor
     shape: tuple[int, int]
+    lengths: tuple[int, ...] | None = None
 
     def place(self, rows: Tensor) -> Tensor:
         """Scatter the tokens, (T, D), into their slots (B, S, D); padding is zero."""
@@ -124,6 +126,11 @@ class Slots:
     def take(self, slots: Tensor) -> Tensor:
         """Gather the tokens, (T, D), from their slots (B, S, D)."""
         return slots.flatten(0, 1).index_select(0, self.index)
+
+    def samples(self, rows: Tensor) -> list[Tensor]:
+        """Split sorted tokens, (T, D), into those of each sample, (1, n, D) each; with ``lengths`` only."""
+        assert self.lengths is not None
+        return [part[None] for part in rows.split(self.lengths)]
 
     def sample(self) -> Tensor:
         """Return the index of each token's sample, (T,)."""
@@ -135,6 +142,10 @@ class KeysValues(NamedTuple):
 
     keys: Tensor
     values: Tensor
+
+
+Context = KeysValues | list[KeysValues]
+"""The keys and values of a context, or those of each sample, (1, H, K_b, C) each."""
 
 
 class Past(Protocol):
@@ -158,12 +169,17 @@ class _MultiHead(nn.Module):
         """Split ``parts`` projections of the tokens into heads: (B, N, parts·D), or packed, → (parts, B, H, N, C)."""
         if slots is not None:
             x = slots.place(x)
-        return rearrange(x, "b n (parts h c) -> parts b h n c", parts=parts, h=self.num_heads)
+        # These operations do what einops would; generation of texts calls them so often that its time would show.
+        return x.unflatten(-1, (parts, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+    def mix(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None = None) -> Tensor:
+        """Compute attention for the queries, (B, H, Q, C) → (B, Q, D), without the final projection."""
+        y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
+        return y.transpose(1, 2).flatten(2)
 
     def attend(self, q: Tensor, keys_values: KeysValues, mask: Tensor | None, slots: Slots | None) -> Tensor:
         """Compute attention for the queries, (B, H, Q, C) → (B, Q, D), or packed as ``slots`` says."""
-        y = F.scaled_dot_product_attention(self.q_norm(q), keys_values.keys, keys_values.values, attn_mask=mask)
-        y = rearrange(y, "b h q c -> b q (h c)")
+        y = self.mix(q, keys_values, mask)
         return self.proj(y if slots is None else slots.take(y))
 
 
@@ -178,9 +194,16 @@ class Attention(_MultiHead):
         self, x: Tensor, mask: Tensor | None = None, past: Past | None = None, slots: Slots | None = None
     ) -> Tensor:
         """Attend within ``x``, (B, N, D) → (B, N, D); with a ``past``, ``x`` also attends to the tokens before it."""
+        if slots is not None and slots.lengths is not None:
+            y = [self._mix_sample(part) for part in slots.samples(self.qkv(x))]
+            return self.proj(torch.cat(y, 1)[0])
         q, k, v = self.heads(self.qkv(x), 3, slots)
         keys_values = KeysValues(self.k_norm(k), v)
         return self.attend(q, keys_values if past is None else past.extend(keys_values), mask, slots)
+
+    def _mix_sample(self, qkv: Tensor) -> Tensor:
+        q, k, v = self.heads(qkv, 3, None)
+        return self.mix(q, KeysValues(self.k_norm(k), v))
 
 
 class CrossAttention(_MultiHead):
@@ -191,15 +214,25 @@ class CrossAttention(_MultiHead):
         self.q = nn.Linear(options.dim, options.dim, bias=options.qkv_bias)
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
-    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
-        """Compute the keys and values of the context (B, K, D)."""
-        k, v = self.heads(self.kv(context), 2, slots)
-        return KeysValues(self.k_norm(k), v)
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> Context:
+        """Compute the keys and values of the context (B, K, D), or packed; a list with one entry per sample if ``slots``
+        has ``lengths``."""
+        kv = self.kv(context)
+        if slots is not None and slots.lengths is not None:
+            return [self._normed(self.heads(part, 2, None)) for part in slots.samples(kv)]
+        return self._normed(self.heads(kv, 2, slots))
 
-    def forward(self, x: Tensor, context: KeysValues, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
+    def forward(self, x: Tensor, context: Context, mask: Tensor | None = None, slots: Slots | None = None) -> Tensor:
         """Attend to ``context``, which :meth:`keys_values` returns: (B, M, D) → (B, M, D)."""
         (q,) = self.heads(self.q(x), 1, slots)
-        return self.attend(q, context, mask, slots)
+        if isinstance(context, KeysValues):
+            return self.attend(q, context, mask, slots)
+        y = torch.cat([self.mix(part, own) for part, own in zip(q.split(1), context, strict=True)])
+        return self.proj(y if slots is None else slots.take(y))
+
+    def _normed(self, keys_values: Tensor) -> KeysValues:
+        k, v = keys_values
+        return KeysValues(self.k_norm(k), v)
 
 
 class Mlp(nn.Module):
@@ -314,14 +347,14 @@ class DecoderBlock(nn.Module):
         self.mlp = options.mlp()
         self.drop_path = DropPath(drop_path)
 
-    def keys_values(self, context: Tensor, slots: Slots | None = None) -> KeysValues:
+    def keys_values(self, context: Tensor, slots: Slots | None = None) -> Context:
         """Compute the keys and values of the context (B, N, D), which do not depend on the targets."""
         return self.cross_attn.keys_values(self.context_norm(context), slots)
 
     def forward(
         self,
         y: Tensor,
-        context: Tensor | KeysValues,
+        context: Tensor | Context,
         self_mask: Tensor | None = None,
         context_mask: Tensor | None = None,
         past: Past | None = None,
