@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -191,7 +190,6 @@ class VQControlNet(DiffusionVQ):
     """
 
     options_class = VQControlNetOptions
-    picture_options = MappingProxyType({"vae_decode": True})
     decoder: ControlledUNet
     vae: Any
     image_size_sd: int
@@ -323,6 +321,10 @@ class VQControlNet(DiffusionVQ):
             noise = generators(seed, generator, len(quant))
             latents = sample(predict, shape, scheduler, noise, quant.device, verbose)
         return self.vae_decode(latents) if vae_decode else latents
+
+    def decode_pictures(self, ids: Tensor, **options: Any) -> Tensor:
+        """See :meth:`DiffusionVQ.decode_pictures`; latents are decoded to images."""
+        return super().decode_pictures(ids, **{"vae_decode": True, **options})
 
     @torch.no_grad()
     def vae_encode(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:

@@ -79,8 +79,8 @@ class ImageTokenizer(nn.Module, ABC):
         num_codebooks: G, the number of ids for each place.
         feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read from
             files, and empty if that is not known.
-        picture_options: Options of :meth:`decode_tokens` that :meth:`decode_pictures` always uses; set your own to override
-            the defaults.
+        picture_options: Options of :meth:`decode_tokens` that you may set for :meth:`decode_pictures`; they override all
+            others.
     """
 
     kind: ClassVar[str]

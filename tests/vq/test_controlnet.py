@@ -129,6 +129,12 @@ def test_generation_decodes_colours_by_it(model):
     assert abs(decoded - weaker).max() > 1e-4 and abs(decoded - plain).max() > 1e-4
 
 
+def test_pictures_are_decoded_with_the_options_that_a_user_sets(model, monkeypatch):
+    monkeypatch.setattr(model, "picture_options", {"timesteps": 2, "seed": 1})
+    expected = model.decode_tokens(IDS, timesteps=2, seed=1, vae_decode=True)
+    assert model.decode_pictures(IDS, timesteps=3).equal(expected)
+
+
 def test_a_prompt_and_a_seed_for_each_image(model):
     together = model.decode_tokens(IDS, timesteps=2, seed=[5, 2], prompt=["a cat", "dogs"])
     alone = model.decode_tokens(IDS[1:], timesteps=2, seed=2, prompt="dogs")
