@@ -176,7 +176,7 @@ class Masking:
         return sentinels if modality.type == "seq_token" and sentinels.stop <= modality.vocab_offset else None
 
     def _check(self, modality: Modality, is_target: bool) -> None:
-        """Raise a :class:`UserError` if the modality cannot be masked with these settings; warn if that is unclear."""
+        """Raise a :class:`UserError` if the modality cannot be masked; warn if the model cannot tell what is masked."""
         where = f"modality {modality.name}"
         if not modality.max_tokens:
             raise UserError(

@@ -21,7 +21,7 @@ from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
@@ -46,7 +46,7 @@ from fourm.utils.seeds import generator
 
 
 class Position(TypedDict):
-    """The position of a stream after a batch, as checkpoints keep it in JSON, and what was counted since its last batch.
+    """The position of a stream after a batch, as checkpoints keep it, and what was counted since the batch before.
 
     Attributes:
         stream: Index of the stream.
@@ -286,31 +286,25 @@ def read_sample(
     return masked
 
 
+@dataclass(eq=False)
 class TrainBatches(IterableDataset):
     """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share.
 
     With ``batch_size`` None, each is a single sample without a batch dimension.
     """
 
-    def __init__(
-        self,
-        datasets: Sequence[SampleDataset],
-        weights: Sequence[float],
-        modalities: Mapping[str, Modality],
-        *,
-        batch_size: int | None,
-        batches_per_epoch: int | None,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start_batch: int = 0,
-        draws_by_stream: Mapping[int, int] | None = None,
-        num_streams: int | None = None,
-    ):
-        self.datasets, self.weights, self.modalities = datasets, weights, modalities
-        self.batch_size, self.batches_per_epoch = batch_size, batches_per_epoch
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self.start_batch, self.draws_by_stream, self.num_streams = start_batch, draws_by_stream or {}, num_streams
+    datasets: Sequence[SampleDataset]
+    weights: Sequence[float]
+    modalities: Mapping[str, Modality]
+    _: KW_ONLY
+    batch_size: int | None
+    batches_per_epoch: int | None
+    rank: int
+    world_size: int
+    seed: int
+    start_batch: int = 0
+    draws_by_stream: Mapping[int, int] = field(default_factory=dict)
+    num_streams: int | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         worker, num_workers = _worker_info()
@@ -514,14 +508,14 @@ def build_train_loader(
         world_size=world_size,
         seed=seed,
         start_batch=start_batch,
-        draws_by_stream=draws_by_stream,
+        draws_by_stream=draws_by_stream or {},
         num_streams=num_streams,
     )
     return BatchLoader(batches, num_workers, pin_memory)
 
 
 def draws_in_epoch(positions: Iterable[Position], epoch: int) -> dict[int, int]:
-    """Return ``draws_by_stream`` for :func:`build_train_loader` from the latest :attr:`Batch.position` of each stream."""
+    """Return the draws by stream for :func:`build_train_loader` from the latest position of each stream."""
     return {position["stream"]: position["draws"] for position in positions if position["epoch"] == epoch}
 
 
@@ -544,15 +538,10 @@ def build_eval_loader(
 
     Args:
         dataset: The data set.
-        text_tokenizer: The text vocabulary.
         batch_size: Samples per batch of this rank.
-        num_workers: Worker processes of this rank; 0 builds batches in this process.
-        rank: Index of this rank.
-        world_size: Number of ranks.
         seed: Seed of the crops and masks.
-        input_tokens_range: Overrides the range of the data set.
-        target_tokens_range: Overrides the range of the data set.
-        raw_pixels: See :func:`build_train_loader`.
+        input_tokens_range, target_tokens_range: Override the ranges of the data set.
+        text_tokenizer, num_workers, rank, world_size, raw_pixels: See :func:`build_train_loader`.
     """
     samples = build_dataset(
         dataset,

@@ -1,4 +1,4 @@
-"""The training loop: one optimizer step after another, and between them the log, the checkpoints and the evaluations."""
+"""The training loop: optimizer steps and, between them, lines of the log, checkpoints and evaluations."""
 
 from __future__ import annotations
 
@@ -92,9 +92,8 @@ class TrainingLoop:
         trainer, config = self.trainer, self.trainer.config
         means = trainer.interval.means(trainer.parallel)
         first_batch = (trainer.step - 1) * config.accum_iter
-        samples_per_step = config.batch_size * config.accum_iter * trainer.parallel.world_size
         rates = {"lr": trainer.schedule.lr(first_batch), "weight_decay": trainer.schedule.weight_decay(first_batch)}
-        eta = (trainer.total_steps - trainer.step) * samples_per_step / means.samples_per_second
+        eta = (trainer.total_steps - trainer.step) * trainer.samples_per_step / means.samples_per_second
         self.journal.interval(trainer.step, trainer.epoch, rates, means, eta)
 
     def _check_divergence(self) -> None:

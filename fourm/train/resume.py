@@ -114,11 +114,11 @@ def restore(trainer: Trainer, path: Path, identity: dict[str, Any]) -> dict[int,
     """
     config, parallel = trainer.config, trainer.parallel
     state = read_state(path)
-    global_batch = config.batch_size * config.accum_iter * parallel.world_size
-    if state["global_batch"] != global_batch:
+    if state["global_batch"] != trainer.samples_per_step:
         raise UserError(
-            f"checkpoint {path} was made with {state['global_batch']} samples per optimizer step, not {global_batch}; "
-            "change batch_size, accum_iter or the number of processes so that their product is the same"
+            f"checkpoint {path} was made with {state['global_batch']} samples per optimizer step, not "
+            f"{trainer.samples_per_step}; change batch_size, accum_iter or the number of processes so that their "
+            "product is the same"
         )
     load_tensors(path, trainer.model, trainer.optimizer, trainer.ema)
     parallel.from_main(lambda: check_same_run(config, state, identity, path))
@@ -181,22 +181,22 @@ def state_to_save(trainer: Trainer, identity: dict[str, Any]) -> dict[str, Any]:
         * ``config``: The configuration of the run.
         * ``identity``: The result of :meth:`Task.identity`.
         * ``facts``: The result of :meth:`Task.facts`, for the model card.
+        * ``losses``: The names of the task's losses; other figures of an evaluation are metrics.
         * ``global_batch``: The number of samples per step.
         * ``layout``: The options that the positions in the data depend on.
         * ``loss_scale``: The state of the loss scale.
         * ``ranks``: For each rank, ``positions`` in the data and the open ``interval`` of the log.
     """
-    config, parallel = trainer.config, trainer.parallel
     rank_state = {"positions": list(trainer.positions.values()), "interval": trainer.interval.state()}
     return {
         "task": trainer.task.name,
         "step": trainer.step,
-        "config": saved_options(config),
+        "config": saved_options(trainer.config),
         "identity": identity,
         "facts": trainer.task.facts(),
         "losses": list(trainer.task.losses),
-        "global_batch": config.batch_size * config.accum_iter * parallel.world_size,
+        "global_batch": trainer.samples_per_step,
         "layout": data_layout(trainer),
         "loss_scale": trainer.gradient_step.state(),
-        "ranks": parallel.gather(rank_state),
+        "ranks": trainer.parallel.gather(rank_state),
     }

@@ -150,31 +150,17 @@ class Run:
             self.trainer.ema = None  # it would be the same weights again
 
     def _log_overview(self, length: RunLength) -> None:
-        config, trainer, world_size = self.config, self.trainer, self.parallel.world_size
+        config, trainer, schedule = self.config, self.trainer, self.trainer.schedule
         self.task.describe()
         counts = self.task.count_parameters(trainer.model)
         weights = f"resumed from {self._checkpoint}" if self._checkpoint else self._weights or "new weights"
         log.info("%s; %s", ", ".join(f"{count:,} parameters of the {name}" for name, count in counts.items()), weights)
-        log.info(
-            "%d epochs of %d steps = %d steps of %d samples (%d x batch_size %d x accum_iter %d), from step %d",
-            length.epochs,
-            trainer.steps_per_epoch,
-            trainer.total_steps,
-            world_size * config.batch_size * config.accum_iter,
-            world_size,
-            config.batch_size,
-            config.accum_iter,
-            trainer.step,
-        )
-        log.info(
-            "lr up to %.3g, warm-up %d batches, %s in %s on %s; run folder %s",
-            trainer.schedule.peak_lr,
-            length.warmup_batches,
-            config.opt,
-            config.autocast_dtype,
-            self.parallel.device,
-            self.folder,
-        )
+        steps = f"{length.epochs} epochs of {trainer.steps_per_epoch} steps = {trainer.total_steps} steps"
+        factors = f"{self.parallel.world_size} x batch_size {config.batch_size} x accum_iter {config.accum_iter}"
+        log.info("%s of %d samples (%s), from step %d", steps, trainer.samples_per_step, factors, trainer.step)
+        precision = f"{config.opt} in {config.autocast_dtype} on {self.parallel.device}"
+        warmup = f"lr up to {schedule.peak_lr:.3g}, warm-up {length.warmup_batches} batches"
+        log.info("%s, %s; run folder %s", warmup, precision, self.folder)
 
     def _batches(self) -> BatchIterator:
         """Return the training batches from the current step on."""

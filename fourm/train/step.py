@@ -30,6 +30,7 @@ class Trainer:
         step: The number of optimizer steps that are done.
         positions: The newest ``position`` of each of this rank's data streams, see :meth:`Task.train_batches`.
         total_steps, steps_per_epoch: The length of the run and of an epoch in optimizer steps.
+        samples_per_step: The number of samples of an optimizer step in all processes.
     """
 
     config: RunConfig
@@ -45,6 +46,7 @@ class Trainer:
         config, task, device = self.config, self.task, self.parallel.device
         self.total_steps = self.schedule.length.total_batches // config.accum_iter
         self.steps_per_epoch = self.schedule.length.batches_per_epoch // config.accum_iter
+        self.samples_per_step = config.batch_size * config.accum_iter * self.parallel.world_size
         self.gradient_step = GradientStep(self.optimizer, config, self.parallel)
         buffers = task.changing_buffers(self.model)
         self.ema = EMA(self.model, config.model_ema_decay, buffers) if config.model_ema else None

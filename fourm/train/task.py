@@ -222,12 +222,7 @@ class Task(ABC, Generic[Config]):
         return []
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
-        """Compute the loss of an evaluation, by default the mean of the means of the losses.
-
-        Args:
-            sums: The sum of each loss over its targets, for the losses that had targets.
-            targets: The numbers of these targets.
-        """
+        """Compute the loss of an evaluation from the sums of the losses that had targets: the mean of their means."""
         return sum(sums[name] / targets[name] for name in targets) / len(targets)
 
     def evaluation_metrics(self, statistics: Mapping[str, Tensor]) -> dict[str, float]:

@@ -195,18 +195,19 @@ class Pretrain(Task[PretrainConfig]):
         )
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
-        return self._select_and_copy(model, batch, device, self.slots, None)
+        return self._select_and_copy(self.slots, model, batch, device)
 
     def _select_and_copy(
         self,
-        model: nn.Module,
-        batch: Batch,
-        device: torch.device,
         slots: tuple[int, int],
-        generator: torch.Generator | None,
+        model: nn.Module,
+        batch: Batch | None,
+        device: torch.device,
+        generator: torch.Generator | None = None,
     ) -> Inputs:
         """Select the tokens that the model uses on the host, so that nothing waits for the device."""
         assert isinstance(model, FM)
+        batch = batch or _EMPTY_BATCH
         # Compiled blocks need the same shapes in every batch.
         selection = model.select_tokens(batch.mod_dict, *slots, generator, pack=not self.config.compile)
         inputs, targets = selection.encoder.counts, selection.decoder.counts
@@ -268,25 +269,14 @@ class Pretrain(Task[PretrainConfig]):
                     target_tokens_range=targets,
                     raw_pixels=True,
                 )
-                evaluations.append(
-                    Evaluation(name, kind, loader, partial(self._prepare_evaluation, (inputs[1], targets[1])))
-                )
+                prepare = partial(self._select_and_copy, (inputs[1], targets[1]))
+                evaluations.append(Evaluation(name, kind, loader, prepare))
         return evaluations
-
-    def _prepare_evaluation(
-        self,
-        slots: tuple[int, int],
-        model: nn.Module,
-        batch: Batch | None,
-        device: torch.device,
-        generator: torch.Generator,
-    ) -> Inputs:
-        return self._select_and_copy(model, batch or _EMPTY_BATCH, device, slots, generator)
 
     def evaluation_loss(self, sums: Mapping[str, float], targets: Mapping[str, int]) -> float:
         """Average over the modalities with targets or, for ``loss_type`` token, over the tokens.
 
-        In training, a modality of the batch that happens to have no targets counts as a loss of 0 for ``loss_type`` mod.
+        In training, a modality of the batch without targets counts as a loss of 0 for ``loss_type`` mod.
         """
         if self.config.loss_type == "mod":
             return super().evaluation_loss(sums, targets)
