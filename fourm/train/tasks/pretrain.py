@@ -242,8 +242,7 @@ class Pretrain(Task[PretrainConfig]):
                 elif is_main:
                     log.warning(
                         "validation set %s is not evaluated with fixed budgets: fixed_eval_input_tokens %d takes all "
-                        "of its "
-                        "tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
+                        "of its tokens and leaves nothing to predict; lower it, or set --no_fixed_eval",
                         name,
                         fixed[0][0],
                     )
