@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourm.train.tasks.tokenizer import TokenizerConfig, TokenizerTraining, Values
+from fourm.train.tasks.tokenizer import TokenizerTraining, TokenizerTrainingConfig, Values
 from fourm.vq.controlnet import VQControlNet
 from fourm.vq.divae import DiVAE
 from fourm.vq.pictures import resized
@@ -19,12 +19,12 @@ from fourm.vq.training_options import ControlNetOptions, DecoderOptions, Diffusi
 
 
 @dataclass(frozen=True, kw_only=True)
-class DiVAEConfig(DecoderOptions, DiffusionOptions, TokenizerConfig):
+class DiVAEConfig(DecoderOptions, DiffusionOptions, TokenizerTrainingConfig):
     """All keys of ``run_training_divae.py``"""
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQControlNetConfig(ControlNetOptions, TokenizerConfig):
+class VQControlNetConfig(ControlNetOptions, TokenizerTrainingConfig):
     """All keys of ``run_training_vqcontrolnet.py``"""
 
     def loaded_size(self, training: bool) -> int:

@@ -44,7 +44,7 @@ log = logging.getLogger("fourm")
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig(
+class TokenizerTrainingConfig(
     TokenizerEvaluationOptions,
     ImageDataOptions,
     EncoderOptions,
@@ -66,11 +66,11 @@ class TokenizerConfig(
 
 
 @dataclass(frozen=True, kw_only=True)
-class VQVAEConfig(DecoderOptions, PerceptualOptions, TokenizerConfig):
+class VQVAEConfig(DecoderOptions, PerceptualOptions, TokenizerTrainingConfig):
     """All keys of ``run_training_vqvae.py``"""
 
 
-Config = TypeVar("Config", bound=TokenizerConfig)
+Config = TypeVar("Config", bound=TokenizerTrainingConfig)
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,7 @@ class TokenizerBatches:
     """Reads the batches of a training and of its evaluations.
 
     Args:
-        config: The :class:`fourm.train.tasks.tokenizer.TokenizerConfig` of the run.
+        config: The :class:`fourm.train.tasks.tokenizer.TokenizerTrainingConfig` of the run.
     """
 
     def __init__(self, config: Any):
