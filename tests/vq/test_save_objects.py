@@ -7,6 +7,7 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image, ImageDraw
 from webdataset import TarWriter
 
@@ -15,6 +16,7 @@ from fourm.data.transforms.instances import BodyPoseTransform, InstanceMaskTrans
 from fourm.generation.instances import decode_instances, place_mask
 from fourm.generation.poses import JOINTS, decode_poses, joint_positions, nearest_rotations
 from fourm.generation.sequences import SEQUENCES
+from fourm.tools.check import main as check
 from fourm.utils.errors import DataError, UserError
 from tests.data.test_transforms_21 import run
 from tests.generation.test_learned_tokenizers import MASKS, POSES
@@ -190,3 +192,28 @@ def test_what_cannot_become_people_or_instances_is_one_sentence(tmp_path):
     _, arguments = of_features(tmp_path, **POSES | {"num_codebooks": 4}, modality="human_poses")
     with pytest.raises(UserError, match="has 4 codes below 1024 for each .* a 4M model reads 8 codes below 1024"):
         save(*given)
+
+
+def test_a_data_yaml_that_names_the_folders_reads_them(tmp_path, capsys):
+    data = tmp_path / "data"
+    write_files(data, "rgb", len(PEOPLE))
+    write_json(data / "human_poses", PEOPLE)
+    write_json(data / "sam_mask", {key: OUTLINES if people else [] for key, people in PEOPLE.items()})
+    for options, modality in ((POSES, "human_poses"), (MASKS, "sam_mask")):
+        _, arguments = of_features(tmp_path, **options, modality=modality)
+        save(*arguments, "--num_crops", 3, "--main_modality", "rgb")
+    names = "rgb@32-human_poses-sam_instance"
+    dataset = {"in_domains": names, "out_domains": names[7:], "data_path": str(data), "input_alphas": 1.0}
+    content = {
+        "modalities": {
+            "rgb@32": {"type": "img", "input_size": 32, "patch_size": 16, "num_channels": 3, "path": "rgb"},
+            "human_poses": {"path": "tok_human_poses"},
+            "sam_instance": {"path": "tok_sam_instance"},
+        },
+        "train": {"datasets": {"toy": dataset | {"target_alphas": 1.0, "main_augment_domain": "rgb@32"}}},
+    }
+    (tmp_path / "data.yaml").write_text(yaml.safe_dump(content))
+    assert check([f"{tmp_path}/data.yaml", "--json", "--num_workers", "0", "--num_input_tokens", "64"]) == 0
+    printed = capsys.readouterr().out
+    (report,) = json.loads(printed[printed.index("[") :])
+    assert report["samples_read"] == len(PEOPLE) and report["bad_samples"] == 0 and not report["problems"]
