@@ -1,7 +1,8 @@
-"""Measure how well tokenizers reconstruct the demo's validation scenes; each measure is that of the demo's report.
+"""Measure how well tokenizers reconstruct scenes of the demo; each measure is that of the demo's report.
 
     python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data
     python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data --codebooks
+    python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data --split train --scenes 1000
 
 With ``--codebooks``, a codebook with as many ids is fitted to the training scenes for each tokenizer, and measured too.
 It prints one JSON line per tokenizer: the measure, the share of the ids that are used, and their perplexity.
@@ -75,9 +76,10 @@ def main() -> None:
     parser.add_argument("--tokenizers", type=Path, required=True, help="folder with a folder per modality")
     parser.add_argument("--data", type=Path, required=True, help="folder of the demo's data")
     parser.add_argument("--codebooks", action="store_true", help="also fit and measure codebooks of the same size")
-    parser.add_argument("--scenes", type=int, default=100, help="number of validation scenes")
+    parser.add_argument("--split", choices=["train", "val"], default="val", help="the scenes that are measured")
+    parser.add_argument("--scenes", type=int, default=100, help="number of scenes")
     options = parser.parse_args()
-    scenes = read_scenes(options.data / "val")[: options.scenes]
+    scenes = read_scenes(options.data / options.split)[: options.scenes]
     for folder in sorted(path.parent for path in options.tokenizers.glob("*/config.json")):
         kind, tokenizer = folder.name, load_tokenizer(folder)
         print(json.dumps({"modality": kind, "kind": "learned", **evaluate(tokenizer, kind, scenes)}), flush=True)

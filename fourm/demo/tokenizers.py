@@ -26,7 +26,7 @@ from fourm.vq.tokenizer import CONFIG, WEIGHTS
 TRAINED = Path(__file__).with_name("trained")
 RECIPE = "cfgs/demo/tokenizer.yaml"
 OPTIONS: dict[str, dict[str, Any]] = {
-    "rgb": {"levels": [8, 8, 8, 4], "out_conv": True},
+    "rgb": {"levels": [8, 8, 8, 4], "out_conv": True, "decoder_type": "vit/B_6-Wi_128-H_4"},
     "depth": {"levels": [8, 8, 8]},
     "normal": {"levels": [8, 8, 8], "out_conv": True},
     "semseg": {"levels": [8, 8, 8], "loss_fn": "cross_entropy", "n_labels": len(CLASSES), "n_channels": 16},
