@@ -12,7 +12,7 @@ import yaml
 
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import Modality
-from fourm.data.unified_datasets import build_masking
+from fourm.data.sample_dataset import build_masking
 from fourm.tools.preview.command import _reader, main
 from fourm.tools.preview.page import bins, page
 from fourm.tools.preview.samples import preview
