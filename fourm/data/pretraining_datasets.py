@@ -20,8 +20,9 @@ from fourm.data.masking import UnifiedMasking
 from fourm.data.modality_info import Modality, as_modality
 from fourm.data.modality_transforms import AbstractTransform, UnifiedDataTransform, transforms_for
 from fourm.data.raw_sample import BadSample, RawSample
+from fourm.data.sample_dataset import SampleDataset
 from fourm.data.shards import Shards
-from fourm.data.unified_datasets import BatchLoader, SampleDataset, TrainBatches
+from fourm.data.unified_datasets import BatchLoader, TrainBatches
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 

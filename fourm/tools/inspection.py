@@ -27,9 +27,9 @@ from fourm.data.object_arrays import ObjectArray
 from fourm.data.raw_sample import BadSample, Member, OpenFiles, RawSample, join
 from fourm.data.record_files import local_files
 from fourm.data.records import Record, Records
+from fourm.data.sample_dataset import Source, build_masking
 from fourm.data.shards import Shards
 from fourm.data.transforms.image import same_frame
-from fourm.data.unified_datasets import Source, build_masking
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.seeds import generator
 from fourm.utils.tokenizer import TextEncoder

@@ -19,8 +19,8 @@ from fourm.data.layout import is_remote
 from fourm.data.modality_info import Modality
 from fourm.data.options import RemoteDataOptions
 from fourm.data.raw_sample import RawSample
+from fourm.data.sample_dataset import SampleDataset, Source, name_file_in_errors, open_source
 from fourm.data.transforms.image import standardise_depth
-from fourm.data.unified_datasets import SampleDataset, Source, name_file_in_errors, open_source
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.options import option
 from fourm.utils.paths import AnyPath

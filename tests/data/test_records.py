@@ -12,7 +12,8 @@ import pytest
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.record_files import MAX_RECORD_BYTES, local_files, open_rows
-from fourm.data.unified_datasets import build_dataset, build_eval_loader, draws_in_epoch
+from fourm.data.sample_dataset import build_dataset
+from fourm.data.unified_datasets import build_eval_loader, draws_in_epoch
 from fourm.utils.errors import DataError, MissingDependency, UserError
 from tests.data.dataset_files import write_shards
 from tests.data.test_unified_datasets import TOKENIZER, config, same, train

@@ -22,13 +22,8 @@ from fourm.data.batch_loader import BatchLoader
 from fourm.data.collate import single
 from fourm.data.data_config import load_data_config
 from fourm.data.raw_sample import RawSample
-from fourm.data.unified_datasets import (
-    Stream,
-    build_dataset,
-    build_eval_loader,
-    build_train_loader,
-    draws_in_epoch,
-)
+from fourm.data.sample_dataset import build_dataset
+from fourm.data.unified_datasets import Stream, build_eval_loader, build_train_loader, draws_in_epoch
 from fourm.utils.errors import DataError
 from fourm.utils.seeds import generator
 from tests.data.dataset_files import MODALITIES, jpeg, npy, text_tokenizer, write_folders, write_shards

@@ -12,7 +12,7 @@ import yaml
 
 from fourm.data.data_config import load_data_config
 from fourm.data.modality_info import MODALITY_INFO, Modality
-from fourm.data.unified_datasets import build_masking
+from fourm.data.sample_dataset import build_masking
 from fourm.generation.plotting import pca_picture
 from fourm.generation.sampler import load_tokenizers
 from fourm.tools.preview.command import _painter, _reader, main

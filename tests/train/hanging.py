@@ -4,7 +4,7 @@ import itertools
 import os
 import time
 
-from fourm.data.unified_datasets import SampleDataset
+from fourm.data.sample_dataset import SampleDataset
 
 _masked, _count = SampleDataset.masked, itertools.count()
 

@@ -16,7 +16,7 @@ from fourm.data.masking import Masked, Masking
 from fourm.data.modality_info import Modality
 from fourm.data.modality_transforms import ScalarTransform, transforms_for
 from fourm.data.raw_sample import BadSample, OpenFiles
-from fourm.data.unified_datasets import build_dataset, build_masking, name_file_in_errors
+from fourm.data.sample_dataset import build_dataset, build_masking, name_file_in_errors
 from fourm.tools.preview.sequences import (
     INPUT,
     ROLES,

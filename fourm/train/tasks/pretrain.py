@@ -18,7 +18,8 @@ from fourm.data.data_config import leaves_targets
 from fourm.data.identity import identity_of
 from fourm.data.modality_info import own_declarations
 from fourm.data.options import DataOptions
-from fourm.data.unified_datasets import Batch, build_eval_loader, build_masking, build_train_loader
+from fourm.data.sample_dataset import build_masking
+from fourm.data.unified_datasets import Batch, build_eval_loader, build_train_loader
 from fourm.models import FM, StepFlops, TokenSelection, count_parameters, model_config
 from fourm.models.activations import activation_bytes
 from fourm.models.from_checkpoint import FORMAT
