@@ -2,7 +2,8 @@
 
 ``python benchmarks/generate.py`` prints JSON. Both variants share one model and alternate in one process. The plain one
 follows the loops of the published code: it runs the encoder once per condition and sequence or step, and the decoder
-over all tokens so far, with logits for all of them. Both must generate the same tokens.
+over all tokens so far, with logits for all of them. Both must generate the same tokens. With ``--no_plain``, captions
+are also generated in steps that a GPU replays as a CUDA graph (``graphs``).
 
 ``--before FOLDER`` compares the cached variant with that of another checkout instead, by processor time: both generate
 in turns, each in a process of its own.
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +112,7 @@ def inputs(model: FM, given: str) -> dict[str, Any]:
 def case(
     model: FM, given: str, target: str, tokens: int, scheme: str, steps: int, scale: float, dtype: Any = None
 ) -> dict[str, Callable]:
-    """Return both variants of one task as functions that return tokens; ``dtype`` applies to ``cached`` only."""
+    """Return the variants of one task as functions that return tokens; ``dtype`` applies to all but ``plain``."""
     batch = inputs(model, given)
     positions = tokens + 2 if target == TEXT else tokens  # a text has two sentinels
     batch = init_empty_target_modality(batch, model.modality_info, target, 1, positions, model.mask_token.device)
@@ -120,15 +122,19 @@ def case(
     counts = [step["num_tokens"] for step in schedule]
     schedule = [{**step, "num_tokens": step["num_tokens"] if target == IMAGE else None} for step in schedule]
     conditions = [(1.0, batch)] if scale == 1 else [(0.0, emptied(batch, model.modality_info, [given])), (scale, batch)]
-    sampler = GenerationSampler(model, dtype)
 
-    def ours() -> list[int]:
+    def ours(sampler: GenerationSampler) -> list[int]:
         entry = sampler.generate(batch, schedule, seed=0)[target]
         return entry["tensor"][~entry["input_mask"]].tolist()
 
+    cached = partial(ours, GenerationSampler(model, dtype))
     if target == TEXT:
-        return {"cached": ours, "plain": lambda: plain_caption(model, conditions, tokens)[1:]}
-    return {"cached": ours, "plain": lambda: plain_image(model, conditions, counts, scheme, 0)}
+        return {
+            "cached": cached,
+            "graphs": lambda: ours(GenerationSampler(model, dtype, cuda_graphs=True)),  # not in every older checkout
+            "plain": lambda: plain_caption(model, conditions, tokens)[1:],
+        }
+    return {"cached": cached, "plain": lambda: plain_image(model, conditions, counts, scheme, 0)}
 
 
 def timed(variants: dict[str, Callable[[], Any]], repeats: int) -> tuple[dict[str, float], dict[str, Any]]:
@@ -232,9 +238,13 @@ def main() -> None:
     results = {}
     for name, (tokens, variants) in cases.items():
         if not arguments.plain:
-            times, _ = timed({"cached": variants["cached"]}, arguments.repeats + 1)  # the first run warms up
+            own = {variant: run for variant, run in variants.items() if variant != "plain"}
+            times, generated = timed(own, arguments.repeats + 1)  # the first run warms up
             results[name] = {**times, "tokens": tokens}
+            if "graphs" in own:
+                results[name]["graphs_same_tokens"] = generated["graphs"] == generated["cached"]
             continue
+        variants.pop("graphs", None)
         times, generated = timed(variants, arguments.repeats)
         same = sum(a == b for a, b in zip(*generated.values(), strict=True)) / len(generated["cached"])
         results[name] = {**times, "speed_up": times["plain"] / times["cached"], "same_tokens": same}

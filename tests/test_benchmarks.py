@@ -149,7 +149,8 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
         (True, "single"),
         (False, "fsdp"),
     ]
-    assert len(found["generation"]["results"][0]["seconds"]) == 4
+    generated = found["generation"]["results"][0]["seconds"]
+    assert len(generated) == 4 and generated["rgb_to_caption_256_guided"]["graphs_same_tokens"] is True
     cases = [row["case"] for row in found["tokenizers"]["results"]]
     assert cases == ["tokenize", "decode_vqvae", "decode_divae", "unet_step", "train_vqvae", "train_divae"]
     assert "skipped" in found["tests"]["output"]

@@ -52,11 +52,13 @@ class GenerationSampler(nn.Module):
     Args:
         model: The model; it is used in evaluation mode.
         dtype: Autocast precision, e.g. ``torch.bfloat16``; None disables autocast.
+        cuda_graphs: Replay the steps of sequences as a CUDA graph. Sequences then stay in the batch until all are
+            finished. This has not been measured yet, and on a CPU it only costs time.
     """
 
-    def __init__(self, model: FourM, dtype: torch.dtype | None = None):
+    def __init__(self, model: FourM, dtype: torch.dtype | None = None, cuda_graphs: bool = False):
         super().__init__()
-        self.model, self.dtype = model, dtype
+        self.model, self.dtype, self.cuda_graphs = model, dtype, cuda_graphs
         self._packed = PackedLinears()
 
     def generate(
@@ -255,6 +257,7 @@ class GenerationSampler(nn.Module):
                             sentinels,
                             max_tokens,
                             order,
+                            self.cuda_graphs,
                         )
                         with self.running():
                             entry = SCHEMES[step["scheme"]](conditions, entry, options)

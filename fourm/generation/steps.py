@@ -145,6 +145,7 @@ class StepOptions:
         sentinels: Ids of the sentinels of a sequence.
         max_tokens: Maximum number of tokens of a sequence, for which the model has positions.
         order: When each position of an image is decoded by the Halton scheme, (B, L).
+        cuda_graphs: Decode sequences in steps of the same shapes, which a GPU replays as a CUDA graph.
     """
 
     domain: str
@@ -155,6 +156,7 @@ class StepOptions:
     sentinels: list[int]
     max_tokens: int
     order: Tensor | None = None
+    cuda_graphs: bool = False
 
 
 def decode_image(
@@ -235,7 +237,8 @@ def decode_sequence(conditions: Conditions, entry: Entry, step: StepOptions) -> 
     # As in the published code, a row of L target positions, the first of them a start token, gives L new tokens.
     max_lengths = [1 + min(len(row), max_tokens) for row in targets]
     with torch.inference_mode():
-        generated = _generate_ids(conditions, step, starts, ends, max_lengths)
+        generate = _generate_in_same_shapes if step.cuda_graphs else _generate_ids
+        generated = generate(conditions, step, starts, ends, max_lengths)
     return merged(inputs, generated, step.sentinels, tensor.device)
 
 
@@ -280,6 +283,59 @@ def _generate_ids(
         for i, token in zip(active, tokens.tolist(), strict=True):
             sequences[i].append(token)
     return sequences
+
+
+def _generate_in_same_shapes(
+    conditions: Conditions, step: StepOptions, starts: list[int], ends: list[int], max_lengths: list[int]
+) -> list[list[int]]:
+    """Generate the ids like :func:`_generate_ids`, in steps of the same shapes that do not wait for the device.
+
+    Finished sequences stay in the batch until all are finished, and what is generated after their end is dropped. On a
+    GPU, the steps after the first ones are replays of a CUDA graph.
+    """
+    model, context = conditions.model, conditions.context()
+    device, length = context.tokens.device, max([*max_lengths, 2])
+    ids = torch.full((len(starts), length), PAD_ID, device=device)
+    ids[:, 0] = torch.tensor(starts, device=device)
+    position = torch.zeros(1, dtype=torch.long, device=device)
+    cache = DecoderCache(model, context.unpacked(), context.padding, length - 1, position)
+    to_logits = model.decoder_embeddings[step.domain].to_logits
+    uniform = step.noise.uniform(step.max_tokens).to(device)
+
+    def advance() -> None:
+        last = ids.index_select(1, position)
+        y = cache.decode(conditions.embed_target(step.domain, last, position.expand_as(last)))
+        logits, numbers = to_logits(conditions.combine(y)[:, 0]), uniform.index_select(1, position)[:, 0]
+        ids.index_copy_(1, position + 1, step.sampler(logits, step.temperature, numbers)[0][:, None])
+        position.add_(1)
+
+    def sequences(known: int) -> list[list[int]]:
+        rows = [row[: min(known, limit)] for row, limit in zip(ids.tolist(), max_lengths, strict=True)]
+        return [_through(row, end) for row, end in zip(rows, ends, strict=True)]
+
+    run: Callable[[], None] = advance
+    for index in range(max(max_lengths) - 1):
+        if index == _WARM_UP and ids.is_cuda:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                advance()
+            run = graph.replay
+        run()
+        known = index + 2
+        if known % _CHECK_EVERY == 0:
+            rows = zip(sequences(known), ends, max_lengths, strict=True)
+            if all(row[-1] == end or len(row) == limit for row, end, limit in rows):
+                break
+    return sequences(length)
+
+
+_WARM_UP = 2  # steps before a CUDA graph is captured
+_CHECK_EVERY = 16  # steps after which the host waits for the device to see whether all sequences are finished
+
+
+def _through(row: list[int], end: int) -> list[int]:
+    """Return the ids up to the first ``end`` that is not the first id."""
+    return row[: row.index(end, 1) + 1] if end in row[1:] else row
 
 
 SCHEMES: Mapping[str, Callable[[Conditions, Entry, StepOptions], Entry]] = {

@@ -20,6 +20,7 @@ from fourm.models.generate import (
 from fourm.utils.errors import DataError, UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
 from tests.reference import generation as reference
+from tests.train.test_loop import Waits, within
 
 S1, S2, EOS = 5, 6, 3
 ROOM = 11
@@ -152,6 +153,48 @@ def test_several_weighted_conditions_are_the_published_sum(model, target, scheme
         else:
             expected = reference.paint(model, pairs, "grid", [4] * 4, 3, scheme)
             assert result["grid"]["tensor"][0].tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_steps_of_the_same_shapes_write_the_same_texts(model, scale, monkeypatch):
+    monkeypatch.setattr("fourm.generation.steps._CHECK_EVERY", 3)
+    rooms = torch.tensor([[1], [6], [6], [11]])
+    batch = with_target(model, inputs(model), "text", ROOM + 1)
+    batch["text"]["target_mask"] = (torch.arange(ROOM + 1) < 1) | (torch.arange(ROOM + 1) > rooms)
+    schedule = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], scale, temperature=1.3)
+    for top_p, tokens in ((0.0, batch), (0.9, with_target(model, inputs(model), "text", ROOM + 1))):
+        expected = generate(model, tokens, schedule, top_p=top_p, seed=3)
+        sampler = GenerationSampler(model, cuda_graphs=True)
+        assert same(sampler.generate(tokens, schedule, text_tokenizer=TOKENIZER, top_p=top_p, seed=3), expected)
+
+
+class WaitsOfASequence(Waits):
+    """Collects the operations that would wait for a GPU within a step that a CUDA graph replays, and the shapes of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.shapes = [[]]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not within("advance"):
+            return func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.shapes[-1].append((name, *(tuple(arg.shape) for arg in args if isinstance(arg, torch.Tensor))))
+        if name == "add_":  # of the position, with which a step ends
+            self.shapes.append([])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def test_a_step_that_a_cuda_graph_replays_has_the_same_shapes_and_waits_for_nothing(model):
+    batch = with_target(model, inputs(model, 2), "text", ROOM + 1)
+    schedule = make_schedule(model, ["text"], ["autoregressive"], [ROOM], [1], 2.0, temperature=30.0)
+    with WaitsOfASequence() as waits:
+        GenerationSampler(model, cuda_graphs=True).generate(
+            batch, schedule, text_tokenizer=TOKENIZER, top_k=20, top_p=0.9, seed=0
+        )
+    *steps, rest = waits.shapes
+    assert len(steps) == ROOM and waits.names == [] and rest == []
+    assert all(step == steps[-1] for step in steps[2:]), "the first two copy weights, on a CPU"
 
 
 def text_row(inputs, room=ROOM):

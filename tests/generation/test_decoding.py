@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fourm.data.modality_info import resolve_modalities
-from fourm.generation.decoding import decode
+from fourm.generation.decoding import Detokenizer, decode
 from fourm.utils.errors import UserError
 from tests.generation.test_sequences import TOKENIZER
 from tests.generation.toy_tokenizers import CHANNELS, MODALITIES, PATCH, SIZE, VOCAB, toy_tokenizer
@@ -66,6 +66,23 @@ def test_tokens_without_a_tokenizer_are_a_grid_of_ids():
     expected[0, 2] = -1
     np.testing.assert_array_equal(sample.value, expected)
     assert (sample.kind, sample.dropped) == ("tokens", 1)
+
+
+@pytest.mark.parametrize("kind", CHANNELS)
+def test_a_batch_has_the_pictures_of_its_samples(kind):
+    ids, masked = tokens(5), torch.rand(5, GRID**2, generator=torch.Generator().manual_seed(1)) < 0.2
+    ids[3, 2] = VOCAB
+    name, calls = f"tok_{kind}@{SIZE}", []
+    tokenizer = toy_tokenizer(kind)
+    whole = tokenizer.decode_tokens
+    tokenizer.decode_tokens = lambda ids: calls.append(len(ids)) or whole(ids)
+    batch = decode({name: entry(ids, masked)}, INFO, {kind: tokenizer}, detokenizer=Detokenizer(batch_size=3))
+    assert calls == [3, 2], "together, but not more than fit into memory"
+    for index, sample in enumerate(batch):
+        own = slice(index, index + 1)
+        (alone,) = decode({name: entry(ids[own], masked[own])}, INFO, TOKENIZERS)
+        np.testing.assert_array_equal(sample[name].value, alone[name].value)
+        assert torch.equal(sample[name].tensor, alone[name].tensor) and sample[name].dropped == alone[name].dropped
 
 
 def test_pixels_of_an_input_are_the_picture_again():

@@ -142,6 +142,27 @@ def test_the_picture_options_of_a_tokenizer_override_all_others():
     assert Detokenizer(steps=3).decode(tokenizer, ids, seed=1).equal(seeded)
 
 
+def test_learned_tokenizers_decode_a_batch_to_the_pictures_of_its_samples(tokenizers):
+    info, names = resolve_modalities(MODALITIES, MODALITIES), ("tok_depth@32", "tok_semseg@32", "tok_dinov2_global")
+    generator = torch.Generator().manual_seed(0)
+    batch = {name: entry(torch.randint(CODES, (3, 16), generator=generator)) for name in names}
+    batch["tok_rgb@32"] = entry(torch.tensor([[3, 7, 1, 9], [3, 7, 1, 9], [2, 4, 6, 8]]))
+    detokenizer = Detokenizer(steps=2, batch_size=2)
+    together = decode(batch, info, tokenizers, detokenizer=detokenizer)
+    for index, sample in enumerate(together):
+        own = slice(index, index + 1)
+        one = {name: {key: value[own] for key, value in part.items()} for name, part in batch.items()}
+        (alone,) = decode(one, info, tokenizers, detokenizer=detokenizer)
+        for name, result in alone.items():
+            # Colours are rounded to 8 bits, and sums in another order may round to the neighbour.
+            tolerance = 1 if name == "tok_rgb@32" else 1e-5
+            np.testing.assert_allclose(
+                sample[name].value.astype(np.float32), result.value.astype(np.float32), atol=tolerance
+            )
+    rgb = [sample["tok_rgb@32"].value for sample in together]
+    assert np.array_equal(rgb[0], rgb[1]) and not np.array_equal(rgb[0], rgb[2])
+
+
 def test_a_feature_map_is_its_principal_components():
     rng = np.random.default_rng(0)
     parts, directions = rng.random((6, 6, 3)), np.linalg.qr(rng.normal(size=(20, 3)))[0].T

@@ -35,8 +35,28 @@ def test_results_are_those_of_plain_weights(model, shape):
     assert all("forward" not in vars(layer) for layer in model), "the methods are restored"
 
 
+@pytest.mark.parametrize("shape", [(2, 24), (2, 1, 24), (1, 2, 24)])
+def test_two_rows_need_no_copy(model, shape):
+    packed, x = PackedLinears(), torch.randn(shape)
+    y = run(packed, model, x)
+    assert torch.allclose(y, model(x), atol=1e-6) and y.is_contiguous() and packed.nbytes == 0
+
+
+def test_one_row_and_several_rows_have_copies_of_their_own(model):
+    packed, one, several = PackedLinears(), torch.randn(1, 24), torch.randn(5, 24)
+    for x in (one, several, one):
+        assert torch.allclose(run(packed, model, x), model(x), atol=1e-6)
+    first, last = 4 * 24 * 40, 4 * 40 * 16
+    assert packed.nbytes == 2 * first + last, "a layer that narrows has one order for all numbers of rows"
+    with torch.no_grad():
+        model[0].weight.zero_()
+    packed.check()
+    for x in (one, several):
+        assert torch.allclose(run(packed, model, x, times=1), model(x), atol=1e-6)
+
+
 def test_a_layer_is_packed_when_it_is_used_again(model):
-    packed, x = PackedLinears(), torch.randn(2, 24)
+    packed, x = PackedLinears(), torch.randn(3, 24)
     run(packed, model, x, times=1)
     assert packed.nbytes == 0
     run(packed, model, x, times=1)
@@ -58,7 +78,7 @@ def by_replacing(weight):
 
 @pytest.mark.parametrize("change", [by_an_optimizer, behind_its_back, by_replacing])
 def test_changed_weights_are_packed_again(model, change):
-    packed, x = PackedLinears(), torch.randn(2, 24)
+    packed, x = PackedLinears(), torch.randn(3, 24)
     before = run(packed, model, x)
     change(model[0].weight)
     packed.check()
@@ -67,7 +87,7 @@ def test_changed_weights_are_packed_again(model, change):
 
 
 def test_memory_is_limited(model):
-    packed, x = PackedLinears(), torch.randn(2, 24)
+    packed, x = PackedLinears(), torch.randn(3, 24)
     packed.limit = 4 * 24 * 40
     assert torch.allclose(run(packed, model, x), model(x), atol=1e-6)
     assert packed.nbytes == packed.limit
@@ -75,7 +95,7 @@ def test_memory_is_limited(model):
 
 def test_other_precisions_and_compiled_models_keep_plain_weights(model):
     half, compiled, autocast = (PackedLinears() for _ in range(3))
-    x = torch.randn(2, 24)
+    x = torch.randn(3, 24)
     run(half, copy.deepcopy(model).bfloat16(), x.bfloat16())
     twin = copy.deepcopy(model)
     twin[0].compile(backend="eager")

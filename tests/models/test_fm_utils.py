@@ -15,6 +15,7 @@ from fourm.models.fm_utils import (
     DecoderBlock,
     DropPath,
     LayerNorm,
+    Slots,
     attendable,
     init_weights,
 )
@@ -54,6 +55,19 @@ def test_masked_keys_do_not_matter():
     before, after = (attention(value, attendable(padding))[:, :3] for value in (x, changed))
     torch.testing.assert_close(before, after)
     torch.testing.assert_close(before, attention(x[:, :3]))
+
+
+@pytest.mark.parametrize("qk_norm", [True, False])
+def test_attention_of_one_sample_after_another_is_that_of_all_slots(qk_norm):
+    masked = torch.tensor([[False] * 5, [False] * 2 + [True] * 3, [False] * 4 + [True]])
+    index, mask = (~masked).flatten().nonzero().squeeze(1), attendable(masked)
+    placed, one_by_one = Slots(index, (3, 5)), Slots(index, (3, 5), lengths=(5, 2, 4))
+    rows, y = torch.randn(11, 16), torch.randn(3, 6, 16)
+    encoder, decoder = Block(options(qk_norm=qk_norm)), DecoderBlock(options(qk_norm=qk_norm))
+    with torch.no_grad():
+        torch.testing.assert_close(encoder(rows, None, one_by_one), encoder(rows, mask, placed))
+        expected = decoder(y, rows, context_mask=mask, context_slots=placed)
+        torch.testing.assert_close(decoder(y, rows, context_slots=one_by_one), expected)
 
 
 def test_fused_matrices_are_initialised_as_separate_ones():

@@ -78,6 +78,9 @@ def test_generation(dtype, cast):
     for seed in (0, torch.Generator("cuda").manual_seed(0)):
         result = sampler.generate(batch, schedule, top_p=0.9, top_k=10, seed=seed)
         assert result["grid"]["tensor"].is_cuda and not result["grid"]["input_mask"].any()
+    replayed = GenerationSampler(model, sampler.dtype, cuda_graphs=True)
+    texts = [sampler.generate(batch, schedule[-1:], seed=0)[targets[-1]] for sampler in (sampler, replayed)]
+    assert dtype or torch.equal(texts[0]["tensor"], texts[1]["tensor"])
 
 
 def test_a_step_never_waits_for_the_device():
