@@ -59,7 +59,7 @@ POLYGON = "polygon v0=100 v1=200 v2=600 v3=900 " + " ".join(f"v{i % 2}={i}" for 
 @pytest.fixture(scope="module")
 def tokenizers():
     rgb = toy_divae()
-    rgb.picture_options = {"seed": 0, "timesteps": 2}
+    rgb.picture_options = {"timesteps": 2}
     return {"rgb": rgb, **{kind: toy(**options) for kind, options in KINDS.items()}}
 
 
