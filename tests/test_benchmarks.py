@@ -121,7 +121,7 @@ def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the
         assert row["mfu"] == pytest.approx(row["tflops"]) and row["tflops"] > 0
         assert ("speed_up_over_one_at_a_time_in_seconds" in row) == (not case.startswith("train"))
     assert rows["tokenize"]["difference"] == 0 and rows["decode_vqvae"]["difference"] < 1e-4
-    assert rows["unet_step"]["difference"] < 1e-4
+    assert rows["unet_step"]["difference"] < 1e-3
     step = rows["decode_divae"]["seconds_per_unet_step"]
     assert step == pytest.approx(rows["decode_divae"]["seconds_per_image"]["ours"] / 2)
     assert rows["decode_divae"]["seconds_per_image_of_50_steps"] == pytest.approx(50 * step)
