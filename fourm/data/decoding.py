@@ -23,8 +23,8 @@ from fourm.data.object_arrays import ObjectArray
 __all__ = ["FORMATS", "IMAGE_EXTENSIONS", "EncodedImage", "UnreadableFormat", "decode_value", "parse_json"]
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff")
-_DIGITS_AS_ZEROS = bytes(48 if chr(byte).isdecimal() else 32 for byte in range(128)) + bytes(128)
-_LONG_NUMBER = b"0" * 19
+_DIGITS_AS_ZEROS = bytes(byte if byte == 46 else 48 if 48 <= byte < 58 else 32 for byte in range(256))
+_LONG_INTEGER = b" " + b"0" * 19
 _TEXTS = ("txt", "text", "cls")  # cls: a class index, as webdataset writes it
 
 
@@ -104,8 +104,8 @@ def parse_json(content: bytes) -> Any:
 def _load_json(content: bytes) -> Any:
     """Parse a JSON text with ``orjson`` if it is installed and certainly gives the same value as ``json``."""
     package = _orjson()
-    # Of integers, orjson turns those beyond 64 bits into floats. Floats may have as many digits; they go to json, too.
-    if package is not None and _LONG_NUMBER not in content.translate(_DIGITS_AS_ZEROS):
+    # orjson turns integers beyond 64 bits into floats. Fractions with as many digits follow a dot.
+    if package is not None and _LONG_INTEGER not in b" " + content.translate(_DIGITS_AS_ZEROS):
         try:
             return package.loads(content)
         except ValueError:  # NaN, another encoding, a lone surrogate, or damaged: json decides

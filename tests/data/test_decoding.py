@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import tracemalloc
 import zipfile
 import zlib
@@ -9,7 +10,7 @@ import zlib
 import numpy as np
 import pytest
 
-from fourm.data.decoding import decode_value
+from fourm.data.decoding import decode_value, parse_json
 
 
 def npy(array, **options):
@@ -112,3 +113,28 @@ def test_json_that_cannot_be_used_is_refused(content):
     with pytest.raises(ValueError):
         decode_value("a.json", content)
     assert decode_value("a.json", b'"\\ud83d\\ude00"') == "\U0001f600"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"b": [1, -0, -0.0, 1E5, 5e-324, true, null], "a": {}, "b": "\\u00e9\xc3\xa9"}',
+        b"[18446744073709551616, 1]",
+        b"-9223372036854775809",
+        b"[0.00012345678901234567890123, 123456789012345678]",
+        b"[1e400, 1.7976931348623159e308, NaN, -Infinity]",
+        b"\xef\xbb\xbf[1]",
+        "[1.5]".encode("utf-16"),
+    ],
+    ids=["plain", "large", "low", "digits", "not finite", "mark", "utf-16"],
+)
+def test_json_is_the_same_with_orjson(content):
+    pytest.importorskip("orjson")
+    assert repr(parse_json(content)) == repr(json.loads(content))
+
+
+def test_json_is_parsed_by_orjson_if_possible(monkeypatch):
+    pytest.importorskip("orjson")
+    monkeypatch.setattr(json, "loads", None)
+    numbers = [0.00012345678901234567, -1e-30, 2**59]
+    assert parse_json(json.dumps(numbers).encode()) == numbers

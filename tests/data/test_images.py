@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from fourm.data.images import EncodedImage, UnreadableImage, open_image
+from fourm.data.images import EncodedImage, UnreadableImage, open_image, plain_jpeg_size
 from fourm.data.transforms.image import (
     DepthTransform,
     NormalTransform,
@@ -258,3 +258,41 @@ def test_other_and_damaged_jpegs_are_left_to_pillow(monkeypatch):
         EncodedImage(whole[: len(whole) // 2]).pixels("RGB")
     padded = EncodedImage(whole[:-2] + bytes(9) + whole[-2:]).pixels("RGB")  # Pillow can read it
     assert not calls and np.array_equal(padded, EncodedImage(whole).pixels("RGB")) and calls == [whole]
+
+
+def opened_by_pillow(content):
+    try:
+        image = open_image(content)
+    except UnreadableImage:
+        return None
+    return image.format, image.mode, (image.height, image.width)
+
+
+@pytest.mark.parametrize("how", [{}, {"progressive": True}, {"optimize": True, "subsampling": 0}], ids=str)
+def test_a_plain_jpeg_is_what_pillow_says_however_its_header_is_damaged(how):
+    whole = encode(photograph(37, 53), "JPEG", **how)
+    assert plain_jpeg_size(whole) == (37, 53)
+    header = whole.index(b"\xff\xda") + 14
+    changed = [whole[:at] for at in range(header)]
+    for at in range(header):
+        before, after = whole[:at], whole[at + 1 :]
+        changed += [before + bytes([byte]) + after for byte in {0, 0xC0, 0xDA, 0xE1, 0xFF, whole[at] ^ 1} - {whole[at]}]
+        changed += [before + after, before + b"\xff" + whole[at:]]
+    accepted = [content for content in changed if plain_jpeg_size(content)]
+    assert len(accepted) > 100
+    for content in accepted:
+        assert opened_by_pillow(content) == ("JPEG", "RGB", plain_jpeg_size(content))
+
+
+def test_an_uncommon_jpeg_is_left_to_pillow():
+    uncommon = [
+        encode(photograph(mode="L"), "JPEG"),
+        encode(photograph(mode="CMYK"), "JPEG"),
+        encode(photograph(), "JPEG", keep_rgb=True),
+        encode(photograph(), "JPEG", comment=b"x"),
+        held(6, "JPEG", np.asarray(photograph())),
+        encode(photograph(), "PNG"),
+    ]
+    for content in uncommon:
+        assert plain_jpeg_size(content) is None
+        assert EncodedImage(content).mode == open_image(content).mode

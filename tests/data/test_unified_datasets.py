@@ -511,3 +511,15 @@ def test_closing_a_loader_without_workers_closes_what_builds_the_batches():
     assert (next(batches), next(batches), ended) == (0, 1, [])
     batches.close()
     assert ended
+
+
+class Collections(IterableDataset):
+    def __iter__(self):
+        yield gc.get_freeze_count(), gc.get_threshold()[0]
+
+
+def test_workers_do_not_collect_what_they_have_inherited():
+    (frozen, threshold), *_ = BatchLoader(Collections(), 1)
+    assert frozen > 10_000 and threshold == 20_000
+    (_, threshold), *_ = BatchLoader(Collections(), 0)
+    assert threshold == gc.get_threshold()[0]

@@ -81,6 +81,17 @@ def test_a_limit_leaves_out_the_rest(pieces, separator, limit):
     assert ENCODE(text, limit) == SHIPPED.encode(text, add_special_tokens=False).ids[:limit]
 
 
+def test_whole_words_need_no_tokenizer_and_get_the_same_ids():
+    words = [piece for piece in SHIPPED.get_vocab() if piece.isascii() and piece.isalpha()]
+    words = [word.title() if index % 2 else word for index, word in enumerate(sorted(words)[::7])]
+    encode = TextEncoder(SHIPPED)
+    assert len(words) > 1000
+    for word, encoding in zip(words, SHIPPED.encode_batch(words, add_special_tokens=False), strict=True):
+        assert encode(word, 9) == encoding.ids
+    encode._cache._tokenizer = None
+    assert encode("Photographs", 9) == SHIPPED.encode("photographs").ids
+
+
 def test_words_beyond_the_limit_are_not_encoded():
     encode = TextEncoder(SHIPPED)
     assert len(encode(" ".join(f"v0={number}" for number in range(1000)), 8)) == 8

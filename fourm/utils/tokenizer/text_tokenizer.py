@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
 
 from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 
@@ -118,8 +120,8 @@ class TextEncoder:
         added = (token.content for token in tokenizer.get_added_tokens_decoder().values())
         self._names_with_space = [content for content in added if " " in content]
         self._words_per_name = max((name.count(" ") + 1 for name in self._names_with_space), default=1)
-        self._cache = _PartIds(tokenizer)
-        self._phrases = _PartIds(tokenizer)
+        self._cache = _PartIds(tokenizer, self._whole_words())
+        self._phrases = _PartIds(tokenizer, {})
 
     def __call__(self, text: str, limit: int | None = None) -> list[int]:
         """Return the ids of ``text``, without any special tokens around it.
@@ -141,14 +143,29 @@ class TextEncoder:
             text = " ".join(words[:count]) if len(words) > count else text
         if not can_split or len(text) > _MAX_SPLIT_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=False).ids[:limit]
-        return list(islice(chain.from_iterable(map(self._cache.__getitem__, self._split(text))), limit))
+        return list(islice(chain.from_iterable(map(self._cache.__getitem__, self._split(text, limit))), limit))
 
     def _can_split(self, text: str) -> bool:
         """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
         return self._splits_at_spaces and text.isascii() and text.isprintable()
 
-    def _split(self, text: str) -> list[str]:
-        """Split a text into independently encodable parts; spaces within class names are replaced by :data:`_JOINT`."""
+    def _whole_words(self) -> dict[str, int]:
+        """Return the ids of the words that are certainly encoded as a single piece, in any case of their letters."""
+        normalizer, model = self._tokenizer.normalizer, self._tokenizer.model
+        if not (self._splits_at_spaces and normalizer.lowercase and isinstance(model, WordPiece)):
+            return {}
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        if any(token.content.isalpha() and not token.single_word for token in added):
+            return {}
+        own_ids = {token.content.lower() for token in added}
+        pieces = self._tokenizer.get_vocab(with_added_tokens=False)
+        return {piece: number for piece, number in pieces.items() if piece.isalpha() and piece not in own_ids}
+
+    def _split(self, text: str, limit: int | None) -> list[str]:
+        """Split a text into at most ``limit`` independently encodable parts.
+
+        Spaces within class names are replaced by :data:`_JOINT`.
+        """
         lower = text.lower()
         for name in self._names_with_space:
             start = lower.find(name)
@@ -156,18 +173,27 @@ class TextEncoder:
                 end = start + len(name)
                 text = text[:start] + text[start:end].replace(" ", _JOINT) + text[end:]
                 start = lower.find(name, end)
-        return text.split(" ")
+        return text.split(" ") if limit is None else text.split(" ", limit)[:limit]
 
 
 class _PartIds(dict[str, list[int]]):
-    """The ids of the parts of texts, which are computed at the first access."""
+    """The ids of the parts of texts, which are computed at the first access.
 
-    def __init__(self, tokenizer: Tokenizer):
+    Args:
+        tokenizer: The vocabulary.
+        words: Ids of lower-case words that need no call of the tokenizer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, words: Mapping[str, int]):
         super().__init__()
-        self._tokenizer = tokenizer
+        self._tokenizer, self._words = tokenizer, words
 
     def __missing__(self, part: str) -> list[int]:
-        ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
+        word_id = self._words.get(part.lower()) if part.isascii() else None
+        if word_id is not None:
+            ids = [word_id]
+        else:
+            ids = self._tokenizer.encode(part.replace(_JOINT, " "), add_special_tokens=False).ids
         if len(self) >= _MAX_CACHED:
             self.clear()
         self[part] = ids
