@@ -6,13 +6,14 @@
         --repeats 10
 
 It prints a JSON object per case and batch size. The cases are: ``tokenize`` and ``decode_vqvae`` (VQ-VAE B),
-``decode_divae`` (DDIM with the patched UNet), ``unet_step`` (one of its steps, with weights that are already transformed
-for fast convolutions, so that the ratios are those of many steps), ``train_vqvae`` and ``train_divae`` (``Trainer.train_step`` on one
-synthetic batch). The plain variant has the same weights and must compute the same. It is written in the published way:
-attention is softmax(QK^T)V, images are decoded one at a time, the codebook's statistics are products with one-hot
-vectors, AdamW is not fused, and nothing is compiled. ``one_at_a_time`` is our decoder on one image after the other.
-The variants alternate in one process. Ratios of their times are the median, minimum and maximum over the rounds.
-Besides the wall-clock time there is the CPU time of all threads (``cpu_seconds``), which other work disturbs less.
+``decode_divae`` (DDIM with the patched UNet), ``unet_step`` (one of its steps, with weights that are already
+transformed for fast convolutions, so that the ratios are those of many steps), ``train_vqvae`` and ``train_divae``
+(``Trainer.train_step`` on one synthetic batch). The plain variant has the same weights and must compute the same. It is
+written in the published way: attention is softmax(QK^T)V, images are decoded one at a time, the codebook's statistics
+are products with one-hot vectors, AdamW is not fused, and nothing is compiled. ``one_at_a_time`` is our decoder on one
+image after the other. The variants alternate in one process. Ratios of their times are the median, minimum and maximum
+over the rounds. Besides the wall-clock time there is the CPU time of all threads (``cpu_seconds``), which other work
+disturbs less.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
 **The data position.** The training data of a run consists of ``S = num_streams`` logical *streams*. Micro-batch ``k``
 of rank ``r`` is global batch ``g = k · world_size + r`` and comes from stream ``g mod S``; for given ``S``,
-``batch_size`` and ``batches_per_epoch``, its content depends only on ``(seed, g)``. ``S`` is a multiple of the total number of workers, ``world_size · max(1, num_workers)``, which is
-also its default. Each stream therefore belongs to one worker, each worker cycles through its ``S / (world_size · max(1,
-num_workers))`` streams, and every such number of ranks and workers sees the same batches.
+``batch_size`` and ``batches_per_epoch``, its content depends only on ``(seed, g)``. ``S`` is a multiple of the total
+number of workers, ``world_size · max(1, num_workers)``, which is also its default. Each stream therefore belongs to one
+worker, each worker cycles through its ``S / (world_size · max(1, num_workers))`` streams, and every such number of
+ranks and workers sees the same batches.
 
 ``k`` counts through the whole run; an epoch ends after every ``batches_per_epoch`` batches, and each stream starts
 afresh. Within an epoch, a stream is a fixed sequence of *draws*: its order is seeded by ``(seed, epoch, stream)``, and

@@ -112,7 +112,7 @@ def decode(
     text_tokenizer: Tokenizer | None = None,
     detokenizer: Detokenizer = DETOKENIZER,
 ) -> list[dict[str, Decoded]]:
-    """Decode all inputs of a batch, which include the targets after generation. Images of a modality are decoded together.
+    """Decode all inputs of a batch, which include the targets after generation; images of a modality together.
 
     Args:
         mod_dict: The batch.
@@ -212,7 +212,7 @@ def decode_modality(
 def _images(
     ids: Tensor, masked: Tensor, kind: str, tokenizer: ImageTokenizer | None, detokenizer: Detokenizer
 ) -> list[Decoded]:
-    """Decode images (B, L). Tokens that are unknown, or that the tokenizer does not have, are missing in the pictures."""
+    """Decode images (B, L). Tokens that are unknown, or beyond those of the tokenizer, are missing in the pictures."""
     length = ids.shape[1]
     side = round(length**0.5)
     width = side if side * side == length else length

@@ -27,7 +27,8 @@ class LayerCache:
         block: A :class:`DecoderBlock`.
         context: The context, (B, N, D).
         length: Maximum number of tokens M.
-        position: Index (1,) of the next token, for steps of the same shapes; None if the cache counts the tokens itself.
+        position: Index (1,) of the next token, for steps of the same shapes; None if the cache counts the tokens
+            itself.
     """
 
     def __init__(self, block: Any, context: Tensor, length: int, position: Tensor | None = None):

@@ -1,8 +1,8 @@
 """Linear layers whose weights are kept on the CPU in the order in which their product reads them fastest.
 
 A matrix product on a CPU first copies the weights into the order of its kernel. Generation multiplies by the same
-weights in every step, often with only a few tokens, so that it pays to copy them once: for oneDNN, or, if a single token
-is multiplied, which takes the time of reading the weights, with the columns of the weights as rows.
+weights in every step, often with only a few tokens, so that it pays to copy them once: for oneDNN, or, if a single
+token is multiplied, which takes the time of reading the weights, with the columns of the weights as rows.
 """
 
 from __future__ import annotations

@@ -478,8 +478,8 @@ def load_tokenizers(
     """Load the tokenizers of several kinds of modalities.
 
     Args:
-        places: A folder with one tokenizer folder per kind (``rgb``, ``clip``, ``human_poses``, …), or a mapping from kind to
-            folder, file or hub id; None loads nothing.
+        places: A folder with one tokenizer folder per kind (``rgb``, ``clip``, ``human_poses``, …), or a mapping from
+            kind to folder, file or hub id; None loads nothing.
         device: The device of the tokenizers.
 
     Raises:

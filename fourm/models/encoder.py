@@ -32,8 +32,8 @@ class Encoder(nn.Module):
         pos_temperature: Temperature of the sine-cosine positions in images.
 
     Attributes:
-        residual_dtype: Precision of the residual stream; None keeps that of the embeddings. Like autocast, it belongs to
-            a training run, and is not saved with the model.
+        residual_dtype: Precision of the residual stream; None keeps that of the embeddings. Like autocast, it belongs
+            to a training run, and is not saved with the model.
     """
 
     residual_dtype: torch.dtype | None = None

@@ -31,8 +31,8 @@ class LayerNorm(nn.LayerNorm):
             self.register_buffer("bias", torch.zeros(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel computes in float32 whatever the type of x. Autocast would convert a 16-bit x before F.layer_norm, and
-        # the copy would be kept for the backward pass. FSDP may gather the weight in lower precision than x.
+        # The kernel computes in float32 whatever the type of x. Autocast would convert a 16-bit x before F.layer_norm,
+        # and the copy would be kept for the backward pass. FSDP may gather the weight in lower precision than x.
         weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
         return torch.native_layer_norm(x, self.normalized_shape, weight, bias, self.eps)[0]
 
@@ -110,8 +110,9 @@ class Slots:
     Attributes:
         index: (T,) Slot of each token, as an index into the B·S slots.
         shape: B and S.
-        lengths: Number of tokens of each sample, if the tokens are sorted by slot and attention is to be computed for one
-            sample after another. On a CPU that is faster than to place them, because it needs neither copies nor a mask.
+        lengths: Number of tokens of each sample, if the tokens are sorted by slot and attention is to be computed for
+            one sample after another. On a CPU that is faster than to place them, because it needs neither copies nor a
+            mask.
     """
 
     index: Tensor
@@ -215,8 +216,7 @@ class CrossAttention(_MultiHead):
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
     def keys_values(self, context: Tensor, slots: Slots | None = None) -> Context:
-        """Compute the keys and values of the context (B, K, D), or packed; a list with one entry per sample if ``slots``
-        has ``lengths``."""
+        """Compute the keys and values of the context, (B, K, D) or packed; a list by sample if ``slots`` has lengths."""
         kv = self.kv(context)
         if slots is not None and slots.lengths is not None:
             return [self._normed(self.heads(part, 2, None)) for part in slots.samples(kv)]

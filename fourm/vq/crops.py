@@ -93,7 +93,8 @@ class SampleInputs(NamedTuple):
 
     Attributes:
         key: The key of the sample.
-        inputs: (n, C, h, w) float32: the pixels or features of each crop, or the objects of all crops one after another.
+        inputs: (n, C, h, w) float32: the pixels or features of each crop, or the objects of all crops one after
+            another.
         crops: (K, 5) int32.
         objects: The descriptions of the objects in each crop; None if crops are tokenized.
     """
@@ -238,7 +239,7 @@ class FeatureDataset(CropDataset):
 
 
 class ObjectDataset(CropDataset):
-    """The objects in each crop, such as people, from files that describe them; ``transform`` is an :class:`ObjectTransform`."""
+    """The objects in each crop, such as people, from files; ``transform`` is an :class:`ObjectTransform`."""
 
     def value(self, ids: np.ndarray, objects: list[list[dict[str, Any]]] | None) -> Value:
         codes, name = iter(ids.tolist()), self.transform.codes_key

@@ -34,7 +34,7 @@ PIXELS, MAIN = "pixels", "main"
 _REMOVE_CROPS = "remove crop_settings and all tokens made with it, and tokenize again"
 
 Value: TypeAlias = np.ndarray | list
-"""The tokens of a sample: an array (K, L), or a list with one list of described objects per crop, which becomes JSON."""
+"""The tokens of a sample: an array (K, L), or a list of described objects for each crop, which becomes JSON."""
 
 Results: TypeAlias = Iterable[tuple[str, Value, np.ndarray]]
 """The key, tokens and crops (K, 5) of each sample."""

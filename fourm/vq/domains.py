@@ -21,8 +21,8 @@ class Domain:
         transform: Key of ``MODALITY_TRANSFORMS``; None for the name of the domain.
         network: The network of timm that extracts the features from RGB images; None reads them from files.
         options: The fields of the transform that differ from its defaults.
-        tokens: The kind of its modality in 4M-21, which is the name of that modality without ``tok_`` and the size; None
-            for the name of the domain.
+        tokens: The kind of its modality in 4M-21, which is the name of that modality without ``tok_`` and the size;
+            None for the name of the domain.
     """
 
     channels: int

@@ -199,8 +199,8 @@ def _objects(
     codes = tokenizer.num_codebooks * side**2
     if codes != transform.num_codes or tokenizer.vocab_size > NUM_CODES:
         raise UserError(
-            f"{options.tokenizer} has {codes} codes below {tokenizer.vocab_size} for each of the {modality}, but a 4M model "
-            f"reads {transform.num_codes} codes below {NUM_CODES}"
+            f"{options.tokenizer} has {codes} codes below {tokenizer.vocab_size} for each of the {modality}, but a 4M "
+            f"model reads {transform.num_codes} codes below {NUM_CODES}"
         )
     size = options.input_size or _CROP_SIZE
     transform = transform.for_sizes(info.input_size, size)
@@ -231,8 +231,8 @@ def _output(options: SaveTokensOptions, kind: str, size: str, task: str) -> str:
 def _check_main_modality(options: SaveTokensOptions, content: str) -> None:
     if options.main_modality is None:
         raise UserError(
-            f"'main_modality' is not set: name the folder of the pictures that {content} were made of, because crops are "
-            "measured in their pixels"
+            f"'main_modality' is not set: name the folder of the pictures that {content} were made of, because crops "
+            "are measured in their pixels"
         )
 
 

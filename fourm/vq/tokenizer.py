@@ -77,10 +77,10 @@ class ImageTokenizer(nn.Module, ABC):
         input_patch: The side length of the part of the input that becomes a token; 1 if the input is a map of features.
         takes_vectors: Whether a sample is a single vector, (D, 1, 1).
         num_codebooks: G, the number of ids for each place.
-        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read from
-            files, and empty if that is not known.
-        picture_options: Options of :meth:`decode_tokens` that you may set for :meth:`decode_pictures`; they override all
-            others.
+        feature_network: The network of timm that extracts the features that it tokenizes; ``none`` if they are read
+            from files, and empty if that is not known.
+        picture_options: Options of :meth:`decode_tokens` that you may set for :meth:`decode_pictures`; they override
+            all others.
     """
 
     kind: ClassVar[str]

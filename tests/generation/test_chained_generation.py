@@ -169,7 +169,7 @@ def test_steps_of_the_same_shapes_write_the_same_texts(model, scale, monkeypatch
 
 
 class WaitsOfASequence(Waits):
-    """Collects the operations that would wait for a GPU within a step that a CUDA graph replays, and the shapes of all."""
+    """Collects the shapes, and what would wait for a GPU, within a step that a CUDA graph replays."""
 
     def __init__(self):
         super().__init__()

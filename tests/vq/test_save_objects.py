@@ -1,4 +1,4 @@
-"""save_vq_tokens.py with tokenizers of people and of segmented instances, whose codes are read back as 4M and generation do."""
+"""save_vq_tokens.py with tokenizers of people and of segmented instances; 4M and generation read the codes back."""
 
 import io
 import json

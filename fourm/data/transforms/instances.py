@@ -55,8 +55,8 @@ def _number_words(count: int, low: float, high: float) -> Callable[[Sequence[flo
 class ObjectTransform(AbstractTransform):
     """Objects of a picture, such as people, each of which a tokenizer describes by a few codes.
 
-    The training of such a tokenizer sees one random object of a file. :meth:`objects` returns all of them, in the form that
-    the 4M modality reads, which lacks only the codes.
+    The training of such a tokenizer sees one random object of a file. :meth:`objects` returns all of them, in the form
+    that the 4M modality reads, which lacks only the codes.
 
     Attributes:
         codes_key: The key of the codes in the description of an object.
@@ -71,7 +71,7 @@ class ObjectTransform(AbstractTransform):
         return self
 
     def crops_in_file(self, value: Any) -> int | None:
-        """Return the number of stored crops that a file describes one by one, or None if it describes the whole picture."""
+        """Return the number of stored crops that a file describes, or None if it describes the whole picture."""
         return None
 
     @abstractmethod
