@@ -2,7 +2,7 @@
 
     python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data
     python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data --codebooks
-    python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data --split train --scenes 999
+    python benchmarks/demo_tokenizers.py --tokenizers fourm/demo/trained --data demo_run/data --split train --scenes 800
 
 With ``--codebooks``, a codebook with as many ids is fitted to the training scenes for each tokenizer, and measured too.
 It prints one JSON line per tokenizer: the measure, the share of the ids that are used, and their perplexity.

@@ -216,7 +216,7 @@ class CrossAttention(_MultiHead):
         self.kv = nn.Linear(options.dim, 2 * options.dim, bias=options.qkv_bias)
 
     def keys_values(self, context: Tensor, slots: Slots | None = None) -> Context:
-        """Compute the keys and values of the context, (B, K, D) or packed; a list by sample if ``slots`` has lengths."""
+        """Compute the keys and values of the context, (B, K, D) or packed; a list by sample if ``slots`` has them."""
         kv = self.kv(context)
         if slots is not None and slots.lengths is not None:
             return [self._normed(self.heads(part, 2, None)) for part in slots.samples(kv)]
