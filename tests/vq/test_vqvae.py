@@ -332,7 +332,7 @@ def test_fsq_has_the_codes_of_its_levels():
     [
         ({"enc_type": "vit_x_enc"}, r"unknown vision transformer 'vit_x_enc' \(did you mean 'vit_"),
         ({"enc_type": "vit/B_2-Wi_30-H_2"}, "multiple of 4"),
-        ({"enc_type": "BottleneckMLP/B_6"}, "no size of an MLP"),
+        ({"enc_type": "BottleneckMLP/B_6"}, "is not an MLP such as"),
         ({"image_size": 30}, "input_size 30 is not a multiple of patch_size 8"),
         ({"codebook_size": 0}, "'codebook_size' must be at least 1"),
         ({"quant_type": "fqs"}, "'quant_type' must be one of 'lucid', 'memcodes', 'fsq'"),
