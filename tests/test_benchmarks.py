@@ -70,6 +70,14 @@ def test_generation_takes_turns_with_another_checkout():
 
 
 @pytest.mark.slow
+def test_decoding_a_batch_is_compared_with_single_images():
+    options = ["--divae", "--images", "3", "--batch_size", "2", "--steps", "1", "--rounds", "1"]
+    codebook, divae = lines("benchmarks/decode_batch.py", "fourm/demo/trained/depth", *options)
+    assert [row["tokenizer"] for row in (codebook, divae)] == ["depth", "divae"]
+    assert all(row["difference"] < 1e-4 and row["ratio"][0] > 0 for row in (codebook, divae))
+
+
+@pytest.mark.slow
 def test_optimizers_are_compared_by_the_steps_to_the_same_loss(tmp_path, capsys):
     options = {"--steps": 6, "--eval_every": 2, "--seeds": 0, "--adamw_blr": 0.01, "--muon_blr": 1, "--timed_steps": 1}
     arguments = [str(part) for option in options.items() for part in option]

@@ -219,7 +219,8 @@ def _images(
     known = torch.where(masked, -1, ids)
     grids = known.view(len(ids), -1, width)
     if tokenizer is None:
-        return [Decoded("tokens", grid.numpy(), int((grid < 0).sum()), tensor=grid) for grid in grids]
+        rows = zip(grids, masked, strict=True)
+        return [Decoded("tokens", grid.numpy(), int(row.sum()), tensor=grid) for grid, row in rows]
     if length % tokenizer.num_codebooks:
         raise UserError(
             f"the tokenizer of {kind} has {tokenizer.num_codebooks} codebooks, which {length} tokens do not fit"

@@ -46,6 +46,10 @@ class PackedLinears:
         """Memory of all copies, in bytes."""
         return sum(layer.nbytes for layer in self._layers.values())
 
+    def has_room(self, weight: Tensor) -> bool:
+        """Return whether a copy of ``weight`` would stay within the limit."""
+        return self.nbytes + weight.nbytes <= self.limit
+
     def check(self) -> None:
         """Compare each copy with its weights, which may have changed, when it is used for the next time."""
         for layer in self._layers.values():
@@ -84,7 +88,8 @@ def _multiply_packed(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _multiply_transposed(x: Tensor, columns: Tensor, bias: Tensor | None) -> Tensor:
-    return x @ columns if bias is None else x @ columns + bias
+    y = (x.reshape(1, -1) @ columns).view(*x.shape[:-1], -1)
+    return y if bias is None else y + bias
 
 
 def _multiply_pair(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -123,8 +128,7 @@ class _PackedLinear:
         if self._copies and not self.checked and self._state != _state(weight):
             self._copies.clear()
         self.checked = True
-        fits = self._owner.nbytes + weight.nbytes <= self._owner.limit
-        if order not in self._copies and self._uses[order] > 1 and fits:
+        if order not in self._copies and self._uses[order] > 1 and self._owner.has_room(weight):
             self._copies[order], self._state = _ORDERS[order].copy(weight.detach()), _state(weight)
         if order not in self._copies:
             return F.linear(x, weight, bias)
