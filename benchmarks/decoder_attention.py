@@ -65,7 +65,7 @@ def ways(masked: Tensor, selection: Selection, x: Tensor) -> dict[str, Attention
 
     batch_size, targets = masked.shape[:2]
     block_mask = create_block_mask(sees, batch_size, None, targets, targets, device=x.device.type)
-    flex = torch.compile(flex_attention) if x.is_cuda else flex_attention
+    flex = torch.compile(flex_attention, dynamic=False) if x.is_cuda else flex_attention
     return {
         "additive_mask": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, attn_mask=mask),
         "per_modality": per_modality,
@@ -94,10 +94,7 @@ def main() -> None:
         batch = synthetic_batch(model.modality_info, options.batch_size, 1, share)
         selection = model.select_tokens(batch, 1, share * len(model.decoder_embeddings)).decoder.to(options.device)
         shape = options.batch_size, options.heads, selection.modality.shape[1], 64
-        q, k, v = (
-            torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype)).requires_grad_()
-            for _ in range(3)
-        )
+        q, k, v = (torch.randn(shape, device=options.device, dtype=getattr(torch, options.dtype)) for _ in range(3))
         variants = ways(model.target_mask(selection), selection, q)
         print(
             json.dumps({"targets": shape[2], **measure(variants, q, k, v, options.rounds, options.steps)}), flush=True
@@ -109,14 +106,15 @@ def measure(
 ) -> dict[str, object]:
     """Measure the seconds of a pass of each variant, alternately; the first round warms up."""
     backward = q.is_cuda
+    for tensor in (q, k, v):
+        tensor.requires_grad_(backward)
     times: dict[str, list[float]] = {name: [] for name in variants}
     outputs = {}
     for _ in range(rounds + 1):
         for name, attend in variants.items():
             start = time.perf_counter()
             for _ in range(steps):
-                with torch.set_grad_enabled(backward):
-                    outputs[name] = attend(q, k, v)
+                outputs[name] = attend(q, k, v)
                 if backward:
                     torch.autograd.grad(outputs[name].sum(), (q, k, v))
             if q.is_cuda:

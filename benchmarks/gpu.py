@@ -36,7 +36,10 @@ FULL_STEP = [
     "--steps",
     "10",
 ]
-TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1"]
+TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1", "--dtype", "bfloat16"]
+RESIDUALS = ["--residual_dtype", "float32", "bfloat16"]
+ATTENTION = ["benchmarks/decoder_attention.py"]
+FULL_ATTENTION = ["--device", "cuda", "--dtype", "bfloat16"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
 TOKENIZERS = ["benchmarks/image_tokenizers.py", "--no_plain", "--rounds", "1"]
 FULL_TOKENIZERS = ["--batch_size", "32", "--steps", "50", "--repeats", "3", "--device", "cuda", "--dtype", "bfloat16"]
@@ -60,19 +63,20 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 
 
 def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
-    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 350 seconds."""
+    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 355 seconds."""
     step = TOY_STEP if toy else FULL_STEP
     model = (
         ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
     )
     return {
-        "environment": (20, ["-c", ENVIRONMENT]),
-        "step_eager": (40, step),
-        "step_compiled": (70, [*step, "--compile"]),
-        "step_fsdp": (40, [*step, "--fsdp"]),
-        "generation": (45, [*GENERATE, *model]),
-        "tokenizers": (55, [*TOKENIZERS, *(TOY_TOKENIZERS if toy else FULL_TOKENIZERS)]),
-        "tests": (80, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
+        "environment": (15, ["-c", ENVIRONMENT]),
+        "step_eager": (45, [*step, *RESIDUALS]),
+        "step_compiled": (90, [*step, *RESIDUALS, "--compile"]),
+        "step_fsdp": (35, [*step, "--fsdp"]),
+        "decoder_attention": (30, [*ATTENTION, *(["--toy"] if toy else FULL_ATTENTION)]),
+        "generation": (35, [*GENERATE, *model]),
+        "tokenizers": (45, [*TOKENIZERS, *(TOY_TOKENIZERS if toy else FULL_TOKENIZERS)]),
+        "tests": (60, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
     }
 
 

@@ -151,14 +151,18 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     found = {path.stem: json.loads(path.read_text()) for path in tmp_path.glob("*.json")}
     assert set(found) == set(gpu.steps(toy=True)) and not any("error" in step for step in found.values())
     assert found["environment"]["results"][0]["torch"] == torch.__version__
-    settings = {name: found[f"step_{name}"]["results"][0] for name in ("eager", "compiled", "fsdp")}
-    assert [(row["compile"], row["strategy"]) for row in settings.values()] == [
-        (False, "single"),
-        (True, "single"),
-        (False, "fsdp"),
+    rows = [row for name in ("eager", "compiled", "fsdp") for row in found[f"step_{name}"]["results"]]
+    assert [(row["compile"], row["strategy"], row["residual_dtype"]) for row in rows] == [
+        (False, "single", "float32"),
+        (False, "single", "bfloat16"),
+        (True, "single", "float32"),
+        (True, "single", "bfloat16"),
+        (False, "fsdp", "float32"),
     ]
     generated = found["generation"]["results"][0]["seconds"]
     assert len(generated) == 4 and generated["rgb_to_caption_256_guided"]["graphs_same_tokens"] is True
+    (attention,) = found["decoder_attention"]["results"]
+    assert attention["difference"].pop("no_mask") > 0.1 and max(attention["difference"].values()) < 1e-5
     cases = [row["case"] for row in found["tokenizers"]["results"]]
     assert cases == ["tokenize", "decode_vqvae", "decode_divae", "unet_step", "train_vqvae", "train_divae"]
     assert "skipped" in found["tests"]["output"]
