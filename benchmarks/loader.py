@@ -6,10 +6,11 @@
     OMP_NUM_THREADS=1 python benchmarks/loader.py --modalities 7 21 --repeats 4 --memory_samples 100000
 
 It uses the published mixtures of 7 and 21 modalities, JPEGs of 256 to 400 px, and 128/128 and 256/256 tokens. It prints
-one JSON line per number of modalities and number of repeats: samples/s, the processor time of each stage, and the
-growth of memory during the measurement. With ``--single``, samples come one by one, with normalised pixels, from
-``build_wds_fm_pretraining_dataloader``. With ``--memory_samples`` it prints ten lines with the resident memory of the
-worker processes instead. ``benchmarks/loader_trees.py`` compares two versions of the code.
+one JSON line per number of modalities and number of repeats: samples/s, also per second of processor time (of the
+worker processes, if there are any), the processor time of each stage, and the growth of memory during the measurement.
+With ``--single``, samples come one by one, with normalised pixels, from ``build_wds_fm_pretraining_dataloader``. With
+``--memory_samples`` it prints ten lines with the resident memory of the worker processes instead.
+``benchmarks/loader_trees.py`` compares two versions of the code.
 """
 
 from __future__ import annotations
@@ -141,21 +142,21 @@ def single_samples(data: Path, tokenizer: Path, tokens: int, num_workers: int = 
     return iter(loader)
 
 
-def measure(loader: Iterator[Sample], samples: int, batch_size: int, num_workers: int) -> Iterator[dict[str, float]]:
+def measure(loader: Iterator[Sample], samples: int, batch_size: int) -> Iterator[dict[str, float]]:
     """Yield samples/s, milliseconds per sample and stage, MB of a batch, and growth of the resident memory in MB."""
     count = samples // batch_size
     for _ in range(count // 2):  # until the buffers are full and contain their maximum number of decoded samples
         next(loader)
     TIMES.clear()
     memory = _resident_mb(os.getpid())
-    start, start_cpu = time.perf_counter(), time.process_time()
+    start, start_cpu = time.perf_counter(), _cpu_seconds()
     for _ in range(count):
         batch = next(loader)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - start_cpu
+    seconds, cpu_seconds = time.perf_counter() - start, _cpu_seconds() - start_cpu
     milliseconds = {f"{stage}_ms": round(1000 * t / (count * batch_size), 3) for stage, t in TIMES.items()}
     yield {
         "samples_per_s": round(count * batch_size / seconds, 1),
-        **({} if num_workers else {"samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1)}),
+        "samples_per_cpu_s": round(count * batch_size / cpu_seconds, 1),
         **milliseconds,
         "batch_mb": round(sum(t.nbytes for entry in batch.values() for t in entry.values()) / 1e6, 2),
         "memory_growth_mb": round(_resident_mb(os.getpid()) - memory, 1),
@@ -169,6 +170,16 @@ def measure_memory(loader: Iterator[Sample], samples: int, batch_size: int) -> I
             next(loader)
         resident = sum(_resident_mb(worker.pid) for worker in multiprocessing.active_children())
         yield {"samples": samples * tenth // 10, "workers_resident_mb": round(resident, 1)}
+
+
+def _cpu_seconds() -> float:
+    """Return the processor time of the worker processes or, if there are none, of this process."""
+    workers = multiprocessing.active_children()
+    if not workers:
+        return time.process_time()
+    # The fields after the name of the process, which is in parentheses.
+    fields = [Path(f"/proc/{worker.pid}/stat").read_text().rpartition(")")[2].split() for worker in workers]
+    return sum(int(user) + int(system) for *_, user, system in (row[:13] for row in fields)) / os.sysconf("SC_CLK_TCK")
 
 
 def _resident_mb(process: int | None) -> float:
@@ -217,7 +228,7 @@ def main() -> None:
                         raw_pixels=not options.float_pixels,
                     )
                 if options.memory_samples is None:
-                    results = measure(loader, options.samples, batch_size, num_workers)
+                    results = measure(loader, options.samples, batch_size)
                 else:
                     results = measure_memory(loader, options.memory_samples, batch_size)
                 settings = {"modalities": modalities, "repeats": repeats, "num_workers": num_workers}

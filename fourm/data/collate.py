@@ -44,8 +44,8 @@ def collate(
     return batch
 
 
-def single(sample: MaskedSample, modality_info: Mapping[str, Modality]) -> dict[str, dict[str, Tensor]]:
-    """Return one masked sample as tensors: what :func:`collate` returns for it, without the leading dimension."""
+def single(sample: MaskedSample, modality_info: Mapping[str, Modality]) -> dict[str, dict[str, np.ndarray]]:
+    """Return one masked sample as arrays: what :func:`collate` returns for it, without the leading dimension."""
     result = {}
     for name, modality in modality_info.items():
         row = dict(sample[name] if name in sample else _masked_row(modality, None))
@@ -55,8 +55,15 @@ def single(sample: MaskedSample, modality_info: Mapping[str, Modality]) -> dict[
         elif not (values.flags.carray and values.flags.owndata):
             values = values.copy()  # otherwise it would share the memory of a value that is kept for its next repeat
         row["tensor"] = values.reshape(-1) if modality.type == "img" and not modality.is_pixels else values
-        result[name] = {field: torch.from_numpy(array) for field, array in row.items()}
+        result[name] = row
     return result
+
+
+def as_tensors(sample: MaskedSample) -> dict[str, dict[str, Tensor]]:
+    """Return the arrays of a sample as tensors that share their memory."""
+    return {
+        name: {field: torch.from_numpy(array) for field, array in fields.items()} for name, fields in sample.items()
+    }
 
 
 def _stack(rows: Sequence[np.ndarray], length: int | None, shared: bool) -> Tensor:

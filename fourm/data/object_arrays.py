@@ -116,7 +116,7 @@ class _Bytes(_Record):
 
 
 _VALUE_RECORDS = frozenset({_Array, _Scalar, _Bytes})
-_RECORD_TYPES: dict[tuple[str, str], type[_Record]] = {
+_RECORD_TYPES: dict[tuple[str, str], type[_Record] | type[_Array]] = {
     ("numpy", "ndarray"): _ArrayType,
     ("numpy", "dtype"): _Dtype,
     **{(f"numpy.{core}.multiarray", "_reconstruct"): _Array for core in ("core", "_core")},
@@ -206,7 +206,7 @@ class _PickleFile(io.BytesIO):
 
 
 class _Unpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> type[_Record]:
+    def find_class(self, module: str, name: str) -> type[_Record] | type[_Array]:
         if (module, name) not in _RECORD_TYPES:
             raise pickle.UnpicklingError(f"{module}.{name} is not a plain value or an array")
         return _RECORD_TYPES[module, name]

@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.budgets import TokensRange
-from fourm.data.collate import ModDict, single
+from fourm.data.collate import ModDict, as_tensors, single
 from fourm.data.folders import Folders
 from fourm.data.image_augmenter import AbstractImageAugmenter
 from fourm.data.layout import wanted_names
@@ -71,7 +71,7 @@ class PretrainingLoader:
         )
         self.epoch += 1
         for batch in itertools.islice(BatchLoader(batches, self.num_workers), length):
-            yield batch.mod_dict
+            yield batch.mod_dict if self.batch_size else as_tensors(batch.mod_dict)
 
 
 def build_wds_fm_pretraining_dataloader(
@@ -204,7 +204,7 @@ class FolderDataset(Dataset):
             masked = self._dataset.masked(sample, generator(self.seed, "sample", index))
         except BadSample as error:
             raise DataError(str(error)) from error
-        return single(masked, self._dataset.modalities)
+        return as_tensors(single(masked, self._dataset.modalities))
 
 
 def _select(modality_info: Mapping[str, Mapping[str, Any]], names: Iterable[str]) -> dict[str, Modality]:

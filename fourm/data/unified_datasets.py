@@ -160,7 +160,7 @@ def read_sample(
 class TrainBatches(IterableDataset):
     """The endless micro-batches of one rank from ``start_batch`` on; each worker process builds its own share.
 
-    With ``batch_size`` None, each is a single sample without a batch dimension.
+    With ``batch_size`` None, each is a single sample of arrays without a batch dimension.
     """
 
     datasets: Sequence[SampleDataset]
@@ -197,7 +197,8 @@ class TrainBatches(IterableDataset):
 
     def _next(self, samples: Stream) -> dict[str, dict[str, Tensor]]:
         if self.batch_size is None:
-            return single(next(samples), self.modalities)
+            # Arrays, because a worker would send each tensor by itself through shared memory, which takes milliseconds.
+            return single(next(samples), self.modalities)  # type: ignore[return-value]
         return _collate([next(samples) for _ in range(self.batch_size)], self.modalities)
 
     def _epoch(self, k: int) -> int:

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from fourm.data.collate import collate, single
+from fourm.data.collate import as_tensors, collate, single
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.span_masking import padded, sequence_row
 
@@ -46,7 +46,7 @@ def test_a_single_sample_is_the_only_row_of_its_batch_in_memory_of_its_own():
             "rgb@224": {"tensor": pixels[:, ::-1]} | fields,
             "tok_rgb@224": {"tensor": kept[:]} | fields,
         }
-        got, batch = single(sample, modalities), collate([sample], modalities)
+        got, batch = as_tensors(single(sample, modalities)), collate([sample], modalities)
         assert list(got) == list(modalities)
         for name, entry in batch.items():
             assert got[name].keys() == entry.keys()

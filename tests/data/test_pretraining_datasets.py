@@ -58,6 +58,19 @@ def test_each_pass_is_a_new_epoch_of_epoch_size_samples(shards, as_dicts):
     assert not torch.equal(first[0]["caption"]["tensor"], second[0]["caption"]["tensor"])
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_single_samples_of_a_worker_are_those_made_here(shards):
+    single = {"num_gpus": 1, "batch_size": None, "epoch_size": 3}
+    here, sent = (
+        list(build_wds_fm_pretraining_dataloader(**arguments(shards), **single, num_workers=workers))
+        for workers in (0, 1)
+    )
+    for expected, got in zip(here, sent, strict=True):
+        for name, fields in expected.items():
+            assert not any(got[name][field].is_shared() for field in fields)
+            assert all(torch.equal(got[name][field], tensor) for field, tensor in fields.items())
+
+
 def test_single_samples_without_end(shards):
     loader = build_wds_fm_pretraining_dataloader(
         **arguments(shards), num_gpus=1, num_workers=0, batch_size=None, epoch_size=None, n_repeats=1

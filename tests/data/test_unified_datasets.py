@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.batch_loader import BatchLoader
-from fourm.data.collate import single
+from fourm.data.collate import as_tensors, single
 from fourm.data.data_config import load_data_config
 from fourm.data.raw_sample import RawSample
 from fourm.data.sample_dataset import build_dataset
@@ -224,7 +224,7 @@ def test_a_repeat_is_preprocessed_once_and_independent_of_the_others(tmp_path, s
     fresh = RawSample(kept.key, kept.members)
     for seed in range(4):
         got, expected = (
-            single(dataset.masked(sample, generator(seed)), dataset.modalities)
+            as_tensors(single(dataset.masked(sample, generator(seed)), dataset.modalities))
             for dataset, sample in ((repeated, kept), (once, fresh))
         )
         assert same(got, expected)
