@@ -3,8 +3,9 @@
     python benchmarks/decode_batch.py fourm/demo/trained/*
     python benchmarks/decode_batch.py --divae
 
-It prints a JSON object per tokenizer: seconds of processor time per image in batches of ``--batch_size`` and one by one,
-their ratio (median, minimum and maximum of the rounds, in which both take turns), and the largest difference of a pixel.
+It prints a JSON object per tokenizer: seconds of processor time per image in batches of ``--batch_size`` and one by
+one, their ratio (median, minimum and maximum of the rounds, in which both take turns), and the largest difference of a
+pixel.
 ``--divae`` adds a DiVAE of toy size with random weights, which decodes in ``--steps`` steps.
 """
 
