@@ -137,7 +137,9 @@ class Setting:
         folder = Path(config.output_dir)
         if not (folder / "model.safetensors").exists():
             with contextlib.redirect_stdout(sys.stderr):
-                train(Pretrain, config, DDP)
+                status = train(Pretrain, config, DDP)
+            if status:  # a signal has stopped the run, and the next start continues it
+                sys.exit(status)
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         own = yaml.safe_load(yaml.safe_dump(saved_options(config)))
         different = sorted(key for key in saved | own if saved.get(key) != own.get(key) and key != "output_dir")

@@ -2,8 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -118,6 +121,29 @@ def test_variants_are_compared_with_a_base_seed_by_seed(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             time_to_loss.main([*options, "--variants", way])
+
+
+@pytest.mark.slow
+def test_a_comparison_that_a_signal_stops_continues_where_it_was(tmp_path, capsys):
+    def stop_the_run():
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = write_run(tmp_path / "toys", num_workers=0)
+    options = ["--config", str(config), "--out", str(tmp_path / "out"), "--timed_steps", "1", "--seeds", "0"]
+    options += ["--steps", "20", "--eval_every", "20", "--base", "toy", "--variants", "idle:blr=0"]
+    stopper = threading.Thread(target=stop_the_run)
+    stopper.start()
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        time_to_loss.main(options)
+    stopper.join()
+    assert not capsys.readouterr().out
+    time_to_loss.main(options)
+    toy, idle, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(toy["losses"]) == list(idle["losses"]) == ["20"]
+    (log,) = tmp_path.glob("out/toy/*/*/log.txt")
+    assert "the same command goes on from there" in log.read_text()
 
 
 @pytest.mark.slow
