@@ -142,7 +142,8 @@ class Setting:
                 sys.exit(status)
         saved = yaml.safe_load((folder / "config.yaml").read_text())
         own = yaml.safe_load(yaml.safe_dump(saved_options(config)))
-        different = sorted(key for key in saved | own if saved.get(key) != own.get(key) and key != "output_dir")
+        fixed = [field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")]
+        different = [key for key in fixed if saved.get(key) != own[key]]
         if different:
             raise UserError(f"{folder} is a run with another {', '.join(different)}: choose another --out")
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
