@@ -49,8 +49,8 @@ from fourm.train.run import Run, train
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
 from fourm.utils.errors import UserError, run_cli
 
-BASE = "adamw:opt=adamw,blr=0.024|0.012|0.048"
-VARIANTS = ["muon:opt=muon,muon_lr_scale=2.5|1|5,blr=0.012|0.006|0.024"]
+BASE = "adamw:opt=adamw,blr=0.012|0.006|0.024"
+VARIANTS = ["muon:opt=muon,muon_lr_scale=2.5|1|5|10|20,blr=0.012|0.006|0.024|0.048"]
 WARM_UP = 2  # steps that are not timed
 Curve = dict[int, float]  # validation losses by step
 
