@@ -30,7 +30,6 @@ class Encoder(nn.Module):
         use_act_checkpoint: Recompute the blocks in the backward pass; a number k recomputes only every k-th block.
         init_std: Standard deviation of the initial embedding vectors.
         pos_temperature: Temperature of the sine-cosine positions in images.
-        zero_init_residual: Initialise the output matrices of attention and MLPs to zero.
     """
 
     def __init__(
@@ -42,11 +41,9 @@ class Encoder(nn.Module):
         use_act_checkpoint: bool | int,
         init_std: float = INIT_STD,
         pos_temperature: float = POS_TEMPERATURE,
-        zero_init_residual: bool = False,
     ):
         super().__init__()
         self.init_std, self.pos_temperature = init_std, pos_temperature
-        self.zero_init_residual = zero_init_residual
         self.use_act_checkpoint = use_act_checkpoint
         self.encoder_embeddings: Any = self.init_embeddings(embeddings, options.dim)
         self.encoder = nn.ModuleList(Block(options, rate) for rate in drop_path_rates)
@@ -65,7 +62,7 @@ class Encoder(nn.Module):
 
     def init_weights(self) -> None:
         """Initialise all parameters and buffers; models built on the meta device need ``to_empty`` before."""
-        init_weights(self, self.init_std, self.zero_init_residual)
+        init_weights(self, self.init_std)
         if self.num_register_tokens:
             nn.init.normal_(self.register_tokens, std=self.init_std)
 

@@ -59,8 +59,6 @@ class FourM(Encoder):
             published 10 000, the vectors of neighbours have a cosine similarity of 0.98. On small grids, a short run
             learns much sooner to look at the same place in another modality if the temperature is at most a few times
             the side of the grid.
-        zero_init_residual: Initialise the output matrices of attention and MLPs to zero, so that every block begins as
-            the identity. The published models do not; a short run learns faster with it, see ``docs/performance.md``.
     """
 
     def __init__(
@@ -90,7 +88,6 @@ class FourM(Encoder):
         share_modality_embeddings: bool = True,
         init_std: float = INIT_STD,
         pos_temperature: float = POS_TEMPERATURE,
-        zero_init_residual: bool = False,
     ):
         options = BlockOptions(
             dim, num_heads, mlp_ratio, qkv_bias, proj_bias, mlp_bias, act_layer, norm_layer, gated_mlp, qk_norm
@@ -106,7 +103,6 @@ class FourM(Encoder):
             use_act_checkpoint,
             init_std,
             pos_temperature,
-            zero_init_residual,
         )
         check_ids({name: modality_info[name] for name in {**encoder_embeddings, **decoder_embeddings}})
         self.modality_info = modality_info

@@ -342,12 +342,11 @@ class DecoderBlock(nn.Module):
         return y + self.drop_path(self.mlp(self.norm2(y)), slots)
 
 
-def init_weights(model: nn.Module, std: float = INIT_STD, zero_init_residual: bool = False) -> None:
+def init_weights(model: nn.Module, std: float = INIT_STD) -> None:
     """Initialise all submodules of ``model`` (method section 3), the embedding vectors with ``std``.
 
     A tied output matrix is initialised twice, first as an embedding and then as a linear layer, and so ends up
-    Xavier-uniform. With ``zero_init_residual``, the output matrices of attention and MLPs are zero, and everything else
-    has the same values as without it.
+    Xavier-uniform.
     """
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear):
@@ -363,9 +362,3 @@ def init_weights(model: nn.Module, std: float = INIT_STD, zero_init_residual: bo
             module.reset_embedding(std)
         elif hasattr(module, "reset_parameters"):
             module.reset_parameters()
-    if zero_init_residual:
-        for module in model.modules():
-            if isinstance(module, _MultiHead):
-                nn.init.zeros_(module.proj.weight)
-            elif isinstance(module, Mlp):
-                nn.init.zeros_(module.fc2.weight)

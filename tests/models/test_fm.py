@@ -398,24 +398,6 @@ def test_embedding_vectors_begin_with_init_std(std):
     assert tied.abs().max() <= (6 / (40 + 256)) ** 0.5 and model.encoder_embeddings["text"].pos_emb.abs().max() == 1
 
 
-def test_blocks_may_begin_as_the_identity_and_everything_else_as_published():
-    states = []
-    for options in ({}, {"zero_init_residual": True}):
-        torch.manual_seed(0)
-        model = FM(toy_config(share_embedding=True, **SWIGLU, **options))
-        states.append(model.state_dict())
-    published, zero = states
-    outputs = {name for name in zero if name.endswith((".proj.weight", ".fc2.weight")) and "coder." in name}
-    assert len(outputs) == 2 * len(model.encoder) + 3 * len(model.decoder)
-    for name, tensor in zero.items():
-        assert torch.equal(tensor, torch.zeros_like(tensor) if name in outputs else published[name]), name
-    assert all(published[name].all() for name in outputs)
-    x = torch.randn(2, 3, 32)
-    assert torch.equal(model.encode(x), model.encoder_norm(x))
-    model.decode(x, x, None, None).sum().backward()
-    assert model.decoder[0].cross_attn.proj.weight.grad.any(), "zeros are no fixed point"
-
-
 def test_positions_in_images_have_the_temperature_of_the_model_and_sequences_the_published_one():
     model = FM(toy_config(share_embedding=True, pos_temperature=3.0))
     image, text = (model.encoder_embeddings[name] for name in ("grid", "text"))
