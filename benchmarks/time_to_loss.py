@@ -1,18 +1,28 @@
-"""Compare AdamW and Muon: the steps and the seconds in which they train a model to the same validation loss.
+"""Compare ways to train: the steps and the seconds in which each reaches the validation loss of a base.
 
     fourm demo --stages render,vocabulary,tokenizers,tokenize --out demo_run
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss
+    python benchmarks/time_to_loss.py --data demo_run --out time_to_loss --base demo \\
+        --variants qk_norm:model_kwargs.qk_norm=true stable:scheduler=inverse_sqrt-1e9,cooldown_steps=20
 
-Each optimizer first trains with the first seed and each of its learning rates, and then with the other seeds and the
-learning rate that ended with the lowest loss. All runs have the same length and schedule, and differ in nothing but the
-optimizer, the learning rate and the seed. The target is the loss with which AdamW ends, averaged over the seeds. A run
-reaches it in the step in which the line through its evaluations crosses it; ``fewer_steps`` is the length of the runs
-divided by the mean of these steps over the runs with Muon.
+The base and each variant are a name and the options that they change: the base those of the configuration, and a
+variant those of the base. A key with a dot is an entry of a dictionary. If several values are separated by ``|``, each
+is tried with the first seed, for one key after the other, and the one with the lowest loss at the end is kept. By
+default, Muon is compared with AdamW.
 
-``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the
-optimizers take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON objects:
-one for each run, and one for the comparison. The runs are ordinary training runs in folders of their own, so that an
-interrupted benchmark continues.
+All runs have the same length. Runs with the same seed have the same batches and validation targets and, as far as the
+shapes agree, the same initial weights. The loss of a run that keeps a moving average of its weights is that of the
+average.
+
+A variant is compared with the base seed by seed. ``difference`` is that of the losses at the end, and is negative if
+the variant is better. ``fewer_steps`` is the length of the runs divided by the step in which the line through the
+evaluations of the variant crosses the last loss of the base; if the variant ends with a higher loss, it is the step in
+which the base reaches this loss, divided by the length, and is below 1.
+
+``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the base
+and the variants take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON
+objects: one for each run, and one for each comparison. The runs are ordinary training runs in folders of their own, so
+that an interrupted benchmark continues.
 """
 
 from __future__ import annotations
@@ -23,22 +33,26 @@ import dataclasses
 import json
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean, median
+from statistics import mean, median, stdev
 from typing import Any
 
 import yaml
 
 from fourm.demo.stages import Demo, DemoOptions
 from fourm.train.config import load_config
+from fourm.train.options import saved_options
 from fourm.train.parallel import DDP
 from fourm.train.run import Run, train
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig
-from fourm.utils.errors import run_cli
+from fourm.utils.errors import UserError, run_cli
 
-OPTIMIZERS = ("adamw", "muon")
+BASE = "adamw:opt=adamw,blr=0.012|0.006|0.024"
+VARIANTS = ["muon:opt=muon,muon_lr_scale=2.5|1|5|10|20,blr=0.012|0.006|0.024|0.048"]
 WARM_UP = 2  # steps that are not timed
+Curve = dict[int, float]  # validation losses by step
 
 
 def shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
@@ -65,33 +79,96 @@ def shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Setting:
-    """A run: the optimizer, its learning rate per 256 samples, and the seed."""
+class Variant:
+    """A way to train: the options that it changes, each with the values to try."""
 
-    opt: str
-    blr: float
+    name: str
+    values: Mapping[str, list[Any]]
+
+    @classmethod
+    def parse(cls, text: str) -> Variant:
+        """Read ``name`` or ``name:key=value,key=value|value``, where values are written as in YAML.
+
+        Raises:
+            UserError: The text is written in another way.
+        """
+        name, _, pairs = text.partition(":")
+        values = {}
+        for pair in pairs.split(",") if pairs else []:
+            key, equals, tried = pair.partition("=")
+            if not key or not equals:
+                raise UserError(f"{text!r}: write a variant as name:key=value,key=value, and alternatives as key=a|b")
+            values[key] = [yaml.safe_load(value) for value in tried.split("|")]
+        if not name.isidentifier():
+            raise UserError(f"{text!r}: the name of a variant consists of letters, digits and underscores")
+        return cls(name, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A run: the name of its variant, the values of its options, and the seed."""
+
+    name: str
+    overrides: dict[str, Any]
     seed: int
 
+    @property
+    def folder(self) -> Path:
+        values = [f"{key}={value}".replace("/", "_") for key, value in sorted(self.overrides.items())]
+        return Path(self.name, ",".join(values) or "unchanged", f"seed-{self.seed}")
+
     def config(self, options: argparse.Namespace, shared: dict[str, Any]) -> PretrainConfig:
-        folder = str(Path(options.out) / f"{self.opt}-{self.blr:g}-{self.seed}")
-        own = dataclasses.asdict(self) | {"output_dir": folder, "muon_lr_scale": options.muon_lr_scale}
+        own: dict[str, Any] = {"output_dir": str(options.out / self.folder), "seed": self.seed}
+        for key, value in self.overrides.items():
+            name, dot, entry = key.partition(".")
+            if dot:
+                given = own.get(name) or getattr(load_config(PretrainConfig, options.config, shared), name)
+                value = given | {entry: value}
+            own[name] = value
         return load_config(PretrainConfig, options.config, shared | own)
 
-    def curve(self, options: argparse.Namespace, shared: dict[str, Any]) -> dict[int, float]:
-        """Train, unless that is done already, and return the validation losses by step."""
+    def curve(self, options: argparse.Namespace, shared: dict[str, Any]) -> Curve:
+        """Train, unless that is done already, and return the validation losses by step.
+
+        Raises:
+            UserError: What was done already is a run with other options.
+        """
         config = self.config(options, shared)
         folder = Path(config.output_dir)
         if not (folder / "model.safetensors").exists():
             with contextlib.redirect_stdout(sys.stderr):
-                train(Pretrain, config, DDP)
+                status = train(Pretrain, config, DDP)
+            if status:  # a signal has stopped the run, and the next start continues it
+                sys.exit(status)
+        saved = yaml.safe_load((folder / "config.yaml").read_text())
+        own = yaml.safe_load(yaml.safe_dump(saved_options(config)))
+        fixed = [field.name for field in dataclasses.fields(config) if field.metadata.get("fixed")]
+        different = [key for key in fixed if saved.get(key) != own[key]]
+        if different:
+            raise UserError(f"{folder} is a run with another {', '.join(different)}: choose another --out")
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         evaluations = [line for line in lines if "eval" in line]
-        losses = {line["step"]: mean(kinds["train"]["loss"] for kinds in line["eval"].values()) for line in evaluations}
+        kind = "train_ema" if config.model_ema else "train"
+        losses = {line["step"]: mean(kinds[kind]["loss"] for kinds in line["eval"].values()) for line in evaluations}
         print(json.dumps({"benchmark": "time_to_loss", **dataclasses.asdict(self), "losses": losses}), flush=True)
         return losses
 
 
-def steps_to(loss: float, curve: dict[int, float]) -> float | None:
+def final_loss(curve: Curve) -> float:
+    return curve[max(curve)]
+
+
+def tune(variant: Variant, base: dict[str, Any], seed: int, curve: Callable[[Setting], Curve]) -> Setting:
+    """Return the run of a variant whose values ended with the lowest loss; ``base`` is what the base changes."""
+    overrides = base | {key: values[0] for key, values in variant.values.items()}
+    for key, values in variant.values.items():
+        settings = [Setting(variant.name, overrides | {key: value}, seed) for value in values]
+        if len(settings) > 1:
+            overrides = min(settings, key=lambda setting: final_loss(curve(setting))).overrides
+    return Setting(variant.name, overrides, seed)
+
+
+def steps_to(loss: float, curve: Curve) -> float | None:
     """Return the step in which the line through the points of ``curve`` first is at ``loss``; None if it never is."""
     points = sorted(curve.items())
     for (before, high), (step, low) in pairwise([points[0], *points]):
@@ -100,30 +177,45 @@ def steps_to(loss: float, curve: dict[int, float]) -> float | None:
     return None
 
 
-def step_costs(best: dict[str, Setting], options: argparse.Namespace, shared: dict[str, Any]) -> dict[str, Any]:
-    """Measure the seconds of a step; the optimizers take turns on the same batches."""
+def fewer_steps(base: Curve, variant: Curve) -> float:
+    """Return the ratio of the steps of the base to those of the variant at the higher one of their last losses."""
+    if final_loss(variant) <= final_loss(base):
+        reached = steps_to(final_loss(base), variant)
+        assert reached is not None
+        return max(base) / reached
+    reached = steps_to(final_loss(variant), base)
+    assert reached is not None
+    return reached / max(variant)
+
+
+def step_costs(
+    settings: Sequence[Setting], options: argparse.Namespace, shared: dict[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Measure the seconds of a step of each variant and of the base, which is the first of ``settings``."""
     runs = {}
-    for opt, setting in best.items():
+    for setting in settings:
         config = setting.config(options, shared | {"eval_freq": 0})
-        config = dataclasses.replace(config, output_dir=str(Path(options.out) / "cost"))  # where nothing is written
+        config = dataclasses.replace(config, output_dir=str(options.out / "cost"))  # where nothing is written
         with contextlib.redirect_stdout(sys.stderr):
-            runs[opt] = Run(Pretrain(config), DDP(config))
-    batches_per_epoch = options.steps * config.accum_iter
-    batches = iter(runs["adamw"].task.train_batches(0, 1, batches_per_epoch, 0, {}, pin_memory=False))
-    seconds: dict[str, list[tuple[float, float]]] = {opt: [] for opt in runs}
+            runs[setting.name] = Run(Pretrain(config), DDP(config))
+    base, *others = runs
+    config = runs[base].config
+    batches = iter(runs[base].task.train_batches(0, 1, options.steps * config.accum_iter, 0, {}, pin_memory=False))
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     with contextlib.closing(batches):
         for _ in range(WARM_UP + options.timed_steps):
             micro_batches = [next(batches) for _ in range(config.accum_iter)]
-            for opt, run in runs.items():
+            for name, run in runs.items():
                 start = time.process_time(), time.perf_counter()
                 run.trainer.train_step(micro_batches)
-                seconds[opt].append((time.process_time() - start[0], time.perf_counter() - start[1]))
-    costs: dict[str, Any] = {}
-    for k, clock in enumerate(("cpu_seconds", "seconds")):
-        adamw, muon = ([pair[k] for pair in seconds[opt][WARM_UP:]] for opt in OPTIMIZERS)
-        # The median of the ratios, because other work disturbs two steps in a row alike.
-        ratio = median(b / a for a, b in zip(adamw, muon, strict=True))
-        costs[clock] = {"adamw": median(adamw), "muon": median(muon), "ratio": ratio}
+                seconds[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    costs: dict[str, dict[str, Any]] = {name: {} for name in others}
+    for name in others:
+        for k, clock in enumerate(("cpu_seconds", "seconds")):
+            ours, theirs = ([pair[k] for pair in seconds[key][WARM_UP:]] for key in (base, name))
+            # The median of the ratios, because other work disturbs two steps in a row alike.
+            ratio = median(b / a for a, b in zip(ours, theirs, strict=True))
+            costs[name][clock] = {base: median(ours), name: median(theirs), "ratio": ratio}
     return costs
 
 
@@ -131,43 +223,45 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="cfgs/demo/main.yaml", help="configuration of the runs")
     parser.add_argument("--data", help="folder of `fourm demo`; without it, the data that the configuration names")
-    parser.add_argument("--out", default="time_to_loss", help="folder for the runs")
-    parser.add_argument("--steps", type=int, default=2750, help="length of a run, which the schedule follows")
-    parser.add_argument("--eval_every", type=int, default=50, help="steps between two evaluations")
+    parser.add_argument("--out", type=Path, default="time_to_loss", help="folder for the runs")
+    parser.add_argument("--steps", type=int, default=60, help="length of a run, which the schedule follows")
+    parser.add_argument("--eval_every", type=int, default=15, help="steps between two evaluations")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--adamw_blr", type=float, nargs="+", default=[0.015, 0.03, 0.06], help="values of blr to try")
-    parser.add_argument("--muon_blr", type=float, nargs="+", default=[0.015, 0.03, 0.06], help="values of blr to try")
-    parser.add_argument("--muon_lr_scale", type=float, default=1.0, help="the option of this name")
-    parser.add_argument("--timed_steps", type=int, default=20, help="steps of each optimizer that are timed")
+    parser.add_argument("--base", default=BASE, help="what the others are compared with (default: %(default)s)")
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="what is compared (default: %(default)s)")
+    parser.add_argument("--timed_steps", type=int, default=20, help="steps of each that are timed")
     options = parser.parse_args(argv)
-    Path(options.out).mkdir(parents=True, exist_ok=True)
+    base, *variants = (Variant.parse(text) for text in (options.base, *options.variants))
+    if len({variant.name for variant in (base, *variants)}) <= len(variants):
+        raise UserError("--base and --variants: two have the same name; give each a name of its own")
+    options.out.mkdir(parents=True, exist_ok=True)
     shared = shared_overrides(options)
-    best, curves = {}, {}
-    for opt in OPTIMIZERS:
-        tuning = {
-            setting: setting.curve(options, shared)
-            for setting in (Setting(opt, blr, options.seeds[0]) for blr in getattr(options, f"{opt}_blr"))
+    done: dict[Path, Curve] = {}
+
+    def curve(setting: Setting) -> Curve:
+        if setting.folder not in done:
+            done[setting.folder] = setting.curve(options, shared)
+        return done[setting.folder]
+
+    best = [tune(base, {}, options.seeds[0], curve)]
+    best += [tune(variant, best[0].overrides, options.seeds[0], curve) for variant in variants]
+    curves = {way.name: [curve(dataclasses.replace(way, seed=seed)) for seed in options.seeds] for way in best}
+    final = {name: [final_loss(curve) for curve in of_seeds] for name, of_seeds in curves.items()}
+    for name, cost in step_costs(best, options, shared).items():
+        differences = [loss - reference for reference, loss in zip(final[base.name], final[name], strict=True)]
+        ratios = [fewer_steps(*pair) for pair in zip(curves[base.name], curves[name], strict=True)]
+        result = {
+            "benchmark": "time_to_loss",
+            "steps": options.steps,
+            "overrides": {way.name: way.overrides for way in best if way.name in (base.name, name)},
+            "final_losses": {key: final[key] for key in (base.name, name)},
+            "difference": {"mean": mean(differences), "stdev": stdev(differences) if len(differences) > 1 else None},
+            "fewer_steps": mean(ratios),
+            "fewer_steps_by_seed": ratios,
+            "cost_of_a_step": cost,
+            "fewer_seconds": {clock: mean(ratios) / cost[clock]["ratio"] for clock in cost},
         }
-        best[opt] = min(tuning, key=lambda setting: tuning[setting][options.steps])
-        others = [dataclasses.replace(best[opt], seed=seed) for seed in options.seeds[1:]]
-        curves[opt] = [tuning[best[opt]], *(setting.curve(options, shared) for setting in others)]
-    target = mean(curve[options.steps] for curve in curves["adamw"])
-    steps = {opt: [steps_to(target, curve) for curve in curves[opt]] for opt in OPTIMIZERS}
-    costs = step_costs(best, options, shared)
-    reached = [step for step in steps["muon"] if step is not None]
-    ratio = options.steps / mean(reached) if len(reached) == len(options.seeds) else None
-    result = {
-        "benchmark": "time_to_loss",
-        "target": target,
-        "steps": options.steps,
-        "blr": {opt: setting.blr for opt, setting in best.items()},
-        "final_losses": {opt: [curve[options.steps] for curve in curves[opt]] for opt in OPTIMIZERS},
-        "steps_to_target": steps,
-        "fewer_steps": ratio,
-        "cost_of_a_step": costs,
-        "fewer_seconds": {clock: ratio and ratio / cost["ratio"] for clock, cost in costs.items()},
-    }
-    print(json.dumps(result))
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import gpu, loader_trees, time_to_loss
+from fourm.utils.errors import UserError
 from tests.train.toy_run import write_run
 from tests.warm_python import warm_python
 
@@ -79,18 +84,74 @@ def test_decoding_a_batch_is_compared_with_single_images():
 
 @pytest.mark.slow
 def test_optimizers_are_compared_by_the_steps_to_the_same_loss(tmp_path, capsys):
-    options = {"--steps": 6, "--eval_every": 2, "--seeds": 0, "--adamw_blr": 0.01, "--muon_blr": 1, "--timed_steps": 1}
+    variants = {"--base": "adamw:opt=adamw,blr=0.01", "--variants": "muon:opt=muon,blr=1"}
+    options = {"--steps": 6, "--eval_every": 2, "--seeds": 0, **variants, "--timed_steps": 1}
     arguments = [str(part) for option in options.items() for part in option]
     config = write_run(tmp_path / "toys", num_workers=0)
     time_to_loss.main(["--config", str(config), "--out", str(tmp_path / "out"), *arguments])
     adamw, muon, result = map(json.loads, capsys.readouterr().out.splitlines())
     assert list(adamw["losses"]) == list(muon["losses"]) == ["2", "4", "6"]
-    assert result["target"] == adamw["losses"]["6"] and result["blr"] == {"adamw": 0.01, "muon": 1.0}
+    assert result["final_losses"]["adamw"] == [adamw["losses"]["6"]]
+    assert [overrides["blr"] for overrides in result["overrides"].values()] == [0.01, 1]
     assert result["fewer_steps"] > 1, "its learning rate is a hundred times higher"
     for clock, cost in result["cost_of_a_step"].items():
         assert result["fewer_seconds"][clock] == pytest.approx(result["fewer_steps"] / cost["ratio"])
     assert time_to_loss.steps_to(3.0, {10: 5.0, 20: 4.0, 30: 2.0}) == 25 and time_to_loss.steps_to(6.0, {10: 5.0}) == 10
     assert time_to_loss.steps_to(1.0, {10: 5.0, 20: 4.0}) is None
+    with pytest.raises(UserError, match="is a run with another epoch_size: choose another --out"):
+        time_to_loss.main(["--config", str(config), "--out", str(tmp_path / "out"), *arguments, "--steps", "7"])
+
+
+@pytest.mark.slow
+def test_variants_are_compared_with_a_base_seed_by_seed(tmp_path, capsys):
+    config = write_run(tmp_path / "toys", num_workers=0)
+    options = ["--config", str(config), "--out", str(tmp_path / "out"), "--timed_steps", "1"]
+    options += ["--steps", "4", "--eval_every", "2", "--seeds", "0", "1", "--base", "toy:blr=1e-3|0.1"]
+    ways = ["idle:blr=0", "average:model_ema=true", "heads:model_kwargs.num_heads=4,model_kwargs.qk_norm=true"]
+    time_to_loss.main([*options, "--variants", *ways])
+    printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    low, high, *_ = runs = [line for line in printed if "losses" in line]
+    assert len(runs) == 3 + 3 * 2 and low["losses"]["4"] > high["losses"]["4"] and low["seed"] == high["seed"] == 0
+    idle, average, heads = (line for line in printed if "difference" in line)
+    for line in (idle, average, heads):
+        (base, losses), differences = line["final_losses"].values(), line["difference"]
+        assert line["overrides"]["toy"] == {"blr": 0.1} and base[0] == high["losses"]["4"] and base[0] != base[1]
+        assert differences["mean"] == pytest.approx(sum(losses) / 2 - sum(base) / 2) and differences["stdev"] > 0
+        assert line["fewer_steps"] == pytest.approx(sum(line["fewer_steps_by_seed"]) / 2)
+    assert idle["difference"]["mean"] > average["difference"]["mean"] > 0, "an average of four steps lags behind"
+    assert idle["fewer_steps"] < 1 and heads["overrides"]["heads"]["model_kwargs.num_heads"] == 4
+    saved = yaml.safe_load(next((tmp_path / "out" / "heads").glob("*/seed-0/config.yaml")).read_text())
+    assert saved["model_kwargs"]["dim"] == 32 and saved["model_kwargs"]["qk_norm"] is True
+    for way, message in (
+        ("a:blr", "'a:blr': write a variant as"),
+        ("a/b", "the name of a variant"),
+        ("toy", "same name"),
+    ):
+        with pytest.raises(UserError, match=message):
+            time_to_loss.main([*options, "--variants", way])
+
+
+@pytest.mark.slow
+def test_a_comparison_that_a_signal_stops_continues_where_it_was(tmp_path, capsys):
+    def stop_the_run():
+        while signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    config = write_run(tmp_path / "toys", num_workers=0)
+    options = ["--config", str(config), "--out", str(tmp_path / "out"), "--timed_steps", "1", "--seeds", "0"]
+    options += ["--steps", "20", "--eval_every", "20", "--base", "toy", "--variants", "idle:blr=0"]
+    stopper = threading.Thread(target=stop_the_run)
+    stopper.start()
+    with pytest.raises(SystemExit, match=str(128 + signal.SIGTERM)):
+        time_to_loss.main(options)
+    stopper.join()
+    assert not capsys.readouterr().out
+    time_to_loss.main(options)
+    toy, idle, _ = map(json.loads, capsys.readouterr().out.splitlines())
+    assert list(toy["losses"]) == list(idle["losses"]) == ["20"]
+    (log,) = tmp_path.glob("out/toy/*/*/log.txt")
+    assert "the same command goes on from there" in log.read_text()
 
 
 @pytest.mark.slow
