@@ -25,7 +25,7 @@ from fourm.generation.batch_entries import emptied, init_empty_target_modality, 
 from fourm.generation.halton import halton_orders
 from fourm.generation.packed_linear import PackedLinears
 from fourm.generation.schedules import GenerationSchedule, check_schedule
-from fourm.generation.steps import SCHEMES, Conditions, StepOptions
+from fourm.generation.steps import SCHEMES, Conditions, Entry, StepOptions
 from fourm.generation.token_sampling import SampleNoise, Seed, TokenSampler, sample_seeds
 from fourm.models.fourm import FourM
 from fourm.utils.errors import UserError
@@ -221,49 +221,64 @@ class GenerationSampler(nn.Module):
 
         Guidance leads away from ``uncond`` with its ``cfg_cond_domains`` emptied, and towards ``conds``.
         """
-        info, tensor = self.model.modality_info, next(iter(uncond.values()))["tensor"]
-        noise = SampleNoise(sample_seeds(seed, len(tensor)))
+        num_samples = len(next(iter(uncond.values()))["tensor"])
+        noise = SampleNoise(sample_seeds(seed, num_samples))
         batches = [dict(uncond), *map(dict, conds)]
         self._packed.check()
         with tqdm(total=len(schedule), disable=not verbose) as progress:
-            for target, target_steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
-                steps = list(target_steps)
-                modality = as_modality(target, info[target])
-                max_tokens = max(self.model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
-                if target not in batches[0]:
-                    # A sequence also has [S_1] as its input.
-                    length = max_tokens if modality.type == "img" else max_tokens + 1
-                    batches[0] = init_empty_target_modality(
-                        batches[0], info, target, len(tensor), length, tensor.device
-                    )
-                entry, order = dict(batches[0][target]), None
-                if any(step["scheme"] == "halton" for step in steps):
-                    grid = self.model.decoder_embeddings[target].grid
-                    order = halton_orders(grid, noise.uniform()).to(tensor.device)
-                sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
-                for (weights, domains), group in itertools.groupby(steps, key=partial(_guidance, count=len(conds))):
+            for target, steps in itertools.groupby(schedule, key=lambda step: step["target_domain"]):
+                for entry in self._decode_target(target, list(steps), batches, sampler, noise, text_tokenizer):
                     batches = [{**batch, target: entry} for batch in batches]
-                    inputs = [emptied(batches[0], info, domains), *batches[1:]]
-                    with self.running(), torch.inference_mode():
-                        weighted = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
-                        conditions = Conditions(self.model, weighted)
-                    for step in group:
-                        options = StepOptions(
-                            target,
-                            step["num_tokens"],
-                            step["temperature"],
-                            sampler,
-                            noise,
-                            sentinels,
-                            max_tokens,
-                            order,
-                            self.cuda_graphs,
-                        )
-                        with self.running():
-                            entry = SCHEMES[step["scheme"]](conditions, entry, options)
-                        batches = [{**batch, target: entry} for batch in batches]
-                        progress.update()
-                        yield {name: dict(value) for name, value in batches[0].items()}
+                    progress.update()
+                    yield {name: dict(value) for name, value in batches[0].items()}
+
+    def _decode_target(
+        self,
+        target: str,
+        steps: Sequence[Mapping[str, Any]],
+        batches: Sequence[dict[str, Any]],
+        sampler: TokenSampler,
+        noise: SampleNoise,
+        text_tokenizer: TextTokenizer,
+    ) -> Iterator[Entry]:
+        """Decode one target, and yield its entry after each of its steps.
+
+        Args:
+            batches: The unconditional inputs and the conditions, which may have tokens of the target.
+        """
+        model, info = self.model, self.model.modality_info
+        modality = as_modality(target, info[target])
+        max_tokens = max(model.decoder_embeddings[target].num_positions, modality.max_tokens or 0)
+        start, tensor = batches[0], next(iter(batches[0].values()))["tensor"]
+        if target not in start:
+            length = max_tokens if modality.type == "img" else max_tokens + 1  # a sequence also has [S_1] as its input
+            start = init_empty_target_modality(start, info, target, len(tensor), length, tensor.device)
+        entry, order = dict(start[target]), None
+        if any(step["scheme"] == "halton" for step in steps):
+            order = halton_orders(model.decoder_embeddings[target].grid, noise.uniform()).to(tensor.device)
+        sentinels = [] if modality.type == "img" else sentinels_of(modality, text_tokenizer)
+        by_guidance = partial(_guidance, count=len(batches) - 1)
+        for (weights, domains), group in itertools.groupby(steps, key=by_guidance):
+            given = [{**batch, target: entry} for batch in batches]
+            inputs = [emptied(given[0], info, domains), *given[1:]]
+            with self.running(), torch.inference_mode():
+                weighted = [(weight, batch) for weight, batch in zip(weights, inputs, strict=True) if weight]
+                conditions = Conditions(model, weighted)
+            for step in group:
+                options = StepOptions(
+                    target,
+                    step["num_tokens"],
+                    step["temperature"],
+                    sampler,
+                    noise,
+                    sentinels,
+                    max_tokens,
+                    order,
+                    self.cuda_graphs,
+                )
+                with self.running():
+                    entry = SCHEMES[step["scheme"]](conditions, entry, options)
+                yield entry
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -345,11 +345,13 @@ class Sampler:
         if conflicts:
             raise UserError(f"{conflicts[0]} is to be generated, but it is given as an input or named twice")
         others = self.targets.keys() - chain
-        for key, value in settings.items():
-            if isinstance(value, Mapping):
-                settings[key] = {find_modality(n, self.targets, "a target", avoid=others): v for n, v in value.items()}
+        by_full_name = {
+            key: {find_modality(name, self.targets, "a target", avoid=others): v for name, v in value.items()}
+            for key, value in settings.items()
+            if isinstance(value, Mapping)
+        }
         steps = {name: max(count // 4, 1) for name, count in edited.items()}
-        settings = {"tokens_per_target": edited, "decoding_steps": steps, **settings}
+        settings = {"tokens_per_target": edited, "decoding_steps": steps, **settings, **by_full_name}
         conditions = [name for name in given if name not in edited]
         return chained_schedule(conditions, chain, self.info, settings, cfg_grow_conditioning, own=self._own_settings)
 

@@ -240,9 +240,13 @@ class FourM(Encoder):
 
         With ``slots`` the targets, and with ``context_slots`` the context, are packed.
         """
-        masks = (None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding))
+        self_mask, context_mask = (
+            None if mask is None else additive(attendable(mask), y) for mask in (target_mask, context_padding)
+        )
         y, context = y.to(self.residual_dtype), context.to(self.residual_dtype)
-        return self.decoder_norm(self.run_blocks(self.decoder, y, context, *masks, None, slots, context_slots))
+        past = None
+        y = self.run_blocks(self.decoder, y, context, self_mask, context_mask, past, slots, context_slots)
+        return self.decoder_norm(y)
 
     def logits(self, y: Tensor, selection: Selection) -> dict[str, Tensor]:
         """Return the logits of each modality, (n_m, V), from its own positions in the decoder output."""
@@ -263,11 +267,10 @@ class FourM(Encoder):
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
             present = [mean for name, mean in means.items() if name in mod_dict]
-            absent = [
-                total for name, total in sums.items() if name not in mod_dict
-            ]  # zeros that have a gradient, for DDP
+            # The sums of the other modalities are 0. They give their parameters the gradient that DDP waits for.
+            absent = [total for name, total in sums.items() if name not in mod_dict]
             mean = [torch.stack(present).mean()] if present else []
-            return (torch.stack([*mean, *absent]).sum() if absent else mean[0]), means
+            return torch.stack([*mean, *absent]).sum(), means
         if loss_type == "token":
             return torch.stack(list(sums.values())).sum() / max(sum(selection.counts.values()), 1), means
         raise UserError(f"loss_type must be 'mod' or 'token', not {loss_type!r}")

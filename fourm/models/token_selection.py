@@ -31,7 +31,8 @@ class Selection:
         sample, index, position: (n,) each, see :class:`Rows`.
         slot: (n,) Slot of each token, as an index into the B·S slots.
         modality: (B, S) ``id`` of the modality in each slot; −1 is padding.
-        attention: (B, S) Compressed decoder attention mask of the selected tokens; zeros in the encoder.
+        attention: (B, S) ``decoder_attention_mask`` of the selected tokens, whose running sum says how many of the
+            first targets each target sees, see :meth:`FourM.target_mask`; zeros in the encoder.
         packed: Whether the model computes the rows of the tokens, in this order, instead of all slots.
     """
 
@@ -129,8 +130,8 @@ def select_tokens(
         num_decoder_tokens: Maximum number of targets per sample. The first valid ones are selected, with the modalities
             in random order.
         generator: CPU generator for the random order; None uses PyTorch's global one.
-        pack: Leave out padding: the last slots if all samples leave them empty, and the others except in attention.
-            The losses are the same, but the shapes of tensors then differ between batches.
+        pack: Leave out the last slots if they are empty in every sample, and let linear layers compute only the rows of
+            tokens if other slots are empty. The losses are the same, but shapes then differ between batches.
     """
     names = list(decoder_modalities)
     shuffled = [names[i] for i in torch.randperm(len(names), generator=generator).tolist()]
@@ -204,7 +205,7 @@ def _select(
     if num_slots is None or pack:
         needed = max(int(used.max()), 1)  # attention needs at least one token, even if it is padding
         num_slots = needed if num_slots is None else min(num_slots, needed)
-    # Queries read the padding of a sample that has nothing else, so it must be computed.
+    # A sample without any token attends to its padding, which must then be computed.
     packed = pack and bool((used > 0).all()) and int(used.min()) < num_slots
     rank = (valid.cumsum(1) - 1).masked_fill(~valid, num_slots)
     ranks = dict(zip(candidates, rank.split([c.valid.shape[1] for c in candidates.values()], dim=1), strict=True))

@@ -20,7 +20,7 @@ from fourm.models.generate import (
 from fourm.utils.errors import DataError, UserError
 from tests.models.toy_models import DECLARATIONS, SWIGLU, toy_model
 from tests.reference import generation as reference
-from tests.train.test_loop import Waits, within
+from tests.train.test_step import Waits, within
 
 S1, S2, EOS = 5, 6, 3
 ROOM = 11
