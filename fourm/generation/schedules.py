@@ -203,9 +203,11 @@ def check_schedule(
             raise UserError(f"{where}: {target} does not consist of tokens, so it cannot be generated")
         schemes = IMAGE_SCHEMES if modality.type == "img" else SEQUENCE_SCHEMES
         if scheme not in schemes:
+            *others, last = schemes
+            allowed = f"{', '.join(others)} or {last}" if others else last
             raise UserError(
                 f"{where}: {target} is {'an image' if modality.type == 'img' else 'a sequence'} and can be generated "
-                f"with {' or '.join(schemes)}, not {scheme}{did_you_mean(scheme, schemes)}"
+                f"with {allowed}, not {scheme}{did_you_mean(scheme, schemes)}"
             )
         if not multi and step.get("cfg_scale", 1.0) != 1.0 and not step.get("cfg_cond_domains"):
             raise UserError(

@@ -176,7 +176,7 @@ def test_steps_are_of_random_sizes_that_depend_on_the_seed_and_the_step_alone(pi
     for rank in (0, 1):
         task = VQVAETraining(config)
         with torch.device("cpu"):
-            batches = iter(task.train_batches(rank, 2, 10, 0, None, False))
+            batches = iter(task.train_batches(rank, 2, 10, 0, {}, False))
         for _ in range(16):
             batch = next(batches)
             values = task.prepare(None, batch, torch.device("cpu")).values

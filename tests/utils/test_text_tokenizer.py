@@ -75,6 +75,7 @@ def test_encoder_agrees_with_the_tokenizer(pieces, separator):
 @example(["hot"] * 9, " dog ", 2)
 @example(["dining", "", "table", "x"], " ", 1)
 @example(["hot dog"] * 9, " ", 3)
+@example(["v0=1"] * 2, "  ", 2)  # an empty part has no id
 @given(st.lists(PIECES, max_size=12), st.sampled_from([" ", "  ", "", "\n"]), st.integers(1, 9))
 def test_a_limit_leaves_out_the_rest(pieces, separator, limit):
     text = separator.join(pieces)

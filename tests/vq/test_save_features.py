@@ -200,7 +200,7 @@ def test_the_published_option_names_are_understood(tmp_path):
     assert all((own[:, 2] * own[:, 3] > 0.7 * 72 * 72).all() for own in crops.values())
     assert "key 'part0/00000'" in (tmp_path / "bad.txt").read_text()
     given = ("--tokenizer_id", "cc12m/rgb", "--tokenizers_root", tmp_path / "ckpts", "--data_root", tmp_path / "train")
-    with pytest.raises(UserError, match="key 'part0/00002': it has no crop_settings, and force_load_crop"):
+    with pytest.raises(UserError, match="key 'part0/00002': it has no crop_settings, and with force_load_crop"):
         (tmp_path / "train/crop_settings/part0/00002.npy").unlink()
         save(*given, "--n_crops", 3, "--force_load_crop", "--max_bad_fraction", 1)
     with pytest.raises(UserError, match="was made with another resample_mode"):

@@ -143,7 +143,7 @@ class TextEncoder:
             text = " ".join(words[:count]) if len(words) > count else text
         if not can_split or len(text) > _MAX_SPLIT_CHARS:
             return self._tokenizer.encode(text, add_special_tokens=False).ids[:limit]
-        return list(islice(chain.from_iterable(map(self._cache.__getitem__, self._split(text, limit))), limit))
+        return list(islice(chain.from_iterable(map(self._cache.__getitem__, self._split(text))), limit))
 
     def _can_split(self, text: str) -> bool:
         """Return whether the tokenizer splits ``text`` at spaces, which combining or control characters may prevent."""
@@ -161,11 +161,8 @@ class TextEncoder:
         pieces = self._tokenizer.get_vocab(with_added_tokens=False)
         return {piece: number for piece, number in pieces.items() if piece.isalpha() and piece not in own_ids}
 
-    def _split(self, text: str, limit: int | None) -> list[str]:
-        """Split a text into at most ``limit`` independently encodable parts.
-
-        Spaces within class names are replaced by :data:`_JOINT`.
-        """
+    def _split(self, text: str) -> list[str]:
+        """Split a text into independently encodable parts; spaces within class names are replaced by :data:`_JOINT`."""
         lower = text.lower()
         for name in self._names_with_space:
             start = lower.find(name)
@@ -173,7 +170,7 @@ class TextEncoder:
                 end = start + len(name)
                 text = text[:start] + text[start:end].replace(" ", _JOINT) + text[end:]
                 start = lower.find(name, end)
-        return text.split(" ") if limit is None else text.split(" ", limit)[:limit]
+        return text.split(" ")
 
 
 class _PartIds(dict[str, list[int]]):
