@@ -222,13 +222,15 @@ class S3Store:
 
     @property
     def _place(self) -> str:
-        return redact_url(
-            self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "AWS")
-        )
+        return redact_url(self._current_endpoint or "AWS")
+
+    @property
+    def _current_endpoint(self) -> str:
+        return self.endpoint or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL", "")
 
     def _client(self, attempts: int = 1) -> Any:
-        # Connections must not be shared with the process that this one was forked from.
-        return _client(os.getpid(), self.endpoint, self.requests, self.retries.timeout, attempts)
+        # Connections must not be shared with the process that this one was forked from, and the environment may change.
+        return _client(os.getpid(), self._current_endpoint, self.requests, self.retries.timeout, attempts)
 
     def _answer(self, url: str, request: Callable[[], T]) -> T:
         """Return the store's response to one request, within a timeout even if it trickles in byte by byte."""

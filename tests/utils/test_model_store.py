@@ -13,7 +13,7 @@ from fourm.train import export
 from fourm.utils.errors import UserError
 from fourm.utils.model_store import complete_checkpoints, copy_checkpoint, find_checkpoint, find_model, local_copy
 from fourm.utils.s3 import S3Store
-from fourm.utils.transfer import DamagedObject
+from fourm.utils.transfer import DamagedObject, Retries
 from tests.data.object_store import BUCKET, RETRIES, ObjectStore, client, faulty
 from tests.models.toy_models import SWIGLU, toy_config
 from tests.train.checkpoint_files import write_checkpoint
@@ -132,6 +132,15 @@ def test_a_model_from_the_store(model, checkpoints, server, run, tmp_path, monke
     assert local_copy(file, store).read_bytes() == (tmp_path / "saved" / "model.safetensors").read_bytes()
     with pytest.raises(UserError, match="nothing is neither a complete checkpoint nor a run with checkpoints"):
         find_model(f"{run}/nothing", store)
+
+
+def test_the_endpoint_of_the_environment_may_change(server, run, monkeypatch):
+    store = S3Store(retries=Retries(attempts=1))
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://127.0.0.1:9")  # where nobody answers
+    with pytest.raises(UserError, match=r"no complete answer from http://127\.0\.0\.1:9 "):
+        store.names(run)
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", server.endpoint)
+    assert store.names(run) == set()
 
 
 def test_a_partial_copy_of_a_killed_process_is_removed(checkpoints, server, run):
