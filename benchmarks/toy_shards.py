@@ -14,7 +14,6 @@ from PIL import Image
 
 from fourm.data.modality_info import MODALITY_INFO
 from fourm.data.transforms.sequence import METADATA
-from fourm.utils.dependencies import optional_import
 from fourm.utils.tokenizer.special_tokens import COCO_CLASSES
 
 CROPS = 10
@@ -26,6 +25,8 @@ INSTANCES, OUTLINE = 20, 32  # instances per crop, and points per instance
 
 def photographs() -> list[Image.Image]:
     """Return three pictures that are bundled with scikit-image."""
+    from fourm.utils.dependencies import optional_import  # loader_trees.py imports this file with older versions
+
     with optional_import("scikit-image", "the benchmark of the loader"):
         from skimage import data
     return [Image.fromarray(getattr(data, name)()).convert("RGB") for name in ("astronaut", "chelsea", "coffee")]

@@ -76,7 +76,8 @@ class TokenSampler:
         """Draw a token for each row.
 
         Args:
-            logits: Logits, (n, V).
+            logits: Logits, (n, V). Those in float32 are overwritten: in a large vocabulary, memory for another matrix
+                takes as long as the softmax itself.
             temperature: Temperature; 0 takes the most likely token.
             uniform: Random numbers in [0, 1) that determine the tokens, (n,).
 
@@ -85,8 +86,9 @@ class TokenSampler:
         """
         logits = logits.float()
         if temperature <= MIN_TEMPERATURE:
-            return logits.argmax(-1), logits.softmax(-1).amax(-1)
-        probabilities = (self.filter(logits) / temperature).softmax(-1)
+            return logits.argmax(-1), torch.softmax(logits, -1, out=logits).amax(-1)
+        logits = self.filter(logits).div_(temperature)
+        probabilities = torch.softmax(logits, -1, out=logits)
         ends = probabilities.cumsum(-1)
         # Take the first token whose share of [0, 1) ends beyond the number; tokens of probability 0 are never drawn.
         ids = torch.searchsorted(ends, uniform[:, None] * ends[:, -1:], right=True).clamp_(max=logits.shape[-1] - 1)

@@ -11,7 +11,7 @@ PROBABILITIES = torch.tensor([0.1, 0.4, 0.0, 0.3, 0.2])
 
 def drawn(sampler, temperature=1.0, n=4001):
     """Frequency of each token for evenly spaced numbers."""
-    logits = PROBABILITIES.log().expand(n, -1)
+    logits = PROBABILITIES.log().repeat(n, 1)
     ids, confidence = sampler(logits, temperature, (torch.arange(n) + 0.5) / n)
     assert confidence.isfinite().all()
     return ids.bincount(minlength=5) / n
