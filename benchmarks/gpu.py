@@ -17,32 +17,21 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-STEP = ["benchmarks/train_step.py", "--no_baseline"]
-FULL_STEP = [
-    *STEP,
-    "--model",
-    "base",
-    "--batch_size",
-    "128",
-    "--tokens",
-    "128",
-    "--device",
-    "cuda",
-    "--dtype",
-    "bfloat16",
-    "--rounds",
-    "3",
-    "--steps",
-    "10",
-]
+ROOT = Path(__file__).resolve().parent.parent
+STEP = ["benchmarks/train_step.py"]
+ON_GPU = ["--device", "cuda", "--dtype", "bfloat16"]
+FULL_STEP = [*STEP, "--tokens", "128", *ON_GPU]
+BASE = ["--model", "base", "--batch_size", "128", "--rounds", "3", "--steps", "10"]
+COMPARED_BASE = ["--model", "base", "--batch_size", "128", "--rounds", "2", "--steps", "5"]
+LARGE = ["--model", "large", "--batch_size", "32", "--rounds", "2", "--steps", "5"]
 TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1", "--dtype", "bfloat16"]
+ALONE = ["--no_baseline"]
 RESIDUALS = ["--residual_dtype", "float32", "bfloat16"]
+ABLATIONS = ["--padding", "0.1", "--without"]
 ATTENTION = ["benchmarks/decoder_attention.py"]
-FULL_ATTENTION = ["--device", "cuda", "--dtype", "bfloat16"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
 TOKENIZERS = ["benchmarks/image_tokenizers.py", "--no_plain", "--rounds", "1"]
-FULL_TOKENIZERS = ["--batch_size", "32", "--steps", "50", "--repeats", "3", "--device", "cuda", "--dtype", "bfloat16"]
+FULL_TOKENIZERS = ["--batch_size", "32", "--steps", "50", "--repeats", "3", *ON_GPU]
 TOY_TOKENIZERS = ["--toy", "--batch_size", "2"]
 TESTS = ["-m", "pytest", "-m", "gpu", "-rfE", "-p", "no:cacheprovider"]
 TOY_TESTS = ["tests/train/test_gpu.py"]
@@ -62,21 +51,22 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 """
 
 
-def steps(toy: bool) -> dict[str, tuple[int, list[str]]]:
+def steps(toy: bool, out: Path) -> dict[str, tuple[int, list[str]]]:
     """Return step name → time limit in seconds and arguments of Python. All steps together take at most 355 seconds."""
-    step = TOY_STEP if toy else FULL_STEP
-    model = (
-        ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", "--device", "cuda", "--dtype", "bfloat16"]
-    )
+    base, compared, large = ([*TOY_STEP] if toy else [*FULL_STEP, *options] for options in (BASE, COMPARED_BASE, LARGE))
+    model = ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", *ON_GPU]
+    trace = ["--trace", str(out.resolve() / "trace" / "trace.json")]
     return {
         "environment": (15, ["-c", ENVIRONMENT]),
-        "step_eager": (45, [*step, *RESIDUALS]),
-        "step_compiled": (90, [*step, *RESIDUALS, "--compile"]),
-        "step_fsdp": (35, [*step, "--fsdp"]),
-        "decoder_attention": (30, [*ATTENTION, *(["--toy"] if toy else FULL_ATTENTION)]),
-        "generation": (35, [*GENERATE, *model]),
-        "tokenizers": (45, [*TOKENIZERS, *(TOY_TOKENIZERS if toy else FULL_TOKENIZERS)]),
-        "tests": (60, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
+        "step_eager": (55, [*compared, *ABLATIONS]),
+        "step_compiled": (85, [*base, *ALONE, *RESIDUALS, "--compile", *trace]),
+        "step_muon": (25, [*base, *ALONE, "--opt", "muon"]),
+        "step_large": (25, [*large, *ALONE]),
+        "step_fsdp": (25, [*base, *ALONE, "--fsdp"]),
+        "decoder_attention": (20, [*ATTENTION, *(["--toy"] if toy else ON_GPU)]),
+        "generation": (30, [*GENERATE, *model]),
+        "tokenizers": (35, [*TOKENIZERS, *(TOY_TOKENIZERS if toy else FULL_TOKENIZERS)]),
+        "tests": (40, [*TESTS, *(TOY_TESTS if toy else marked_tests())]),
     }
 
 
@@ -138,7 +128,7 @@ def main() -> int:
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
     failures = 0
-    for name, (limit, arguments) in steps(options.toy).items():
+    for name, (limit, arguments) in steps(options.toy, out).items():
         if options.only and name not in options.only:
             continue
         command = [sys.executable, *arguments]

@@ -2,6 +2,7 @@
 
     python benchmarks/train_step.py                                       # a step at width 384, and its speed-up
     python benchmarks/train_step.py --model tiny small base large --modalities 7 21 --batch_size 1 --no_baseline --fit
+    python benchmarks/train_step.py --padding 0.1 --without packing recomputed_products
     python benchmarks/train_step.py --model base --batch_size 128 --device cuda --dtype bfloat16 --compile
     torchrun --nproc_per_node=8 benchmarks/train_step.py --model base --batch_size 128 --device cuda \
         --dtype bfloat16 --compile
@@ -9,8 +10,8 @@
 It prints a JSON object per setting. It measures ``Trainer.train_step`` itself on one synthetic batch. The baseline
 alternates with it in the same process, on the same model: it embeds all tokens before it selects any, computes
 attention as softmax(QK^T)V, selects each modality's targets by a boolean index, reads the losses one by one, and uses
-an AdamW that is not fused. Besides the wall-clock time it reports the CPU time of all threads (``cpu_seconds``), which
-other work disturbs less.
+an AdamW that is not fused. ``--without`` also measures the step with single optimizations switched off. Besides the
+wall-clock time it reports the CPU time of all threads (``cpu_seconds``), which other work disturbs less.
 """
 
 from __future__ import annotations
@@ -20,12 +21,14 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from statistics import median
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from ablations import SWITCHES
 from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 
 from fourm.data.modality_transforms import RGBTransform
@@ -40,7 +43,7 @@ from fourm.train.schedules import build_schedule, run_length
 from fourm.train.step import Trainer
 from fourm.train.task import Task
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise
-from fourm.utils.errors import run_cli
+from fourm.utils.errors import UserError, run_cli
 
 PIXELS = "rgb@224"
 TARGETS = [
@@ -137,7 +140,8 @@ def build_trainer(
         model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
-    return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule)
+    optimizer = build_optimizer(model, config, task.blocks(model), parallel)
+    return Trainer(config, task, parallel, model, optimizer, schedule)
 
 
 def synthetic(model: FM, batch_size: int, tokens: int, padding: float) -> Batch:
@@ -157,19 +161,53 @@ def synthetic(model: FM, batch_size: int, tokens: int, padding: float) -> Batch:
     return Batch(mod_dict, position, {PIXELS: RGBTransform(raw=True).scaling})
 
 
-def plain_step(trainer: Trainer, batch: Batch, optimizer: torch.optim.Optimizer) -> float:
-    """Run the baseline: a training step in its simplest form."""
-    device, tokens = trainer.parallel.device, trainer.config.num_input_tokens
-    mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in batch.mod_dict.items()}
-    with autocast(trainer.config, device):
-        loss, losses = embed_all_loss(trainer.model, mod_dict, tokens, tokens)
-    loss.backward()
-    torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), float("inf")).item()
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    for modality_loss in losses.values():
-        modality_loss.item()
-    return loss.item()
+def trainer_loss(trainer: Trainer, batch: Batch) -> torch.Tensor:
+    with autocast(trainer.config, trainer.parallel.device):
+        inputs = trainer.task.prepare(trainer.model, batch, trainer.parallel.device)
+        return trainer.task.loss(trainer.model, inputs).total
+
+
+def baseline(trainer: Trainer, batch: Batch) -> tuple[Callable[[], float], Callable[[], torch.Tensor]]:
+    """Return a training step in its simplest form, and its loss alone."""
+    model, config, device = trainer.model, trainer.config, trainer.parallel.device
+    pixels = {"tensor": normalise(batch.mod_dict[PIXELS]["tensor"], *batch.scaling[PIXELS])}
+    on_host = batch.mod_dict | {PIXELS: batch.mod_dict[PIXELS] | pixels}
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
+
+    def forward() -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in on_host.items()}
+        with autocast(config, device):
+            return embed_all_loss(model, mod_dict, config.num_input_tokens, config.num_target_tokens)
+
+    def step() -> float:
+        loss, losses = forward()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), float("inf")).item()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for modality_loss in losses.values():
+            modality_loss.item()
+        return loss.item()
+
+    return step, lambda: forward()[0]
+
+
+def switched_off(name: str, model: FM, function: Callable[[], Any]) -> Callable[[], Any]:
+    """Return ``function`` without the optimization."""
+
+    def without() -> Any:
+        with SWITCHES[name](model):
+            return function()
+
+    return without
+
+
+def write_trace(path: Path, step: Callable[[], Any]) -> None:
+    """Write a Chrome trace of one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with torch.profiler.profile() as profile:
+        step()
+    profile.export_chrome_trace(str(path))
 
 
 def alternate(variants: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -208,29 +246,28 @@ def measure(
     batch = synthetic(model, batch_size, options.tokens, options.padding)
     ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
-    result: dict[str, Any] = {}
+    losses: dict[str, Callable[[], torch.Tensor]] = {"ours": lambda: trainer_loss(trainer, batch)}
     if options.baseline and not parallel.distributed:
-        pixels = {"tensor": normalise(batch.mod_dict[PIXELS]["tensor"], *batch.scaling[PIXELS])}
-        plain = Batch(batch.mod_dict | {PIXELS: batch.mod_dict[PIXELS] | pixels}, batch.position)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, foreach=False)
-        variants["baseline"] = lambda: plain_step(trainer, plain, optimizer)
-        result = compare(trainer, plain, variants)
+        variants["baseline"], losses["baseline"] = baseline(trainer, batch)
+    for name in options.without:
+        variants[name] = switched_off(name, model, variants["ours"])
+        losses[name] = switched_off(name, model, losses["ours"])
+    result: dict[str, Any] = compare(trainer, variants, losses) if len(variants) > 1 else {}
     times = alternate(variants, options)
     trainer.interval.means(parallel)
     for _ in range(options.steps):
         variants["ours"]()
     means = trainer.interval.means(parallel)
+    if options.trace and parallel.is_main:
+        write_trace(options.trace, variants["ours"])
     flops = trainer.task.prepare(model, batch, parallel.device).flops
     strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
     seconds = median(times["ours"]["seconds"])
     tflops = flops / seconds / 1e12
     if peak := peak_tflops(config, parallel.device):
         result["mfu"] = tflops / peak
-    if "baseline" in variants:
-        for clock in ("seconds", "cpu_seconds"):
-            pairs = zip(times["baseline"][clock], times["ours"][clock], strict=True)
-            result[f"baseline_{clock}_per_step"] = median(times["baseline"][clock])
-            result[f"speed_up_in_{clock}"] = median(theirs / own for theirs, own in pairs)
+    for name, comparison in result.get("compared", {}).items():
+        comparison |= compared(times["ours"], times[name])
     return {
         "model": model_name,
         "modalities": modalities,
@@ -256,25 +293,27 @@ def measure(
     }
 
 
-def compare(trainer: Trainer, plain: Batch, variants: dict[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Compare the losses, which must be equal, and the memory of both variants."""
-    model, config, tokens = trainer.model, trainer.config, trainer.config.num_input_tokens
-    device = trainer.parallel.device
-    mod_dict = {name: {k: v.to(device) for k, v in entry.items()} for name, entry in plain.mod_dict.items()}
+def compare(
+    trainer: Trainer, variants: dict[str, Callable[[], Any]], losses: dict[str, Callable[[], torch.Tensor]]
+) -> dict[str, Any]:
+    """Compare the losses, which must be equal, and the memory of all variants."""
+    values = {name: loss().item() for name, loss in losses.items()}
+    tolerance = 1e-5 if trainer.config.autocast_dtype == "float32" else 0.02
+    assert all(abs(value / values["ours"] - 1) < tolerance for value in values.values()), values
+    memory = {name: step_memory(variants[name], losses[name], trainer) for name in variants}
+    ratios = {name: {"memory_ratio": memory[name] / memory["ours"]} for name in variants if name != "ours"}
+    return {"loss": values, "step_memory": memory, "compared": ratios}
 
-    def loss(function: Callable[..., Any]) -> Callable[[], torch.Tensor]:
-        def forward() -> torch.Tensor:
-            with autocast(config, device):
-                return function(mod_dict, tokens, tokens)[0]
 
-        return forward
-
-    forwards = {"ours": loss(model), "baseline": loss(lambda *arguments: embed_all_loss(model, *arguments))}
-    losses = {name: forward().item() for name, forward in forwards.items()}
-    tolerance = 1e-5 if config.autocast_dtype == "float32" else 0.02
-    assert abs(losses["ours"] / losses["baseline"] - 1) < tolerance, losses
-    memory = {name: step_memory(variants[name], forward, trainer) for name, forward in forwards.items()}
-    return {"loss": losses, "step_memory": memory, "memory_ratio": memory["baseline"] / memory["ours"]}
+def compared(ours: dict[str, list[float]], theirs: dict[str, list[float]]) -> dict[str, float]:
+    """Return how long steps of a variant took, and the median of the ratios to our steps that they took turns with."""
+    result = {}
+    for clock in ("seconds", "cpu_seconds"):
+        ratios = [other / own for other, own in zip(theirs[clock], ours[clock], strict=True)]
+        result[f"{clock}_per_step"] = median(theirs[clock])
+        result[f"speed_up_in_{clock}"] = median(ratios)
+        result[f"range_in_{clock}"] = [min(ratios), max(ratios)]
+    return result
 
 
 def describe_device(device: torch.device) -> str:
@@ -324,13 +363,22 @@ def main() -> None:
     parser.add_argument("--toy", action="store_true", help="use a model of one narrow block, to test the command")
     parser.add_argument("--act_checkpoint", action="store_true")
     parser.add_argument("--peak_tflops", type=float, help="peak of the GPU for the MFU, if its name is unknown")
-    parser.add_argument("--opt", choices=["adamw", "sgd"], default="adamw", help="plain sgd takes half of the memory")
+    parser.add_argument(
+        "--opt", choices=["adamw", "muon", "sgd"], default="adamw", help="plain sgd takes half of the memory"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds of each variant")
     parser.add_argument("--steps", type=int, default=1, help="steps per round; use 10 on a GPU")
     parser.add_argument("--free", action="store_true", help="return freed memory to the system, unlike in training")
     parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="do not measure the baseline")
+    parser.add_argument(
+        "--without", nargs="*", choices=SWITCHES, help="also measure the step without each of these (default: all)"
+    )
+    parser.add_argument("--trace", type=Path, help="write a Chrome trace of a step of the last setting to this file")
     parser.add_argument("--fit", action="store_true", help="print the exponents of time as a function of size")
     options = parser.parse_args()
+    options.without = list(SWITCHES) if options.without == [] else options.without or []
+    if options.without and (options.compile or options.fsdp):
+        raise UserError("--without replaces functions of an eager, unsharded model: leave out --compile and --fsdp")
     if options.device == "cpu" and not options.free:
         keep_freed_memory()
     # Use one process group for all settings, because a second one would rendezvous at the stale addresses of the first.

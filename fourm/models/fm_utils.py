@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -121,8 +121,7 @@ class Slots:
 
     def place(self, rows: Tensor) -> Tensor:
         """Scatter the tokens, (T, D), into their slots (B, S, D); padding is zero."""
-        slots = rows.new_zeros(math.prod(self.shape), rows.shape[1])
-        return slots.index_copy(0, self.index, rows).view(*self.shape, -1)
+        return _Placed.apply(rows, self.index, math.prod(self.shape)).view(*self.shape, -1)
 
     def take(self, slots: Tensor) -> Tensor:
         """Gather the tokens, (T, D), from their slots (B, S, D)."""
@@ -136,6 +135,19 @@ class Slots:
     def sample(self) -> Tensor:
         """Return the index of each token's sample, (T,)."""
         return self.index // self.shape[1]
+
+
+class _Placed(torch.autograd.Function):
+    """Rows that are copied into a matrix of zeros. Unlike ``index_copy``, it does not keep them for its backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, index: Tensor, count: int) -> Tensor:
+        ctx.save_for_backward(index)
+        return rows.new_zeros(count, rows.shape[1]).index_copy_(0, index, rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient.index_select(0, *ctx.saved_tensors), None, None
 
 
 class KeysValues(NamedTuple):

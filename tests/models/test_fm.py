@@ -159,6 +159,19 @@ def test_memory_does_not_grow_with_dropped_tokens():
     assert saved_bytes(lambda: embed_all_loss(model, many, 16, 16)[0], model) > 1.5 * few_bytes
 
 
+def test_packed_batches_keep_no_more_for_the_backward_pass_than_padded_ones():
+    model = toy_model()
+    batch = toy_batch(model, size=8)
+    batch["grid"]["input_mask"][1] = batch["grid"]["target_mask"][2] = True
+
+    def kept(pack):
+        selection = model.select_tokens(batch, 18, 18, torch.Generator().manual_seed(0), pack=pack)
+        assert selection.encoder.packed == selection.decoder.packed == pack
+        return saved_bytes(lambda: model(batch, 18, 18, selection=selection)[0], model)
+
+    assert kept(pack=True) < kept(pack=False)
+
+
 @pytest.mark.parametrize("options", [{}, SWIGLU], ids=["gelu", "swiglu"])
 def test_the_backward_pass_of_an_mlp_keeps_what_enters_its_activation_and_nothing_after(options):
     mlp = toy_model(**options).encoder[0].mlp
