@@ -77,6 +77,17 @@ class Batch:
         pinned = {name: {k: v.pin_memory() for k, v in entry.items()} for name, entry in self.mod_dict.items()}
         return replace(self, mod_dict=pinned)
 
+    def split(self, parts: int) -> list[Batch]:
+        """Divide the samples into equal parts, of which the first has the counts of the position."""
+        size = len(next(iter(self.mod_dict.values()))["tensor"]) // parts
+        batches = []
+        for start in range(0, parts * size, size):
+            rows = slice(start, start + size)
+            mod_dict = {name: {k: v[rows] for k, v in entry.items()} for name, entry in self.mod_dict.items()}
+            position: Position = {**self.position} if start == 0 else {**self.position, "skipped": {}, "missing": {}}
+            batches.append(replace(self, mod_dict=mod_dict, position=position))
+        return batches
+
 
 class Stream:
     """One stream in one epoch, which draws from a weighted mixture of data sets and skips bad samples.

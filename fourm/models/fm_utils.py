@@ -138,7 +138,7 @@ class Slots:
 
 
 class _Placed(torch.autograd.Function):
-    """Rows that are copied into a matrix of zeros. Unlike ``index_copy``, it does not keep them for its backward pass."""
+    """Copies rows into a matrix of zeros. Unlike ``index_copy``, it does not keep them for its backward pass."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, count: int) -> Tensor:

@@ -89,12 +89,10 @@ class TrainingLoop:
         return between or step == self.trainer.total_steps
 
     def _log(self) -> None:
-        trainer, config = self.trainer, self.trainer.config
+        trainer = self.trainer
         means = trainer.interval.means(trainer.parallel)
-        first_batch = (trainer.step - 1) * config.accum_iter
-        rates = {"lr": trainer.schedule.lr(first_batch), "weight_decay": trainer.schedule.weight_decay(first_batch)}
         eta = (trainer.total_steps - trainer.step) * trainer.samples_per_step / means.samples_per_second
-        self.journal.interval(trainer.step, trainer.epoch, rates, means, eta)
+        self.journal.interval(trainer.step, trainer.epoch, trainer.rates(trainer.step - 1), means, eta)
 
     def _check_divergence(self) -> None:
         """Raise a :class:`UserError` in all processes after too many steps whose loss or gradients were not finite."""

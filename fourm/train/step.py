@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fourm.data.unified_datasets import Position
+from fourm.train.batch_warmup import divide
 from fourm.train.config import RunConfig
 from fourm.train.device import autocast, peak_tflops
 from fourm.train.ema import EMA
@@ -58,17 +60,46 @@ class Trainer:
     def train_step(self, batches: list[Any]) -> None:
         """Do one optimizer step: forward and backward pass of every micro-batch, clipping, update, and statistics.
 
+        In a batch-size warm-up, a step is several updates with parts of its batch.
+
         Args:
             batches: The micro-batches of this rank for one optimizer step.
         """
+        set_hyperparameters(self.optimizer, **self.rates(self.step))
+        wrapped = self._wrapped_model(self.schedule.frozen(self._first_batch))
+        parts = divide(batches, self.task.updates(self.step))
+        outcomes = [self._update(wrapped, part, number) for number, part in enumerate(parts)]
+        failed, not_finite = (torch.stack(flags).amax(0) for flags in zip(*outcomes, strict=True))
+        if self.ema is not None:
+            with self.interval.phase("optimizer"):
+                self.ema.update(self.step + 1)
+        self.step += 1
+        self.non_finite_streak.add(self.step, failed, not_finite)
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Return the ``lr`` and ``weight_decay`` of a step, counted from 0."""
+        first, share = step * self.config.accum_iter, 1 / self.task.updates(step)
+        return {"lr": self.schedule.lr(first) * math.sqrt(share), "weight_decay": self.schedule.weight_decay(first)}
+
+    @property
+    def _first_batch(self) -> int:
+        """The number of the first micro-batch of the next step."""
+        return self.step * self.config.accum_iter
+
+    def _update(self, wrapped: nn.Module, batches: list[Any], number: int) -> tuple[Tensor, Tensor]:
+        """Update the weights with micro-batches, or with parts of them.
+
+        Args:
+            number: The number of the update in its step.
+
+        Returns:
+            1 if the loss or gradient norm was not finite, otherwise 0; and the same for each loss of this process.
+        """
         config, task, parallel, phase = self.config, self.task, self.parallel, self.interval.phase
-        first = self.step * config.accum_iter
-        set_hyperparameters(self.optimizer, self.schedule.lr(first), self.schedule.weight_decay(first))
-        wrapped = self._wrapped_model(self.schedule.frozen(first))
         statistics: dict[str, Tensor] = {}
         not_finite: list[Tensor] = []
         for index, batch in enumerate(batches):
-            seed_batch(config.seed, (first + index) * parallel.world_size + parallel.rank)
+            seed_batch(config.seed, (self._first_batch + index) * parallel.world_size + parallel.rank, number)
             with phase("select_and_copy"):
                 inputs = task.prepare(self.model, batch, parallel.device)
             last = index == len(batches) - 1
@@ -86,11 +117,8 @@ class Trainer:
         with phase("optimizer"):
             norm, skipped = self.gradient_step(list(self.model.parameters()))
             task.update(self.model, parallel.sum(statistics), skipped)
-            if self.ema is not None:
-                self.ema.update(self.step + 1)
         self.interval.add_step(norm, skipped)
-        self.step += 1
-        self.non_finite_streak.add(self.step, self.gradient_step.failed(norm), torch.stack(not_finite).amax(0))
+        return self.gradient_step.failed(norm), torch.stack(not_finite).amax(0)
 
     @property
     def epoch(self) -> int:
@@ -105,6 +133,12 @@ class Trainer:
         return self._wrapped
 
 
-def seed_batch(seed: int, batch: int) -> None:
-    """Seed the model's random draws (order of modalities, stochastic depth) by the global number of the micro-batch."""
-    torch.manual_seed(int(generator(seed, "model", batch).integers(2**63)))
+def seed_batch(seed: int, batch: int, update: int) -> None:
+    """Seed the model's random draws (order of modalities, stochastic depth).
+
+    Args:
+        batch: The number of the micro-batch in the run, over all processes.
+        update: The number of the update in its step.
+    """
+    key = (batch, update) if update else (batch,)
+    torch.manual_seed(int(generator(seed, "model", *key).integers(2**63)))

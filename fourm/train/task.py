@@ -199,6 +199,10 @@ class Task(ABC, Generic[Config]):
                 are absent.
         """
 
+    def updates(self, step: int) -> int:
+        """Return the number of updates of a step, counted from 0, which share its batch: one unless batches warm up."""
+        return 1
+
     @abstractmethod
     def prepare(self, model: nn.Module, batch: Any, device: torch.device) -> Inputs:
         """Copy a batch to the device. Neither this nor :meth:`loss` may wait for the device."""

@@ -24,7 +24,14 @@ from tests.train.toy_run import (
     write_run,
 )
 
-OPTIONS = {"accum_iter": 2, "epoch_size": 96, "num_workers": 2, "log_interval": 3, "save_every_minutes": 1e-9}
+OPTIONS = {
+    "accum_iter": 2,
+    "batch_warmup_steps": 16,
+    "epoch_size": 96,
+    "num_workers": 2,
+    "log_interval": 3,
+    "save_every_minutes": 1e-9,
+}
 
 
 def _interrupt(config: Path, at: int, number: int) -> str:

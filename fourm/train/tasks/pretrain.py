@@ -24,6 +24,7 @@ from fourm.models import FM, StepFlops, TokenSelection, count_parameters, model_
 from fourm.models.activations import activation_bytes
 from fourm.models.from_checkpoint import FORMAT
 from fourm.models.model_card import Tables
+from fourm.train.batch_warmup import BatchWarmupOptions
 from fourm.train.config import RunConfig
 from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
 from fourm.utils.errors import UserError
@@ -65,7 +66,7 @@ class ModelOptions(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(DataOptions, ModelOptions, RunConfig):
+class PretrainConfig(DataOptions, ModelOptions, BatchWarmupOptions, RunConfig):
     """All keys of ``run_training_4m.py`` and ``run_training_4m_fsdp.py``"""
 
     @property
@@ -194,6 +195,9 @@ class Pretrain(Task[PretrainConfig]):
             pin_memory=pin_memory,
             raw_pixels=True,
         )
+
+    def updates(self, step: int) -> int:
+        return self.config.updates(step)
 
     def prepare(self, model: nn.Module, batch: Batch, device: torch.device) -> Inputs:
         return self._select_and_copy(self.slots, model, batch, device)
