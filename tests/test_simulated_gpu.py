@@ -5,6 +5,7 @@ import shutil
 import pytest
 import torch
 
+from fourm.demo.shipped import load_demo
 from fourm.models.generate import (
     GenerationSampler,
     build_chained_generation_schedules,
@@ -116,3 +117,12 @@ def test_a_tokenizer_learns_tokenizes_and_decodes(tmp_path, task):
     (loss_on_cpu, shape), (loss_on_gpu, shape_of_gpu) = both(run)
     assert loss_on_gpu == pytest.approx(loss_on_cpu, rel=0.05), "which codes are replaced is drawn at random"
     assert loss_on_gpu[1] == pytest.approx(loss_on_cpu[1]) and shape == shape_of_gpu == (1, 3, 32, 32)
+
+
+def test_the_packaged_model_generates_and_decodes_pictures_and_reads_them():
+    with simulated_gpu():
+        sampler = load_demo(device="cuda")
+        (result,) = sampler("a red car on gravel", ["depth", "rgb", "det"], seed=0)
+        (again,) = sampler({"rgb": result["tok_rgb@64"].value}, ["normal"], seed=0)
+    assert sampler.generation.model.mask_token.device == GPU
+    assert result["tok_depth@64"].value.shape == (64, 64) and again["tok_normal@64"].value.shape == (64, 64, 3)
