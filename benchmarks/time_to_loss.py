@@ -3,7 +3,7 @@
     fourm demo --stages render,vocabulary,tokenizers,tokenize --out demo_run
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss --base demo \\
-        --variants qk_norm:model_kwargs.qk_norm=true stable:scheduler=inverse_sqrt-1e9,cooldown_steps=20
+        --variants qk_norm:model_kwargs.qk_norm=true stable:scheduler=wsd,cooldown_steps=20
 
 The base and each variant are a name and the options that they change: the base those of the configuration, and a
 variant those of the base. A key with a dot is an entry of a dictionary. If several values are separated by ``|``, each

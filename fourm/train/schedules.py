@@ -53,14 +53,18 @@ class ScheduleOptions(LengthOptions):
     weight_decay_end: float | None = option(
         "final weight decay of a cosine schedule (default: constant weight decay)", None, at_least=0, fixed=True
     )
-    scheduler: str = option("cosine, or inverse_sqrt-T with T in batches", "cosine", fixed=True)
+    scheduler: str = option(
+        "cosine; inverse_sqrt-T with T in batches; or wsd: warm-up, stable, and decay in the cool-down",
+        "cosine",
+        fixed=True,
+    )
     warmup_epochs: int = option(
         "linear warm-up; set at most one of the three", -1, at_least=0, unset=-1, at_most=10**9, fixed=True
     )
     warmup_steps: int = option("warm-up in batches", -1, at_least=0, unset=-1, at_most=10**15, fixed=True)
     warmup_tokens: float = option("warm-up in billions of tokens", -1.0, at_least=0, unset=-1, at_most=1e9, fixed=True)
     cooldown_epochs: int = option(
-        "linear cool-down of inverse_sqrt; set at most one of the three",
+        "linear cool-down of inverse_sqrt and wsd; set at most one of the three",
         -1,
         at_least=0,
         unset=-1,
@@ -85,7 +89,9 @@ class ScheduleOptions(LengthOptions):
                 raise UserError(f"set only one of {' and '.join(given)}; leave the others at -1")
         if self.frozen_model_epochs > 0 and self.frozen_model_tokens > 0:
             raise UserError("set only one of frozen_model_epochs and frozen_model_tokens")
-        inverse_sqrt_timescale(self.scheduler)
+        timescale = inverse_sqrt_timescale(self.scheduler)
+        if timescale == math.inf and not any(getattr(self, key) > 0 for key in _lengths("cooldown")):
+            raise UserError(f"'scheduler' wsd needs a cool-down: set one of {', '.join(_lengths('cooldown'))}")
 
 
 def _lengths(phase: str) -> list[str]:
@@ -93,11 +99,13 @@ def _lengths(phase: str) -> list[str]:
 
 
 def inverse_sqrt_timescale(scheduler: str) -> float | None:
-    """Return T of ``inverse_sqrt-T``, or None for ``cosine``."""
+    """Return T of ``inverse_sqrt-T``, infinity for ``wsd``, or None for ``cosine``."""
     if scheduler == "cosine":
         return None
+    if scheduler == "wsd":
+        return math.inf
     name, _, timescale = scheduler.partition("-")
-    where = "'scheduler' must be cosine or inverse_sqrt-T (T in batches, above 0)"
+    where = "'scheduler' must be cosine, wsd, or inverse_sqrt-T (T in batches, above 0)"
     if name != "inverse_sqrt":
         raise UserError(f"{where}, not {scheduler!r}")
     try:
@@ -187,7 +195,7 @@ class Schedule:
     """Learning rate and weight decay at each micro-batch of the run.
 
     The learning rate is constant in the frozen phase, and then rises linearly from 0 in the warm-up. After this it
-    follows a cosine to ``min_lr``, or ``peak_lr / sqrt((t + T) / T)`` and a linear cool-down to ``min_lr``.
+    follows a cosine to ``min_lr``, or ``peak_lr / sqrt(1 + t / T)`` and a linear cool-down to ``min_lr``.
     """
 
     length: RunLength
@@ -214,7 +222,7 @@ class Schedule:
         if self.timescale is None:
             return _cosine(self.peak_lr, self.min_lr, batch / total)
         plateau = total - cooldown
-        value = self.peak_lr / math.sqrt((min(batch, plateau) + self.timescale) / self.timescale)
+        value = self.peak_lr / math.sqrt(1 + min(batch, plateau) / self.timescale)
         if batch < plateau:
             return value
         return value + (self.min_lr - value) * (batch - plateau) / max(1, cooldown - 1)

@@ -97,7 +97,7 @@ def test_commands_are_no_part_of_the_configuration_that_is_saved(main_yaml):
             "only one of warmup_epochs and warmup_tokens",
         ),
         (["--epochs", "1", "--min_input_tokens", "300"], "'min_input_tokens' must lie between 0 and"),
-        (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine or inverse_sqrt-T"),
+        (["--epochs", "1", "--scheduler", "step"], "'scheduler' must be cosine, wsd, or inverse_sqrt-T"),
         (["--epochs", "1", "--dtype", "float8"], "'dtype' must be one of"),
         (
             ["--epochs", "1", "--dtype", "fp16", "--residual_dtype", "bfloat16"],

@@ -1,11 +1,13 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
 from fourm.train.optimizer import build_optimizer, set_hyperparameters
 from fourm.train.schedules import build_schedule, run_length
 from fourm.train.tasks.pretrain import PretrainConfig
+from fourm.utils.errors import UserError
 
 
 def _schedule(world_size=2, **options):
@@ -35,6 +37,15 @@ def test_inverse_sqrt_and_its_cooldown():
     assert schedule.lr(10 + 45) == pytest.approx(schedule.peak_lr / math.sqrt(75 / 30))
     assert schedule.lr(80) == pytest.approx(schedule.peak_lr / math.sqrt(100 / 30))
     assert schedule.lr(99) == 0 and schedule.lr(79) > schedule.lr(85) > schedule.lr(95)
+
+
+def test_wsd_is_stable_between_warm_up_and_decay():
+    schedule = _schedule(epochs=5, warmup_steps=10, cooldown_steps=20, scheduler="wsd", min_blr=1e-5)
+    rates = [schedule.lr(batch) for batch in range(100)]
+    assert rates[0] == 0 and set(rates[10:80]) == {schedule.peak_lr} and rates[99] == pytest.approx(schedule.min_lr)
+    assert np.diff(rates[80:]) == pytest.approx((schedule.min_lr - schedule.peak_lr) / 19)
+    with pytest.raises(UserError, match="'scheduler' wsd needs a cool-down: set one of cooldown_epochs"):
+        _schedule(epochs=5, scheduler="wsd", cooldown_epochs=0)
 
 
 def test_weight_decay_is_constant_unless_it_has_an_end():
