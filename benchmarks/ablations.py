@@ -1,6 +1,6 @@
 """Optimizations of the training step that the benchmark can switch off, one at a time, to measure what each gains.
 
-They are not options of the code. A switch replaces what the code calls, in an eager model of a single process.
+They are not options of the code: a switch replaces what the code calls. The model must not be compiled or sharded.
 """
 
 from __future__ import annotations
@@ -54,3 +54,9 @@ SWITCHES: dict[str, Switch] = {
 * additive_masks: masks are converted once per step; without, in every block.
 * recomputed_products: MLPs recompute their element-wise products in the backward pass; without, they keep them.
 """
+
+
+def effective(padding: float) -> list[str]:
+    """Return the switches that change a step whose batch has this share of padding."""
+    without_effect = "unmasked_attention" if padding else "packing"
+    return [name for name in SWITCHES if name != without_effect]

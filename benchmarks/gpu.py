@@ -21,13 +21,12 @@ ROOT = Path(__file__).resolve().parent.parent
 STEP = ["benchmarks/train_step.py"]
 ON_GPU = ["--device", "cuda", "--dtype", "bfloat16"]
 FULL_STEP = [*STEP, "--tokens", "128", *ON_GPU]
-BASE = ["--model", "base", "--batch_size", "128", "--rounds", "3", "--steps", "10"]
-COMPARED_BASE = ["--model", "base", "--batch_size", "128", "--rounds", "2", "--steps", "5"]
-LARGE = ["--model", "large", "--batch_size", "32", "--rounds", "2", "--steps", "5"]
+BASE, LARGE = ["--model", "base", "--batch_size", "128"], ["--model", "large", "--batch_size", "32"]
+LONG, SHORT = ["--rounds", "3", "--steps", "10"], ["--rounds", "2", "--steps", "5"]
 TOY_STEP = [*STEP, "--toy", "--batch_size", "2", "--tokens", "32", "--rounds", "1", "--dtype", "bfloat16"]
 ALONE = ["--no_baseline"]
 RESIDUALS = ["--residual_dtype", "float32", "bfloat16"]
-ABLATIONS = ["--padding", "0.1", "--without"]
+ABLATIONS = ["--padding", "0", "0.1", "--without"]
 ATTENTION = ["benchmarks/decoder_attention.py"]
 GENERATE = ["benchmarks/generate.py", "--no_plain", "--only", "guided", "--repeats", "1"]
 TOKENIZERS = ["benchmarks/image_tokenizers.py", "--no_plain", "--rounds", "1"]
@@ -53,15 +52,17 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 
 def steps(toy: bool, out: Path) -> dict[str, tuple[int, list[str]]]:
     """Return step name → time limit in seconds and arguments of Python. All steps together take at most 355 seconds."""
-    base, compared, large = ([*TOY_STEP] if toy else [*FULL_STEP, *options] for options in (BASE, COMPARED_BASE, LARGE))
+    base, short_base, short_large = (
+        TOY_STEP if toy else [*FULL_STEP, *options] for options in (BASE + LONG, BASE + SHORT, LARGE + SHORT)
+    )
     model = ["--toy"] if toy else ["--model", "fm_base_12e_12d_swiglu_nobias", *ON_GPU]
     trace = ["--trace", str(out.resolve() / "trace" / "trace.json")]
     return {
         "environment": (15, ["-c", ENVIRONMENT]),
-        "step_eager": (55, [*compared, *ABLATIONS]),
-        "step_compiled": (85, [*base, *ALONE, *RESIDUALS, "--compile", *trace]),
+        "step_eager": (65, [*short_base, *ABLATIONS]),
+        "step_compiled": (75, [*base, *ALONE, *RESIDUALS, "--compile", *trace]),
         "step_muon": (25, [*base, *ALONE, "--opt", "muon"]),
-        "step_large": (25, [*large, *ALONE]),
+        "step_large": (25, [*short_large, *ALONE]),
         "step_fsdp": (25, [*base, *ALONE, "--fsdp"]),
         "decoder_attention": (20, [*ATTENTION, *(["--toy"] if toy else ON_GPU)]),
         "generation": (30, [*GENERATE, *model]),

@@ -20,15 +20,15 @@ import argparse
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from ablations import SWITCHES
+from ablations import SWITCHES, effective
 from embed_all import embed_all_loss, saved_bytes, synthetic_batch
 
 from fourm.data.modality_transforms import RGBTransform
@@ -73,6 +73,16 @@ DOMAINS = {  # inputs and targets; 7 and 21 are the published mixtures
 
 
 TOY = {"dim": 48, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
+
+
+class Setting(NamedTuple):
+    """What a line of the output is about."""
+
+    model: str
+    modalities: int
+    batch_size: int
+    residual_dtype: str
+    padding: float
 
 
 def full_name(model: str) -> str:
@@ -125,15 +135,13 @@ class Synthetic(Pretrain):
         self._flops = None
 
 
-def build_trainer(
-    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int, residual_dtype: str
-) -> Trainer:
-    config = build_config(options, model_name, batch_size, residual_dtype)
-    task = Synthetic(config, modalities)
+def build_trainer(options: argparse.Namespace, parallel: DDP, setting: Setting) -> Trainer:
+    config = build_config(options, setting.model, setting.batch_size, setting.residual_dtype)
+    task = Synthetic(config, setting.modalities)
     torch.manual_seed(0)
     more = {"share_embedding": True, "use_act_checkpoint": options.act_checkpoint, **(TOY if options.toy else {})}
     with torch.device("meta"):
-        model = FM(model_config(model_name, *DOMAINS[modalities], **more))
+        model = FM(model_config(setting.model, *DOMAINS[setting.modalities], **more))
     model.residual_dtype = getattr(torch, config.residual_dtype)
     parallel.materialise(model, task.parts(model))
     if options.compile:
@@ -202,12 +210,13 @@ def switched_off(name: str, model: FM, function: Callable[[], Any]) -> Callable[
     return without
 
 
-def write_trace(path: Path, step: Callable[[], Any]) -> None:
-    """Write a Chrome trace of one step."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_trace(path: Path, trainer: Trainer, batch: Batch) -> None:
+    """Write a Chrome trace of one step of the main process."""
     with torch.profiler.profile() as profile:
-        step()
-    profile.export_chrome_trace(str(path))
+        trainer.train_step([batch])
+    if trainer.parallel.is_main:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        profile.export_chrome_trace(str(path))
 
 
 def alternate(variants: dict[str, Callable[[], Any]], options: argparse.Namespace) -> dict[str, dict[str, list[float]]]:
@@ -231,25 +240,24 @@ def step_memory(step: Callable[[], Any], forward: Callable[[], torch.Tensor], tr
     device = trainer.parallel.device
     if device.type != "cuda":
         return saved_bytes(forward, trainer.model)
+    step()  # allocates what stays, such as the states of the optimizer
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
     step()
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def measure(
-    options: argparse.Namespace, parallel: DDP, model_name: str, modalities: int, batch_size: int, residual_dtype: str
-) -> dict[str, Any]:
+def measure(options: argparse.Namespace, parallel: DDP, setting: Setting, trace: Path | None) -> dict[str, Any]:
     """Measure one setting."""
-    trainer = build_trainer(options, parallel, model_name, modalities, batch_size, residual_dtype)
+    trainer = build_trainer(options, parallel, setting)
     model, config = trainer.model, trainer.config
-    batch = synthetic(model, batch_size, options.tokens, options.padding)
+    batch = synthetic(model, setting.batch_size, options.tokens, setting.padding)
     ours = batch.pin_memory() if parallel.device.type == "cuda" else batch
     variants: dict[str, Callable[[], Any]] = {"ours": lambda: trainer.train_step([ours])}
     losses: dict[str, Callable[[], torch.Tensor]] = {"ours": lambda: trainer_loss(trainer, batch)}
     if options.baseline and not parallel.distributed:
         variants["baseline"], losses["baseline"] = baseline(trainer, batch)
-    for name in options.without:
+    for name in effective(setting.padding) if options.without == [] else options.without or []:
         variants[name] = switched_off(name, model, variants["ours"])
         losses[name] = switched_off(name, model, losses["ours"])
     result: dict[str, Any] = compare(trainer, variants, losses) if len(variants) > 1 else {}
@@ -258,8 +266,8 @@ def measure(
     for _ in range(options.steps):
         variants["ours"]()
     means = trainer.interval.means(parallel)
-    if options.trace and parallel.is_main:
-        write_trace(options.trace, variants["ours"])
+    if trace:
+        write_trace(trace, trainer, ours)
     flops = trainer.task.prepare(model, batch, parallel.device).flops
     strategy = "fsdp" if options.fsdp else "ddp" if parallel.distributed else "single"
     seconds = median(times["ours"]["seconds"])
@@ -269,22 +277,18 @@ def measure(
     for name, comparison in result.get("compared", {}).items():
         comparison |= compared(times["ours"], times[name])
     return {
-        "model": model_name,
-        "modalities": modalities,
-        "batch_size": batch_size,
+        **setting._asdict(),
         "tokens": options.tokens,
-        "padding": options.padding,
         "compile": options.compile,
         "strategy": strategy,
         "world_size": parallel.world_size,
         "device": describe_device(parallel.device),
         "dtype": config.autocast_dtype,
-        "residual_dtype": residual_dtype,
         "torch_threads": torch.get_num_threads(),
         "parameters": count_parameters(model),
         "seconds_per_step": seconds,
         "cpu_seconds_per_step": median(times["ours"]["cpu_seconds"]),
-        "samples_per_second": batch_size * parallel.world_size / seconds,
+        "samples_per_second": setting.batch_size * parallel.world_size / seconds,
         "flops_per_step": flops,
         "tflops": tflops,
         "peak_memory": means.peak_memory,
@@ -340,10 +344,10 @@ def fitted(rows: list[dict[str, Any]], clock: str) -> dict[str, float]:
     return exponents
 
 
-def settings(options: argparse.Namespace) -> Iterator[tuple[str, int, int, str]]:
-    return itertools.product(
-        map(full_name, options.model), options.modalities, options.batch_size, options.residual_dtype
-    )
+def settings(options: argparse.Namespace) -> list[Setting]:
+    models = map(full_name, options.model)
+    matrix = itertools.product(models, options.modalities, options.batch_size, options.residual_dtype, options.padding)
+    return [Setting(*values) for values in matrix]
 
 
 def main() -> None:
@@ -353,7 +357,7 @@ def main() -> None:
     parser.add_argument("--batch_size", nargs="+", type=int, default=[8], help="samples per process")
     parser.add_argument("--tokens", type=int, default=128, help="token budget of the encoder and of the decoder")
     parser.add_argument(
-        "--padding", type=float, default=0.0, help="share of the slots that samples leave empty, at random"
+        "--padding", nargs="+", type=float, default=[0.0], help="share of the slots that samples leave empty, at random"
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -371,21 +375,24 @@ def main() -> None:
     parser.add_argument("--free", action="store_true", help="return freed memory to the system, unlike in training")
     parser.add_argument("--no_baseline", dest="baseline", action="store_false", help="do not measure the baseline")
     parser.add_argument(
-        "--without", nargs="*", choices=SWITCHES, help="also measure the step without each of these (default: all)"
+        "--without",
+        nargs="*",
+        choices=SWITCHES,
+        help="also measure the step without each of these; without names, without each that has an effect",
     )
     parser.add_argument("--trace", type=Path, help="write a Chrome trace of a step of the last setting to this file")
     parser.add_argument("--fit", action="store_true", help="print the exponents of time as a function of size")
     options = parser.parse_args()
-    options.without = list(SWITCHES) if options.without == [] else options.without or []
-    if options.without and (options.compile or options.fsdp):
+    if options.without is not None and (options.compile or options.fsdp):
         raise UserError("--without replaces functions of an eager, unsharded model: leave out --compile and --fsdp")
     if options.device == "cpu" and not options.free:
         keep_freed_memory()
     # Use one process group for all settings, because a second one would rendezvous at the stale addresses of the first.
     parallel = build_parallel(options, build_config(options, full_name(options.model[0]), options.batch_size[0]))
     rows: list[dict[str, Any]] = []
-    for setting in settings(options):
-        rows.append(measure(options, parallel, *setting))
+    matrix = settings(options)
+    for setting in matrix:
+        rows.append(measure(options, parallel, setting, options.trace if setting == matrix[-1] else None))
         if parallel.is_main:
             print(json.dumps({"benchmark": "train_step", **rows[-1]}), flush=True)
     parallel.close()

@@ -78,13 +78,15 @@ class Batch:
         return replace(self, mod_dict=pinned)
 
     def split(self, parts: int) -> list[Batch]:
-        """Divide the samples into equal parts, of which the first has the counts of the position."""
-        size = len(next(iter(self.mod_dict.values()))["tensor"]) // parts
+        """Divide the samples, a multiple of ``parts``. The first part has the counts of the position."""
+        samples = len(next(iter(self.mod_dict.values()))["tensor"])
+        size, rest = divmod(samples, parts)
+        assert not rest
         batches = []
-        for start in range(0, parts * size, size):
+        for start in range(0, samples, size):
             rows = slice(start, start + size)
             mod_dict = {name: {k: v[rows] for k, v in entry.items()} for name, entry in self.mod_dict.items()}
-            position: Position = {**self.position} if start == 0 else {**self.position, "skipped": {}, "missing": {}}
+            position: Position = self.position if start == 0 else {**self.position, "skipped": {}, "missing": {}}
             batches.append(replace(self, mod_dict=mod_dict, position=position))
         return batches
 

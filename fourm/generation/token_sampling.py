@@ -76,8 +76,8 @@ class TokenSampler:
         """Draw a token for each row.
 
         Args:
-            logits: Logits, (n, V). Those in float32 are overwritten: in a large vocabulary, memory for another matrix
-                takes as long as the softmax itself.
+            logits: Logits, (n, V), without gradients. Those in float32 are overwritten, because allocating another
+                matrix of this size takes as long as the softmax.
             temperature: Temperature; 0 takes the most likely token.
             uniform: Random numbers in [0, 1) that determine the tokens, (n,).
 

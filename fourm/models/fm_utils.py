@@ -138,7 +138,10 @@ class Slots:
 
 
 class _Placed(torch.autograd.Function):
-    """Copies rows into a matrix of zeros. Unlike ``index_copy``, it does not keep them for its backward pass."""
+    """Copies rows into a matrix of zeros.
+
+    ``index_copy`` would keep the rows for its backward pass, and that of ``index_put`` takes twice as long on a CPU.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, index: Tensor, count: int) -> Tensor:

@@ -38,12 +38,12 @@ class BatchWarmupOptions(LengthOptions):
         parts = self.batch_warmup_parts
         if parts & (parts - 1):
             raise UserError(f"'batch_warmup_parts' must be a power of 2, not {parts}")
-        of_micro_batch = math.ceil(parts / self.accum_iter)
-        divisible = self.accum_iter * of_micro_batch % parts == 0 and self.batch_size % of_micro_batch == 0
-        if self.batch_warmup_steps and not divisible:
+        of_micro_batches = self.accum_iter % parts == 0
+        of_samples = parts % self.accum_iter == 0 and self.batch_size % (parts // self.accum_iter) == 0
+        if self.batch_warmup_steps and not of_micro_batches and not of_samples:
             raise UserError(
-                f"'batch_warmup_parts': a batch of batch_size {self.batch_size} x accum_iter {self.accum_iter} samples "
-                f"cannot be divided into {parts} equal parts; choose other numbers"
+                f"'batch_warmup_parts' {parts}: set it to a number that divides accum_iter {self.accum_iter}, or to "
+                f"accum_iter times a number that divides batch_size {self.batch_size}"
             )
 
     def updates(self, step: int) -> int:

@@ -102,6 +102,7 @@ class IntervalMeans:
     """The means of a logging interval over all processes.
 
     Attributes:
+        loss: The mean total loss of the micro-batches or, in a batch-size warm-up, of their parts.
         losses: The mean of each loss over its targets; in 4M the cross-entropy of each modality.
         not_finite: The share of the targets of a loss where it was not finite, for losses where this is not 0.
         samples_per_second, tokens_per_second: The throughput of all processes.
@@ -176,7 +177,7 @@ class Interval:
         return not_finite[1:]
 
     def add_step(self, norm: Tensor, skipped: Tensor) -> None:
-        """Count an optimizer step; the norm of a skipped step is left out of the mean."""
+        """Count an update, which is a step except in a batch-size warm-up; the norm of a skipped one is left out."""
         self._sums[1] += torch.where(skipped > 0, 0, norm)
         self._sums[2] += skipped
         self._counts.steps += 1

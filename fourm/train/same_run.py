@@ -60,8 +60,9 @@ def check_same_vocabulary(
 def _normalised(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a configuration without abbreviations, and without options that have no effect."""
     normalised = dict(values) | {"dtype": SHORT_DTYPES.get(str(values.get("dtype")), values.get("dtype"))}
-    if not normalised.get("model_ema"):
-        normalised.pop("model_ema_decay", None)
+    for switch, option in (("model_ema", "model_ema_decay"), ("batch_warmup_steps", "batch_warmup_parts")):
+        if not normalised.get(switch):
+            normalised.pop(option, None)
     return normalised
 
 

@@ -69,17 +69,19 @@ class Trainer:
         wrapped = self._wrapped_model(self.schedule.frozen(self._first_batch))
         parts = divide(batches, self.task.updates(self.step))
         outcomes = [self._update(wrapped, part, number) for number, part in enumerate(parts)]
-        failed, not_finite = (torch.stack(flags).amax(0) for flags in zip(*outcomes, strict=True))
+        failed, not_finite = (torch.stack(flags) for flags in zip(*outcomes, strict=True))
         if self.ema is not None:
             with self.interval.phase("optimizer"):
                 self.ema.update(self.step + 1)
         self.step += 1
-        self.non_finite_streak.add(self.step, failed, not_finite)
+        # A step fails if none of its updates succeeds.
+        self.non_finite_streak.add(self.step, failed.amin(0), not_finite.amax(0))
 
     def rates(self, step: int) -> dict[str, float]:
         """Return the ``lr`` and ``weight_decay`` of a step, counted from 0."""
-        first, share = step * self.config.accum_iter, 1 / self.task.updates(step)
-        return {"lr": self.schedule.lr(first) * math.sqrt(share), "weight_decay": self.schedule.weight_decay(first)}
+        first = step * self.config.accum_iter
+        lr = self.schedule.lr(first) / math.sqrt(self.task.updates(step))
+        return {"lr": lr, "weight_decay": self.schedule.weight_decay(first)}
 
     @property
     def _first_batch(self) -> int:
@@ -87,9 +89,10 @@ class Trainer:
         return self.step * self.config.accum_iter
 
     def _update(self, wrapped: nn.Module, batches: list[Any], number: int) -> tuple[Tensor, Tensor]:
-        """Update the weights with micro-batches, or with parts of them.
+        """Update the weights.
 
         Args:
+            batches: Micro-batches or parts of them.
             number: The number of the update in its step.
 
         Returns:
@@ -137,8 +140,9 @@ def seed_batch(seed: int, batch: int, update: int) -> None:
     """Seed the model's random draws (order of modalities, stochastic depth).
 
     Args:
-        batch: The number of the micro-batch in the run, over all processes.
+        batch: The number of the micro-batch in the run, over all processes. Each update of a step counts from that of
+            the first one.
         update: The number of the update in its step.
     """
-    key = (batch, update) if update else (batch,)
+    key = (batch, update) if update else (batch,)  # the first update has the draws of earlier versions
     torch.manual_seed(int(generator(seed, "model", *key).integers(2**63)))

@@ -200,7 +200,7 @@ class Task(ABC, Generic[Config]):
         """
 
     def updates(self, step: int) -> int:
-        """Return the number of updates of a step, counted from 0, which share its batch: one unless batches warm up."""
+        """Return the number of updates of a step, counted from 0: 1, except during a batch-size warm-up."""
         return 1
 
     @abstractmethod

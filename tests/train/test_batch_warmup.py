@@ -84,6 +84,23 @@ def test_a_step_makes_an_update_with_each_part_at_the_learning_rate_of_its_size(
     assert means.loss == pytest.approx(sum(losses) / 4, rel=1e-4) and means.skipped_steps == 0
 
 
+@pytest.mark.parametrize("bad_parts", [1, 4])
+def test_a_step_has_failed_if_none_of_its_updates_succeeds(warming_up, bad_parts):
+    run, batches = warming_up
+    trainer = run.trainer
+    object.__setattr__(trainer.config, "max_skipped_steps", 1)
+    trainer.__post_init__()
+    for k, batch in enumerate(batches):  # of two parts each
+        picture = batch.mod_dict["rgb@32"]
+        picture["tensor"], picture["input_mask"][:] = picture["tensor"].float(), False
+        picture["tensor"][: 2 * max(bad_parts - 2 * k, 0)] = torch.nan
+    before = trainer.model.mask_token.clone()
+    trainer.train_step(batches)
+    assert trainer.interval.means(trainer.parallel).skipped_steps == bad_parts
+    failed = bad_parts == 4
+    assert (trainer.non_finite_streak.read() is not None) == torch.equal(trainer.model.mask_token, before) == failed
+
+
 def test_the_log_has_the_learning_rates_of_the_updates(tmp_path):
     options = {"num_workers": 0, "epochs": 1, "epoch_size": 16, "log_interval": 1, "warmup_epochs": 0}
     rates = {}
