@@ -3,14 +3,15 @@
     fourm demo --stages render,vocabulary,tokenizers,tokenize --out demo_run
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss
     python benchmarks/time_to_loss.py --data demo_run --out time_to_loss --base demo \\
-        --variants qk_norm:model_kwargs.qk_norm=true stable:scheduler=wsd,cooldown_steps=20
+        --variants batches:batch_warmup_steps=20 stable:scheduler=wsd,cooldown_steps=20
 
 The base and each variant are a name and the options that they change: the base those of the configuration, and a
 variant those of the base. A key with a dot is an entry of a dictionary. If several values are separated by ``|``, each
 is tried with the first seed, for one key after the other, and the one with the lowest loss at the end is kept. By
 default, Muon is compared with AdamW.
 
-All runs have the same length. Runs with the same seed have the same batches and validation targets and, as far as the
+All runs have the same length and, unless a variant has another schedule, a learning rate that warms up for a tenth of
+it and then follows a cosine. Runs with the same seed have the same batches and validation targets and, as far as the
 shapes agree, the same initial weights. The loss of a run that keeps a moving average of its weights is that of the
 average.
 
@@ -20,8 +21,8 @@ evaluations of the variant crosses the last loss of the base; if the variant end
 which the base reaches this loss, divided by the length, and is below 1.
 
 ``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the base
-and the variants take turns on the same batches, in processor time and in wall-clock time. The benchmark prints JSON
-objects: one for each run, and one for each comparison. The runs are ordinary training runs in folders of their own, so
+and the variants take turns on the same batches, in processor time and in wall-clock time. They are the first steps of a
+run, so that a batch-size warm-up seems to cost more than it does. The benchmark prints JSON objects: one for each run, and one for each comparison. The runs are ordinary training runs in folders of their own, so
 that an interrupted benchmark continues.
 """
 
@@ -63,6 +64,9 @@ def shared_overrides(options: argparse.Namespace) -> dict[str, Any]:
         "epoch_size": options.steps * config.accum_iter * config.batch_size,
         "warmup_epochs": -1,
         "warmup_steps": options.steps * config.accum_iter // 10,
+        "scheduler": "cosine",
+        **dict.fromkeys(("cooldown_epochs", "cooldown_steps", "cooldown_tokens"), -1),
+        "batch_warmup_steps": 0,
         "step_eval": True,
         "eval_freq": options.eval_every,
         "fixed_eval": False,
