@@ -22,8 +22,10 @@ which the base reaches this loss, divided by the length, and is below 1.
 
 ``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the base
 and the variants take turns on the same batches, in processor time and in wall-clock time. They are the first steps of a
-run, so that a batch-size warm-up seems to cost more than it does. The benchmark prints JSON objects: one for each run, and one for each comparison. The runs are ordinary training runs in folders of their own, so
-that an interrupted benchmark continues.
+run, so that a batch-size warm-up seems to cost more than it does.
+
+The benchmark prints JSON objects: one for each run, and one for each comparison. The runs are ordinary training runs in
+folders of their own, so that an interrupted benchmark continues.
 """
 
 from __future__ import annotations
