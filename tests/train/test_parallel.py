@@ -123,10 +123,11 @@ def test_gathering_in_bfloat16_is_as_precise_as_autocast(tmp_path):
 
 
 @pytest.mark.dist
-def test_fsdp_trains_only_embeddings_in_the_frozen_phase(tmp_path):
+def test_both_strategies_begin_with_only_the_embeddings_and_small_batches(tmp_path):
     options = {
         "frozen_model_epochs": 1,
         "frozen_embedding_domain": "tok_rgb@32",
+        "batch_warmup_steps": 2,
         "eval_freq": 0,
         "epoch_size": 24,
     }
