@@ -174,8 +174,9 @@ def _created_on_host(create: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """``torch.tensor`` copies to a device in C++, where no mode sees it."""
 
     def created(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
-        tensor = create(data, *args, **kwargs)
-        return tensor if device is None else tensor.to(device)
+        if not _is_gpu(device):
+            return create(data, *args, device=device, **kwargs)
+        return create(data, *args, device="cpu", **kwargs).to(device)
 
     return created
 
