@@ -33,7 +33,8 @@ def test_a_batch_that_cannot_be_divided_is_an_error(batch_size, accum_iter, part
 @pytest.fixture
 def warming_up(tmp_path):
     """Return a run whose first step has four updates, and its batches."""
-    options = {"num_workers": 0, "accum_iter": 2, "batch_warmup_steps": 2, "warmup_epochs": 0, "blr": 0.01}
+    options = {"num_workers": 0, "accum_iter": 2, "batch_warmup_steps": 2, "max_skipped_steps": 1}
+    options |= {"warmup_epochs": 0, "blr": 0.01}
     config = load_config(PretrainConfig, write_run(tmp_path / "toys", **options))
     run = Run(Pretrain(config), DDP(config))
     batches = run._batches()
@@ -88,8 +89,6 @@ def test_a_step_makes_an_update_with_each_part_at_the_learning_rate_of_its_size(
 def test_a_step_has_failed_if_none_of_its_updates_succeeds(warming_up, bad_parts):
     run, batches = warming_up
     trainer = run.trainer
-    object.__setattr__(trainer.config, "max_skipped_steps", 1)
-    trainer.__post_init__()
     for k, batch in enumerate(batches):  # of two parts each
         picture = batch.mod_dict["rgb@32"]
         picture["tensor"], picture["input_mask"][:] = picture["tensor"].float(), False
