@@ -228,8 +228,7 @@ def build_trainer(options: argparse.Namespace, case: str, batch_size: int) -> Tr
     model = task.build_model()
     parallel.materialise(model, task.parts(model))
     if options.compile:
-        for block in task.blocks(model):
-            block.compile(backend=options.backend)
+        task.compile(model, backend=options.backend)
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
     return Trainer(config, task, parallel, model, build_optimizer(model, config), schedule)

@@ -105,6 +105,7 @@ class FourM(Encoder):
             DecoderBlock(options, rate) for rate in decoder_rates[len(decoder_rates) - decoder_depth :]
         )
         self.decoder_norm = options.norm()
+        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -128,9 +129,14 @@ class FourM(Encoder):
         return {name: as_modality(name, self.modality_info[name]).id for name in self.decoder_embeddings}
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile every block in place, which keeps the parameter names; ``options`` go to ``torch.compile``."""
+        """Compile every block, which keeps the parameter names, and the cross-entropy, for all numbers of targets.
+
+        Args:
+            options: Go to ``torch.compile``.
+        """
         for block in (*self.encoder, *self.decoder):
             block.compile(**options)
+        self.cross_entropy = torch.compile(cross_entropy, **options | {"dynamic": True})
 
     def forward(
         self,
@@ -263,7 +269,9 @@ class FourM(Encoder):
         for name, rows in selection.rows().items():
             embedding = self.decoder_embeddings[name]
             targets = embedding.targets(tensor_of(mod_dict, name, embedding), rows)
-            sums[name] = F.cross_entropy(logits[name].float(), targets, reduction="sum")
+            # torch.compile would compile variants of its own for no target and for one.
+            compute = self.cross_entropy if len(targets) > 1 else cross_entropy
+            sums[name] = compute(logits[name], targets)
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
             present = [mean for name, mean in means.items() if name in mod_dict]
@@ -322,6 +330,14 @@ class FourM(Encoder):
                     f"frozen_embedding_domain: the model has no modality '{name}'{did_you_mean(name, known)}"
                 )
         return [embeddings[name] for name in domains.split("-") if name in embeddings]
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the sum of the cross-entropies, computed in float32: (n, V) and ids (n,) → a scalar.
+
+    If it is compiled, no logits in float32 reach the memory.
+    """
+    return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:

@@ -26,7 +26,7 @@ class DeviceOptions(Options):
     )
     use_act_checkpoint: bool = option("recompute the activations of the blocks in the backward pass", False)
     act_checkpoint_every: int = option("use_act_checkpoint applies to every n-th block", 1, at_least=1)
-    compile: bool = option("torch.compile every block", False)
+    compile: bool = option("torch.compile every block, and the cross-entropy of the tokens", False)
     peak_tflops: float | None = option(
         "10^12 operations per second that a device can do, for the MFU (default: from the name of the GPU)",
         None,

@@ -128,8 +128,7 @@ class Run:
         config, task, parallel = self.config, self.task, self.parallel
         model = task.build_model()
         if config.compile:
-            for block in task.blocks(model):
-                block.compile()
+            task.compile(model)
         torch.manual_seed(config.seed)
         parallel.materialise(model, task.parts(model), task.model_name)
         if self._weights:

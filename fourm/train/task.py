@@ -143,7 +143,16 @@ class Task(ABC, Generic[Config]):
 
     @abstractmethod
     def blocks(self, model: nn.Module) -> list[nn.Module]:
-        """Return the repeated blocks of the model, which ``torch.compile`` compiles one by one."""
+        """Return the repeated blocks of the model."""
+
+    def compile(self, model: nn.Module, **options: Any) -> None:
+        """Compile the model block by block, so that each kind of block is compiled once.
+
+        Args:
+            options: Go to ``torch.compile``.
+        """
+        for block in self.blocks(model):
+            block.compile(**options)
 
     def parts(self, model: nn.Module) -> list[nn.Module]:
         """Return the modules whose parameters FSDP shards and gathers together; each must be used as a whole."""

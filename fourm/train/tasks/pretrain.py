@@ -143,6 +143,10 @@ class Pretrain(Task[PretrainConfig]):
         assert isinstance(model, FM)
         return [*model.encoder, *model.decoder]
 
+    def compile(self, model: nn.Module, **options: Any) -> None:
+        assert isinstance(model, FM)
+        model.compile_blocks(**options)
+
     def parts(self, model: nn.Module) -> list[nn.Module]:
         # The embeddings of the decoder are not parts: their vocabularies are also output matrices, and they share the
         # modality vectors of the encoder. The root of the model keeps what two modules share.
