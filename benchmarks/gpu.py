@@ -51,7 +51,7 @@ if not cuda and os.environ.get("GPU_NEEDED"):
 
 
 def steps(toy: bool, out: Path) -> dict[str, tuple[int, list[str]]]:
-    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 355 seconds."""
+    """Return step name → time limit in seconds and arguments of Python. All steps together take at most 358 seconds."""
     base, short_base, short_large = (
         TOY_STEP if toy else [*FULL_STEP, *options] for options in (BASE + LONG, BASE + SHORT, LARGE + SHORT)
     )
@@ -59,10 +59,10 @@ def steps(toy: bool, out: Path) -> dict[str, tuple[int, list[str]]]:
     trace = ["--trace", str(out.resolve() / "trace" / "trace.json")]
     return {
         "environment": (15, ["-c", ENVIRONMENT]),
-        "step_eager": (65, [*short_base, *ABLATIONS]),
+        "step_eager": (55, [*short_base, *ABLATIONS]),
         "step_compiled": (75, [*base, *ALONE, *RESIDUALS, "--compile", *trace]),
         "step_muon": (25, [*base, *ALONE, "--opt", "muon"]),
-        "step_large": (25, [*short_large, *ALONE]),
+        "step_large": (38, [*short_large, *ALONE, "--compile", "--residual_dtype", "bfloat16"]),
         "step_fsdp": (25, [*base, *ALONE, "--fsdp"]),
         "decoder_attention": (20, [*ATTENTION, *(["--toy"] if toy else ON_GPU)]),
         "generation": (30, [*GENERATE, *model]),

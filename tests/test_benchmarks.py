@@ -247,7 +247,7 @@ def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
         (True, "single", "float32"),
         (True, "single", "bfloat16"),
         (False, "single", "float32"),
-        (False, "single", "float32"),
+        (True, "single", "bfloat16"),
         (False, "fsdp", "float32"),
     ]
     for row, padding in zip(rows, (0.0, 0.1), strict=False):
