@@ -26,6 +26,7 @@ class Counts:
     """Counts that the host keeps.
 
     Attributes:
+        batches: The number of micro-batches; a part of one counts by its share of the samples.
         flops: The number of operations of the model.
         targets: The number of targets of each loss; in 4M the target tokens of a modality.
         seconds: The time of each phase of a step.
@@ -34,7 +35,7 @@ class Counts:
             sets whose samples may lack one.
     """
 
-    batches: int = 0
+    batches: float = 0
     steps: int = 0
     samples: int = 0
     tokens: int = 0
@@ -54,8 +55,7 @@ class Counts:
                 setattr(self, item.name, own + more)
 
     def add_batch(self, inputs: Inputs, position: Position) -> None:
-        """Count a batch."""
-        self.batches += 1
+        """Count what a batch has; :class:`Interval` counts the batches."""
         self.samples += inputs.samples
         self.tokens += inputs.tokens
         self.flops += inputs.flops
@@ -102,7 +102,7 @@ class IntervalMeans:
     """The means of a logging interval over all processes.
 
     Attributes:
-        loss: The mean total loss of the micro-batches or, in a batch-size warm-up, of their parts.
+        loss: The mean total loss, in which all samples weigh alike.
         losses: The mean of each loss over its targets; in 4M the cross-entropy of each modality.
         not_finite: The share of the targets of a loss where it was not finite, for losses where this is not 0.
         samples_per_second, tokens_per_second: The throughput of all processes.
@@ -145,11 +145,12 @@ class Interval:
 
     Args:
         losses: Names of the losses that a batch has in addition to the total loss.
+        batch_size: The number of samples of a micro-batch, whose parts count by their share of it.
         peak_tflops: 10¹² operations per second that the device can do; None if this is not known.
     """
 
-    def __init__(self, losses: Sequence[str], device: torch.device, peak_tflops: float | None = None):
-        self._device, self._peak_tflops = device, peak_tflops
+    def __init__(self, losses: Sequence[str], batch_size: int, device: torch.device, peak_tflops: float | None = None):
+        self._batch_size, self._device, self._peak_tflops = batch_size, device, peak_tflops
         self._losses = list(losses)
         # Total loss, gradient norm, skipped steps, and each of the losses.
         self._sums = torch.zeros(3 + len(self._losses), dtype=torch.float64, device=device)
@@ -160,19 +161,21 @@ class Interval:
         self._start = time.perf_counter()
 
     def add_batch(self, losses: Losses, inputs: Inputs, position: Position) -> Tensor:
-        """Count a micro-batch.
+        """Count a micro-batch or a part of one.
 
         Returns:
             (losses,) 1 where a loss was not finite, otherwise 0. Such losses are left out of the means.
         """
         values = torch.stack([losses.total, *(losses.means[name] for name in self._losses)]).detach()
         finite = values.isfinite()
-        weights = [1, *(inputs.targets.get(name, 0) for name in self._losses)]
+        share = inputs.samples / self._batch_size
+        weights = [share, *(inputs.targets.get(name, 0) for name in self._losses)]
         not_finite = (~finite).float()
         sums = _weighted(torch.where(finite, values, 0), weights)
         self._sums[0] += sums[0]
         self._sums[3:] += sums[1:]
         self._left_out += _weighted(not_finite, weights)
+        self._counts.batches += share
         self._counts.add_batch(inputs, position)
         return not_finite[1:]
 

@@ -52,7 +52,7 @@ class Trainer:
         self.gradient_step = GradientStep(self.optimizer, config, self.parallel)
         buffers = task.changing_buffers(self.model)
         self.ema = EMA(self.model, config.model_ema_decay, buffers) if config.model_ema else None
-        self.interval = Interval(task.losses, device, peak_tflops(config, device))
+        self.interval = Interval(task.losses, config.batch_size, device, peak_tflops(config, device))
         self.non_finite_streak = NonFiniteStreak(task.losses, config.max_skipped_steps, device)
         self._wrapped: nn.Module | None = None
         self._frozen: bool | None = None

@@ -85,6 +85,29 @@ def test_a_step_makes_an_update_with_each_part_at_the_learning_rate_of_its_size(
     assert means.loss == pytest.approx(sum(losses) / 4, rel=1e-4) and means.skipped_steps == 0
 
 
+def test_every_sample_weighs_alike_in_the_mean_loss_of_steps_with_four_two_and_one_updates(warming_up, monkeypatch):
+    run, batches = warming_up
+    picture = batches[0].mod_dict["rgb@32"]
+    picture["tensor"], picture["input_mask"][:] = picture["tensor"].float(), False
+    picture["tensor"][:2] = torch.nan  # the first of four parts, which is left out
+    compute, parts = run.task.loss, []
+
+    def record(model, inputs):
+        losses = compute(model, inputs)
+        parts.append((inputs.samples, losses.total.item()))
+        return losses
+
+    monkeypatch.setattr(run.task, "loss", record)
+    later = run._batches()
+    for micro_batches in (batches, *([next(later), next(later)] for _ in range(2))):
+        run.trainer.train_step(micro_batches)
+    assert [samples for samples, _ in parts] == [2] * 4 + [4] * 4
+    finite = [(samples, loss) for samples, loss in parts if math.isfinite(loss)]
+    assert len(finite) == len(parts) - 1
+    mean = sum(samples * loss for samples, loss in finite) / sum(samples for samples, _ in finite)
+    assert run.trainer.interval.means(run.parallel).loss == pytest.approx(mean, rel=1e-12)
+
+
 @pytest.mark.parametrize("bad_parts", [1, 4])
 def test_a_step_has_failed_if_none_of_its_updates_succeeds(warming_up, bad_parts):
     run, batches = warming_up
