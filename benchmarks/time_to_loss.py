@@ -20,9 +20,11 @@ the variant is better. ``fewer_steps`` is the length of the runs divided by the 
 evaluations of the variant crosses the last loss of the base; if the variant ends with a higher loss, it is the step in
 which the base reaches this loss, divided by the length, and is below 1.
 
-``fewer_seconds`` is this ratio divided by that of the costs of a step, which are medians over steps in which the base
-and the variants take turns on the same batches, in processor time and in wall-clock time. They are the first steps of a
-run, so that a batch-size warm-up seems to cost more than it does.
+``fewer_seconds`` is this ratio divided by that of the mean costs of a step, in processor time and in wall-clock time.
+They are means because a step may cost more at one time than at another, as in a batch-size warm-up: the steps that are
+timed are spread evenly over the length of a run. In each of them, the base and the variants take turns on the same
+batch. Of steps with the same number of updates, the median of the ratios counts, so that other work on the machine
+hardly changes the result.
 
 The benchmark prints JSON objects: one for each run, and one for each comparison. The runs are ordinary training runs in
 folders of their own, so that an interrupted benchmark continues.
@@ -36,6 +38,7 @@ import dataclasses
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -54,7 +57,7 @@ from fourm.utils.errors import UserError, run_cli
 
 BASE = "adamw:opt=adamw,blr=0.012|0.006|0.024"
 VARIANTS = ["muon:opt=muon,muon_lr_scale=2.5|1|5|10|20,blr=0.012|0.006|0.024|0.048"]
-WARM_UP = 2  # steps that are not timed
+WARM_UP = 2  # steps that are not timed, before the first one with its number of updates
 Curve = dict[int, float]  # validation losses by step
 
 
@@ -197,7 +200,7 @@ def fewer_steps(base: Curve, variant: Curve) -> float:
 def step_costs(
     settings: Sequence[Setting], options: argparse.Namespace, shared: dict[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Measure the seconds of a step of each variant and of the base, which is the first of ``settings``."""
+    """Measure the mean seconds of a step of each variant and of the base, which is the first of ``settings``."""
     runs = {}
     for setting in settings:
         config = setting.config(options, shared | {"eval_freq": 0})
@@ -207,22 +210,46 @@ def step_costs(
     base, *others = runs
     config = runs[base].config
     batches = iter(runs[base].task.train_batches(0, 1, options.steps * config.accum_iter, 0, {}, pin_memory=False))
+    steps = [(2 * k + 1) * options.steps // (2 * options.timed_steps) for k in range(options.timed_steps)]
+    updates = {name: [run.task.updates(step) for step in steps] for name, run in runs.items()}
+    kinds = [*zip(*updates.values(), strict=True)]
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}
     with contextlib.closing(batches):
-        for _ in range(WARM_UP + options.timed_steps):
-            micro_batches = [next(batches) for _ in range(config.accum_iter)]
-            for name, run in runs.items():
-                start = time.process_time(), time.perf_counter()
-                run.trainer.train_step(micro_batches)
-                seconds[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
+        for number, step in enumerate(steps):
+            for untimed in range(0 if kinds[number] in kinds[:number] else WARM_UP, -1, -1):
+                micro_batches = [next(batches) for _ in range(config.accum_iter)]
+                for name, run in runs.items():
+                    run.trainer.step = step  # which decides how many updates the step makes
+                    start = time.process_time(), time.perf_counter()
+                    run.trainer.train_step(micro_batches)
+                    if not untimed:
+                        seconds[name].append((time.process_time() - start[0], time.perf_counter() - start[1]))
     costs: dict[str, dict[str, Any]] = {name: {} for name in others}
     for name in others:
+        of_pair = [*zip(updates[base], updates[name], strict=True)]
         for k, clock in enumerate(("cpu_seconds", "seconds")):
-            ours, theirs = ([pair[k] for pair in seconds[key][WARM_UP:]] for key in (base, name))
-            # The median of the ratios, because other work disturbs two steps in a row alike.
-            ratio = median(b / a for a, b in zip(ours, theirs, strict=True))
-            costs[name][clock] = {base: median(ours), name: median(theirs), "ratio": ratio}
+            ours, theirs = ([pair[k] for pair in seconds[key]] for key in (base, name))
+            costs[name][clock] = dict(zip((base, name, "ratio"), mean_costs(of_pair, ours, theirs), strict=True))
     return costs
+
+
+def mean_costs(kinds: Sequence[Any], ours: Sequence[float], theirs: Sequence[float]) -> tuple[float, float, float]:
+    """Return the mean costs of our and their steps, and the ratio of the second to the first.
+
+    Args:
+        kinds: The kind of each step; steps of a kind should cost the same.
+        ours, theirs: The cost of each step, which were measured one after the other.
+    """
+    of_kinds = defaultdict(list)
+    for kind, *pair in zip(kinds, ours, theirs, strict=True):
+        of_kinds[kind].append(pair)
+    our_sum = their_sum = 0.0
+    for pairs in of_kinds.values():
+        our_cost = len(pairs) * median(our for our, _ in pairs)
+        our_sum += our_cost
+        # The median of the ratios, because other work disturbs two steps in a row alike.
+        their_sum += our_cost * median(their / our for our, their in pairs)
+    return our_sum / len(kinds), their_sum / len(kinds), their_sum / our_sum
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -235,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--base", default=BASE, help="what the others are compared with (default: %(default)s)")
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="what is compared (default: %(default)s)")
-    parser.add_argument("--timed_steps", type=int, default=20, help="steps of each that are timed")
+    parser.add_argument("--timed_steps", type=int, default=20, help="steps of each that are timed, over its length")
     options = parser.parse_args(argv)
     base, *variants = (Variant.parse(text) for text in (options.base, *options.variants))
     if len({variant.name for variant in (base, *variants)}) <= len(variants):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import yaml
 
 from benchmarks import ablations, gpu, loader_trees, time_to_loss
 from benchmarks.embed_all import saved_bytes
+from fourm.train.step import Trainer
 from fourm.utils.errors import UserError
 from tests.models.toy_models import SWIGLU, toy_batch, toy_model
 from tests.train.toy_run import write_run
@@ -157,6 +159,29 @@ def test_variants_are_compared_with_a_base_seed_by_seed(tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=message):
             time_to_loss.main([*options, "--variants", way])
+
+
+def test_the_timed_steps_are_spread_over_the_length_of_a_run(tmp_path, monkeypatch):
+    config = write_run(tmp_path / "toys", num_workers=0)
+    options = Namespace(config=str(config), data=None, out=tmp_path, steps=8, eval_every=8, timed_steps=4)
+    settings = [time_to_loss.Setting(f"toy{n}", {"batch_warmup_steps": n}, 0) for n in (0, 4)]
+    step, updates = Trainer.train_step, {0: [], 4: []}
+
+    def record(trainer, batches):
+        updates[trainer.config.batch_warmup_steps].append(trainer.task.updates(trainer.step))
+        step(trainer, batches)
+
+    monkeypatch.setattr(Trainer, "train_step", record)
+    costs = time_to_loss.step_costs(settings, options, time_to_loss.shared_overrides(options))
+    assert updates == {0: [1] * 10, 4: [4] * 3 + [2] * 3 + [1] * 4}, "two are not timed, of each number of updates"
+    for cost in costs["toy4"].values():
+        assert cost["toy4"] == pytest.approx(cost["toy0"] * cost["ratio"]) and cost["ratio"] > 0
+
+
+def test_the_mean_cost_of_a_step_counts_its_kinds_by_their_share_and_without_disturbances():
+    kinds, ours = [4, 2, *[1] * 6], [1.0, 1.0, 1.0, 1.0, 9.0, 1.0, 1.0, 1.0]
+    theirs = [3.0, 2.0, 1.0, 1.0, 9.0, 1.0, 7.0, 1.0]
+    assert time_to_loss.mean_costs(kinds, ours, theirs) == (1.0, 11 / 8, 11 / 8)
 
 
 @pytest.mark.slow
