@@ -11,7 +11,7 @@ from typing import Any
 
 from fourm.data.images import EncodedImage, UnreadableImage
 from fourm.generation.decoding import Decoded, decode, kind_of
-from fourm.generation.inputs import find_modality, make_batch
+from fourm.generation.inputs import find_modality, make_batch, reads_pictures
 from fourm.generation.plotting import titles_of
 from fourm.generation.sampler import Sampler
 from fourm.utils.errors import UserError
@@ -42,10 +42,11 @@ class Field:
 
 def picture_modalities(sampler: Sampler) -> list[str]:
     """Return the inputs that can be read from a picture, one of each kind: RGB first, pixels rather than tokens."""
+    readable = {kind for kind, tokenizer in sampler.tokenizers.items() if reads_pictures(tokenizer)}
     names = [
         name
         for name, modality in sampler.inputs.items()
-        if modality.type == "img" and (modality.is_pixels or kind_of(modality) in sampler.tokenizers)
+        if modality.type == "img" and (modality.is_pixels or kind_of(modality) in readable)
     ]
     kinds = dict.fromkeys(kind_of(sampler.inputs[name]) for name in names)
     known = {name: sampler.inputs[name] for name in names}

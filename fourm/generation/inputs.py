@@ -23,6 +23,8 @@ from fourm.utils.errors import DataError, UserError, did_you_mean
 from fourm.utils.tokenizer.special_tokens import EOS_ID, PAD_ID
 from fourm.utils.tokenizer.text_tokenizer import escape_control_tokens
 from fourm.vq.crops import tokenizer_transform
+from fourm.vq.domains import transform_of
+from fourm.vq.tokenizer import ImageTokenizer
 
 
 def find_modality(name: str, known: Mapping[str, Modality], role: str, avoid: Collection[str] = ()) -> str:
@@ -125,10 +127,10 @@ def read_value(
     """Convert one value to the tensor that the model takes. Pictures are cropped to their centre square.
 
     Args:
-        value: For pictures, a file, a PIL image or an array. For tokens, one of these, or ids, which are −1 where they
-            are unknown. For texts, a string, or the content of the modality's files (boxes:
-            ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``). For any modality, a result, whose ids
-            or pixels the model gets unchanged.
+        value: For pictures, a file, a PIL image or an array. For tokens, one of these, unless their tokenizer reads
+            features, or ids, which are −1 where they are unknown. For texts, a string, or the content of the modality's
+            files (boxes: ``[{"boxes": …, "class_name": …}]``, a palette: ``[[r, g, b], …]``). For any modality, a
+            result, whose ids or pixels the model gets unchanged.
         modality: The modality.
         tokenizers: Tokenizers of images.
         text_tokenizer: Text vocabulary.
@@ -194,10 +196,20 @@ def _tokens(value: Any, modality: Modality, tokenizers: Tokenizers) -> Tensor:
     tokenizer = tokenizers.get(kind_of(modality))
     if tokenizer is None:
         raise UserError(f"a picture needs the tokenizer of {kind_of(modality)}; pass it in tokenizers, or pass ids")
+    if not reads_pictures(tokenizer):
+        raise UserError(
+            f"its tokenizer reads features ({tokenizer.info.modality}), not pictures: pass ids, such as those that "
+            "`fourm tokenize` has written"
+        )
     transform = tokenizer_transform(tokenizer.info.modality, tokenizer.info.transform_options)
     pixels = read_pixels(value, transform, modality.input_size)
     pixels = pixels if pixels.ndim == 3 else pixels[None]
     return tokenizer.tokenize(pixels[None].float().to(tokenizer.device)).flatten().cpu()
+
+
+def reads_pictures(tokenizer: ImageTokenizer) -> bool:
+    """Return whether a tokenizer can be given pictures; others read the features of another network."""
+    return not isinstance(transform_of(tokenizer.info.modality), GridTransform)
 
 
 def _numbers(value: Any, modality: Modality, transform: Any) -> Tensor:

@@ -18,9 +18,12 @@ from fourm.app.forms import (
     target_modalities,
     text_modalities,
 )
+from fourm.generation import Sampler
 from fourm.generation.decoding import Decoded
 from fourm.utils.errors import UserError
 from tests.app.toy_app import DEPTH, RGB, SEMSEG, TOK_RGB, toy_sampler, write_photo
+from tests.generation.toy_tokenizers import SIZE
+from tests.vq.test_vqvae import FEATURES, toy
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,14 @@ def test_a_picture_is_read_as_the_model_sees_it(sampler, tmp_path):
     assert read_picture(path, SEMSEG, sampler, 10**6).tensor.shape == (4, 4)
     with pytest.raises(UserError, match="'caption' is not a picture"):
         read_picture(path, "caption", sampler, 10**6)
+
+
+def test_features_of_a_network_are_no_pictures_to_upload(sampler):
+    assert not any("clip" in name for name in picture_modalities(sampler)), "it has no tokenizer"
+    for modality, is_picture in (("rgb", True), ("CLIP-B16", False)):
+        tokenizers = {"clip": toy(**FEATURES, modality=modality)}
+        names = picture_modalities(Sampler(sampler.generation.model, tokenizers))
+        assert names == [RGB, f"tok_clip@{SIZE}"][: 1 + is_picture]
 
 
 def test_texts_become_inputs(sampler):

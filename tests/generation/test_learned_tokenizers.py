@@ -4,11 +4,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from fourm.data.modality_info import resolve_modalities
 from fourm.generation import Sampler, as_image, plot
-from fourm.generation.decoding import Detokenizer, decode
+from fourm.generation.decoding import Detokenizer, decode, kind_of
 from fourm.generation.drawing import SIZE
+from fourm.generation.inputs import read_value
 from fourm.generation.instances import decode_instances, draw_instances, merge_instances, place_mask
 from fourm.generation.plotting import pca_picture
 from fourm.generation.poses import JOINTS, decode_poses, draw_pose, joint_positions, nearest_rotations
@@ -140,6 +142,22 @@ def test_the_picture_options_of_a_tokenizer_override_all_others():
     assert default[0].equal(default[1]) and not seeded[0].equal(seeded[1]) and not seeded[0].equal(default[0])
     tokenizer.picture_options = {"seed": 5, "timesteps": 2}
     assert Detokenizer(steps=3).decode(tokenizer, ids, seed=1).equal(seeded)
+
+
+@pytest.mark.parametrize(
+    ("name", "features", "options"),
+    [
+        ("tok_clip@32", "CLIP-B16", FEATURES),
+        ("tok_imagebind@32", "ImageBind-H14", FEATURES),
+        ("tok_dinov2_global", "DINOv2-B14-global", GLOBAL),
+    ],
+)
+def test_tokens_of_features_are_given_as_ids_and_not_as_a_picture(name, features, options):
+    modality = resolve_modalities(MODALITIES, MODALITIES)[name]
+    tokenizers = {kind_of(modality): toy(**options, modality=features)}
+    with pytest.raises(UserError, match=rf"{name}: its tokenizer reads features \({features}\), .* pass ids"):
+        read_value(Image.new("RGB", (40, 40)), modality, tokenizers, None)
+    assert read_value(np.arange(16), modality, tokenizers, None).tolist() == [*range(16)]
 
 
 def test_learned_tokenizers_decode_a_batch_to_the_pictures_of_its_samples(tokenizers):
