@@ -25,12 +25,8 @@ from fourm.data.transforms.image import (
     RGBTransform,
     SemsegTransform,
 )
-from fourm.data.transforms.instances import (
-    BodyPoseTransform,
-    HumanPoseTransform,
-    InstanceMaskTransform,
-    SAMInstanceTransform,
-)
+from fourm.data.transforms.instances import HumanPoseTransform, SAMInstanceTransform
+from fourm.data.transforms.objects import BodyPoseTransform, InstanceMaskTransform
 from fourm.data.transforms.sequence import (
     CaptionTransform,
     ColorPaletteTransform,

@@ -12,11 +12,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from fourm.data.transforms.instances import MASK_CODES
 from fourm.generation.drawing import SIZE, canvas, color
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 
-_CODES = 16  # of a mask
 _POINT_RANGE = 224  # points are in pixels of a picture of this side
 _MIN_CONTRAST = 0.9  # a mask whose probabilities differ by less shows no shape
 _SAME_MASK, _SAME_BOX = 0.8, 0.9  # Dice of masks and IoU of boxes above which two polygons are the same instance
@@ -37,13 +37,13 @@ def decode_instances(points: Sequence[dict[str, Any]], tokenizer: ImageTokenizer
     """
     if (tokenizer.num_channels, tokenizer.num_codebooks) != (1, 1):
         raise UserError(
-            f"the tokenizer of sam_instance must decode {_CODES} codes to a mask, but it has {tokenizer.num_codebooks} "
-            f"codebooks and {tokenizer.num_channels} channels"
+            f"the tokenizer of sam_instance must decode {MASK_CODES} codes to a mask, but it has "
+            f"{tokenizer.num_codebooks} codebooks and {tokenizer.num_channels} channels"
         )
     decoded, dropped = [], 0
     for point in points:
         known = [dict(polygon) for polygon in point["polygons"] if max(polygon["codes"]) < tokenizer.vocab_size]
-        dropped += (len(point["polygons"]) - len(known)) * (1 + 4 + _CODES)
+        dropped += (len(point["polygons"]) - len(known)) * (1 + 4 + MASK_CODES)
         decoded.append({**point, "polygons": known})
     polygons = [polygon for point in decoded for polygon in point["polygons"]]
     if polygons:

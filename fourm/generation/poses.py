@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from PIL import ImageDraw
 
+from fourm.data.transforms.instances import POSE_CODES
 from fourm.generation.drawing import SIZE, canvas, color
 from fourm.utils.errors import UserError
 from fourm.vq import ImageTokenizer
 
 _ROTATIONS = (23, 3, 3)
-_CODES = 8  # of a pose
 
 # Joint: (parent, offset from it). The person stands upright with the arms stretched out, and faces the viewer: x points
 # to the person's left, y up and z forwards. The unit is the person's height. Lengths of segments are averages of
@@ -75,16 +75,16 @@ def decode_poses(people: Sequence[dict[str, Any]], tokenizer: ImageTokenizer) ->
     Raises:
         UserError: If the tokenizer is not one of poses.
     """
-    if (tokenizer.num_channels, tokenizer.num_codebooks) != (207, _CODES):
+    if (tokenizer.num_channels, tokenizer.num_codebooks) != (207, POSE_CODES):
         raise UserError(
-            f"the tokenizer of human_poses must decode {_CODES} codes to 207 numbers, but it has "
+            f"the tokenizer of human_poses must decode {POSE_CODES} codes to 207 numbers, but it has "
             f"{tokenizer.num_codebooks} codebooks and {tokenizer.num_channels} channels"
         )
     people, dropped = [dict(person) for person in people], 0
     for person in people:
         if max(person.get("pose", [0])) >= tokenizer.vocab_size:
             del person["pose"]
-            dropped += 1 + _CODES
+            dropped += 1 + POSE_CODES
     posed = [person for person in people if "pose" in person]
     if posed:
         ids = torch.tensor([person["pose"] for person in posed])

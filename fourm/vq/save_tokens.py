@@ -25,7 +25,8 @@ from tqdm import tqdm
 
 from fourm.data.bad_samples import BadSampleLedger
 from fourm.data.modality_transforms import AbstractTransform, GridTransform
-from fourm.data.transforms.instances import NUM_CODES, ObjectTransform
+from fourm.data.transforms.instances import NUM_CODES
+from fourm.data.transforms.objects import ObjectTransform
 from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file

@@ -15,7 +15,8 @@ from fourm.data.modality_transforms import (
     ScalarTransform,
     transforms_for,
 )
-from fourm.data.transforms.instances import BodyPoseTransform, Polygons
+from fourm.data.transforms.instances import Polygons
+from fourm.data.transforms.objects import BodyPoseTransform
 from fourm.generation.sequences import SEQUENCES, read_words
 from fourm.utils.errors import DataError, UnreadableValue, UserError
 from fourm.utils.tokenizer import TextEncoder, load_text_tokenizer

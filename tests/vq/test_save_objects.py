@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 from webdataset import TarWriter
 
 from fourm.data.modality_transforms import HumanPoseTransform, SAMInstanceTransform
-from fourm.data.transforms.instances import BodyPoseTransform, InstanceMaskTransform
+from fourm.data.transforms.objects import BodyPoseTransform, InstanceMaskTransform
 from fourm.generation.instances import decode_instances, place_mask
 from fourm.generation.poses import JOINTS, decode_poses, joint_positions, nearest_rotations
 from fourm.generation.sequences import SEQUENCES
