@@ -13,7 +13,7 @@ from fourm.data.unified_datasets import build_eval_loader
 from fourm.utils.errors import DataError, UserError
 from tests.data.dataset_files import write_folders, write_shards
 from tests.data.test_masking import INFO, SAMPLE, SENTINELS, TOKENIZER, ids, parts
-from tests.data.test_unified_datasets import config, indices, same, train
+from tests.data.toy_batches import config, indices, same, train
 
 ROLES = ("rgb", "tok", "caption", "det")
 INFOS = {

@@ -16,7 +16,7 @@ from fourm.data.sample_dataset import build_dataset
 from fourm.data.unified_datasets import build_eval_loader, draws_in_epoch
 from fourm.utils.errors import DataError, MissingDependency, UserError
 from tests.data.dataset_files import write_shards
-from tests.data.test_unified_datasets import TOKENIZER, config, same, train
+from tests.data.toy_batches import TOKENIZER, config, same, train
 
 TEXT = {"type": "huggingface", "in_domains": "caption", "out_domains": "caption", "modality_name_map": {}}
 

@@ -1,100 +1,21 @@
 """The pipeline: what a batch holds, its exact position, and what happens to samples that are bad."""
 
-import gc
 import itertools
-import os
-import signal
-import subprocess
-import sys
-import time
-import tracemalloc
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
-from torch.utils.data import DataLoader, IterableDataset
 
 from fourm.data.bad_samples import BadSampleLedger
-from fourm.data.batch_loader import BatchLoader
 from fourm.data.collate import as_tensors, single
-from fourm.data.data_config import load_data_config
 from fourm.data.raw_sample import RawSample
 from fourm.data.sample_dataset import build_dataset
-from fourm.data.unified_datasets import Stream, build_eval_loader, build_train_loader, draws_in_epoch
+from fourm.data.unified_datasets import Stream, build_eval_loader, draws_in_epoch
 from fourm.utils.errors import DataError
 from fourm.utils.seeds import generator
-from tests.data.dataset_files import MODALITIES, jpeg, npy, text_tokenizer, write_folders, write_shards
-
-TOKENIZER = text_tokenizer()
-ALL = "rgb@32-tok_rgb@32-caption-det"
-
-
-def config(tmp_path, *paths, weights=None, **options):
-    """A data config with one data set per path: "d0", "d1", …"""
-    defaults = {
-        "in_domains": ALL,
-        "out_domains": ALL.removeprefix("rgb@32-"),
-        "input_alphas": 1.0,
-        "target_alphas": 1.0,
-        "main_augment_domain": "rgb@32",
-        "use_wds": True,
-        "wds_n_repeats": 2,
-        "wds_shuffle_buffer_tar": 6,
-        "wds_shuffle_buffer_repeat": 10,
-        "modality_name_map": {},
-        "max_bad_fraction": 0.5,
-    }
-    datasets = {f"d{i}": defaults | {"data_path": str(path)} | options for i, path in enumerate(paths)}
-    if len(paths) > 1:  # the second has no images
-        datasets["d1"] |= {"in_domains": "caption-det", "out_domains": "caption-det"}
-    content = {"modalities": MODALITIES, "train": {"datasets": datasets}}
-    if weights:
-        content["train"]["weights"] = weights
-    path = tmp_path / "data.yaml"
-    path.write_text(yaml.safe_dump(content, sort_keys=False))
-    return load_data_config(path, num_input_tokens=12, num_target_tokens=12)
-
-
-def train(
-    config,
-    count,
-    *,
-    batch_size=4,
-    per_epoch=5,
-    workers=0,
-    rank=0,
-    ranks=1,
-    start=0,
-    positions=None,
-    streams=None,
-    seed=3,
-):
-    loader = build_train_loader(
-        config,
-        TOKENIZER,
-        batch_size=batch_size,
-        batches_per_epoch=per_epoch,
-        num_workers=workers,
-        rank=rank,
-        world_size=ranks,
-        seed=seed,
-        start_batch=start,
-        draws_by_stream=positions,
-        num_streams=streams,
-    )
-    return list(itertools.islice(loader, count))
-
-
-def same(a, b):
-    """Bit for bit the same batch."""
-    return list(a) == list(b) and all(torch.equal(a[m][k], b[m][k]) for m in a for k in a[m])
-
-
-def indices(batch):
-    return (batch.mod_dict["tok_rgb@32"]["tensor"][:, 0] // 3).tolist()
+from tests.data.dataset_files import MODALITIES, jpeg, npy, write_folders, write_shards
+from tests.data.toy_batches import TOKENIZER, config, indices, same, train
 
 
 def damage(folder, index, content):
@@ -395,131 +316,3 @@ def test_the_global_random_state_is_not_touched(tmp_path, shards):
     before = torch.get_rng_state()
     train(config(tmp_path, shards), 2)
     assert torch.equal(torch.get_rng_state(), before)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("killed", [True, False])
-def test_workers_live_as_long_as_their_parent(tmp_path, shards, killed):
-    config(tmp_path, shards)
-    script = """
-import itertools, multiprocessing, sys
-from fourm.data.data_config import load_data_config
-from fourm.data.unified_datasets import build_train_loader
-from tests.data.dataset_files import text_tokenizer
-
-config = load_data_config(sys.argv[1], num_input_tokens=12, num_target_tokens=12)
-batches = iter(build_train_loader(
-    config, text_tokenizer(), batch_size=4, batches_per_epoch=5, num_workers=2, rank=0, world_size=1, seed=0
-))
-for _ in range(2):  # one from each worker: both have started
-    next(batches)
-print(*(child.pid for child in multiprocessing.active_children()), flush=True)
-sys.stdin.readline()
-print(len(list(itertools.islice(batches, 20))), flush=True)
-"""  # it ends with its loader open
-    command = [sys.executable, "-c", script, str(tmp_path / "data.yaml")]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "cwd": Path(__file__).parents[2]}
-    with subprocess.Popen(command, **pipes) as parent:
-        workers = [int(pid) for pid in parent.stdout.readline().split()]
-        assert len(workers) == 2
-        if killed:
-            parent.kill()
-        else:
-            for number in (signal.SIGTERM, signal.SIGINT):  # sent to all processes, it is for the parent
-                for pid in workers:
-                    os.kill(pid, number)
-            out, _ = parent.communicate("\n", timeout=30)
-            assert out == "20\n" and parent.returncode == 0
-    deadline = time.time() + 20
-    while (alive := [pid for pid in workers if _runs(pid)]) and time.time() < deadline:
-        time.sleep(0.2)
-    for pid in alive:
-        os.kill(pid, signal.SIGKILL)
-    assert not alive
-
-
-def _runs(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-class Shared(IterableDataset):
-    """Whether each batch lies in shared memory where it is made."""
-
-    def __init__(self, batches):
-        self.batches = batches
-
-    def __iter__(self):
-        for batch in self.batches:
-            yield {tensor.is_shared() for entry in batch.mod_dict.values() for tensor in entry.values()}
-
-
-def test_workers_make_their_batches_where_the_main_process_reads_them(tmp_path, shards):
-    batches = build_train_loader(
-        config(tmp_path, shards),
-        TOKENIZER,
-        batch_size=4,
-        batches_per_epoch=5,
-        num_workers=1,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )._batches
-    for workers in (0, 1):
-        assert next(iter(DataLoader(Shared(batches), batch_size=None, num_workers=workers))) == {workers == 1}
-
-
-def test_a_long_stream_holds_no_more_than_its_buffers(tmp_path):
-    path = write_shards(tmp_path / "s", 27, 2)  # of more tars than are kept open
-    loader = build_train_loader(
-        config(tmp_path, path),
-        TOKENIZER,
-        batch_size=16,
-        batches_per_epoch=10**6,
-        num_workers=0,
-        rank=0,
-        world_size=1,
-        seed=0,
-    )
-    batches, files, memory = iter(loader), len(os.listdir("/proc/self/fd")), []
-    tracemalloc.start()
-    try:
-        for _ in range(3):
-            for _ in range(20):
-                next(batches)
-            gc.collect()
-            memory.append(tracemalloc.get_traced_memory()[0])
-    finally:
-        tracemalloc.stop()
-    assert len(os.listdir("/proc/self/fd")) - files < 27 * 5
-    assert memory[2] - memory[1] < 20 * 16 * 50, "fifty bytes a sample are a leak"
-
-
-def test_closing_a_loader_without_workers_closes_what_builds_the_batches():
-    ended = []
-
-    class Endless(IterableDataset):
-        def __iter__(self):
-            try:
-                yield from itertools.count()
-            finally:
-                ended.append(True)  # a stream cancels its downloads here
-
-    batches = iter(BatchLoader(Endless(), num_workers=0))
-    assert (next(batches), next(batches), ended) == (0, 1, [])
-    batches.close()
-    assert ended
-
-
-class Collections(IterableDataset):
-    def __iter__(self):
-        yield gc.get_freeze_count(), gc.get_threshold()[0]
-
-
-def test_workers_do_not_collect_what_they_have_inherited():
-    (frozen, threshold), *_ = BatchLoader(Collections(), 1)
-    assert frozen > 10_000 and threshold == 20_000
-    (_, threshold), *_ = BatchLoader(Collections(), 0)
-    assert threshold == gc.get_threshold()[0]
