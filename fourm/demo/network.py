@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from safetensors.torch import save_file
-
 from fourm.utils.dependencies import optional_import
-from fourm.utils.files import atomic_path
+from fourm.utils.files import atomic_path, save_tensors
 
 MODALITY = "efficientnet"
 BACKBONE = "tf_efficientnet_lite0"  # its name in timm
@@ -32,4 +30,4 @@ def write_weights(path: Path) -> None:
     network = timm.create_model(BACKBONE)
     load_checkpoint(network, weights_file(), remap=True, weights_only=True)
     with atomic_path(path) as temporary:
-        save_file(network.state_dict(), temporary)
+        save_tensors(network.state_dict(), temporary)

@@ -128,8 +128,11 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata)
+        path.chmod(mode)  # some versions of safetensors write files that only their owner can read
     except SafetensorError as error:
         number = re.search(r"\(os error (\d+)\)", str(error))
         raise OSError(int(number[1]) if number else errno.EIO, str(error), str(path)) from error

@@ -152,3 +152,9 @@ def test_generators_depend_on_their_key_alone():
     a, b, c = generator(1, "order", 2), generator(1, "order", 2), generator(1, "sample", 2)
     first = a.integers(0, 2**60, 4).tolist()
     assert first == b.integers(0, 2**60, 4).tolist() != c.integers(0, 2**60, 4).tolist()
+
+
+def test_others_may_read_saved_tensors_if_they_may_read_other_files(tmp_path):
+    (tmp_path / "text").write_text("")
+    save_tensors({"a": torch.zeros(2)}, tmp_path / "tensors")
+    assert (tmp_path / "tensors").stat().st_mode == (tmp_path / "text").stat().st_mode
