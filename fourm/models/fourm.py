@@ -105,7 +105,7 @@ class FourM(Encoder):
             DecoderBlock(options, rate) for rate in decoder_rates[len(decoder_rates) - decoder_depth :]
         )
         self.decoder_norm = options.norm()
-        self.cross_entropy: Callable[[Tensor, Tensor], Tensor] = cross_entropy
+        self.cross_entropy = CrossEntropy()
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -129,14 +129,14 @@ class FourM(Encoder):
         return {name: as_modality(name, self.modality_info[name]).id for name in self.decoder_embeddings}
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile every block, which keeps the parameter names, and the cross-entropy, for all numbers of targets.
+        """Compile every block and the cross-entropy in place, which keeps the parameter names.
 
         Args:
             options: Go to ``torch.compile``.
         """
         for block in (*self.encoder, *self.decoder):
             block.compile(**options)
-        self.cross_entropy = torch.compile(cross_entropy, **options | {"dynamic": True})
+        self.cross_entropy.compile(**options | {"dynamic": True})
 
     def forward(
         self,
@@ -270,7 +270,7 @@ class FourM(Encoder):
             embedding = self.decoder_embeddings[name]
             targets = embedding.targets(tensor_of(mod_dict, name, embedding), rows)
             # torch.compile would compile variants of its own for no target and for one.
-            compute = self.cross_entropy if len(targets) > 1 else cross_entropy
+            compute = self.cross_entropy if len(targets) > 1 else self.cross_entropy.forward
             sums[name] = compute(logits[name], targets)
         means = {name: total / max(selection.counts[name], 1) for name, total in sums.items()}
         if loss_type == "mod":
@@ -332,12 +332,12 @@ class FourM(Encoder):
         return [embeddings[name] for name in domains.split("-") if name in embeddings]
 
 
-def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the sum of the cross-entropies, computed in float32: (n, V) and ids (n,) → a scalar.
+class CrossEntropy(nn.Module):
+    """The sum of cross-entropies in float32. If it is compiled, no logits in float32 reach the memory."""
 
-    If it is compiled, no logits in float32 reach the memory.
-    """
-    return F.cross_entropy(logits.float(), targets, reduction="sum")
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Sum the cross-entropies of logits, (n, V), and the ids of the targets, (n,) → a scalar."""
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
 
 
 def check_ids(modalities: Mapping[str, Mapping[str, Any]]) -> None:

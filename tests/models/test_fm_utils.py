@@ -1,5 +1,6 @@
 """Blocks of the trunk: finite attention, initialisation, compilation."""
 
+import pickle
 import subprocess
 import sys
 
@@ -113,6 +114,7 @@ def test_a_model_of_compiled_blocks_trains_and_keeps_its_names():
     torch.testing.assert_close(*losses)
     losses[1].backward()
     assert model.state_dict().keys() == twin.state_dict().keys()
+    assert pickle.dumps(twin), "compiled functions are not among its attributes"
 
 
 @pytest.mark.parametrize("drop_prob", [0.0, 0.3, 1.0])
