@@ -246,6 +246,10 @@ class ShardCache:
             if not _is_same_file(file, part):
                 file.close()
                 return None
+            if path.exists():  # another process has completed it since this one looked for a copy
+                part.unlink(missing_ok=True)
+                file.close()
+                return None
             try:
                 self._make_room(item, file, cancelled)
                 digest = self._downloads.fetch(self._store(item.url), item, file, cancelled)
