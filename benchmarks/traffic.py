@@ -9,10 +9,10 @@ autocast to bfloat16, and computes the counts for ``--batch_size`` by a line thr
 slot is padding. An eager operation reads all its inputs and writes all its outputs. In a compiled step, Inductor says
 what the kernels that it fuses read and write; it fuses for a CPU, nearly as for a GPU.
 
-It prints a JSON object for each kind of step: ``plain``, the baseline of ``train_step.py``; ``eager`` and
-``compiled``; and both with a residual stream in bfloat16. ``gigabytes`` and ``kernels`` are by group of operations,
-and ``largest`` has the gigabytes of single operations. ``milliseconds`` is the time in which a GPU of
-``--peak_tflops`` and ``--bandwidth`` would compute all products at its peak and then move the bytes of everything
+It prints a JSON object for each kind of step: ``plain``, the baseline of ``train_step.py``; ``eager`` and ``compiled``;
+and both with a residual stream in bfloat16. ``gigabytes`` and ``kernels`` are by group of operations, the latter those
+of the larger step, and ``largest`` has the gigabytes of single operations. ``milliseconds`` is the time in which a GPU
+of ``--peak_tflops`` and ``--bandwidth`` would compute all products at its peak and then move the bytes of everything
 else, and ``mfu`` is the share of the products in it. No GPU reaches either, so both are bounds.
 """
 
@@ -148,7 +148,7 @@ def count(options: argparse.Namespace, kind: str, samples: int) -> Traffic:
         batch = train_step.synthetic(trainer.model, samples, options.tokens, setting.padding)
         if compiled:
             torch.compiler.reset()
-            trainer.model.compile_blocks(backend=traffic.compile)
+            trainer.task.compile(trainer.model, backend=traffic.compile)
         plain_step, _ = train_step.baseline(trainer, batch)
         step = plain_step if kind == "plain" else lambda: trainer.train_step([batch])
         step()  # compiles, and allocates the states of the optimizer

@@ -145,7 +145,7 @@ def build_trainer(options: argparse.Namespace, parallel: DDP, setting: Setting) 
     model.residual_dtype = getattr(torch, config.residual_dtype)
     parallel.materialise(model, task.parts(model))
     if options.compile:
-        model.compile_blocks(backend="aot_eager" if options.toy else "inductor")
+        task.compile(model, backend="aot_eager" if options.toy else "inductor")
     length = run_length(config, parallel.world_size)
     schedule = build_schedule(config, length, parallel.world_size)
     optimizer = build_optimizer(model, config, task.blocks(model), parallel)
