@@ -40,12 +40,14 @@ package: install
 PACKAGE_PYTHON ?= $(PYTHON)
 PACKAGE_VENV ?= .venv-package
 
-test-package: package
-	rm -rf build/package $(PACKAGE_VENV)
+test-package:
+	rm -rf dist build/package $(PACKAGE_VENV)
+	$(PACKAGE_PYTHON) -m venv $(PACKAGE_VENV)
+	$(PACKAGE_VENV)/bin/pip install --quiet --no-compile build 'setuptools>=77'
+	$(PACKAGE_VENV)/bin/python -m build --no-isolation
 	mkdir -p build/package
 	tar -xzf dist/fourm-*.tar.gz --strip-components=1 -C build/package
 	rm -r build/package/fourm
-	$(PACKAGE_PYTHON) -m venv $(PACKAGE_VENV)
 	$(PACKAGE_VENV)/bin/pip install --quiet --no-compile "$$(echo dist/fourm-*.whl)[demo,dev]"
 	cd build/package && $(abspath $(PACKAGE_VENV))/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not dist" $(QUICK)
 
