@@ -86,7 +86,8 @@ class TokenSampler:
         """
         logits = logits.float()
         if temperature <= MIN_TEMPERATURE:
-            return logits.argmax(-1), torch.softmax(logits, -1, out=logits).amax(-1)
+            ids = _argmax(logits)
+            return ids, torch.softmax(logits, -1, out=logits).gather(-1, ids[:, None])[:, 0]
         logits = self.filter(logits).div_(temperature)
         probabilities = torch.softmax(logits, -1, out=logits)
         ends = probabilities.cumsum(-1)
@@ -106,3 +107,20 @@ class TokenSampler:
             preceding[:, 0] = 0.0
             logits = logits.scatter(-1, order, ordered.masked_fill(preceding > self.top_p, -torch.inf))
         return logits
+
+
+_GROUP = 128
+
+
+def _argmax(values: Tensor) -> Tensor:
+    """Return the first column of each row that has its maximum, (n, V) → (n,).
+
+    On a CPU, ``Tensor.argmax`` takes ten times as long as ``Tensor.amax``, and is therefore used only to choose a group
+    of columns, and then one of its columns.
+    """
+    if values.shape[-1] % _GROUP:
+        return values.argmax(-1)
+    groups = values.unflatten(-1, (-1, _GROUP))
+    group = groups.amax(-1).argmax(-1)
+    row = torch.arange(len(values), device=values.device)
+    return group * _GROUP + groups[row, group].argmax(-1)

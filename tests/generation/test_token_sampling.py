@@ -45,6 +45,16 @@ def test_temperature_0_takes_the_likeliest_and_says_how_likely_it_is():
     assert (ids.item(), confidence.item()) == (1, pytest.approx(0.4))
 
 
+@pytest.mark.parametrize("vocabulary", [5, 128, 384, 390])
+def test_of_tokens_that_are_equally_likely_temperature_0_takes_the_first(vocabulary):
+    logits = torch.randint(4, (40, vocabulary)).float()
+    first = [row.index(max(row)) for row in logits.tolist()]
+    probabilities = logits.softmax(-1)[range(40), first]
+    tokens, confidence = TokenSampler()(logits, 0.0, torch.zeros(40))
+    assert tokens.tolist() == first
+    assert torch.equal(confidence, probabilities)
+
+
 def test_a_sample_has_its_own_numbers():
     many, alone = SampleNoise(sample_seeds(5, 3)), SampleNoise(sample_seeds(7, 1))
     for _ in range(2):
