@@ -253,6 +253,24 @@ def test_tokenizers_are_measured_beside_a_plain_implementation_that_computes_the
 
 
 @pytest.mark.slow
+def test_ways_to_convolve_are_measured_beside_each_other_and_compute_the_same():
+    step, *sizes = lines("benchmarks/convolutions.py", "--toy", "--rounds", "2", "--batch_size", "1", "2")
+    for shares in step["share"].values():
+        assert sum(shares.values()) == pytest.approx(1) and min(shares.values()) >= 0 < shares["Conv3x3"]
+    assert step["transforming"]["bytes"] > 0 and step["seconds"]["plain"][0] > 0
+    assert [(row["channels"], row["side"]) for row in sizes] == [(32, 16), (32, 7)]
+    for row in sizes:
+        errors = row["error"]
+        assert errors["plain"] != errors["winograd_at_once"] and errors["bfloat16"] > 1e-4, "the ways are different"
+        assert (errors["winograd"] == errors["plain"]) == (row["side"] == 7), "small maps are convolved plainly"
+        for name in errors:
+            assert list(row[name]) == ["1", "2"]
+            assert all(
+                low <= median <= high for values in row[name].values() for median, low, high in [values["ratio"]]
+            )
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has better to do")
 def test_all_steps_of_the_gpu_command_run_at_toy_size(tmp_path):
     subprocess.run(
