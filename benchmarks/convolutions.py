@@ -146,12 +146,22 @@ def main() -> None:
     parser.add_argument("--batch_size", nargs="+", type=int, default=[1, 4, 8], help="images per batch")
     parser.add_argument("--rounds", type=int, default=20, help="measured rounds of each way")
     parser.add_argument("--repeats", type=int, default=1, help="runs per round")
+    parser.add_argument(
+        "--return_memory",
+        action="store_true",
+        help="let the C library return freed memory to the system, as it does by default",
+    )
     parser.add_argument("--toy", action="store_true", help="use small sizes, to test the command")
     options = parser.parse_args()
     options.alternation = argparse.Namespace(rounds=options.rounds, steps=options.repeats, device="cpu")
-    keep_freed_memory()
+    if not options.return_memory:
+        keep_freed_memory()
     torch.manual_seed(0)
-    common = {"benchmark": "convolutions", "torch_threads": torch.get_num_threads()}
+    common = {
+        "benchmark": "convolutions",
+        "return_memory": options.return_memory,
+        "torch_threads": torch.get_num_threads(),
+    }
     step = measure_step(options, *((64, 32) if options.toy else (224, 256)))
     print(json.dumps(common | {"case": "unet_step"} | step), flush=True)
     for channels, side in TOY_SIZES if options.toy else SIZES:
