@@ -31,8 +31,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from train_step import alternate
 
-from fourm.train.device import keep_freed_memory
 from fourm.utils.errors import run_cli
+from fourm.utils.memory import keep_freed_memory
 from fourm.vq.unet import PatchedUNet
 from fourm.vq.winograd import Conv3x3, _convolve, _transform_weight, _transformed, fast_convolutions
 
@@ -147,19 +147,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20, help="measured rounds of each way")
     parser.add_argument("--repeats", type=int, default=1, help="runs per round")
     parser.add_argument(
-        "--return_memory",
-        action="store_true",
-        help="let the C library return freed memory to the system, as it does by default",
+        "--free", action="store_true", help="return freed memory to the system, unlike the commands that decode"
     )
     parser.add_argument("--toy", action="store_true", help="use small sizes, to test the command")
     options = parser.parse_args()
     options.alternation = argparse.Namespace(rounds=options.rounds, steps=options.repeats, device="cpu")
-    if not options.return_memory:
+    if not options.free:
         keep_freed_memory()
     torch.manual_seed(0)
     common = {
         "benchmark": "convolutions",
-        "return_memory": options.return_memory,
+        "free": options.free,
         "torch_threads": torch.get_num_threads(),
     }
     step = measure_step(options, *((64, 32) if options.toy else (224, 256)))

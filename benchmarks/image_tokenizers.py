@@ -35,7 +35,7 @@ from train_step import alternate, describe_device, step_memory
 from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.train.config import load_config
-from fourm.train.device import DeviceOptions, autocast, keep_freed_memory, peak_tflops
+from fourm.train.device import DeviceOptions, autocast, peak_tflops
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
 from fourm.train.schedules import build_schedule, run_length
@@ -44,6 +44,7 @@ from fourm.train.tasks.diffusion_tokenizer import DiVAEConfig, DiVAETraining
 from fourm.train.tasks.pretrain import normalise
 from fourm.train.tasks.tokenizer import VQVAEConfig, VQVAETraining
 from fourm.utils.errors import run_cli
+from fourm.utils.memory import keep_freed_memory
 from fourm.vq.diffusion import DECODING_STEPS, set_steps
 from fourm.vq.divae import DiVAE, precision
 from fourm.vq.unet import PATCH, AttentionBlock, ResidualBlock, embed_timesteps
@@ -450,9 +451,10 @@ def main() -> None:
     parser.add_argument("--peak_tflops", type=float, help="peak of the device for the MFU, if its name is unknown")
     parser.add_argument("--rounds", type=int, default=3, help="measured rounds of each variant")
     parser.add_argument("--repeats", type=int, default=1, help="runs per round; use 10 on a GPU")
+    parser.add_argument("--free", action="store_true", help="return freed memory to the system, unlike the commands")
     parser.add_argument("--no_plain", dest="plain", action="store_false", help="do not measure the plain variant")
     options = parser.parse_args()
-    if options.device == "cpu":
+    if options.device == "cpu" and not options.free:
         keep_freed_memory()
     options.alternation = argparse.Namespace(rounds=options.rounds, steps=options.repeats, device=options.device)
     options.device_options = DeviceOptions(dtype=options.dtype, peak_tflops=options.peak_tflops)

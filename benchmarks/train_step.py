@@ -35,7 +35,7 @@ from fourm.data.modality_transforms import RGBTransform
 from fourm.data.unified_datasets import Batch
 from fourm.models import FM, MODEL_NAMES, count_parameters, model_config
 from fourm.train.config import load_config
-from fourm.train.device import autocast, keep_freed_memory, peak_tflops
+from fourm.train.device import autocast, peak_tflops
 from fourm.train.fsdp import FSDP
 from fourm.train.optimizer import build_optimizer
 from fourm.train.parallel import DDP
@@ -44,6 +44,7 @@ from fourm.train.step import Trainer
 from fourm.train.task import Task
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise
 from fourm.utils.errors import UserError, run_cli
+from fourm.utils.memory import keep_freed_memory
 
 PIXELS = "rgb@224"
 TARGETS = [

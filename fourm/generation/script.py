@@ -34,6 +34,7 @@ from fourm.generation.stages import Stage, generate
 from fourm.utils.device import choose_device, share_gpus
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
+from fourm.utils.memory import keep_freed_memory
 from fourm.utils.plugin import load_plugin
 from fourm.utils.ranks import torchrun_ranks
 from fourm.utils.urls import redact
@@ -306,4 +307,6 @@ def main(argv: list[str] | None = None) -> None:
     share_gpus(local_rank)
     options = parse(argv)
     load_plugin(options.plugin)
+    if choose_device(options.device).type == "cpu":
+        keep_freed_memory()
     run(options, rank, world_size)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 import resource
 import sys
@@ -51,8 +50,6 @@ class Gpu(NamedTuple):
     memory: float
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # parameters of mallopt in malloc.h
-
 # If one name is part of another, the longer one comes first.
 GPUS = {
     "H100 PCIe": Gpu(756, 80),
@@ -88,17 +85,6 @@ def peak_memory(device: torch.device) -> int:
         torch.cuda.reset_peak_memory_stats(device)
         return peak
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def keep_freed_memory() -> None:
-    """Let glibc keep freed memory for the rest of this process; do nothing with another C library.
-
-    Otherwise it returns every large tensor to the system, which clears the pages again when the next step needs them.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_MAX, 0)
-        mallopt(_M_TRIM_THRESHOLD, -1)
 
 
 def autocast(config: DeviceOptions, device: torch.device) -> torch.autocast:

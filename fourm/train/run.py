@@ -16,7 +16,6 @@ from fourm.data.batch_loader import BatchIterator
 from fourm.train.checkpoint import CheckpointWriter, remove_unfinished
 from fourm.train.config import RunConfig, parse_args
 from fourm.train.coordinator import Coordinator
-from fourm.train.device import keep_freed_memory
 from fourm.train.facts import export_with_facts
 from fourm.train.finetune import load_weights
 from fourm.train.journal import JOURNAL_FILES, Journal, run_logging
@@ -35,6 +34,7 @@ from fourm.train.task import Task
 from fourm.utils.checkpoints import check_export
 from fourm.utils.errors import UserError, sanitize
 from fourm.utils.files import atomic_path, lock_folder
+from fourm.utils.memory import keep_freed_memory
 from fourm.utils.model_store import find_model
 from fourm.utils.plugin import load_plugin
 

@@ -30,6 +30,7 @@ from fourm.data.transforms.objects import ObjectTransform
 from fourm.utils.device import choose_device
 from fourm.utils.errors import DataError, UserError
 from fourm.utils.files import atomic_path, check_file
+from fourm.utils.memory import keep_freed_memory
 from fourm.utils.options import option, parse_options
 from fourm.utils.paths import AnyPath
 from fourm.utils.plugin import PluginOptions, load_plugin
@@ -259,6 +260,8 @@ def save_tokens(options: SaveTokensOptions) -> int:
     if options.overwrite and world_size > 1:
         raise UserError("'overwrite': several processes would remove each other's tokens; remove their folder yourself")
     device = choose_device(options.device, local_rank if world_size > 1 else None)
+    if device.type == "cpu":
+        keep_freed_memory()
     published = Path(options.tokenizers_root, f"{options.tokenizer}.pth")
     place = str(published) if published.is_file() else options.tokenizer
     tokenizer = load_tokenizer(place, device)

@@ -21,6 +21,7 @@ from fourm.utils.errors import DataError, UserError
 from fourm.utils.options import flat_options
 from tests.generation.test_sampler import write_run
 from tests.generation.toy_tokenizers import SIZE
+from tests.page_faults import glibc, memory_is_kept
 from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
@@ -193,3 +194,9 @@ def test_shipped_settings_can_be_followed_by_the_published_modalities(path, monk
     schedule = chained_schedule([options.cond_domains], targets, MODALITY_INFO, settings)
     totals = {name: sum(s["num_tokens"] for s in schedule if s["target_domain"] == name) for name in targets}
     assert totals == {name: MODALITY_INFO[name].max_tokens for name in targets}
+
+
+@glibc
+def test_the_command_keeps_freed_memory_on_a_cpu(folder):
+    arguments = ["--config", str(folder / "config.yaml"), "--output_dir", str(folder / "kept"), "--num_samples", "1"]
+    assert memory_is_kept(f"from fourm.generation.script import main; main({arguments})")

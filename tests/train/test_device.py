@@ -1,8 +1,6 @@
 """Images are copied to the device in 8 bits, and normalised there exactly as the loader would do it."""
 
 import dataclasses
-import platform
-import subprocess
 
 import numpy as np
 import pytest
@@ -14,33 +12,9 @@ from fourm.train.config import parse_args
 from fourm.train.parallel import DDP
 from fourm.train.run import Run
 from fourm.train.tasks.pretrain import Pretrain, PretrainConfig, normalise, to_device
-from tests.train.toy_run import ROOT, write_run
-from tests.warm_python import warm_python
+from tests.train.toy_run import write_run
 
 CPU = torch.device("cpu")
-FAULTS = """
-import resource, torch
-from fourm.train.device import keep_freed_memory
-if {keep}:
-    keep_freed_memory()
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(100):  # a few take new memory: before glibc 2.38, until small objects have filled the gaps of alignment
-    torch.ones(10_000_000)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
-"""
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is a setting of glibc")
-def test_memory_of_large_tensors_is_used_again_without_asking_the_system():
-    kept, freed = (
-        int(
-            subprocess.run(
-                [warm_python(), "-c", FAULTS.format(keep=keep)], capture_output=True, check=True, cwd=ROOT
-            ).stdout
-        )
-        for keep in (True, False)
-    )
-    assert kept < freed / 2
 
 
 @pytest.mark.parametrize(

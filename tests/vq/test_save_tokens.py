@@ -22,6 +22,7 @@ from fourm.utils.seeds import generator
 from fourm.vq import PatchCodebook, PatchCodebookConfig, load_tokenizer
 from fourm.vq.crops import tokenizer_transform
 from fourm.vq.save_tokens import save_tokens, token_dtype
+from tests.page_faults import glibc, memory_is_kept
 from tests.vq.image_files import SIZE, image, write_files, write_shards
 from tests.vq.saved_tokens import (
     COUNT,
@@ -237,3 +238,10 @@ def test_images_of_another_resolution_follow_the_main_modality(tokenizers, tmp_p
     with pytest.raises(UserError, match="set main_modality to the modality that it was made for"):
         save_tokens(options(tokenizers["depth"], tmp_path))
     assert save_tokens(options(tokenizers["depth"], tmp_path, main_modality="rgb")) == 3
+
+
+@glibc
+def test_the_command_keeps_freed_memory_on_a_cpu(tokenizers, tmp_path):
+    arguments = ["--tokenizer", tokenizers["rgb"], "--data_root", str(write_data(tmp_path, "folders"))]
+    arguments += ["--device", "cpu", "--num_workers", "0"]
+    assert memory_is_kept(f"from fourm.vq.save_tokens import main; main({arguments})")
