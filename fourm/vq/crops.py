@@ -67,10 +67,10 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
     transform = transform_of(modality)
     if not isinstance(transform, ImageTransform):
         known = [name for name, value in MODALITY_TRANSFORMS.items() if isinstance(value, ImageTransform)]
-        raise UserError(
-            f"'{modality}' is not a modality of pixels that can be tokenized{did_you_mean(modality, known)}; "
-            f"there are {', '.join(known)}"
-        )
+        reason = f"'{modality}' is not a modality of pixels that can be tokenized{did_you_mean(modality, known)}"
+        if not modality:
+            reason = "the tokenizer does not say what it tokenizes; set 'modality' in its configuration"
+        raise UserError(f"{reason}; there are {', '.join(known)}")
     if isinstance(transform, RGBTransform):
         options = {"imagenet_default_mean_and_std": False} | dict(options)
     # The size is the tokenizer's, and nothing but the crops is random.

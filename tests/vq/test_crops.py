@@ -63,3 +63,8 @@ def test_transform_options_are_set_and_checked():
 def test_only_pixels_can_be_tokenized(modality):
     with pytest.raises(UserError, match=f"'{modality}' is not a modality of pixels"):
         tokenizer_transform(modality, {})
+
+
+def test_a_tokenizer_of_an_unknown_modality_is_told_where_to_name_it():
+    with pytest.raises(UserError, match="set 'modality' in its configuration; there are rgb"):
+        tokenizer_transform("", {})
