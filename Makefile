@@ -4,6 +4,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
+# The installation compiles nothing. What is imported is compiled once, and not by each of the many processes of the tests.
+export PYTHONDONTWRITEBYTECODE :=
+
 # What may differ between versions of Python: every module is imported, every published YAML file loaded, scenes are
 # rendered, files read, models built. A minute.
 QUICK := tests/test_architecture.py tests/test_cli.py tests/test_published_configs.py tests/utils tests/data/test_options.py \

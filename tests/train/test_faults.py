@@ -29,7 +29,7 @@ from tests.train.toy_run import (
 
 MODEL = {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 OPTIONS = {"warmup_epochs": 0, "eval_freq": 0, "epoch_size": 80, "model_kwargs": MODEL, "model_ema": True}
-KILLS = 6
+KILLS = 4
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,8 @@ def undisturbed(tmp_path_factory):
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_killed_again_and_again(tmp_path):
-    options = {**OPTIONS, "epoch_size": 120, "num_workers": 0}  # 30 steps
-    whole, killed = (write_run(tmp_path / name, **options) for name in ("whole", "killed"))
-    run_ranks(whole)
+def test_killed_again_and_again(undisturbed, tmp_path):
+    killed = write_run(tmp_path / "killed", **OPTIONS)
     within_a_save = 0
     for kill_number in range(KILLS):
         ranks = start_ranks(killed, "--save_every_minutes", 1e-9)
@@ -56,16 +54,16 @@ def test_killed_again_and_again(tmp_path):
             time.sleep(0.15 * kill_number / KILLS)  # another part of a step each time
         kill(ranks)
         within_a_save += any((killed.parent / "out" / "checkpoints").glob(".tmp-*"))
-    assert within_a_save and newest_step(killed.parent / "out") < 30
+    assert within_a_save and newest_step(killed.parent / "out") < 20
     run_ranks(killed)
-    assert losses(killed.parent / "out") == losses(whole.parent / "out")
+    assert losses(killed.parent / "out") == losses(undisturbed)
     log = (killed.parent / "out" / "log.txt").read_text()
     assert log.count("resumed from") == KILLS and "damaged" not in log
 
 
 @pytest.mark.dist
 def test_preemption_saves_and_exits_with_143(undisturbed, tmp_path):
-    config = write_run(tmp_path / "toys", **OPTIONS)
+    config = write_run(tmp_path / "toys", **OPTIONS, num_workers=1)
     ranks = start_ranks(config, "--save_every_minutes", 1e-9)
     wait_for_step(config, 3, ranks)
     os.kill(ranks[1].pid, signal.SIGTERM)  # one process receives it, and all stop
@@ -76,7 +74,7 @@ def test_preemption_saves_and_exits_with_143(undisturbed, tmp_path):
 
 @pytest.mark.dist
 def test_when_a_process_dies_the_others_end_with_a_message(tmp_path):
-    config = write_run(tmp_path / "toys", **OPTIONS | {"epoch_size": 8000})
+    config = write_run(tmp_path / "toys", **OPTIONS | {"epoch_size": 8000, "num_workers": 1})
     ranks = start_ranks(config, "--save_every_minutes", 1e-9)
     wait_for_step(config, 3, ranks)
     begin = time.monotonic()
@@ -88,7 +86,7 @@ def test_when_a_process_dies_the_others_end_with_a_message(tmp_path):
 @pytest.mark.slow
 @pytest.mark.dist
 def test_torchrun_starts_a_run_again_by_itself(undisturbed, tmp_path):
-    config = write_run(tmp_path / "toys", **OPTIONS, save_every_minutes=1e-9)
+    config = write_run(tmp_path / "toys", **OPTIONS, num_workers=1, save_every_minutes=1e-9)
     script = "run_training_4m_fsdp.py"
     process = start(
         config,

@@ -28,7 +28,7 @@ def _free_port() -> int:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_two_nodes_of_two_processes_train_as_one_process(tmp_path):
-    alone = write_run(tmp_path / "alone", **OPTIONS | {"accum_iter": 4, "num_workers": 4})
+    alone = write_run(tmp_path / "alone", **OPTIONS | {"accum_iter": 4, "num_streams": 4})
     run_in_process(alone)
     config = write_run(tmp_path / "nodes", **OPTIONS)
     agent = [

@@ -31,7 +31,7 @@ def alone(tmp_path_factory):
     """The run folders of one process, by the ``accum_iter`` of two processes."""
     runs = {}
     for options in (PLAIN, ACCUMULATING):
-        more = {"accum_iter": 2 * options["accum_iter"], "batch_size": options["batch_size"], "num_workers": 2}
+        more = {"accum_iter": 2 * options["accum_iter"], "batch_size": options["batch_size"], "num_streams": 2}
         config = write_run(tmp_path_factory.mktemp("one") / "toys", **OPTIONS | more)
         run_in_process(config)
         runs[options["accum_iter"]] = config.parent / "out"
@@ -90,6 +90,8 @@ def test_with_as_many_streams_every_layout_reads_the_same_even_when_it_changes_w
         expected / "checkpoints" / "step-00000005",
         "--output_dir",
         tmp_path / "grown",
+        "--save_every_minutes",
+        0,
         "--num_workers",
         2,
         strategy=DDP,
@@ -100,6 +102,8 @@ def test_with_as_many_streams_every_layout_reads_the_same_even_when_it_changes_w
         two.parent / "out" / "checkpoints" / "step-00000007",
         "--output_dir",
         tmp_path / "shrunk",
+        "--save_every_minutes",
+        0,
         "--num_workers",
         4,
     )

@@ -84,7 +84,7 @@ def complete(store, run_name: str) -> list[str]:
 
 @pytest.mark.slow
 def test_it_has_the_losses_of_the_local_one_and_its_results_are_in_the_store(store, tmp_path):
-    config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0)
+    config = write_run(tmp_path / "toys", epochs=1, warmup_epochs=0, eval_freq=0, num_workers=1)
     run_in_process(config)
     data = tmp_path / "toys" / "data.yaml"
     content = yaml.safe_load(data.read_text())

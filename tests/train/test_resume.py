@@ -32,6 +32,7 @@ OPTIONS = {
     "log_interval": 3,
     "save_every_minutes": 1e-9,
 }
+IN_PROCESS = {"num_workers": 0, "num_streams": 2}  # the same data, without the processes of loaders
 
 
 def _interrupt(config: Path, at: int, number: int) -> str:
@@ -75,7 +76,7 @@ def _assert_same(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    config = write_run(tmp_path_factory.mktemp("resume") / "whole", **OPTIONS | {"save_every_minutes": 0})
+    config = write_run(tmp_path_factory.mktemp("resume") / "whole", **OPTIONS | IN_PROCESS | {"save_every_minutes": 0})
     run(config)
     return config.parent / "out"
 
@@ -100,7 +101,7 @@ def test_a_signal_saves_the_step_at_hand(uninterrupted, tmp_path, number):
 
 
 def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
-    config = write_run(tmp_path / "damaged", **OPTIONS)
+    config = write_run(tmp_path / "damaged", **OPTIONS | IN_PROCESS)
     shutil.copytree(uninterrupted, config.parent / "out")
     weights = next((config.parent / "out" / "checkpoints" / "step-00000024").glob("shard-*-00001-of-*"))
     weights.write_bytes(weights.read_bytes()[:-100])
@@ -110,7 +111,7 @@ def test_a_damaged_checkpoint_is_passed_over(uninterrupted, tmp_path):
 
 
 def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
-    config = write_run(tmp_path / "cut", **OPTIONS)
+    config = write_run(tmp_path / "cut", **OPTIONS | IN_PROCESS)
     out = config.parent / "out"
     shutil.copytree(uninterrupted, out)
     lines = [json.dumps(line) + "\n" for line in log_lines(out)]
@@ -120,7 +121,7 @@ def test_an_evaluation_that_was_cut_off_is_made_up_for(uninterrupted, tmp_path):
 
 
 def test_resume_names_a_checkpoint(uninterrupted, tmp_path):
-    config = write_run(tmp_path / "named", **OPTIONS)
+    config = write_run(tmp_path / "named", **OPTIONS | IN_PROCESS)
     run_in_process(config, "--resume", uninterrupted / "checkpoints" / "step-00000012", "--save_every_minutes", "0")
     actual, expected = losses(config.parent / "out"), losses(uninterrupted)
     assert actual == {step: loss for step, loss in expected.items() if step > 12}
@@ -140,7 +141,7 @@ def test_another_number_of_workers_goes_on_with_a_warning(uninterrupted, tmp_pat
 
 
 def test_another_global_batch_or_model_is_refused(uninterrupted, tmp_path):
-    config = write_run(tmp_path / "other", **OPTIONS)
+    config = write_run(tmp_path / "other", **OPTIONS | IN_PROCESS)
     shutil.copytree(uninterrupted, config.parent / "out")
     with pytest.raises(UserError, match="made with 8 samples per optimizer step, not 16"):
         run_in_process(config, "--batch_size", "8")

@@ -29,7 +29,7 @@ from tests.train.toy_run import ROOT, command, log_lines, losses, run, run_in_pr
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """A finished run; tests must not change it."""
-    config = write_run(tmp_path_factory.mktemp("run") / "toys", compute_grad_norm=True)
+    config = write_run(tmp_path_factory.mktemp("run") / "toys", compute_grad_norm=True, num_workers=1)
     output = run(config)
     return config, config.parent / "out", output
 

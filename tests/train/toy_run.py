@@ -81,7 +81,7 @@ def write_run(folder: Path, **overrides) -> Path:
         "blr": 0.1,
         "warmup_epochs": 1,
         "clip_grad": 1.0,
-        "num_workers": 1,
+        "num_workers": 0,  # each evaluation forks them anew, which costs as much as a toy run itself
         "log_interval": 1,
         "fixed_eval_input_tokens": 8,
         "fixed_eval_target_tokens": 8,
