@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# The installation compiles nothing. What is imported is compiled once, and not by each of the many processes of the tests.
+# Nothing is compiled when it is installed, but once when it is imported, and not by each of the many processes of a test.
 export PYTHONDONTWRITEBYTECODE :=
 
 # What may differ between versions of Python: every module is imported, every published YAML file loaded, scenes are

@@ -9,15 +9,25 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from fourm.train.task import StepCost
+
+def count_flops(forward: Callable[[], object]) -> float:
+    """Count the operations of a forward and backward pass; the latter counts as two forward passes.
+
+    Args:
+        forward: Runs the forward pass on the meta device, where attention consists of matrix products, which count.
+            Other devices have kernels for it, of which the counter does not know all.
+    """
+    with FlopCounterMode(display=False) as counter:
+        forward()
+    return 3.0 * counter.get_total_flops()
 
 
-def count_cost(model: nn.Module, forward: Callable[[], object]) -> StepCost:
-    """Count the operations of a forward and backward pass, and the bytes that the backward pass needs.
+def count_activations(model: nn.Module, forward: Callable[[], object]) -> float:
+    """Count the bytes that the backward pass needs, without those of the parameters.
 
     Args:
         model: A model on the meta device.
-        forward: Runs the forward pass of ``model``. The backward pass counts as two forward passes.
+        forward: Runs the forward pass of ``model`` on inputs on the CPU.
     """
     saved: dict[int, torch.UntypedStorage] = {}  # keeps the storages alive, so that no two of them share an id
 
@@ -26,9 +36,8 @@ def count_cost(model: nn.Module, forward: Callable[[], object]) -> StepCost:
             saved[id(tensor.untyped_storage())] = tensor.untyped_storage()
         return tensor
 
-    with FakeTensorMode(allow_non_fake_inputs=True):  # unlike the meta device, it knows autocast
+    with FakeTensorMode(allow_non_fake_inputs=True):  # on the meta device, attention would keep its n² weights
         model.to_empty(device="cpu")
-        hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
-        with FlopCounterMode(display=False) as counter, hooks:
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             forward()
-    return StepCost(3.0 * counter.get_total_flops(), float(sum(storage.nbytes() for storage in saved.values())))
+    return float(sum(storage.nbytes() for storage in saved.values()))

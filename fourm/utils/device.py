@@ -1,6 +1,8 @@
-"""Choose the device that a process uses."""
+"""Choose the device that a process uses, and the precision of a computation on it."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -43,3 +45,11 @@ def share_gpus(local_rank: int) -> None:
     """Select this process's current GPU; if there are more processes than GPUs, several processes share one."""
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """Return a context that computes in the types of the tensors, whatever the precision around it.
+
+    On the meta device, on which shapes alone are computed, torch has no autocast to switch off.
+    """
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -19,6 +19,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fourm.utils.device import without_autocast
 from fourm.utils.errors import UserError
 
 _SCORES = 2**24  # number of latent-code pairs that are compared at a time, 64 MB
@@ -69,7 +70,7 @@ class Quantizer(nn.Module, ABC):
     num_codebooks: int = 1
 
     def forward(self, z: Tensor, part: Part = WHOLE) -> Quantized:
-        with torch.autocast(z.device.type, enabled=False):
+        with without_autocast(z.device):
             return self.quantize(z.float(), part)
 
     @abstractmethod

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from fourm.models.fm_utils import Block, BlockOptions, LayerNorm
 from fourm.models.modality_embedding import sincos_table
+from fourm.utils.device import without_autocast
 from fourm.utils.errors import UserError, did_you_mean
 
 MAX_BLOCKS = 256
@@ -114,7 +115,7 @@ class ViTEncoder(ViT):
 
     def finish(self, tokens: Tensor) -> Tensor:
         fc1, fc2 = self.post_mlp.fc1, self.post_mlp.fc2  # FSDP may gather their weights in a lower precision
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             tokens = tokens.float()
             hidden = torch.tanh(F.linear(self.norm_mlp(tokens), fc1.weight.float(), fc1.bias.float()))
             return tokens + F.linear(hidden, fc2.weight.float(), fc2.bias.float())

@@ -1,6 +1,7 @@
 """A tokenizer is trained by the loop of 4M, from pictures in a folder to a folder that tokenizes and decodes."""
 
 import contextlib
+import dataclasses
 import json
 
 import numpy as np
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from fourm.models.model_card import read_facts
 from fourm.tools.pack import main as pack
+from fourm.train.config import load_config
 from fourm.train.export import main as export
 from fourm.train.fsdp import FSDP
 from fourm.train.parallel import DDP
@@ -168,9 +170,21 @@ def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
     )
 
 
-def test_steps_are_of_random_sizes_that_depend_on_the_seed_and_the_step_alone(pictures, tmp_path):
-    from fourm.train.config import load_config
+def test_the_operations_of_attention_are_counted(pictures, tmp_path):
+    task = VQVAETraining(load_config(VQVAETraining.config_class, write_config(tmp_path, pictures)))
+    small, large = (
+        task.step_cost(task.build_model()).flops
+        for task in (
+            VQVAETraining(dataclasses.replace(task.config, input_size_max=size, input_size_eval=size))
+            for size in (16, 32)
+        )
+    )
+    # All other operations are proportional to the number of tokens, here 4 and 16. Each of two blocks has two matrix
+    # products for attention, with vectors of 32 numbers; a backward pass counts as two forward passes.
+    assert large - 4 * small == 3 * 2 * 2 * (2 * 32) * (16**2 - 4 * 4**2)
 
+
+def test_steps_are_of_random_sizes_that_depend_on_the_seed_and_the_step_alone(pictures, tmp_path):
     config = load_config(VQVAETraining.config_class, write_config(tmp_path, pictures, accum_iter=2, batch_size=2))
     sides = {}
     for rank in (0, 1):

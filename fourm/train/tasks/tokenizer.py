@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import logging
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Generic, TypeVar
@@ -24,7 +24,7 @@ from fourm.data.batch_loader import BatchLoader
 from fourm.data.unified_datasets import Batch
 from fourm.models.model_card import Tables
 from fourm.train.config import RunConfig
-from fourm.train.step_cost import count_cost
+from fourm.train.step_cost import count_activations, count_flops
 from fourm.train.task import Evaluation, Inputs, Losses, StepCost, Task
 from fourm.train.tasks.tokenizer_batches import TokenizerBatches
 from fourm.utils.errors import UserError
@@ -116,7 +116,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
         self.losses = ["reconstruction", "codebook"]
         self.num_pictures = config.num_logged_images or 0
         self._metrics = EvaluationMetrics(config)
-        self._costs: dict[int, StepCost] = {}
+        self._flops: dict[int, float] = {}  # of a sample, by its size
         self._rank, self._world_size = 0, 1
 
     # The model
@@ -227,7 +227,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
 
     def _inputs(self, values: Values, size: int, names: Sequence[str]) -> Inputs:
         samples = len(values.images)
-        return Inputs(values, dict.fromkeys(names, samples), samples, flops=samples * self._cost_of_sample(size).flops)
+        return Inputs(values, dict.fromkeys(names, samples), samples, flops=samples * self._flops_of_sample(size))
 
     def loss(self, model: nn.Module, inputs: Inputs) -> Losses:
         values: Values = inputs.values
@@ -325,15 +325,20 @@ class TokenizerTraining(Task[Config], Generic[Config]):
 
     def step_cost(self, model: nn.Module) -> StepCost:
         """Return the cost of a batch at the largest size."""
-        cost = self._cost_of_sample(self.config.sizes()[-1])
-        return StepCost(self.config.batch_size * cost.flops, self.config.batch_size * cost.activations)
+        size = self.config.sizes()[-1]
+        activations = count_activations(*self._forward_pass(size, torch.device("cpu")))
+        return StepCost(self.config.batch_size * self._flops_of_sample(size), self.config.batch_size * activations)
 
-    def _cost_of_sample(self, size: int) -> StepCost:
-        if size not in self._costs:
-            model = self.build_model().eval()
-            image = self._batches.blank_input(size)
-            self._costs[size] = count_cost(model, lambda: self._forward(model, Values(image, image, Part())))
-        return self._costs[size]
+    def _flops_of_sample(self, size: int) -> float:
+        if size not in self._flops:
+            self._flops[size] = count_flops(self._forward_pass(size, torch.device("meta"))[1])
+        return self._flops[size]
+
+    def _forward_pass(self, size: int, device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
+        """Return a model on the meta device, and a function that runs its forward pass on a sample on ``device``."""
+        model = self.build_model().eval()
+        image = self._batches.blank_input(size).to(device)
+        return model, lambda: self._forward(model, Values(image, image, Part()))
 
 
 class VQVAETraining(TokenizerTraining[VQVAEConfig]):
