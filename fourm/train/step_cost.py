@@ -10,13 +10,15 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def count_flops(forward: Callable[[], object]) -> float:
+def count_flops(model: nn.Module, forward: Callable[[], object]) -> float:
     """Count the operations of a forward and backward pass; the latter counts as two forward passes.
 
     Args:
-        forward: Runs the forward pass on the meta device, where attention consists of matrix products, which count.
-            Other devices have kernels for it, of which the counter does not know all.
+        model: A model on the meta device, of which some buffers may have values.
+        forward: Runs the forward pass of ``model`` on inputs on the meta device, where attention consists
+            of matrix products, which count. Other devices have kernels for it, of which the counter does not know all.
     """
+    model.to("meta")
     with FlopCounterMode(display=False) as counter:
         forward()
     return 3.0 * counter.get_total_flops()

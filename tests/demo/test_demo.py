@@ -28,12 +28,6 @@ def _demo(*args):
     )
 
 
-@pytest.fixture(scope="module")
-def out(tmp_path_factory):
-    """A demo of a dozen scenes; the model is too small to pass."""
-    return tmp_path_factory.mktemp("demo") / "out"
-
-
 def _run(out, *args):
     return _demo(
         "--out",
@@ -52,9 +46,21 @@ def _run(out, *args):
     )
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The process of a demo of a dozen scenes, and its folder; the model is too small to pass."""
+    out = tmp_path_factory.mktemp("demo") / "out"
+    return _run(out), out
+
+
+@pytest.fixture
+def out(finished):
+    return finished[1]
+
+
 @pytest.mark.slow
-def test_the_demo_runs_stops_resumes_and_reports(out):
-    finished = _run(out)
+def test_the_demo_runs_stops_resumes_and_reports(finished):
+    finished, out = finished
     assert finished.returncode == 1, (
         finished.stdout + finished.stderr
     )  # the model fails the check; the command does not fail
@@ -132,7 +138,7 @@ def test_tokenizers_are_trained_or_fitted_where_none_is_shipped(out, tmp_path):
 @pytest.mark.slow
 def test_finished_stages_are_kept(out):
     stamps = {path: path.stat().st_mtime_ns for path in out.rglob("*") if path.suffix in (".tar", ".safetensors")}
-    assert len(stamps) > 15, "the test before makes them"
+    assert len(stamps) > 15
     assert _run(out).returncode == 1
     assert all(path.stat().st_mtime_ns == stamp for path, stamp in stamps.items())
 

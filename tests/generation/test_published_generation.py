@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -25,6 +24,7 @@ from fourm.generation.settings import COLUMNS, chained_schedule
 from fourm.utils.errors import UserError
 from fourm.vq import load_tokenizer
 from tests.generation.stand_ins import HUB, MODELS, ROOT, write_model, write_tokenizer
+from tests.warm_python import warm_python
 
 CONFIGS = "cfgs/default/generation"
 MODEL_FILES = [f"4m-{size}_mod{count}+sr_4m-l_mod7" for size in ("b", "l", "xl") for count in (7, 21)]
@@ -135,7 +135,7 @@ def test_prompts_become_pictures_at_both_sizes_and_a_killed_command_continues(hu
     flags = arguments(MODEL_FILES[0], "parti_prompts_x3", *FAST, "--num_samples", "1", "--batch_size", "1")
     out = Path(f"output/{MODEL_FILES[0]}/parti_prompts_x3/{BASE}+{SR}")
     process = subprocess.Popen(
-        [sys.executable, "run_generation.py", *flags],
+        [warm_python(), "run_generation.py", *flags],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         stderr=subprocess.PIPE,
         text=True,
@@ -144,7 +144,7 @@ def test_prompts_become_pictures_at_both_sizes_and_a_killed_command_continues(hu
     while not (out / "00000-0" / "result.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
+    process.communicate()  # until it has ended
     kept = (out / "00000-0" / "result.json").stat().st_mtime_ns
     run(parse(flags))
     assert (out / "00000-0" / "result.json").stat().st_mtime_ns == kept

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.toy_models import toy_batch, toy_model
+from tests.train.toy_run import CONTEXT, wait_for
 
 
 def _step(rank, folder):
@@ -26,7 +26,10 @@ def _step(rank, folder):
 
 @pytest.mark.dist
 def test_ddp_needs_no_search_for_unused_parameters(tmp_path):
-    mp.spawn(_step, args=(str(tmp_path),), nprocs=2)
+    ranks = [CONTEXT.Process(target=_step, args=(rank, str(tmp_path))) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    assert wait_for(ranks) == [0, 0]
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     for name, gradient in first.items():
         torch.testing.assert_close(gradient, second[name], msg=name)

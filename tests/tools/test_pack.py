@@ -4,7 +4,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
@@ -17,6 +16,7 @@ from fourm.data.shards import Shards, tar_members
 from fourm.tools.pack import PackOptions, main, pack
 from fourm.utils.errors import UserError
 from tests.data.dataset_files import sample, write_folders, write_shards, write_tar
+from tests.warm_python import warm_python
 
 REPOSITORY = Path(__file__).parents[2]
 NAMES = ("caption", "crop_settings", "det", "rgb", "tok_rgb")
@@ -73,13 +73,13 @@ def test_finished_files_are_kept_and_what_is_missing_is_made(folders, tmp_path):
 @pytest.mark.slow
 def test_a_killed_run_is_completed_by_the_same_command(folders, tmp_path):
     make("shards", folders, tmp_path / "whole", shard_size=1)
-    command = [sys.executable, "-m", "fourm.tools.pack", "shards", str(folders), f"{tmp_path}/s", "--shard_size", "1"]
-    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.DEVNULL)
+    command = [warm_python(), "-m", "fourm.tools.pack", "shards", str(folders), f"{tmp_path}/s", "--shard_size", "1"]
+    process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
     while not list((tmp_path / "s").glob("*/*.tar")):
         assert process.poll() is None
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()  # until it has ended
     subprocess.run(command, cwd=REPOSITORY, check=True, stderr=subprocess.DEVNULL)
     assert files(tmp_path / "s") == files(tmp_path / "whole")
 

@@ -1,7 +1,6 @@
 import dataclasses
 import inspect
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from fourm.train.options import saved_options
 from fourm.train.schedules import run_length
 from fourm.train.tasks.pretrain import PretrainConfig
 from fourm.utils.errors import UserError
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).parents[2]
 
@@ -124,7 +124,7 @@ def test_yaml_errors_name_the_file(main_yaml):
 
 @pytest.mark.slow
 def test_the_script_answers_a_typing_error_in_one_line():
-    command = [sys.executable, "run_training_4m.py", "--batch_sze", "3"]
+    command = [warm_python(), "run_training_4m.py", "--batch_sze", "3"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr.count("\n") == 1 and "batch_size" in result.stderr
 

@@ -113,7 +113,7 @@ def killed(config, processes, step, task):
     wait_for_step(config, step, ranks)
     kill(ranks)
     yield config.parent / "out"
-    run_ranks(config, strategy=DDP, processes=processes, task=task)
+    run_ranks(config, "--save_every_minutes", 0, strategy=DDP, processes=processes, task=task)
     assert "resumed from" in (config.parent / "out" / "log.txt").read_text()
 
 
@@ -171,7 +171,7 @@ def test_it_is_evaluated_planned_and_tried_out(alone, tmp_path):
 
 
 def test_the_operations_of_attention_are_counted(pictures, tmp_path):
-    task = VQVAETraining(load_config(VQVAETraining.config_class, write_config(tmp_path, pictures)))
+    task = VQVAETraining(load_config(VQVAETraining.config_class, write_config(tmp_path, pictures, batch_size=1)))
     small, large = (
         task.step_cost(task.build_model()).flops
         for task in (

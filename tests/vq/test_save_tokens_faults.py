@@ -4,7 +4,6 @@ import io
 import os
 import signal
 import subprocess
-import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -202,7 +201,7 @@ def test_options_that_do_not_fit_are_an_error(tokenizers, data, changes, message
 
 
 def script(name, *arguments):
-    return [sys.executable, str(REPOSITORY / name), *map(str, arguments)]
+    return [warm_python(), str(REPOSITORY / name), *map(str, arguments)]
 
 
 def test_killed_and_started_again_is_as_if_never_killed(tokenizers, tmp_path):
@@ -230,13 +229,14 @@ def test_killed_and_started_again_is_as_if_never_killed(tokenizers, tmp_path):
                 "cpu",
             ),
             start_new_session=True,
-            stderr=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
         )
         finished, deadline = [], time.monotonic() + 60
         while len(finished) < 2 and time.monotonic() < deadline:
             finished = [path for path in output.rglob(f"*.{suffix}") if not path.name.startswith(".")]
         os.killpg(process.pid, signal.SIGKILL)  # its workers too
-        assert process.wait() == -signal.SIGKILL
+        process.communicate()  # until the last of them has ended
+        assert process.returncode == -signal.SIGKILL
         done = len([path for path in output.rglob(f"*.{suffix}") if not path.name.startswith(".")])
         assert 2 <= done < (count // per_shard if kind == "shards" else count)
         remaining = count - done * (per_shard if kind == "shards" else 1)
@@ -266,7 +266,7 @@ def test_scripts_report_mistakes_in_one_line(tokenizers, tmp_path):
     fit = [warm_python(), "-m", "fourm", "fit-codebook"]
     for command, message in [
         (
-            [warm_python(), *script("save_vq_tokens.py", *arguments, "--num_crops", 5)[1:]],
+            script("save_vq_tokens.py", *arguments, "--num_crops", 5),
             "was made with another num_crops (3, now 5)",
         ),
         ([*fit, "--data_root", str(tmp_path), "--modalty", "rgb"], "did you mean '--modality'?"),

@@ -331,7 +331,7 @@ class TokenizerTraining(Task[Config], Generic[Config]):
 
     def _flops_of_sample(self, size: int) -> float:
         if size not in self._flops:
-            self._flops[size] = count_flops(self._forward_pass(size, torch.device("meta"))[1])
+            self._flops[size] = count_flops(*self._forward_pass(size, torch.device("meta")))
         return self._flops[size]
 
     def _forward_pass(self, size: int, device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
