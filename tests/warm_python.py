@@ -25,21 +25,7 @@ from pathlib import Path
 from typing import NoReturn
 
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(
-    [
-        "tests.train.toy_run",
-        "torch._dynamo",  # which optimizers import at their first step
-        "torchvision.transforms",
-        "fourm.train.tasks.diffusion_tokenizer",
-        "diffusers.models.autoencoders.autoencoder_kl",
-        "diffusers.models.controlnets.controlnet",
-        "diffusers.models.unets.unet_2d_condition",
-        "diffusers.schedulers.scheduling_ddim",
-        "diffusers.schedulers.scheduling_pndm",
-        "transformers.models.clip.modeling_clip",
-        "transformers.models.clip.tokenization_clip",
-    ]
-)
+CONTEXT.set_forkserver_preload(["tests.preloaded"])
 
 _CLIENT = """#!{python} -IS
 import json, os, signal, socket, sys
