@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-# Nothing is compiled when it is installed, but once when it is imported, and not by each of the many processes of a test.
+# pip compiles nothing here, so that imports must write bytecode even where the environment forbids it. Otherwise each of
+# the many processes of a test would compile all that it imports.
 export PYTHONDONTWRITEBYTECODE :=
 
 # What may differ between versions of Python: every module is imported, every published YAML file loaded, scenes are

@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -22,15 +23,11 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="keeping fr
 
 def memory_is_kept(code: str) -> bool:
     """Return whether a process that has run ``code`` keeps its freed memory: less than half the faults of another."""
-    kept, freed = (
-        int(
-            subprocess.run(
-                [warm_python(), "-c", _PROGRAM.format(code=part)],
-                capture_output=True,
-                check=True,
-                cwd=Path(__file__).parents[1],
-            ).stdout.split()[-1]
-        )
-        for part in (code, "")
-    )
-    return kept < freed / 2
+    return _faults(code) < _faults("") / 2
+
+
+@cache
+def _faults(code: str) -> int:
+    command = [warm_python(), "-c", _PROGRAM.format(code=code)]
+    result = subprocess.run(command, capture_output=True, check=True, cwd=Path(__file__).parents[1])
+    return int(result.stdout.split()[-1])

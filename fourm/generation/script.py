@@ -130,6 +130,9 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
     stages: list[Stage] = []
     known: list[str] = []
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
+    device = choose_device(options.device)
+    if device.type == "cpu":
+        keep_freed_memory()
     for prefix, part in options.stages().items():
         defaults = read_defaults(part.model)
         for key in ("target_domains",) if stages else ("cond_domains", "target_domains"):
@@ -149,7 +152,7 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
         if options.activate_controlnet and not stages:
             sampler.tokenizers = {
                 **sampler.tokenizers,
-                "rgb": load_tokenizer(str(options.controlnet_id), choose_device(options.device)),
+                "rgb": load_tokenizer(str(options.controlnet_id), device),
             }
         readable = {
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs
@@ -307,6 +310,4 @@ def main(argv: list[str] | None = None) -> None:
     share_gpus(local_rank)
     options = parse(argv)
     load_plugin(options.plugin)
-    if choose_device(options.device).type == "cpu":
-        keep_freed_memory()
     run(options, rank, world_size)

@@ -19,7 +19,7 @@ def count_flops(model: nn.Module, forward: Callable[[], object]) -> float:
             of matrix products, which count. Other devices have kernels for it, of which the counter does not know all.
     """
     model.to("meta")
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
         forward()
     return 3.0 * counter.get_total_flops()
 

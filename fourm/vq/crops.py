@@ -67,8 +67,9 @@ def tokenizer_transform(modality: str, options: Mapping[str, object]) -> ImageTr
     transform = transform_of(modality)
     if not isinstance(transform, ImageTransform):
         known = [name for name, value in MODALITY_TRANSFORMS.items() if isinstance(value, ImageTransform)]
-        reason = f"'{modality}' is not a modality of pixels that can be tokenized{did_you_mean(modality, known)}"
-        if not modality:
+        if modality:
+            reason = f"'{modality}' is not a modality of pixels that can be tokenized{did_you_mean(modality, known)}"
+        else:
             reason = "the tokenizer does not say what it tokenizes; set 'modality' in its configuration"
         raise UserError(f"{reason}; there are {', '.join(known)}")
     if isinstance(transform, RGBTransform):

@@ -47,20 +47,20 @@ def _run(out, *args):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def demo(tmp_path_factory):
     """The process of a demo of a dozen scenes, and its folder; the model is too small to pass."""
     out = tmp_path_factory.mktemp("demo") / "out"
     return _run(out), out
 
 
 @pytest.fixture
-def out(finished):
-    return finished[1]
+def out(demo):
+    return demo[1]
 
 
 @pytest.mark.slow
-def test_the_demo_runs_stops_resumes_and_reports(finished):
-    finished, out = finished
+def test_the_demo_runs_stops_resumes_and_reports(demo):
+    finished, out = demo
     assert finished.returncode == 1, (
         finished.stdout + finished.stderr
     )  # the model fails the check; the command does not fail

@@ -6,7 +6,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.models.toy_models import toy_batch, toy_model
-from tests.train.toy_run import CONTEXT, wait_for
+from tests.train.toy_run import wait_for
+from tests.warm_python import CONTEXT
 
 
 def _step(rank, folder):

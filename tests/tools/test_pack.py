@@ -75,8 +75,9 @@ def test_a_killed_run_is_completed_by_the_same_command(folders, tmp_path):
     make("shards", folders, tmp_path / "whole", shard_size=1)
     command = [warm_python(), "-m", "fourm.tools.pack", "shards", str(folders), f"{tmp_path}/s", "--shard_size", "1"]
     process = subprocess.Popen(command, cwd=REPOSITORY, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
     while not list((tmp_path / "s").glob("*/*.tar")):
-        assert process.poll() is None
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()  # until it has ended

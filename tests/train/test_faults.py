@@ -29,7 +29,7 @@ from tests.train.toy_run import (
 
 MODEL = {"dim": 16, "encoder_depth": 1, "decoder_depth": 1, "num_heads": 2}
 OPTIONS = {"warmup_epochs": 0, "eval_freq": 0, "epoch_size": 80, "model_kwargs": MODEL, "model_ema": True}
-KILLS = 4
+KILLS = 6
 
 
 @pytest.fixture(scope="module")

@@ -334,10 +334,10 @@ class TokenizerTraining(Task[Config], Generic[Config]):
             self._flops[size] = count_flops(*self._forward_pass(size, torch.device("meta")))
         return self._flops[size]
 
-    def _forward_pass(self, size: int, device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
-        """Return a model on the meta device, and a function that runs its forward pass on a sample on ``device``."""
+    def _forward_pass(self, size: int, input_device: torch.device) -> tuple[nn.Module, Callable[[], object]]:
+        """Return a model on the meta device, and a function that runs it on a sample on ``input_device``."""
         model = self.build_model().eval()
-        image = self._batches.blank_input(size).to(device)
+        image = self._batches.blank_input(size).to(input_device)
         return model, lambda: self._forward(model, Values(image, image, Part()))
 
 
