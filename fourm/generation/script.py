@@ -94,6 +94,8 @@ def run(options: GenerationOptions, rank: int = 0, world_size: int = 1) -> None:
     """
     out = Path(options.output_dir)
     _check_output(out)
+    if choose_device(options.device).type == "cpu":
+        keep_freed_memory()
     stages = load_stages(options)
     models = digest_of_models(stages)
     inputs = {name: stages[0].sampler.inputs[name] for name in stages[0].conditions}
@@ -130,9 +132,6 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
     stages: list[Stage] = []
     known: list[str] = []
     dtype = None if options.dtype == "float32" else getattr(torch, options.dtype)
-    device = choose_device(options.device)
-    if device.type == "cpu":
-        keep_freed_memory()
     for prefix, part in options.stages().items():
         defaults = read_defaults(part.model)
         for key in ("target_domains",) if stages else ("cond_domains", "target_domains"):
@@ -152,7 +151,7 @@ def load_stages(options: GenerationOptions) -> list[Stage]:
         if options.activate_controlnet and not stages:
             sampler.tokenizers = {
                 **sampler.tokenizers,
-                "rgb": load_tokenizer(str(options.controlnet_id), device),
+                "rgb": load_tokenizer(str(options.controlnet_id), choose_device(options.device)),
             }
         readable = {
             name: sampler.inputs[name] for name in (known if stages else sampler.inputs) if name in sampler.inputs

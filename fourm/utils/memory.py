@@ -36,7 +36,7 @@ def check_memory(subject: str, parameters: float, advice: str) -> None:
 def keep_freed_memory() -> None:
     """Let glibc keep freed memory for the rest of this process; do nothing with another C library.
 
-    Otherwise it returns every large tensor to the system, which clears the pages again when they are needed again.
+    Otherwise it returns every large tensor to the system, which clears its pages when the process needs them again.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:

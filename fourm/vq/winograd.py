@@ -2,8 +2,8 @@
 
 Winograd's algorithm F(4x4, 3x3) (Lavin & Gray, https://arxiv.org/abs/1509.09308): a tile of 6x6 inputs and the 3x3
 weights are transformed to 36 numbers each, whose products, summed over the channels, are transformed to a tile of 4x4
-outputs. The sums over channels are matrix products. The rounding errors are six to eight times those of a
-direct convolution in float32.
+outputs. The sums over channels are matrix products. The rounding errors are six to eight times those of a direct
+convolution in float32.
 
 Shapes: B images, C and D input and output channels, H x W positions, R x S = H/4 x W/4 tiles.
 """
@@ -28,7 +28,7 @@ _MIN_SIDE = 12
 """Smaller maps have so few tiles that reading the transformed weights, four times as large, takes too long."""
 _MAX_NUMBERS = 2**22
 """Transformed inputs computed at a time, 16 MB. By default the C library may return larger tensors to the system when
-they are freed, and clearing the pages of new ones takes a third of the time of a convolution."""
+they are freed, and clearing the pages of new ones takes more than a third of the time of a convolution."""
 
 _transformed: ContextVar[dict[nn.Module, Tensor] | None] = ContextVar("_transformed", default=None)
 
